@@ -1,0 +1,1 @@
+../../facade/__main__.py

@@ -1,0 +1,59 @@
+"""The backbone and all that a modality shares."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backbone import Backbone, Block, aux_loss
+    from .config import BackboneConfig, ComputeConfig, LanguageModelConfig, TrainConfig
+    from .errors import InputError
+    from .hub import PretrainedModel
+    from .language_model import LanguageModel
+    from .mamba import BiMamba, Mamba, MambaState
+    from .run_folder import RunFolder
+    from .train import Task, train_model
+
+# Lazy, so that the flags of the command line can be read before torch has loaded.
+_MODULE_OF = {
+    "Backbone": "backbone",
+    "BackboneConfig": "config",
+    "BiMamba": "mamba",
+    "Block": "backbone",
+    "ComputeConfig": "config",
+    "InputError": "errors",
+    "LanguageModel": "language_model",
+    "LanguageModelConfig": "config",
+    "Mamba": "mamba",
+    "MambaState": "mamba",
+    "PretrainedModel": "hub",
+    "RunFolder": "run_folder",
+    "Task": "train",
+    "TrainConfig": "config",
+    "aux_loss": "backbone",
+    "train_model": "train",
+}
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "BiMamba",
+    "Block",
+    "ComputeConfig",
+    "InputError",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "Mamba",
+    "MambaState",
+    "PretrainedModel",
+    "RunFolder",
+    "Task",
+    "TrainConfig",
+    "aux_loss",
+    "train_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

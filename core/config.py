@@ -1,0 +1,104 @@
+"""Settings of the backbone and of training, free of torch so that the command line can be parsed before it loads."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+MIXERS = ("mamba", "bimamba")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Shape of a stack of residual blocks around sequence mixers."""
+
+    d_model: int
+    n_layer: int
+    pattern: tuple[str, ...] = ("mamba",)  # layers cycle through it; each entry one of MIXERS
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2  # inner width / d_model
+    dt_rank: int | None = None  # None: ceil(d_model / 16)
+    dropout: float = 0.0  # on what each mixer adds to the residual stream
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", tuple(self.pattern))  # JSON gives a list
+        unknown = [name for name in self.pattern if name not in MIXERS]
+        if unknown or not self.pattern:
+            raise ValueError(
+                f"pattern {self.pattern} names {unknown or 'nothing'}; its entries are {', '.join(MIXERS)}"
+            )
+        for name in ("d_model", "n_layer", "d_state", "d_conv", "expand"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def rank(self) -> int:
+        """Rank of the projection that makes the step sizes."""
+        return -(-self.d_model // 16) if self.dt_rank is None else self.dt_rank
+
+    @property
+    def bidirectional(self) -> bool:
+        return "bimamba" in self.pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """A backbone between a token embedding and a head over the vocabulary."""
+
+    backbone: BackboneConfig
+    vocab_size: int
+    tie_embeddings: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. On the command line every field is a flag."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    """Sequences in a batch."""
+    max_tokens: int = 65536
+    """Most tokens in a batch, padding included: long sequences get smaller batches."""
+    accumulation: int = 1
+    """Batches whose gradients are added up for one step."""
+    lr: float = 2e-3
+    """Peak learning rate; a linear warm-up leads to it, a cosine from it to 0."""
+    warmup: float = 0.1
+    """Share of training spent warming up."""
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.99
+    """Decay of the moving average of the weights, which is what is evaluated and saved; 0 for none."""
+    patience: int = 0
+    """Stop after this many epochs without a better validation score; 0 to train all epochs."""
+    save_every: int = 200
+    """Steps between the checkpoints for --resume (each epoch's end has one anyway)."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward: less memory, a third more time."""
+    workers: int = 0
+    """Processes that prepare batches; 0 prepares them in the main one."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_tokens", "accumulation", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.warmup < 1 or not 0 <= self.ema < 1:
+            raise ValueError(f"warmup ({self.warmup}) and ema ({self.ema}) must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Where and how exactly to compute: the same flags on every verb."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 mixed precision on a GPU, float32 on a CPU."""
+    seed: int = 0
+    debug: bool = False
+    """Show a traceback when something fails."""

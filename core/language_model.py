@@ -1,0 +1,44 @@
+"""A causal language model over token ids: embedding, backbone, head. What the tokens stand for is a modality's matter."""
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone, State
+from .config import LanguageModelConfig
+from .hub import PretrainedModel
+
+
+class LanguageModel(PretrainedModel):
+    """Logits (B, L, vocab_size) for token ids (B, L)."""
+
+    config_class = LanguageModelConfig
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.backbone.d_model)
+        self.backbone = Backbone(config.backbone)
+        self.lm_head = nn.Linear(config.backbone.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, State]:
+        """tokens int (B, L) -> logits, or (logits, state) iff return_state. Options as of `Backbone.forward`."""
+        out = self.backbone(
+            self.embedding(tokens), state, return_state=return_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask
+        )
+        h, state = out if return_state else (out, None)
+        return (self.lm_head(h), state) if return_state else self.lm_head(h)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """One token for each sequence: int (B,) -> logits (B, vocab_size); `state` updated in place."""
+        return self.lm_head(self.backbone.step(self.embedding(tokens), state))

@@ -1,0 +1,173 @@
+"""The Mamba block (arXiv 2312.00752, section 3.4 and figure 3) and a bidirectional one.
+
+    x, z = in_proj(hidden)
+    x = silu(conv1d(x))                         causal, depthwise
+    dt, B, C = x_proj(x)                        dt of low rank, widened by dt_proj
+    y = selective_scan(x, dt, A, B, C, D) silu(z)
+    out = out_proj(y)
+
+Parameter names and initialisation are mamba-ssm's, so that its checkpoints load unchanged.
+Letters: B batch, L length, E inner width (expand * d_model), N states, R rank of dt, W convolution width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor, nn
+
+from ..kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
+
+
+class MambaState(NamedTuple):
+    """What a Mamba block remembers of a sequence, of a size that does not grow with it."""
+
+    conv: Tensor  # (B, E, W - 1): the convolution's last inputs, most recent last
+    ssm: Tensor  # (B, E, N), float32
+
+
+class SelectiveSSM(nn.Module):
+    """Convolution, input-dependent parameters, scan and gate: the block between its two projections."""
+
+    def __init__(self, d_inner: int, d_state: int, d_conv: int, dt_rank: int):
+        super().__init__()
+        self.d_state, self.dt_rank = d_state, dt_rank
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner, bias=True)
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(d_inner))
+        # Decay to zero would mean "never forget" for A_log, "always the same step" for dt's bias.
+        self.A_log._no_weight_decay = self.D._no_weight_decay = self.dt_proj.bias._no_weight_decay = True
+        self.reset_ssm_parameters()
+
+    @torch.no_grad()
+    def reset_ssm_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
+        """mamba-ssm's initialisation.
+
+        A_log           log(1..N) for every channel: the S4D-real spectrum A = -(n + 1)
+        D               1
+        dt_proj.weight  uniform(-R^-1/2, R^-1/2)
+        dt_proj.bias    softplus^-1(dt), dt log-uniform in [dt_min, dt_max]
+        """
+        n_channels = self.D.shape[0]
+        self.A_log.copy_(repeat(torch.arange(1, self.d_state + 1).log(), "n -> e n", e=n_channels))
+        self.D.fill_(1.0)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        log_dt = torch.rand(n_channels) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+        dt = log_dt.exp().clamp(min=dt_floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.dt_proj.bias._no_reinit = True  # generic initialisers zero biases; this one is set already
+
+    @property
+    def A(self) -> Tensor:
+        return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
+
+    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes (.., E) short of their bias, which the scan adds in float32, and B, C (.., N)."""
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return F.linear(dt, self.dt_proj.weight), B, C
+
+    def forward(
+        self,
+        x: Tensor,
+        z: Tensor,
+        state: MambaState | None = None,
+        *,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        reverse: bool = False,
+    ) -> tuple[Tensor, MambaState | None]:
+        """x, z (B, L, E) -> y (B, L, E), and the state after it if asked for."""
+        conv, ssm = (None, None) if state is None else state
+        x = causal_conv1d(
+            *(x, self.conv1d.weight[:, 0], self.conv1d.bias),
+            initial_state=conv,
+            return_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            reverse=reverse,
+        )
+        x, conv = x if return_state else (x, None)
+        dt, B, C = self._parameters_of(x)
+        y = selective_scan(
+            *(x, dt, self.A, B, C, self.D, z),
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            initial_state=ssm,
+            return_final_state=return_state,
+            cu_seqlens=cu_seqlens,
+            reverse=reverse,
+        )
+        y, ssm = y if return_state else (y, None)
+        return y, MambaState(conv, ssm) if return_state else None
+
+    def step(self, x: Tensor, z: Tensor, state: MambaState) -> Tensor:
+        """x, z (B, E) -> y (B, E); `state` updated in place."""
+        x = causal_conv1d_step(state.conv, x, self.conv1d.weight[:, 0], self.conv1d.bias)
+        dt, B, C = self._parameters_of(x)
+        return selective_scan_step(
+            *(state.ssm, x, dt, self.A, B[:, None], C[:, None], self.D, z),
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+        )
+
+
+class Mamba(SelectiveSSM):
+    """The Mamba block alone: (B, L, d_model) -> (B, L, d_model), causal."""
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | None = None):
+        d_inner = expand * d_model
+        super().__init__(d_inner, d_state, d_conv, -(-d_model // 16) if dt_rank is None else dt_rank)
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MambaState | None = None,
+        *,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, MambaState]:
+        """hidden (B, L, d_model) -> the same shape, or (that, state) iff return_state."""
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        y, state = super().forward(x, z, state, return_state=return_state, cu_seqlens=cu_seqlens)
+        return (self.out_proj(y), state) if return_state else self.out_proj(y)
+
+    def step(self, hidden: Tensor, state: MambaState) -> Tensor:
+        """hidden (B, d_model) -> (B, d_model); `state` updated in place."""
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        return self.out_proj(super().step(x, z, state))
+
+    def init_state(self, batch_size: int) -> MambaState:
+        weight = self.in_proj.weight
+        n_channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
+        ssm_dtype = torch.promote_types(weight.dtype, torch.float32)
+        return MambaState(
+            weight.new_zeros(batch_size, n_channels, width - 1),
+            weight.new_zeros(batch_size, n_channels, self.d_state, dtype=ssm_dtype),
+        )
+
+
+class BiMamba(nn.Module):
+    """A Mamba block that sees both ways: two selective SSMs, one run backwards, between shared projections.
+
+    Sharing the projections, which hold most parameters, is Caduceus's idea (arXiv 2403.03234, section 3.1).
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | None = None):
+        super().__init__()
+        d_inner, rank = expand * d_model, -(-d_model // 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        self.forwards = SelectiveSSM(d_inner, d_state, d_conv, rank)
+        self.backwards = SelectiveSSM(d_inner, d_state, d_conv, rank)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+
+    def forward(self, hidden: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """hidden (B, L, d_model) -> the same shape."""
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        left_to_right, _ = self.forwards(x, z, cu_seqlens=cu_seqlens)
+        right_to_left, _ = self.backwards(x, z, cu_seqlens=cu_seqlens, reverse=True)
+        return self.out_proj(left_to_right + right_to_left)

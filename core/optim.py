@@ -1,0 +1,39 @@
+"""Parameter groups, learning-rate schedule and weight averaging."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices with weight decay; vectors (norms, biases) and what is marked _no_weight_decay without.
+
+    The marked ones are the SSM's A_log, D and dt bias: decayed, they drift from their initial spectrum and training
+    becomes unstable (mamba-ssm's advice).
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)]
+    ids = {id(p) for p in decayed}
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in ids], "weight_decay": 0.0},
+    ]
+
+
+def warmup_cosine(progress: float, warmup: float) -> float:
+    """Factor on the learning rate at `progress` in [0, 1]: linear up over the first `warmup`, then a half cosine to 0."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights; young averages forget faster, so that the start does not linger."""
+
+    def average(mean: Tensor, current: Tensor, n_averaged: Tensor) -> Tensor:
+        rate = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=decay)
+        return mean.lerp(current, 1 - rate.to(mean)) if mean.is_floating_point() else current
+
+    return AveragedModel(model, avg_fn=average, use_buffers=True)

@@ -1,0 +1,122 @@
+"""The folder of a training run, which explains itself.
+
+config.json, model.safetensors   the best model so far (hub.py)
+manifest.json                    command, settings, seed, versions, checksums of the input files
+log.jsonl, tensorboard/          what was logged, a JSON object a line
+curves.png, metrics.json         written when the run ends
+checkpoints/step-NNNNNNNN/       what --resume needs; only the newest is kept
+(and the modality's own files: labels.json, splits.tsv, ...)
+"""
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .files import sha256, write_json
+
+MANIFEST, LOG = "manifest.json", "log.jsonl"
+PACKAGES = ("polymamba", "torch", "triton", "numba", "numpy", "accelerate", "safetensors")
+
+
+class RunFolder:
+    """A run folder that belongs to the run of these settings: new, or resumed."""
+
+    def __init__(self, path: str | Path, settings: dict[str, Any], inputs: Iterable[Path], *, resume: bool = False):
+        """Claim `path`. Raises InputError if it holds something else, another run, or (resuming) no such run.
+
+        settings  what determines the result; JSON-safe. A run resumes only under the settings that it began with.
+        inputs    files whose checksums the manifest records, and a resumed run compares.
+        """
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path}: a file; the output must be a folder")
+        inputs = sorted({str(p): sha256(p) for p in inputs}.items())
+        settings = json.loads(json.dumps(settings))
+        if (self.path / MANIFEST).is_file():
+            self._claim_existing(settings, dict(inputs), resume)
+            return
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"{self.path}: holds other files and no run; give a new or empty folder")
+        if resume:
+            raise InputError(f"{self.path}: holds no run to resume; leave --resume out to begin one")
+        self.path.mkdir(parents=True, exist_ok=True)
+        manifest = {
+            "command": sys.argv,
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+            "versions": _versions(),
+            "settings": settings,
+            "inputs_sha256": dict(inputs),
+        }
+        write_json(self.path / MANIFEST, manifest)
+
+    def _claim_existing(self, settings: dict[str, Any], inputs: dict[str, str], resume: bool) -> None:
+        if not resume:
+            raise InputError(f"{self.path}: already holds a run; continue it with --resume, or give another folder")
+        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        for what, old, new in (
+            ("setting", manifest["settings"], settings),
+            ("checksum of", manifest["inputs_sha256"], inputs),
+        ):
+            changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+            if changed:
+                key = changed[0]
+                raise InputError(
+                    f"{self.path}: cannot resume: {what} {key} was {old.get(key)!r} and is now {new.get(key)!r}"
+                )
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    # Log
+
+    def append_log(self, record: dict[str, Any]) -> None:
+        with open(self / LOG, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        if not (self / LOG).exists():
+            return []
+        lines = (self / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line
+
+    def rewind_log(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run will log it again."""
+        kept = [json.dumps(record) + "\n" for record in self.read_log() if record["step"] <= step]
+        (self / LOG).write_text("".join(kept), encoding="utf-8")
+
+    # Checkpoints
+
+    def save_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
+        """Let `save` fill a folder, rename it into place, and only then remove the older ones."""
+        checkpoints = self / "checkpoints"
+        beside, final = checkpoints / f".writing-{step:08d}", checkpoints / f"step-{step:08d}"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        save(beside)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(beside, final)
+        for other in checkpoints.iterdir():
+            if other != final:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def latest_checkpoint(self) -> Path | None:
+        return max((self / "checkpoints").glob("step-*"), default=None)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

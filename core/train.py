@@ -1,0 +1,288 @@
+"""The training loop that every modality shares.
+
+A modality describes its work as a `Task`; the loop does the rest: devices and bf16 (through Accelerate), gradient
+accumulation, clipping, schedule, weight averaging, early stopping, logs, the best model, and checkpoints from which a
+killed run continues to exactly the numbers of an undisturbed one. That is possible at little cost because the batches
+of an epoch are a pure function of (seed, epoch): beside the weights, the optimizer and the random state, a position
+is all there is to save.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device, set_seed
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
+
+from .backbone import Backbone, aux_loss
+from .config import ComputeConfig, TrainConfig
+from .errors import InputError
+from .hub import PretrainedModel
+from .optim import averaged, parameter_groups, warmup_cosine
+from .plots import plot_curves
+from .run_folder import RunFolder
+
+LOG_EVERY = 10  # steps
+
+
+class Task(Protocol):
+    """What the loop asks of a modality. A batch is whatever `batch` returns: tensors in dicts, tuples or lists."""
+
+    def plan(self, epoch: int) -> list[Any]:
+        """The batches of an epoch as plain descriptions (indices, say), the same ones at every call."""
+        ...
+
+    def batch(self, description: Any, epoch: int) -> Any:
+        """Make one batch, on the CPU; perhaps in a worker process. Depends on its arguments only."""
+        ...
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> Tensor:
+        """Mean loss of a batch."""
+        ...
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        """Validation figures, named valid_*."""
+        ...
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """The one figure that decides which model is best: higher is better."""
+        ...
+
+
+@dataclass
+class _Position:
+    """Where training stands; saved in each checkpoint."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best_score: float = -math.inf
+    best_epoch: int = -1
+    loss_sum: float = 0.0  # of this epoch's steps so far
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)  # of the best epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class _Steps(Dataset):
+    """The optimizer steps of (the rest of) an epoch, each a list of batches to accumulate."""
+
+    def __init__(self, task: Task, descriptions: list[list[Any]], epoch: int):
+        self.task, self.descriptions, self.epoch = task, descriptions, epoch
+
+    def __len__(self) -> int:
+        return len(self.descriptions)
+
+    def __getitem__(self, i: int) -> list[Any]:
+        return [self.task.batch(d, self.epoch) for d in self.descriptions[i]]
+
+
+def pick_device(compute: ComputeConfig) -> torch.device:
+    """Raises InputError if the device asked for is not here."""
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA GPU is visible here; use --device cpu, or see `polymamba doctor`")
+    if compute.device == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: not available here; use --device cpu")
+    if compute.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(compute.device)
+
+
+def uses_bf16(compute: ComputeConfig, device: torch.device) -> bool:
+    return compute.precision == "bf16" or (compute.precision == "auto" and device.type == "cuda")
+
+
+def train_model(
+    model: PretrainedModel, task: Task, config: TrainConfig, compute: ComputeConfig, run: RunFolder, *, resume: bool
+) -> dict[str, float]:
+    """Train `model`, leaving its best weights in the run folder. Returns the best epoch's validation figures.
+
+    Raises InputError if the loss stops being finite.
+    """
+    trainer = _Trainer(model, task, config, compute, run)
+    if resume:
+        trainer.load_checkpoint()
+    return trainer.run_all()
+
+
+class _Trainer:
+    def __init__(self, model, task: Task, config: TrainConfig, compute: ComputeConfig, run: RunFolder):
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process may train twice, on other devices
+        device = pick_device(compute)
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="bf16" if uses_bf16(compute, device) else "no"
+        )
+        set_seed(compute.seed)
+        for module in model.modules():
+            if isinstance(module, Backbone):
+                module.gradient_checkpointing = config.gradient_checkpointing
+        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.average = averaged(self.bare_model, config.ema).to(self.accelerator.device) if config.ema else None
+        self.task, self.config, self.run = task, config, run
+        self.position = _Position()
+        self.accelerator.register_for_checkpointing(*filter(None, (self.position, self.average)))
+        self.main = self.accelerator.is_main_process
+
+    @property
+    def bare_model(self) -> PretrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def best_candidate(self) -> PretrainedModel:
+        """The model that is evaluated and saved."""
+        return self.average.module if self.average else self.bare_model
+
+    # The loop
+
+    def run_all(self) -> dict[str, float]:
+        position, config = self.position, self.config
+        self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=position.step) if self.main else None
+        began = time.monotonic() - position.seconds
+        while position.epoch < config.epochs and not self.out_of_patience():
+            losses = self.run_epoch(began)
+            metrics = self.task.evaluate(self.best_candidate.eval())
+            self.finish_epoch(metrics, losses, began)
+        if self.main:
+            self.board.close()
+            plot_curves(self.run / "curves.png", self.run.read_log())
+        self.accelerator.wait_for_everyone()
+        return position.metrics
+
+    def out_of_patience(self) -> bool:
+        waited = self.position.epoch - 1 - self.position.best_epoch
+        return 0 < self.config.patience <= waited
+
+    def run_epoch(self, began: float) -> float:
+        """Train to the end of the epoch. Returns its mean loss."""
+        position, config = self.position, self.config
+        steps = self.steps_of_epoch(position.epoch)
+        todo = _Steps(self.task, steps[position.step_in_epoch :], position.epoch)
+        loader = DataLoader(todo, batch_size=None, num_workers=config.workers, persistent_workers=False)
+        recent: list[Tensor] = []
+        for batches in self.with_progress(loader, len(steps)):
+            progress = (position.epoch + position.step_in_epoch / len(steps)) / config.epochs
+            recent.append(self.step(batches, progress))
+            position.step += 1
+            position.step_in_epoch += 1
+            saving = position.step % config.save_every == 0
+            if len(recent) == LOG_EVERY or saving or position.step_in_epoch == len(steps):
+                self.log_losses(recent, progress)
+                recent = []
+            if saving:
+                position.seconds = time.monotonic() - began
+                self.save_checkpoint()
+        return position.loss_sum / len(steps)
+
+    def step(self, batches: list[Any], progress: float) -> Tensor:
+        """One optimizer step over the accumulated batches. Returns the mean loss, still on the device."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * warmup_cosine(progress, self.config.warmup)
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, batch in enumerate(batches):
+            batch = send_to_device(batch, self.accelerator.device)
+            with self.accelerator.autocast():
+                loss = (self.task.loss(self.model, batch) + aux_loss(self.model)) / len(batches)
+            if i + 1 < len(batches):
+                with self.accelerator.no_sync(self.model):
+                    self.accelerator.backward(loss)
+            else:
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update_parameters(self.bare_model)
+        return total
+
+    def steps_of_epoch(self, epoch: int) -> list[list[Any]]:
+        """This process's share of the epoch's batches, in groups of `accumulation`; the same number for each process."""
+        plan = self.task.plan(epoch)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = plan[rank : len(plan) - len(plan) % world : world] if len(plan) >= world else plan
+        return [mine[i : i + self.config.accumulation] for i in range(0, len(mine), self.config.accumulation)]
+
+    # What is left behind
+
+    def log_losses(self, recent: list[Tensor], progress: float) -> None:
+        losses = torch.stack(recent).tolist()
+        if not all(map(math.isfinite, losses)):
+            raise InputError(f"the loss is not finite at step {self.position.step}; try a lower --lr")
+        self.position.loss_sum += math.fsum(losses)
+        lr = self.config.lr * warmup_cosine(progress, self.config.warmup)
+        self.log({"train_loss": math.fsum(losses) / len(losses), "lr": lr})
+
+    def finish_epoch(self, metrics: dict[str, float], train_loss: float, began: float) -> None:
+        position, score = self.position, self.task.score(metrics)
+        better = score > position.best_score
+        position.seconds = time.monotonic() - began
+        self.log({"epoch_train_loss": train_loss, **metrics, "seconds": round(position.seconds, 2)})
+        if self.main:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            note = "  best" if better else ""
+            print(f"epoch {position.epoch + 1:>3}  train_loss {train_loss:.4f}  {figures}{note}", file=sys.stderr)
+        if better:
+            position.best_score, position.best_epoch, position.metrics = score, position.epoch, metrics
+            if self.main:
+                self.best_candidate.save_pretrained(self.run.path)
+        position.epoch, position.step_in_epoch, position.loss_sum = position.epoch + 1, 0, 0.0
+        self.save_checkpoint()
+
+    def log(self, figures: dict[str, float]) -> None:
+        if not self.main:
+            return
+        self.run.append_log({"step": self.position.step, "epoch": self.position.epoch + 1, **figures})
+        for name, value in figures.items():
+            self.board.add_scalar(name, value, self.position.step)
+
+    def save_checkpoint(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            self.run.save_checkpoint(self.position.step, lambda folder: self.accelerator.save_state(str(folder)))
+
+    def load_checkpoint(self) -> None:
+        """Go back to the newest checkpoint; to the very start if the run was killed before its first one."""
+        latest = self.run.latest_checkpoint()
+        if latest is not None:
+            self.accelerator.load_state(str(latest))
+        self.run.rewind_log(self.position.step)
+
+    def with_progress(self, loader: DataLoader, n_steps: int) -> Iterator[list[Any]]:
+        """The loader's steps under a progress bar on stderr, if that is a terminal."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        with Progress(*columns, TimeRemainingColumn(), console=_stderr(), transient=True) as progress:
+            done = self.position.step_in_epoch
+            bar = progress.add_task(f"epoch {self.position.epoch + 1}/{self.config.epochs}", total=n_steps, rate="")
+            progress.update(bar, completed=done)
+            began = time.monotonic()
+            for i, batches in enumerate(loader, start=1):
+                yield batches
+                progress.update(bar, advance=1, rate=f"{i / (time.monotonic() - began):.1f} steps/s")
+
+
+def _stderr():
+    from rich.console import Console
+
+    return Console(stderr=True)

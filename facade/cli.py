@@ -1,0 +1,111 @@
+"""The command line: `polymamba <domain> <verb>`, `polymamba doctor`, `polymamba convert`.
+
+A domain is a mapping from verb to (dataclass of its flags, "module:function" that takes one). Domains of other packages
+are found through the entry-point group `polymamba.commands`; the function's module is imported only when its verb runs,
+so help and usage errors do not wait for torch.
+"""
+
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+
+import tyro
+
+from .flags import Convert, Doctor
+
+Command = tuple[type, str]
+
+TOP_LEVEL: dict[str, Command] = {
+    "doctor": (Doctor, "polymamba.doctor:run"),
+    "convert": (Convert, "polymamba.conversion:run"),
+}
+DOMAINS = {"genomics": "polymamba.genomics.commands:COMMANDS"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 1 (failed), 2 (bad usage)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        elif _is_users(error):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            kind = type(error).__name__
+            print(f"error: {kind}: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr)
+    return 1
+
+
+def _run(words: list[str]) -> int:
+    domains = _domains()
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(domains))
+        return 0 if words else 2
+    if words[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    name, rest = words[0], words[1:]
+    if name in TOP_LEVEL:
+        return _call(f"polymamba {name}", TOP_LEVEL[name], rest)
+    if name not in domains:
+        return _bad_usage(f"no command {name!r}; there are {', '.join([*domains, *TOP_LEVEL])}")
+    verbs: Mapping[str, Command] = _load(domains[name])
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_list(f"usage: polymamba {name} <verb> [-h]", {v: _summary(flags) for v, (flags, _) in verbs.items()}))
+        return 0 if rest else 2
+    if rest[0] not in verbs:
+        return _bad_usage(f"no verb {rest[0]!r} in {name}; there are {', '.join(verbs)}")
+    return _call(f"polymamba {name} {rest[0]}", verbs[rest[0]], rest[1:])
+
+
+def _call(program: str, command: Command, words: list[str]) -> int:
+    flags, target = command
+    try:
+        args = tyro.cli(flags, prog=program, args=words)
+    except SystemExit as stop:  # tyro has printed its help, or what was wrong with the words
+        return int(stop.code or 0)
+    _load(target)(args)
+    return 0
+
+
+def _domains() -> dict[str, str]:
+    """Domain -> "module:mapping": our own, then those of installed packages."""
+    return DOMAINS | {e.name: e.value for e in entry_points(group="polymamba.commands") if e.name not in DOMAINS}
+
+
+def _load(target: str):
+    module, attribute = target.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message alone tells the user what to do: bad input, or the system refusing a file."""
+    return isinstance(error, OSError) or type(error).__name__ == "InputError"
+
+
+def _bad_usage(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _overview(domains: dict[str, str]) -> str:
+    commands = {name: "verbs: " + ", ".join(_load(target)) for name, target in domains.items()}
+    commands |= {name: _summary(flags) for name, (flags, _) in TOP_LEVEL.items()}
+    return _list("usage: polymamba <command> [-h] [--version]", commands)
+
+
+def _list(usage: str, entries: dict[str, str]) -> str:
+    width = max(map(len, entries))
+    return "\n".join([usage, "", *(f"  {name:<{width}}  {text}" for name, text in entries.items())])
+
+
+def _summary(flags: type) -> str:
+    return (flags.__doc__ or "").split("\n", 1)[0]

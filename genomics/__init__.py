@@ -1,0 +1,41 @@
+"""DNA: sequence classification from FASTA files."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .alphabet import reverse_complement, tokenize
+    from .config import DNAClassifierConfig
+    from .dataset import LabelledSequences
+    from .fasta import Record, read_fasta
+    from .inference import predict_probabilities
+    from .model import DNAClassifier
+
+# Lazy, so that the flags of the command line can be read before torch has loaded.
+_MODULE_OF = {
+    "DNAClassifier": "model",
+    "DNAClassifierConfig": "config",
+    "LabelledSequences": "dataset",
+    "Record": "fasta",
+    "predict_probabilities": "inference",
+    "read_fasta": "fasta",
+    "reverse_complement": "alphabet",
+    "tokenize": "alphabet",
+}
+
+__all__ = [
+    "DNAClassifier",
+    "DNAClassifierConfig",
+    "LabelledSequences",
+    "Record",
+    "predict_probabilities",
+    "read_fasta",
+    "reverse_complement",
+    "tokenize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,165 @@
+"""What `polymamba genomics train, eval, predict` do: from flags to files."""
+
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ..core.config import ComputeConfig
+from ..core.errors import InputError
+from ..core.files import write_json, written_whole
+from ..core.metrics import classification_metrics, format_table, write_confusion_tsv
+from ..core.plots import plot_confusion
+from ..core.run_folder import RunFolder
+from ..core.train import pick_device, train_model, uses_bf16
+from .commands import Eval, Predict, Train
+from .config import PRESETS, DNAClassifierConfig
+from .dataset import LabelledSequences, example, from_class_files, from_folder
+from .fasta import read_fasta
+from .inference import predict_probabilities
+from .model import DNAClassifier
+from .training import ClassifyDNA
+
+
+def train(args: Train) -> None:
+    """Train, then test on the test part with the best epoch's model."""
+    torch.manual_seed(args.compute.seed)
+    data = _labelled(args)
+    settings = {
+        **{k: v for k, v in asdict(args).items() if k not in ("output", "resume", "train", "compute", "data", "classes")},
+        **asdict(args.train),
+        "seed": args.compute.seed,
+        "device": pick_device(args.compute).type,
+        "bf16": uses_bf16(args.compute, pick_device(args.compute)),
+        "classes": list(data.classes),
+    }
+    run = RunFolder(args.output, settings, sorted({Path(s) for s in data.sources}), resume=args.resume)
+    _say(data.describe())
+    data.write_splits_tsv(run / "splits.tsv")
+    write_json(run / "labels.json", dict(enumerate(data.classes)))
+
+    model = DNAClassifier(DNAClassifierConfig(backbone=PRESETS[args.preset], classes=data.classes))
+    n_parameters = sum(p.numel() for p in model.parameters())
+    _say(f"model {args.preset}: {n_parameters:,} parameters; training on {pick_device(args.compute)}")
+    task = ClassifyDNA(
+        data,
+        args.train,
+        args.compute.seed,
+        rc_augment=args.rc_augment,
+        balance=args.balance,
+        label_smoothing=args.label_smoothing,
+    )
+    train_model(model, task, args.train, args.compute, run, resume=args.resume)
+
+    model = DNAClassifier.from_pretrained(run.path).to(pick_device(args.compute))
+    test = data.subset("test")
+    options = {"batch_size": args.train.batch_size, "max_tokens": args.train.max_tokens, "rc_average": args.rc_average}
+    with _autocast(args.compute):
+        probabilities = predict_probabilities(model, test.tokens, **options, progress="test")
+    _report(run.path, test, probabilities, args.compute.seed)
+
+
+def evaluate(args: Eval) -> None:
+    """Measure the model of a run folder on labelled files."""
+    model = _model(args.run, args.compute)
+    data = _labelled(args, split=False)
+    unknown = sorted(set(data.classes) - set(model.config.classes))
+    if unknown:
+        known = ", ".join(model.config.classes)
+        raise InputError(f"class {', '.join(unknown)} is unknown to the model in {args.run}, which has {known}")
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise InputError(f"{args.output}: exists and is not an empty folder")
+    data = data.with_classes(model.config.classes)
+    with _autocast(args.compute):
+        probabilities = predict_probabilities(
+            model, data.tokens, args.batch_size, args.max_tokens, rc_average=args.rc_average, progress="eval"
+        )
+    args.output.mkdir(parents=True, exist_ok=True)
+    _report(args.output, data, probabilities, args.compute.seed)
+
+
+def predict(args: Predict) -> None:
+    """Classify FASTA files with the model of a run folder."""
+    model = _model(args.run, args.compute)
+    records = [record for path in args.fasta for record in read_fasta(path)]
+    with _autocast(args.compute):
+        probabilities = predict_probabilities(
+            model,
+            [record.tokens for record in records],
+            *(args.batch_size, args.max_tokens),
+            rc_average=args.rc_average,
+            progress="predict",
+        )
+    rows = _prediction_rows([r.name for r in records], probabilities, model.config.classes)
+    if args.output is None:
+        _write_tsv(sys.stdout, rows)
+        return
+    with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        _write_tsv(file, rows)
+
+
+def _labelled(args: Train | Eval, split: bool = True) -> LabelledSequences:
+    """The labelled sequences that the flags name. Raises InputError unless they name them in exactly one way."""
+    name = getattr(args, "example", None)
+    ways = [name is not None, args.data is not None, bool(args.classes)]
+    if sum(ways) != 1:
+        also = "--example, " if hasattr(args, "example") else ""
+        raise InputError(f"say where the sequences are in one way: {also}--data FOLDER, or --class NAME=FASTA for each class")
+    parts = None
+    if split:
+        parts = {"valid_fraction": args.valid_fraction, "test_fraction": args.test_fraction, "seed": args.compute.seed}
+    if name is not None:
+        return example(name, **parts)
+    if args.data is not None:
+        return from_folder(args.data, **(parts or {"split": False}))
+    files: dict[str, list[Path]] = {}
+    for word in args.classes:
+        label, separator, path = word.partition("=")
+        if not (label and separator and path):
+            raise InputError(f"--class {word}: expected NAME=FASTA, as in --class donor=donors.fa.gz")
+        files.setdefault(label, []).append(Path(path))
+    return from_class_files(files, **(parts or {"split": False}))
+
+
+def _model(run: Path, compute: ComputeConfig) -> DNAClassifier:
+    return DNAClassifier.from_pretrained(run).to(pick_device(compute))
+
+
+def _autocast(compute: ComputeConfig) -> torch.autocast:
+    device = pick_device(compute)
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(compute, device))
+
+
+def _report(folder: Path, data: LabelledSequences, probabilities: np.ndarray, seed: int) -> None:
+    """Metrics on stdout and in the folder, confusion matrix as TSV and picture, predictions with the true labels."""
+    metrics = classification_metrics(data.labels, probabilities, data.classes, seed=seed)
+    matrix = np.array(metrics["confusion"])
+    write_confusion_tsv(folder / "confusion.tsv", matrix, data.classes)
+    plot_confusion(folder / "confusion.png", matrix, data.classes)
+    rows = _prediction_rows(data.names, probabilities, data.classes, [data.classes[i] for i in data.labels])
+    with written_whole(folder / "predictions.tsv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        _write_tsv(file, rows)
+    write_json(folder / "metrics.json", metrics)
+    print(format_table(metrics))
+
+
+def _prediction_rows(
+    names: Sequence[str], probabilities: np.ndarray, classes: Sequence[str], truth: Sequence[str] | None = None
+) -> Iterable[list[str]]:
+    yield ["id", *(["true"] if truth else []), "label", *classes]
+    for i, (name, row) in enumerate(zip(names, probabilities, strict=True)):
+        yield [name, *([truth[i]] if truth else []), classes[row.argmax()], *(f"{p:.6f}" for p in row)]
+
+
+def _write_tsv(file: TextIO, rows: Iterable[list[Any]]) -> None:
+    csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, highlight=False).print(message, markup=False)

@@ -1,0 +1,7 @@
+"""The operations that must be fast, each one public function over several backends (backends.py chooses)."""
+
+from .backends import info
+from .causal_conv1d import causal_conv1d, causal_conv1d_step
+from .selective_scan import selective_scan, selective_scan_step
+
+__all__ = ["causal_conv1d", "causal_conv1d_step", "info", "selective_scan", "selective_scan_step"]

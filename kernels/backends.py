@@ -1,0 +1,53 @@
+"""Which implementation runs: one decision, in one place, and visible (`polymamba doctor` prints `info()`)."""
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("reference", "torch", "numba", "triton")
+
+
+# Looked up once, here: torch.compile cannot trace a search for modules.
+INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("numba", "triton")}
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU (for tests: it is slow)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype, *, is_complex: bool = False) -> str:
+    """The backend for these inputs; `backend` itself if it is given and can take them.
+
+    Raises ValueError if the forced backend is unknown, not installed, or cannot take these inputs.
+    """
+    if backend is None:
+        if is_complex or dtype == torch.float64:
+            return "torch"
+        if device.type == "cuda" and INSTALLED["triton"]:
+            return "triton"
+        if device.type == "cpu" and INSTALLED["numba"]:
+            return "numba"
+        return "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if not INSTALLED.get(backend, True):
+        raise ValueError(f"backend={backend!r} is not installed here: pip install {backend}")
+    if backend in ("numba", "triton") and (is_complex or dtype == torch.float64):
+        kind = "complex A" if is_complex else "float64"
+        raise ValueError(f"backend={backend!r} does not take {kind}: use backend='torch' or 'reference'")
+    if backend == "numba" and device.type != "cpu":
+        raise ValueError(f"backend='numba' runs on the CPU; the inputs are on {device}")
+    if backend == "triton" and device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"backend='triton' runs on a CUDA GPU; the inputs are on {device} (TRITON_INTERPRET=1 emulates one)"
+        )
+    return backend
+
+
+def info() -> dict[str, str]:
+    """The backend that each kernel chooses for float32 inputs, by device."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    kernels = ("selective_scan", "selective_scan_step", "causal_conv1d", "causal_conv1d_step")
+    return {f"{k} on {d}": choose(None, torch.device(d), torch.float32) for k in kernels for d in devices}

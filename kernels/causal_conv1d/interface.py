@@ -1,0 +1,167 @@
+"""The public causal convolution: checks, the choice of a backend, and the operator that torch.compile and autograd see."""
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..sequences import sequence_bounds
+from .reference import causal_conv1d_reference, causal_conv1d_step_reference
+
+_MODULES = {"numba": "cpu", "triton": "triton"}
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu",
+    initial_state: Tensor | None = None, return_final_state: bool = False, cu_seqlens: Tensor | None = None,
+    reverse: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Depthwise convolution over time that sees no later step: y_t = act(bias + sum_k weight[:, k] x_{t - (W-1) + k}).
+
+    Shapes, with B batch, L length, D channels, W width, S sequences:
+        x                (B, L, D)
+        weight, bias     (D, W), (D,)
+        cu_seqlens       (S + 1,) int32: B = 1 holds S sequences end to end
+        initial_state    (B, D, W - 1), or (S, D, W - 1) with cu_seqlens: the inputs before the first, most recent last
+
+    activation is "silu" or None. Returns y (B, L, D) in x's dtype; with return_final_state also the last W - 1 inputs of
+    each sequence, in x's dtype, ready to be the next initial state. Both carry gradients. reverse=True equals flipping
+    time, running and flipping back, within each sequence; the initial state then enters from the right.
+
+    Raises ValueError if shapes disagree or if `backend` cannot run these inputs.
+    """
+    _check(x, weight, bias, activation, initial_state, cu_seqlens)
+    backend = choose(backend, x.device, x.dtype)
+    if backend in ("reference", "torch"):  # the reference is already one vector operation per tap
+        y = causal_conv1d_reference(
+            x, weight, bias, activation=activation, initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse
+        )
+    else:
+        flat = x.flatten(0, 1)
+        silu = activation == "silu"
+        y = _conv(flat, weight, bias, initial_state, cu_seqlens, x.shape[0], silu, reverse, backend).view(x.shape)
+    if not return_final_state:
+        return y
+    return y, _final_state(x, weight.shape[1] - 1, initial_state, cu_seqlens, reverse)
+
+
+def causal_conv1d_step(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu",
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """One step of `causal_conv1d` for decoding: returns y (B, D) and updates `state` (B, D, W - 1) in place.
+
+    For inference: no gradients.
+    """
+    _check(x[:, None], weight, bias, activation, state, None)
+    if choose(backend, x.device, x.dtype) == "triton":
+        return _step(state, x, weight, bias, activation == "silu")
+    with torch.no_grad():
+        return causal_conv1d_step_reference(state, x, weight, bias, activation=activation)
+
+
+def _final_state(
+    x: Tensor, width: int, initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
+) -> Tensor:
+    """The last `width` inputs of each sequence, most recent last: (S, D, width). Differentiable indexing, no kernel."""
+    batch, length, n_channels = x.shape
+    bounds = sequence_bounds(cu_seqlens, batch, batch * length).to(x.device)
+    steps = torch.arange(width, device=x.device)
+    if reverse:  # the last input is the leftmost one
+        tokens = (bounds[:-1, None] + width - 1) - steps
+        beyond = tokens - bounds[1:, None] + 1  # > 0: that many rows into the initial state
+    else:
+        tokens = (bounds[1:, None] - width) + steps
+        beyond = bounds[:-1, None] - tokens
+    if initial_state is None:
+        initial_state = x.new_zeros(len(bounds) - 1, n_channels, width)
+    padded = torch.cat((x.flatten(0, 1), x.new_zeros(1, n_channels)))  # so that an empty x can be indexed
+    inside = padded[tokens.clamp(0, batch * length)]
+    rows = (width - beyond).clamp(0, max(width - 1, 0))[:, None, :].expand(-1, n_channels, -1)
+    before = initial_state.to(x.dtype).gather(2, rows)
+    return torch.where((beyond > 0)[:, None, :], before, inside.mT)
+
+
+def _check(x, weight, bias, activation, initial_state, cu_seqlens):
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
+        raise ValueError(
+            f"x must be (batch, length, channels) and weight (channels, width); got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if activation not in ("silu", None):
+        raise ValueError(f"activation={activation!r} is not 'silu' or None")
+    n_channels, width = weight.shape
+    if bias is not None and tuple(bias.shape) != (n_channels,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected {(n_channels,)}")
+    n_seqs = x.shape[0]
+    if cu_seqlens is not None:
+        if x.shape[0] != 1 or cu_seqlens.dim() != 1:
+            raise ValueError(
+                f"cu_seqlens (S + 1,) packs sequences in a batch of 1; got batch {x.shape[0]} and shape {tuple(cu_seqlens.shape)}"
+            )
+        n_seqs = cu_seqlens.shape[0] - 1
+    if initial_state is not None and tuple(initial_state.shape) != (n_seqs, n_channels, width - 1):
+        raise ValueError(
+            f"initial_state has shape {tuple(initial_state.shape)}; expected {(n_seqs, n_channels, width - 1)}"
+        )
+
+
+# The operators below see flat tokens (sequences.py): x is (T, D). A tensor that does not apply is returned empty.
+
+
+@torch.library.custom_op("polymamba::causal_conv1d", mutates_args=())
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    batch: int, silu: bool, reverse: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    module = import_module(f".{_MODULES[backend]}", __package__)
+    return module.forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+
+
+@_conv.register_fake
+def _(x, *_):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("polymamba::causal_conv1d_backward", mutates_args=())
+def _conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None, batch: int, silu: bool, reverse: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    module = import_module(f".{_MODULES[backend]}", __package__)
+    grads = module.backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    inputs = (x, weight, bias, initial_state)
+    return tuple(
+        x.new_empty(0) if i is None else g.to(i.dtype).contiguous() for i, g in zip(inputs, grads, strict=True)
+    )
+
+
+@_conv_backward.register_fake
+def _(dy, x, weight, bias, initial_state, *_):
+    return tuple(x.new_empty(0) if i is None else i.new_empty(i.shape) for i in (x, weight, bias, initial_state))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, batch, silu, reverse, backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = (batch, silu, reverse, backend)
+
+
+def _backward(ctx, dy):
+    tensors = ctx.saved_tensors
+    grads = _conv_backward(dy, *tensors, *ctx.options)
+    present = (None if x is None else g for x, g in zip(tensors[:4], grads, strict=True))
+    return *present, None, None, None, None, None
+
+
+_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("polymamba::causal_conv1d_step", mutates_args={"state"})
+def _step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    return import_module(".triton", __package__).step(state, x, weight, bias, silu)
+
+
+@_step.register_fake
+def _(state, x, *_):
+    return x.new_empty(x.shape)

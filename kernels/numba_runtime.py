@@ -1,0 +1,130 @@
+"""What the CPU kernels share: vectorisable float32 elementary functions and a small thread pool.
+
+LLVM turns the loops of the kernels into SIMD code only if what they call is plain arithmetic, and a call of
+libm's `expf` is not. So exp2, sigmoid and softplus are polynomials here, inlined by LLVM, each good to a few units
+in the last place of float32 (tests/kernels/test_numba_runtime.py measures them against float64).
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import llvmlite.ir as ir
+import numba
+import numpy as np
+import torch
+from numba.core import types
+from numba.extending import intrinsic
+
+LOG2E = 1.4426950408889634
+# "contract" lets LLVM form fused multiply-adds, "nsz" drops the sign of zero. Neither reorders a sum.
+EXACT = {"contract", "nsz"}
+# "reassoc" lets a reduction over channels run in SIMD lanes: another order than written, but always the same one.
+REDUCE = {"contract", "nsz", "reassoc"}
+
+
+def jit(kernel: Callable) -> Callable:
+    """`numba.njit` for a kernel: no GIL, machine code cached on disk.
+
+    The cache looks at the kernel's own file only: after a change of this file, delete `__pycache__`.
+    """
+    return numba.njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")(kernel)
+
+
+def inline(fastmath: set[str] = EXACT) -> Callable:
+    """`numba.njit` for a helper of a kernel, inlined by LLVM: a real call would cost more than a row of work."""
+    return numba.njit(forceinline=True, fastmath=fastmath, error_model="numpy")
+
+
+@intrinsic
+def _bits_to_float(typingctx, bits):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+def _polynomial(function: Callable, half_width: float, degree: int) -> list[np.float32]:
+    """Coefficients, lowest first, of the Chebyshev interpolant of `function` on [-half_width, half_width]."""
+    fit = np.polynomial.Chebyshev.interpolate(function, degree, domain=[-half_width, half_width])
+    return [np.float32(c) for c in fit.convert(kind=np.polynomial.Polynomial).coef]
+
+
+_P0, _P1, _P2, _P3, _P4, _P5, _P6 = _polynomial(np.exp2, 0.5, 6)  # 2^f: relative error 2e-9 before rounding
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = _polynomial(np.exp, np.log(2) / 2, 6)
+_LN2_HIGH = np.float32(
+    0.693359375
+)  # ln 2 in two parts (Cody and Waite): the high one has few bits, so k * high is exact
+_LN2_LOW = np.float32(-2.12194440054690583e-4)
+
+
+@inline()
+def exp2(x):
+    """2**x in float32: 0 below -126 (no subnormals), at most 2**127 above, NaN for NaN."""
+    # Written so that a NaN falls through each comparison.
+    clamped = np.float32(-126.0) if x < np.float32(-126.0) else (np.float32(127.0) if x > np.float32(127.0) else x)
+    whole = np.floor(clamped + np.float32(0.5))
+    f = clamped - whole
+    p = _P0 + f * (_P1 + f * (_P2 + f * (_P3 + f * (_P4 + f * (_P5 + f * _P6)))))
+    scale = _bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return np.float32(0.0) if x < np.float32(-126.0) else p * scale
+
+
+@inline()
+def exp_negative(x):
+    """exp(x) in float32 for x <= 0: 0 below -87, NaN for NaN."""
+    clamped = np.float32(-87.0) if x < np.float32(-87.0) else x
+    whole = np.floor(clamped * np.float32(LOG2E) + np.float32(0.5))
+    f = clamped - whole * _LN2_HIGH - whole * _LN2_LOW
+    p = _E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6)))))
+    scale = _bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))
+    return np.float32(0.0) if x < np.float32(-87.0) else p * scale
+
+
+@inline()
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in float32, from the exponential that cannot overflow."""
+    e = exp_negative(-abs(x))
+    one = np.float32(1.0)
+    return (e if x < np.float32(0.0) else one) / (one + e)
+
+
+@inline()
+def softplus(x):
+    """log(1 + exp(x)) in float32 with a small relative error at every x.
+
+    max(x, 0) + log1p(e) with e = exp(-|x|) <= 1 and log1p(e) = 2 artanh(s), s = e / (2 + e) <= 1/3.
+    """
+    e = exp_negative(-abs(x))
+    s = e / (np.float32(2.0) + e)
+    q = s * s
+    series = np.float32(0.0)
+    for k in (17, 15, 13, 11, 9, 7, 5, 3, 1):
+        series = np.float32(1.0 / k) + q * series
+    positive_part = np.float32(0.0) if x < np.float32(0.0) else x
+    return positive_part + np.float32(2.0) * s * series
+
+
+@lru_cache(maxsize=1)
+def _pool(pid: int) -> ThreadPoolExecutor:
+    # Keyed by process: a forked child (a data-loader worker) must not wait for its parent's threads.
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="polymamba")
+
+
+def parallel(kernel: Callable, n_jobs: int, *args: object) -> None:
+    """Run `kernel(first, last, *args)` over `range(n_jobs)`, in as many parts as torch has threads.
+
+    Jobs write to places of their own, so neither the number of threads nor their timing can change a result.
+    Our own pool instead of numba's `parallel=True`: numba's default threading layer aborts the process when
+    two Python threads enter it at once.
+    """
+    n_parts = max(1, min(torch.get_num_threads(), n_jobs))
+    bounds = [n_jobs * i // n_parts for i in range(n_parts + 1)]
+    futures = [
+        _pool(os.getpid()).submit(kernel, first, last, *args)
+        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
+    ]
+    kernel(bounds[0], bounds[1], *args)
+    for future in futures:
+        future.result()

@@ -1,0 +1,211 @@
+"""The backbone against its plain twins: each row alone, each sequence alone, one shot, step by step."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from polymamba.core import Backbone, BackboneConfig, Mamba, aux_loss
+
+LENGTHS = (19, 7, 1, 0)
+
+
+def backbone(**options) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(BackboneConfig(**{"d_model": 20, "n_layer": 3, "d_state": 5, **options}))
+
+
+def inputs(batch: int = 4, length: int = 19, d_model: int = 20) -> torch.Tensor:
+    return torch.randn(batch, length, d_model, generator=torch.Generator().manual_seed(1))
+
+
+def mask_of(lengths, side: str, length: int = 19) -> torch.Tensor:
+    steps = torch.arange(length)
+    rows = torch.tensor(lengths)[:, None]
+    return {"right": steps < rows, "left": steps >= length - rows, "both": (steps >= 2) & (steps < 2 + rows)}[side]
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-6):
+    assert a.shape == b.shape
+    if a.numel():
+        assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba", "bimamba")])
+def test_padding_changes_nothing(side, pattern):
+    model, x = backbone(pattern=pattern), inputs()
+    lengths = [min(n, 17) for n in LENGTHS] if side == "both" else LENGTHS
+    mask = mask_of(lengths, side)
+    causal = pattern == ("mamba",)
+    out = model(x.masked_fill(~mask[..., None], 1e4), padding_mask=mask, return_state=causal)
+    y, state = out if causal else (out, None)
+    assert torch.all(y[~mask] == 0)
+    for row in range(len(lengths)):
+        alone = model(x[row : row + 1, mask[row]], return_state=causal)
+        y_alone, state_alone = alone if causal else (alone, None)
+        close(y[row, mask[row]], y_alone[0])
+        if causal:
+            for layer, layer_alone in zip(state, state_alone, strict=True):
+                close(layer.conv[row], layer_alone.conv[0])
+                close(layer.ssm[row], layer_alone.ssm[0])
+
+
+def test_padding_changes_no_gradient():
+    model, x = backbone(), inputs()
+    mask = mask_of(LENGTHS, "left")
+
+    def gradients(run) -> list[torch.Tensor]:
+        twin = copy.deepcopy(model)
+        run(twin).square().sum().backward()
+        return [p.grad for p in twin.parameters()]
+
+    padded = gradients(lambda m: m(x, padding_mask=mask)[mask])
+    alone = gradients(lambda m: torch.cat([m(x[i : i + 1, mask[i]])[0] for i in range(4)]))
+    for a, b in zip(padded, alone, strict=True):
+        close(a, b, 2e-5)
+
+
+def test_padding_with_a_state_given():
+    model, x = backbone(), inputs()
+    _, state = model(x[:, :5], return_state=True)
+    mask = mask_of((14, 3, 0, 9), "left", 14)
+    y, after = model(x[:, 5:], state, padding_mask=mask, return_state=True)
+    for row in range(4):
+        before = [type(s)(*(part[row : row + 1] for part in s)) for s in state]
+        y_alone, after_alone = model(x[row : row + 1, 5:][:, mask[row]], before, return_state=True)
+        close(y[row, mask[row]], y_alone[0])
+        close(after[2].ssm[row], after_alone[2].ssm[0])
+
+
+@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",)])
+def test_packed_equals_each_alone(pattern):
+    model, x = backbone(pattern=pattern), inputs(1, 30)
+    ends = [0, 11, 11, 12, 30]
+    y = model(x, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        close(y[:, start:end], model(x[:, start:end]))
+
+
+def test_pieces_and_steps_equal_one_shot():
+    model, x = backbone(), inputs()
+    whole, final = model(x, return_state=True)
+    first, state = model(x[:, :2], return_state=True)  # shorter than the convolution
+    kept = [type(s)(*(part.clone() for part in s)) for s in state]
+    second, state2 = model(x[:, 2:9], state, return_state=True)
+    for given, before in zip(state, kept, strict=True):
+        assert torch.equal(given.ssm, before.ssm), "forward changed the state it was given"
+    steps = torch.stack([model.step(x[:, t], state2) for t in range(9, 19)], dim=1)
+    close(torch.cat((first, second, steps), dim=1), whole)
+    for stepped, at_once in zip(state2, final, strict=True):
+        close(stepped.conv, at_once.conv)
+        close(stepped.ssm, at_once.ssm)
+
+
+def test_steps_from_the_initial_state():
+    model, x = backbone(), inputs()
+    state = model.init_state(4)
+    steps = torch.stack([model.step(x[:, t], state) for t in range(19)], dim=1)
+    close(steps, model(x))
+
+
+def test_checkpointing_changes_neither_keys_nor_gradients():
+    model, x = backbone(dropout=0.2), inputs()
+    twin = copy.deepcopy(model)
+    twin.gradient_checkpointing = True
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    for m in (model, twin):
+        torch.manual_seed(3)
+        m(x).square().sum().backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_causal():
+    model, x = backbone(), inputs()
+    changed = x.clone()
+    changed[:, 12:] += 1
+    assert torch.equal(model(x)[:, :12], model(changed)[:, :12])
+
+
+@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",)])
+def test_compiles_in_one_graph(pattern):
+    model, x = backbone(pattern=pattern), inputs()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    mask = mask_of(LENGTHS, "right")
+    close(compiled(x, padding_mask=mask), model(x, padding_mask=mask))
+    compiled(x).square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for a, p in zip(gradients, model.parameters(), strict=True):
+        close(a, p.grad, 2e-5)
+
+
+def test_initialisation_is_mamba_ssms():
+    torch.manual_seed(0)
+    block = Mamba(64)
+    assert block.state_dict().keys() == {
+        *("A_log", "D", "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight"),
+        *("dt_proj.weight", "dt_proj.bias", "out_proj.weight"),
+    }
+    assert torch.allclose(block.A, -torch.arange(1.0, 17.0).expand(128, 16))
+    assert torch.all(block.D == 1)
+    dt = nn.functional.softplus(block.dt_proj.bias)
+    assert dt.min() >= 1e-3 - 1e-6
+    assert dt.max() <= 1e-1 + 1e-6
+    assert 0.01 * 0.6 < dt.log().mean().exp() < 0.01 * 1.6  # log-uniform: the middle is the geometric mean
+    assert block.dt_proj.weight.abs().max() <= 4**-0.5
+    undecayed = {name for name, p in block.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert undecayed == {"A_log", "D", "dt_proj.bias"}
+    deep, shallow = backbone(n_layer=16), backbone(n_layer=1)
+    ratio = shallow.layers[0].mixer.out_proj.weight.std() / deep.layers[0].mixer.out_proj.weight.std()
+    assert 3.6 < ratio < 4.4
+
+
+def test_residual_stream_stays_float32():
+    model = backbone().to(torch.bfloat16)
+    seen = []
+    model.layers[1].register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, out[0].dtype)))
+    y, state = model(inputs().to(torch.bfloat16), return_state=True)
+    assert seen == [(torch.float32, torch.float32)]
+    assert y.dtype == torch.bfloat16
+    assert state[0].ssm.dtype == torch.float32
+
+
+def test_says_what_is_wrong():
+    model, x = backbone(), inputs()
+    holes = torch.ones(4, 19, dtype=torch.bool)
+    holes[2, 5] = False
+    with pytest.raises(ValueError, match="one run"):
+        model(x, padding_mask=holes)
+    cu_seqlens = torch.tensor([0, 19], dtype=torch.int32)
+    with pytest.raises(ValueError, match="batch of 1"):
+        model(x, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="no padding_mask"):
+        model(x[:1], cu_seqlens=cu_seqlens, padding_mask=holes[:1])
+    both_ways = backbone(pattern=("mamba", "bimamba"))
+    for call in (
+        lambda: both_ways(x, return_state=True),
+        lambda: both_ways.init_state(4),
+        lambda: both_ways.step(x[:, 0], []),
+    ):
+        with pytest.raises(ValueError, match="bidirectional"):
+            call()
+    with pytest.raises(ValueError, match=r"transformer.*mamba, bimamba"):
+        BackboneConfig(d_model=8, n_layer=1, pattern=("transformer",))
+
+
+def test_aux_loss_counts_each_module_once():
+    class WithLoss(nn.Module):
+        def forward(self, x):
+            self.aux_loss = x.mean()
+            return x
+
+    model = nn.Sequential(WithLoss(), WithLoss())
+    assert aux_loss(model) == 0.0
+    x = torch.tensor([1.0, 3.0], requires_grad=True)
+    for module in model:
+        torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False).sum().backward()
+    assert aux_loss(model).item() == 4.0
