@@ -8,6 +8,7 @@ Parameter names are mamba-ssm's: layers.{i}.norm, layers.{i}.mixer, norm_f. Lett
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,12 @@ class Block(nn.Module):
     def __init__(self, config: BackboneConfig, mixer: str):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mixer = MIXER_CLASSES[mixer](
+        self.mixer: Any = MIXER_CLASSES[mixer](
             config.d_model, config.d_state, config.d_conv, config.expand, dt_rank=config.dt_rank
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, residual: Tensor, **kwargs) -> tuple[Tensor, MambaState | None]:
+    def forward(self, residual: Tensor, **kwargs: Any) -> tuple[Tensor, MambaState | None]:
         out = self.mixer(self.normed(residual), **kwargs)
         out, state = out if isinstance(out, tuple) else (out, None)
         return residual + self.dropout(out), state
@@ -51,7 +52,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         names = (config.pattern[i % len(config.pattern)] for i in range(config.n_layer))
-        self.layers = nn.ModuleList(Block(config, name) for name in names)
+        self.layers: Any = nn.ModuleList(Block(config, name) for name in names)
         self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.gradient_checkpointing = False  # trade one more forward for not keeping each block's activations
         self.init_weights()
@@ -79,7 +80,7 @@ class Backbone(nn.Module):
 
         state         from `init_state` or an earlier call: continues those sequences. It is not changed.
         cu_seqlens    (S + 1,) int32: B = 1 holds S sequences end to end; states are then (S, ...).
-        padding_mask  bool (B, L), True = real token, each row's real tokens in one run (left or right padding, or both).
+        padding_mask  bool (B, L), True = real token; a row's real tokens stand in one run (padded left, right or both).
                       Padding changes no real token's result, its own outputs are zero, and the state returned is that
                       after each row's last real token.
 
@@ -97,18 +98,20 @@ class Backbone(nn.Module):
         residual = x.to(torch.promote_types(x.dtype, torch.float32))
         states = []
         for i, block in enumerate(self.layers):
-            options = {"cu_seqlens": cu_seqlens}
+            options: dict[str, Any] = {"cu_seqlens": cu_seqlens}
             if not self.config.bidirectional:
                 options |= {"state": None if state is None else state[i], "return_state": return_state}
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                residual, block_state = checkpoint(block, residual, use_reentrant=False, **options)
+                residual, block_state = checkpoint(block, residual, use_reentrant=False, **options)  # pyright: ignore
             else:
                 residual, block_state = block(residual, **options)
             states.append(block_state)
         y = self.norm_f(residual.to(self.norm_f.weight.dtype))
         return (y, states) if return_state else y
 
-    def _forward_padded(self, x: Tensor, state: State | None, return_state: bool, mask: Tensor):
+    def _forward_padded(
+        self, x: Tensor, state: State | None, return_state: bool, mask: Tensor
+    ) -> Tensor | tuple[Tensor, State]:
         """Each row as three packed sequences: padding before, real tokens, padding after. Shapes stay static."""
         batch, length, _ = x.shape
         if tuple(mask.shape) != (batch, length) or mask.dtype != torch.bool:
@@ -129,7 +132,7 @@ class Backbone(nn.Module):
             state = [MambaState(*(_at_real_tokens(s) for s in layer)) for layer in state]
         x = x.masked_fill(~mask[..., None], 0)
         out = self.forward(x.reshape(1, batch * length, -1), state, return_state=return_state, cu_seqlens=cu_seqlens)
-        y, states = out if return_state else (out, None)
+        y, states = out if isinstance(out, tuple) else (out, [])
         y = y.view(x.shape).masked_fill(~mask[..., None], 0)
         return (y, [MambaState(*(s[1::3] for s in layer)) for layer in states]) if return_state else y
 
@@ -161,5 +164,5 @@ def aux_loss(model: nn.Module) -> Tensor | float:
     A module assigns its own loss instead of adding to a shared one, so that running its forward again under activation
     checkpointing does not count it twice.
     """
-    losses = [m.aux_loss for m in model.modules() if isinstance(getattr(m, "aux_loss", None), Tensor)]
-    return sum(losses) if losses else 0.0
+    losses = [getattr(module, "aux_loss", None) for module in model.modules()]
+    return sum((loss for loss in losses if isinstance(loss, Tensor)), start=0.0)

@@ -1,4 +1,4 @@
-"""Batches of sequences of unlike lengths, as a pure function of (lengths, seed, epoch): resuming needs no more state."""
+"""Batches of sequences of unlike lengths, a pure function of (lengths, seed, epoch): resuming needs no other state."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""A causal language model over token ids: embedding, backbone, head. What the tokens stand for is a modality's matter."""
+"""A causal language model over token ids: embedding, backbone, head. What the tokens mean is a modality's matter."""
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,7 @@ class LanguageModel(PretrainedModel):
         out = self.backbone(
             self.embedding(tokens), state, return_state=return_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask
         )
-        h, state = out if return_state else (out, None)
-        return (self.lm_head(h), state) if return_state else self.lm_head(h)
+        return (self.lm_head(out[0]), out[1]) if isinstance(out, tuple) else self.lm_head(out)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State) -> Tensor:

@@ -11,7 +11,7 @@ Letters: B batch, L length, E inner width (expand * d_model), N states, R rank o
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ class SelectiveSSM(nn.Module):
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
         # Decay to zero would mean "never forget" for A_log, "always the same step" for dt's bias.
-        self.A_log._no_weight_decay = self.D._no_weight_decay = self.dt_proj.bias._no_weight_decay = True
+        for parameter in (self.A_log, self.D, self.dt_proj.bias):
+            parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue] - read by optim.py
         self.reset_ssm_parameters()
 
     @torch.no_grad()
@@ -59,7 +60,6 @@ class SelectiveSSM(nn.Module):
         log_dt = torch.rand(n_channels) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
         dt = log_dt.exp().clamp(min=dt_floor)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.dt_proj.bias._no_reinit = True  # generic initialisers zero biases; this one is set already
 
     @property
     def A(self) -> Tensor:
@@ -82,26 +82,19 @@ class SelectiveSSM(nn.Module):
     ) -> tuple[Tensor, MambaState | None]:
         """x, z (B, L, E) -> y (B, L, E), and the state after it if asked for."""
         conv, ssm = (None, None) if state is None else state
-        x = causal_conv1d(
-            *(x, self.conv1d.weight[:, 0], self.conv1d.bias),
-            initial_state=conv,
-            return_final_state=return_state,
-            cu_seqlens=cu_seqlens,
-            reverse=reverse,
-        )
-        x, conv = x if return_state else (x, None)
+        options: Any = {"return_final_state": return_state, "cu_seqlens": cu_seqlens, "reverse": reverse}
+        out = causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, initial_state=conv, **options)
+        x, conv = out if isinstance(out, tuple) else (out, None)
         dt, B, C = self._parameters_of(x)
-        y = selective_scan(
+        out = selective_scan(
             *(x, dt, self.A, B, C, self.D, z),
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
             initial_state=ssm,
-            return_final_state=return_state,
-            cu_seqlens=cu_seqlens,
-            reverse=reverse,
+            **options,
         )
-        y, ssm = y if return_state else (y, None)
-        return y, MambaState(conv, ssm) if return_state else None
+        y, ssm = out if isinstance(out, tuple) else (out, None)
+        return y, None if conv is None or ssm is None else MambaState(conv, ssm)
 
     def step(self, x: Tensor, z: Tensor, state: MambaState) -> Tensor:
         """x, z (B, E) -> y (B, E); `state` updated in place."""
@@ -133,8 +126,8 @@ class Mamba(SelectiveSSM):
     ) -> Tensor | tuple[Tensor, MambaState]:
         """hidden (B, L, d_model) -> the same shape, or (that, state) iff return_state."""
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        y, state = super().forward(x, z, state, return_state=return_state, cu_seqlens=cu_seqlens)
-        return (self.out_proj(y), state) if return_state else self.out_proj(y)
+        y, after = super().forward(x, z, state, return_state=return_state, cu_seqlens=cu_seqlens)
+        return self.out_proj(y) if after is None else (self.out_proj(y), after)
 
     def step(self, hidden: Tensor, state: MambaState) -> Tensor:
         """hidden (B, d_model) -> (B, d_model); `state` updated in place."""

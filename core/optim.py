@@ -23,7 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:
-    """Factor on the learning rate at `progress` in [0, 1]: linear up over the first `warmup`, then a half cosine to 0."""
+    """Factor on the learning rate at `progress` in [0, 1]: linear up to `warmup`, then a half cosine down to 0."""
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
@@ -36,4 +36,4 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
         rate = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=decay)
         return mean.lerp(current, 1 - rate.to(mean)) if mean.is_floating_point() else current
 
-    return AveragedModel(model, avg_fn=average, use_buffers=True)
+    return AveragedModel(model, avg_fn=average, use_buffers=True)  # pyright: ignore[reportArgumentType]

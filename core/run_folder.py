@@ -38,10 +38,10 @@ class RunFolder:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: a file; the output must be a folder")
-        inputs = sorted({str(p): sha256(p) for p in inputs}.items())
+        checksums = {str(p): sha256(p) for p in sorted(inputs)}
         settings = json.loads(json.dumps(settings))
         if (self.path / MANIFEST).is_file():
-            self._claim_existing(settings, dict(inputs), resume)
+            self._claim_existing(settings, checksums, resume)
             return
         if self.path.is_dir() and any(self.path.iterdir()):
             raise InputError(f"{self.path}: holds other files and no run; give a new or empty folder")
@@ -54,7 +54,7 @@ class RunFolder:
             "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
             "versions": _versions(),
             "settings": settings,
-            "inputs_sha256": dict(inputs),
+            "inputs_sha256": checksums,
         }
         write_json(self.path / MANIFEST, manifest)
 
@@ -95,7 +95,7 @@ class RunFolder:
 
     # Checkpoints
 
-    def save_checkpoint(self, step: int, save: Callable[[Path], None]) -> None:
+    def save_checkpoint(self, step: int, save: Callable[[Path], object]) -> None:
         """Let `save` fill a folder, rename it into place, and only then remove the older ones."""
         checkpoints = self / "checkpoints"
         beside, final = checkpoints / f".writing-{step:08d}", checkpoints / f"step-{step:08d}"

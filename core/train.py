@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -140,11 +140,11 @@ class _Trainer:
         self.main = self.accelerator.is_main_process
 
     @property
-    def bare_model(self) -> PretrainedModel:
+    def bare_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
     @property
-    def best_candidate(self) -> PretrainedModel:
+    def best_candidate(self) -> Any:
         """The model that is evaluated and saved."""
         return self.average.module if self.average else self.bare_model
 
@@ -152,7 +152,8 @@ class _Trainer:
 
     def run_all(self) -> dict[str, float]:
         position, config = self.position, self.config
-        self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=position.step) if self.main else None
+        if self.main:
+            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=position.step)
         began = time.monotonic() - position.seconds
         while position.epoch < config.epochs and not self.out_of_patience():
             losses = self.run_epoch(began)
@@ -213,7 +214,7 @@ class _Trainer:
         return total
 
     def steps_of_epoch(self, epoch: int) -> list[list[Any]]:
-        """This process's share of the epoch's batches, in groups of `accumulation`; the same number for each process."""
+        """This process's share of the epoch's batches, in groups of `accumulation`; the same number in each process."""
         plan = self.task.plan(epoch)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = plan[rank : len(plan) - len(plan) % world : world] if len(plan) >= world else plan
@@ -272,7 +273,7 @@ class _Trainer:
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
         )
-        with Progress(*columns, TimeRemainingColumn(), console=_stderr(), transient=True) as progress:
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
             done = self.position.step_in_epoch
             bar = progress.add_task(f"epoch {self.position.epoch + 1}/{self.config.epochs}", total=n_steps, rate="")
             progress.update(bar, completed=done)
@@ -280,9 +281,3 @@ class _Trainer:
             for i, batches in enumerate(loader, start=1):
                 yield batches
                 progress.update(bar, advance=1, rate=f"{i / (time.monotonic() - began):.1f} steps/s")
-
-
-def _stderr():
-    from rich.console import Console
-
-    return Console(stderr=True)

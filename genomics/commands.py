@@ -38,7 +38,7 @@ class Train:
     """Weight each class in the loss by the inverse of its frequency."""
     label_smoothing: float = 0.0
     rc_augment: bool = False
-    """Train on either strand of each sequence at random. Wrong for signals that belong to one strand, as splice sites."""
+    """Train on either strand at random. Wrong for signals that belong to one strand, such as splice sites."""
     rc_average: bool = False
     """Average the predictions of both strands in the final test."""
     resume: bool = False

@@ -13,6 +13,7 @@ import io
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def read_fasta(path: str | Path) -> Iterator[Record]:
     path = Path(path)
     _check_bytes(path)
     numbers: dict[str, int] = {}  # record name -> its number in the file, from 1
-    with pysam.FastxFile(str(path)) as entries:
+    with _quiet_htslib(), pysam.FastxFile(str(path)) as entries:
         while (entry := _next_entry(entries, path, len(numbers))) is not None:
             number = len(numbers) + 1
             record = _checked(path, number, *entry)
@@ -94,7 +95,17 @@ def _checked(path: Path, number: int, name: str, description: str, sequence: str
             return Record(name, description, sequence, tokenize(sequence))
         except LetterError as error:
             problem, position = str(error), error.position
-    raise InputError(f"{path}, record {name!r}, line {_line_of(path, number, position)}: {problem}")
+    raise InputError(f"{path}, record {name or number!r}, line {_line_of(path, number, position)}: {problem}")
+
+
+@contextmanager
+def _quiet_htslib() -> Iterator[None]:
+    """Keep htslib from writing to stderr beside our own message."""
+    verbosity = pysam.set_verbosity(0)
+    try:
+        yield
+    finally:
+        pysam.set_verbosity(verbosity)
 
 
 def _next_entry(entries: pysam.FastxFile, path: Path, n_read: int) -> tuple[str, str, str] | None:
@@ -105,8 +116,8 @@ def _next_entry(entries: pysam.FastxFile, path: Path, n_read: int) -> tuple[str,
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x}, which is not UTF-8 text"
         raise InputError(f"{path}, record in line {_line_of(path, n_read + 1)}: {byte}") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: damaged after {n_read} good records ({error})") from None
+    except (ValueError, OSError):
+        raise InputError(f"{path}: damaged after {n_read} good records; get the file again") from None
 
 
 def _check_bytes(path: Path) -> None:

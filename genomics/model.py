@@ -21,7 +21,7 @@ from .config import DNAClassifierConfig
 
 
 class WindowPosition(nn.Module):
-    """Sinusoids (arXiv 1706.03762, section 3.5) of the distances to the first and to the last base, through a linear map."""
+    """Sinusoids (arXiv 1706.03762, section 3.5) of the distances to the first and the last base, and a linear map."""
 
     def __init__(self, d_model: int):
         super().__init__()

@@ -30,9 +30,15 @@ from .training import ClassifyDNA
 def train(args: Train) -> None:
     """Train, then test on the test part with the best epoch's model."""
     torch.manual_seed(args.compute.seed)
-    data = _labelled(args)
+    _require_one(example=args.example, data=args.data, **{"class": args.classes})
+    split = {"valid_fraction": args.valid_fraction, "test_fraction": args.test_fraction, "seed": args.compute.seed}
+    data = example(args.example, **split) if args.example else _labelled(args.data, args.classes, **split)
     settings = {
-        **{k: v for k, v in asdict(args).items() if k not in ("output", "resume", "train", "compute", "data", "classes")},
+        **{
+            k: v
+            for k, v in asdict(args).items()
+            if k not in ("output", "resume", "train", "compute", "data", "classes")
+        },
         **asdict(args.train),
         "seed": args.compute.seed,
         "device": pick_device(args.compute).type,
@@ -59,6 +65,9 @@ def train(args: Train) -> None:
 
     model = DNAClassifier.from_pretrained(run.path).to(pick_device(args.compute))
     test = data.subset("test")
+    if not len(test.labels):
+        _say("no test part: nothing is held out to measure the model on")
+        return
     options = {"batch_size": args.train.batch_size, "max_tokens": args.train.max_tokens, "rc_average": args.rc_average}
     with _autocast(args.compute):
         probabilities = predict_probabilities(model, test.tokens, **options, progress="test")
@@ -67,15 +76,11 @@ def train(args: Train) -> None:
 
 def evaluate(args: Eval) -> None:
     """Measure the model of a run folder on labelled files."""
+    _require_one(data=args.data, **{"class": args.classes})
     model = _model(args.run, args.compute)
-    data = _labelled(args, split=False)
-    unknown = sorted(set(data.classes) - set(model.config.classes))
-    if unknown:
-        known = ", ".join(model.config.classes)
-        raise InputError(f"class {', '.join(unknown)} is unknown to the model in {args.run}, which has {known}")
+    data = _labelled(args.data, args.classes, split=False).with_classes(model.config.classes)
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise InputError(f"{args.output}: exists and is not an empty folder")
-    data = data.with_classes(model.config.classes)
     with _autocast(args.compute):
         probabilities = predict_probabilities(
             model, data.tokens, args.batch_size, args.max_tokens, rc_average=args.rc_average, progress="eval"
@@ -104,27 +109,22 @@ def predict(args: Predict) -> None:
         _write_tsv(file, rows)
 
 
-def _labelled(args: Train | Eval, split: bool = True) -> LabelledSequences:
-    """The labelled sequences that the flags name. Raises InputError unless they name them in exactly one way."""
-    name = getattr(args, "example", None)
-    ways = [name is not None, args.data is not None, bool(args.classes)]
-    if sum(ways) != 1:
-        also = "--example, " if hasattr(args, "example") else ""
-        raise InputError(f"say where the sequences are in one way: {also}--data FOLDER, or --class NAME=FASTA for each class")
-    parts = None
-    if split:
-        parts = {"valid_fraction": args.valid_fraction, "test_fraction": args.test_fraction, "seed": args.compute.seed}
-    if name is not None:
-        return example(name, **parts)
-    if args.data is not None:
-        return from_folder(args.data, **(parts or {"split": False}))
+def _labelled(folder: Path | None, classes: Sequence[str], **split: Any) -> LabelledSequences:
+    """The sequences of --data or of the --class flags; `split` goes to the readers of dataset.py."""
+    if folder is not None:
+        return from_folder(folder, **split)
     files: dict[str, list[Path]] = {}
-    for word in args.classes:
+    for word in classes:
         label, separator, path = word.partition("=")
         if not (label and separator and path):
             raise InputError(f"--class {word}: expected NAME=FASTA, as in --class donor=donors.fa.gz")
         files.setdefault(label, []).append(Path(path))
-    return from_class_files(files, **(parts or {"split": False}))
+    return from_class_files(files, **split)
+
+
+def _require_one(**ways: Any) -> None:
+    if sum(bool(way) for way in ways.values()) != 1:
+        raise InputError(f"say where the sequences are in one of these ways: {', '.join(f'--{way}' for way in ways)}")
 
 
 def _model(run: Path, compute: ComputeConfig) -> DNAClassifier:
@@ -154,7 +154,7 @@ def _prediction_rows(
 ) -> Iterable[list[str]]:
     yield ["id", *(["true"] if truth else []), "label", *classes]
     for i, (name, row) in enumerate(zip(names, probabilities, strict=True)):
-        yield [name, *([truth[i]] if truth else []), classes[row.argmax()], *(f"{p:.6f}" for p in row)]
+        yield [name, *([truth[i]] if truth else []), classes[int(row.argmax())], *(f"{p:.6f}" for p in row)]
 
 
 def _write_tsv(file: TextIO, rows: Iterable[list[Any]]) -> None:

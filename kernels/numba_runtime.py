@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 
 import llvmlite.ir as ir
 import numba
@@ -67,7 +68,7 @@ def exp2(x):
     whole = np.floor(clamped + np.float32(0.5))
     f = clamped - whole
     p = _P0 + f * (_P1 + f * (_P2 + f * (_P3 + f * (_P4 + f * (_P5 + f * _P6)))))
-    scale = _bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))
+    scale = _bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))  # pyright: ignore[reportCallIssue]
     return np.float32(0.0) if x < np.float32(-126.0) else p * scale
 
 
@@ -78,7 +79,7 @@ def exp_negative(x):
     whole = np.floor(clamped * np.float32(LOG2E) + np.float32(0.5))
     f = clamped - whole * _LN2_HIGH - whole * _LN2_LOW
     p = _E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6)))))
-    scale = _bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))
+    scale = _bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))  # pyright: ignore[reportCallIssue]
     return np.float32(0.0) if x < np.float32(-87.0) else p * scale
 
 
@@ -121,10 +122,7 @@ def parallel(kernel: Callable, n_jobs: int, *args: object) -> None:
     """
     n_parts = max(1, min(torch.get_num_threads(), n_jobs))
     bounds = [n_jobs * i // n_parts for i in range(n_parts + 1)]
-    futures = [
-        _pool(os.getpid()).submit(kernel, first, last, *args)
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
-    ]
+    futures = [_pool(os.getpid()).submit(kernel, first, last, *args) for first, last in pairwise(bounds[1:])]
     kernel(bounds[0], bounds[1], *args)
     for future in futures:
         future.result()

@@ -18,7 +18,7 @@ def sequence_bounds(cu_seqlens: Tensor | None, batch: int, n_tokens: int) -> Ten
 def checkpoint_slots(n_tokens: int, n_seqs: int, every: int) -> int:
     """Slots for a state saved before every `every`-th step of each sequence.
 
-    Piece p of the sequence that starts at token t0 and is the s-th has slot t0 // every + s + p: computable without a
-    sum over sequences, and no two pieces share one, since floor(a) + 1 + floor(b) >= ceil(a + b) - and >= floor(a) + ceil(b).
+    Piece p of the s-th sequence, which starts at token t0, has slot t0 // every + s + p: computable without a sum over
+    sequences, and no two pieces share one, since floor(a + b) + 1 >= floor(a) + ceil(b).
     """
     return n_tokens // every + n_seqs

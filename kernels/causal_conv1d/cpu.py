@@ -1,7 +1,7 @@
 """Causal depthwise convolution on the CPU: one pass over the tokens, vectorised over channels, compiled by numba.
 
-One job is a piece of time of one sequence, all channels. Arrays are float32, C-contiguous; weights come as (W, D), states
-as (S, W - 1, D), most recent last. `position` counts steps in the direction of the convolution.
+One job is a piece of time of one sequence, all channels. Arrays are float32, C-contiguous; weights come as (W, D),
+states as (S, W - 1, D), most recent last. `position` counts steps in the direction of the convolution.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The public causal convolution: checks, the choice of a backend, and the operator that torch.compile and autograd see."""
+"""The public causal convolution: checks, choice of a backend, and the operators that torch.compile and autograd see."""
 
 from importlib import import_module
 
@@ -25,9 +25,9 @@ def causal_conv1d(
         cu_seqlens       (S + 1,) int32: B = 1 holds S sequences end to end
         initial_state    (B, D, W - 1), or (S, D, W - 1) with cu_seqlens: the inputs before the first, most recent last
 
-    activation is "silu" or None. Returns y (B, L, D) in x's dtype; with return_final_state also the last W - 1 inputs of
-    each sequence, in x's dtype, ready to be the next initial state. Both carry gradients. reverse=True equals flipping
-    time, running and flipping back, within each sequence; the initial state then enters from the right.
+    activation is "silu" or None. Returns y (B, L, D) in x's dtype; with return_final_state also the last W - 1 inputs
+    of each sequence, in x's dtype, ready to be the next initial state. Both carry gradients. reverse=True equals
+    flipping time, running and flipping back, within each sequence; the initial state then enters from the right.
 
     Raises ValueError if shapes disagree or if `backend` cannot run these inputs.
     """
@@ -86,7 +86,8 @@ def _final_state(
 def _check(x, weight, bias, activation, initial_state, cu_seqlens):
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
         raise ValueError(
-            f"x must be (batch, length, channels) and weight (channels, width); got {tuple(x.shape)} and {tuple(weight.shape)}"
+            "x must be (batch, length, channels) and weight (channels, width); "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     if activation not in ("silu", None):
         raise ValueError(f"activation={activation!r} is not 'silu' or None")
@@ -97,7 +98,8 @@ def _check(x, weight, bias, activation, initial_state, cu_seqlens):
     if cu_seqlens is not None:
         if x.shape[0] != 1 or cu_seqlens.dim() != 1:
             raise ValueError(
-                f"cu_seqlens (S + 1,) packs sequences in a batch of 1; got batch {x.shape[0]} and shape {tuple(cu_seqlens.shape)}"
+                "cu_seqlens (S + 1,) packs sequences in a batch of 1; "
+                f"got batch {x.shape[0]} and shape {tuple(cu_seqlens.shape)}"
             )
         n_seqs = cu_seqlens.shape[0] - 1
     if initial_state is not None and tuple(initial_state.shape) != (n_seqs, n_channels, width - 1):
@@ -131,7 +133,7 @@ def _conv_backward(
     module = import_module(f".{_MODULES[backend]}", __package__)
     grads = module.backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
     inputs = (x, weight, bias, initial_state)
-    return tuple(
+    return tuple(  # pyright: ignore[reportReturnType] - four, by construction
         x.new_empty(0) if i is None else g.to(i.dtype).contiguous() for i, g in zip(inputs, grads, strict=True)
     )
 

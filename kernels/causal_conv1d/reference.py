@@ -1,5 +1,7 @@
 """Causal depthwise convolution in plain PyTorch: the definition that the other backends are tested against."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ def causal_conv1d_reference(
                 x[:, start:end], weight, bias, activation=activation, reverse=reverse,
                 initial_state=None if initial_state is None else initial_state[s : s + 1],
             )
-            for s, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True))
+            for s, (start, end) in enumerate(pairwise(ends))
         ]  # fmt: skip
         return torch.cat(pieces, dim=1)
     if reverse:
@@ -27,9 +29,9 @@ def causal_conv1d_reference(
     accumulate = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros(x.shape[0], x.shape[2], width - 1) if initial_state is None else initial_state
     padded = torch.cat((before.mT.to(accumulate), x.to(accumulate)), dim=1)
-    y = sum(padded[:, k : k + x.shape[1]] * weight[:, k].to(accumulate) for k in range(width))
-    if bias is not None:
-        y = y + bias.to(accumulate)
+    y = torch.zeros_like(x, dtype=accumulate) if bias is None else bias.to(accumulate)
+    for k in range(width):
+        y = y + padded[:, k : k + x.shape[1]] * weight[:, k].to(accumulate)
     if activation == "silu":
         y = F.silu(y)
     return y.to(x.dtype)

@@ -39,7 +39,8 @@ class _Problem:
         self.bounds = sequence_bounds(cu_seqlens, batch, u.shape[0]).to(u.device)
         if reverse:
             self.bounds = u.shape[0] - self.bounds.flip(0)
-        self.u, self.z = self.by_time(u), self.by_time(z)
+        self.u = self.by_time(u)
+        self.z = None if z is None else self.by_time(z)
         self.A, self.D = A.to(self.dtype), None if D is None else D.to(self.real)
         self.B, self.C = (
             m.to(self.dtype if m.is_complex() else self.real) if m.dim() == 2 else self.by_time(m) for m in (B, C)
@@ -62,9 +63,7 @@ class _Problem:
         self.opens = self.opens[:-1]
         self.empty = lengths == 0
 
-    def by_time(self, x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+    def by_time(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype if x.is_complex() else self.real)
         return x.flip(0) if self.reverse else x
 
@@ -103,9 +102,9 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batc
         inside = (ends >= begin) & (ends < begin + len(states))
         final = torch.where(inside[:, None, None], states[(ends - begin).clamp(0, len(states) - 1)], final)
         h = states[-1]
-    if D is not None:
+    if p.D is not None:
         y += p.D * p.u
-    if z is not None:
+    if p.z is not None:
         y *= F.silu(p.z)
     y = y.flip(0) if reverse else y
     return y.to(u.dtype), final.flip(0) if reverse else final, checkpoints
@@ -127,7 +126,7 @@ def backward(
     dB, dC = (torch.zeros_like(m) for m in (p.B, p.C))
     dh0 = torch.zeros_like(p.h0) if dfinal is None else torch.where(p.empty[:, None, None], p.by_sequence(dfinal), 0)
     ends = torch.where(p.empty, n_tokens, p.bounds[1:] - 1)
-    dout = dy if z is None else dy * F.silu(p.z)
+    dout = dy if p.z is None else dy * F.silu(p.z)
     factor = 2 if A.is_complex() else 1  # y = 2 Re(C h)
     g = torch.zeros_like(p.A)  # dL/dh that comes from the steps after the piece
     for i in range(len(checkpoints) - 1, -1, -1):
@@ -168,11 +167,11 @@ def backward(
     if softplus:
         ddt = ddt * torch.sigmoid(p.raw)
     dD = dz = dbias = absent = dy.new_empty(0)
-    if D is not None:
+    if p.D is not None:
         dD = (dout * p.u).sum(0)
         du += dout * p.D
         y += p.D * p.u
-    if z is not None:
+    if p.z is not None:
         sig = torch.sigmoid(p.z)
         dz = dy * y * sig * (1 + p.z * (1 - sig))
     if delta_bias is not None:

@@ -6,7 +6,7 @@ every `CHECKPOINT` steps; the backward walks these pieces from the last to the f
 scratch buffer that fits the second-level cache, and then goes back through it.
 
 Letters: T tokens of all sequences, S sequences, D channels, N states, G groups, w channels of a tile, n one state.
-Arrays here are numpy, float32, C-contiguous and laid out for rows of channels: A, states and static B or C as (.., N, D).
+Arrays here are numpy, float32, C-contiguous, in rows of channels: A, states and static B or C are (.., N, D).
 An option that is absent comes as an array of size 0.
 """
 
@@ -356,7 +356,7 @@ def _backward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, bias
 
 
 def _array(x: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
-    """x as float32 numpy of the given number of dimensions, the leading ones added; empty, of n sequences, if absent."""
+    """x as float32 numpy with as many dimensions as `shape`, leading ones added; of that (empty) shape if absent."""
     if x is None:
         return np.empty(shape, np.float32)
     return x.detach().to(torch.float32).contiguous().numpy().reshape((1,) * (len(shape) - x.dim()) + tuple(x.shape))

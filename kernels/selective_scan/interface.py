@@ -55,14 +55,11 @@ def selective_scan(
         )
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    batch = u.shape[0]
-    y, final, _ = _scan(
-        *(u.flatten(0, 1), delta.flatten(0, 1), A, _flat_matrix(B), _flat_matrix(C), D),
-        *(None if z is None else z.flatten(0, 1), delta_bias, initial_state, cu_seqlens),
-        *(batch, delta_softplus, reverse, save, backend),
-    )
-    y = y.view(u.shape)
-    return (y, final) if return_final_state else y
+    flat_u, flat_delta, flat_z = (None if x is None else x.flatten(0, 1) for x in (u, delta, z))
+    flat_B, flat_C = _flat_matrix(B), _flat_matrix(C)
+    tensors = (flat_u, flat_delta, A, flat_B, flat_C, D, flat_z, delta_bias, initial_state, cu_seqlens)
+    y, final, _ = _scan(*tensors, u.shape[0], delta_softplus, reverse, save, backend)
+    return (y.view(u.shape), final) if return_final_state else y.view(u.shape)
 
 
 def selective_scan_step(
@@ -78,10 +75,8 @@ def selective_scan_step(
         raise ValueError(
             f"B and C of a step must be (B, G, N), or (D, N) if static; got {tuple(B.shape)} and {tuple(C.shape)}"
         )
-    _check(
-        *(u[:, None], delta[:, None], A, *(m if m.dim() == 2 else m[:, None] for m in (B, C))),
-        *(D, None if z is None else z[:, None], delta_bias, state, None),
-    )
+    B_, C_ = (m if m.dim() == 2 else m[:, None] for m in (B, C))
+    _check(u[:, None], delta[:, None], A, B_, C_, D, None if z is None else z[:, None], delta_bias, state, None)
     backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex())
     if backend == "triton":
         return _step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
@@ -129,7 +124,8 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens):
     if cu_seqlens is not None:
         if batch != 1 or cu_seqlens.dim() != 1:
             raise ValueError(
-                f"cu_seqlens (S + 1,) packs sequences in a batch of 1; got batch {batch} and shape {tuple(cu_seqlens.shape)}"
+                "cu_seqlens (S + 1,) packs sequences in a batch of 1; "
+                f"got batch {batch} and shape {tuple(cu_seqlens.shape)}"
             )
         n_seqs = cu_seqlens.shape[0] - 1
     expect("initial_state", initial_state, (n_seqs, n_channels, n_states))
@@ -139,9 +135,9 @@ def _implementation(backend: str, direction: str) -> Callable:
     return getattr(import_module(f".{_MODULES[backend]}", __package__), direction)
 
 
-# What the operators below see is flat: T tokens of all sequences laid end to end (sequences.py). u, delta, z are (T, D);
-# B, C (T, G, N) or (D, N); without cu_seqlens each of the `batch` sequences has T / batch tokens. A tensor that does
-# not apply is returned as an empty one.
+# What the operators below see is flat: T tokens of all sequences laid end to end (sequences.py). u, delta, z are
+# (T, D); B, C (T, G, N) or (D, N); without cu_seqlens each of the `batch` sequences has T / batch tokens. A tensor
+# that does not apply is returned as an empty one.
 
 
 @torch.library.custom_op("polymamba::selective_scan", mutates_args=())
@@ -176,7 +172,7 @@ def _scan_backward(
         dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
     )
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return tuple(
+    return tuple(  # pyright: ignore[reportReturnType] - nine, by construction
         u.new_empty(0) if x is None else g.to(x.dtype).contiguous() for x, g in zip(inputs, grads, strict=True)
     )
 

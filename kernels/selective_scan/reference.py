@@ -2,9 +2,11 @@
 
 A Python loop over time. Any float or complex dtype, float64 included; differentiable as often as one likes. Slow.
 
-Letters, as in the Mamba paper (arXiv 2312.00752, section 3, algorithm 2): B batch, L length, D channels, N states, G groups;
-u the input, delta the step size, A the decay, B the input matrix, C the output matrix, h the state.
+Letters, as in the Mamba paper (arXiv 2312.00752, section 3, algorithm 2): B batch, L length, D channels, N states,
+G groups; u the input, delta the step size, A the decay, B the input matrix, C the output matrix, h the state.
 """
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -66,20 +68,14 @@ def _per_channel(matrix: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tenso
 
 def _each_sequence_alone(
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, return_final_state, cu_seqlens, reverse
-):
-    ends, outputs, states = cu_seqlens.tolist(), [], []
-    for s, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
-        piece = slice(start, end)
-        y, h = selective_scan_reference(
-            *(u[:, piece], delta[:, piece], A),
-            *(m if m.dim() == 2 else m[:, piece] for m in (B, C)),
-            *(D, None if z is None else z[:, piece]),
-            delta_bias=delta_bias,
-            delta_softplus=delta_softplus,
-            initial_state=None if initial_state is None else initial_state[s : s + 1],
-            return_final_state=True,
-            reverse=reverse,
-        )
+) -> Tensor | tuple[Tensor, Tensor]:
+    outputs, states = [], []
+    for s, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        u_, delta_, z_ = (None if x is None else x[:, start:end] for x in (u, delta, z))
+        B_, C_ = (m if m.dim() == 2 else m[:, start:end] for m in (B, C))
+        h0 = None if initial_state is None else initial_state[s : s + 1]
+        options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "initial_state": h0, "reverse": reverse}
+        y, h = selective_scan_reference(u_, delta_, A, B_, C_, D, z_, return_final_state=True, **options)
         outputs.append(y)
         states.append(h)
     y, h = torch.cat(outputs, dim=1), torch.cat(states)
@@ -91,13 +87,9 @@ def selective_scan_step_reference(
     z: Tensor | None = None, *, delta_bias: Tensor | None = None, delta_softplus: bool = False,
 ) -> Tensor:  # fmt: skip
     """As `polymamba.kernels.selective_scan_step`: one step of the scan, `state` updated in place."""
-    y, final = selective_scan_reference(
-        *(u[:, None], delta[:, None], A, *(m if m.dim() == 2 else m[:, None] for m in (B, C))),
-        *(D, None if z is None else z[:, None]),
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
-        initial_state=state,
-        return_final_state=True,
-    )
+    B, C = (m if m.dim() == 2 else m[:, None] for m in (B, C))
+    z = None if z is None else z[:, None]
+    options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "initial_state": state}
+    y, final = selective_scan_reference(u[:, None], delta[:, None], A, B, C, D, z, return_final_state=True, **options)
     state.copy_(final)
     return y[:, 0]

@@ -32,14 +32,18 @@ def assert_close(name: str, ours: torch.Tensor, golden: torch.Tensor, tolerance:
     assert error.max() <= tolerance * scale, f"{name}: {error.max() / scale:.2e} at {error.argmax().item()}"
 
 
-@pytest.mark.parametrize(("dtype", "prefix", "tolerance"), [(torch.float32, "out", 2e-5), (torch.float64, "out64", 1e-9)])
+@pytest.mark.parametrize(
+    ("dtype", "prefix", "tolerance"), [(torch.float32, "out", 2e-5), (torch.float64, "out64", 1e-9)]
+)
 def test_logits(case, dtype, prefix, tolerance):
     _, model, io = case
     with torch.no_grad():
         assert_close("logits", model.to(dtype)(io["input_ids"]), io[f"{prefix}.logits"], tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "prefix", "tolerance"), [(torch.float32, "grad", 2e-5), (torch.float64, "grad64", 1e-9)])
+@pytest.mark.parametrize(
+    ("dtype", "prefix", "tolerance"), [(torch.float32, "grad", 2e-5), (torch.float64, "grad64", 1e-9)]
+)
 def test_gradients(case, dtype, prefix, tolerance):
     _, model, io = case
     model = model.to(dtype)

@@ -74,11 +74,16 @@ def test_a_checkpoint_that_fails_leaves_the_last_one(tmp_path):
 def test_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / "t.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError), written_whole(target) as beside:
-        beside.write_text("half")
-        raise RuntimeError
+
+    def write(text: str, *, fail: bool) -> None:
+        with written_whole(target) as beside:
+            beside.write_text(text)
+            if fail:
+                raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write("half", fail=True)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
-    with written_whole(target) as beside:
-        beside.write_text("new")
+    write("new", fail=False)
     assert target.read_text() == "new"

@@ -162,7 +162,7 @@ def test_parameter_groups_split_decay():
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
     names = {id(p): name for name, p in net.named_parameters()}
     decayed_names = {names[id(p)].split(".", 3)[-1] for p in decayed["params"]}
-    assert {"mixer.in_proj.weight", "mixer.out_proj.weight"} <= {n for n in decayed_names}
+    assert {"mixer.in_proj.weight", "mixer.out_proj.weight"} <= decayed_names
     assert not any("A_log" in n or n.endswith(("bias", ".D", "norm.weight")) for n in decayed_names)
     assert len(decayed["params"]) + len(free["params"]) == len(list(net.parameters()))
 
