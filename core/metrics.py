@@ -17,7 +17,7 @@ from sklearn import metrics as skm
 from .files import written_whole
 
 NAMES = {"accuracy": "accuracy", "mcc": "MCC", "macro_f1": "macro-F1", "auroc": "AUROC", "auprc": "AUPRC"}
-_BATCH = 4_000_000  # records drawn at a time in the bootstrap: bounds its memory to some 100 MB
+_BATCH = 1_000_000  # records drawn at a time in the bootstrap: bounds its memory to some 100 MB
 
 
 def classification_metrics(
@@ -110,7 +110,7 @@ def _of_class(k: int, confusion: np.ndarray, labels: np.ndarray, probabilities: 
     }
 
 
-# Bootstrap. scipy.stats.bootstrap over scikit-learn's functions takes 10 ms a resample of 5,000 records, and its
+# Bootstrap. scipy.stats.bootstrap over scikit-learn's functions takes over 10 ms a resample of 5,000 records, and its
 # interval is undefined as soon as one resample is. So a resample is held as the number of times that each record was
 # drawn, all figures come from those counts, many resamples at once, and the tests compare them with scikit-learn's.
 

@@ -7,12 +7,14 @@ of an epoch are a pure function of (seed, epoch): beside the weights, the optimi
 is all there is to save.
 """
 
+import logging
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,30 +35,31 @@ from .plots import plot_curves
 from .run_folder import RunFolder
 
 LOG_EVERY = 10  # steps
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights at each checkpoint
 
 
-class Task(Protocol):
+class Task(ABC):
     """What the loop asks of a modality. A batch is whatever `batch` returns: tensors in dicts, tuples or lists."""
 
+    @abstractmethod
     def plan(self, epoch: int) -> list[Any]:
         """The batches of an epoch as plain descriptions (indices, say), the same ones at every call."""
-        ...
 
+    @abstractmethod
     def batch(self, description: Any, epoch: int) -> Any:
         """Make one batch, on the CPU; perhaps in a worker process. Depends on its arguments only."""
-        ...
 
+    @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Any) -> Tensor:
         """Mean loss of a batch."""
-        ...
 
+    @abstractmethod
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Validation figures, named valid_*."""
-        ...
+        """Validation figures, named valid_*. Called without gradients and in evaluation mode."""
 
     def score(self, metrics: dict[str, float]) -> float:
-        """The one figure that decides which model is best: higher is better."""
-        ...
+        """The one figure that decides which model is best, higher being better: by default the first one."""
+        return next(iter(metrics.values()))
 
 
 @dataclass
@@ -157,7 +160,8 @@ class _Trainer:
         began = time.monotonic() - position.seconds
         while position.epoch < config.epochs and not self.out_of_patience():
             losses = self.run_epoch(began)
-            metrics = self.task.evaluate(self.best_candidate.eval())
+            with torch.no_grad():
+                metrics = self.task.evaluate(self.best_candidate.eval())
             self.finish_epoch(metrics, losses, began)
         if self.main:
             self.board.close()
@@ -174,7 +178,8 @@ class _Trainer:
         position, config = self.position, self.config
         steps = self.steps_of_epoch(position.epoch)
         todo = _Steps(self.task, steps[position.step_in_epoch :], position.epoch)
-        loader = DataLoader(todo, batch_size=None, num_workers=config.workers, persistent_workers=False)
+        # A generator of its own: each new iterator draws a seed, and one more draw would shift a resumed run's dropout.
+        loader = DataLoader(todo, batch_size=None, num_workers=config.workers, generator=torch.Generator())
         recent: list[Tensor] = []
         for batches in self.with_progress(loader, len(steps)):
             progress = (position.epoch + position.step_in_epoch / len(steps)) / config.epochs
@@ -267,17 +272,14 @@ class _Trainer:
 
     def with_progress(self, loader: DataLoader, n_steps: int) -> Iterator[list[Any]]:
         """The loader's steps under a progress bar on stderr, if that is a terminal."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-        )
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        console = Console(stderr=True)
+        bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+        with bar as progress:
             done = self.position.step_in_epoch
-            bar = progress.add_task(f"epoch {self.position.epoch + 1}/{self.config.epochs}", total=n_steps, rate="")
-            progress.update(bar, completed=done)
+            work = progress.add_task(f"epoch {self.position.epoch + 1}/{self.config.epochs}", total=n_steps, rate="")
+            progress.update(work, completed=done)
             began = time.monotonic()
             for i, batches in enumerate(loader, start=1):
                 yield batches
-                progress.update(bar, advance=1, rate=f"{i / (time.monotonic() - began):.1f} steps/s")
+                progress.update(work, advance=1, rate=f"{i / (time.monotonic() - began):.1f} steps/s")

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 
 import tyro
 
-from .flags import Convert, Doctor
+from polymamba.flags import Convert, Doctor
 
 Command = tuple[type, str]
 
@@ -24,11 +24,11 @@ TOP_LEVEL: dict[str, Command] = {
 DOMAINS = {"genomics": "polymamba.genomics.commands:COMMANDS"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 (failed), 2 (bad usage)."""
+def main(argv: Sequence[str] | None = None, *, extra: Mapping[str, str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 1 (failed), 2 (bad usage). `extra` are domains beside the known ones."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(words)
+        return _run(words, _domains() | dict(extra or {}))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     except Exception as error:
@@ -42,13 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _run(words: list[str]) -> int:
-    domains = _domains()
+def _run(words: list[str], domains: Mapping[str, str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_overview(domains))
         return 0 if words else 2
     if words[0] == "--version":
-        from . import __version__
+        from polymamba import __version__
 
         print(__version__)
         return 0
@@ -96,7 +95,7 @@ def _bad_usage(message: str) -> int:
     return 2
 
 
-def _overview(domains: dict[str, str]) -> str:
+def _overview(domains: Mapping[str, str]) -> str:
     commands = {name: "verbs: " + ", ".join(_load(target)) for name, target in domains.items()}
     commands |= {name: _summary(flags) for name, (flags, _) in TOP_LEVEL.items()}
     return _list("usage: polymamba <command> [-h] [--version]", commands)

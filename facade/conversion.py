@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .core.errors import InputError
-from .core.hub import PretrainedModel
-from .flags import Convert
+from polymamba.core.errors import InputError
+from polymamba.core.hub import PretrainedModel
+from polymamba.flags import Convert
 
 KINDS = {
     "mamba-ssm": "polymamba.core.convert:from_mamba_ssm",

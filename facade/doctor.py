@@ -7,10 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__
-from .core.errors import InputError
-from .flags import Doctor
-from .kernels import info, selective_scan
+from polymamba import __version__
+from polymamba.core.errors import InputError
+from polymamba.flags import Doctor
+from polymamba.kernels import info, selective_scan
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "accelerate", "safetensors", "tyro", "pysam", "scikit-learn")
 

@@ -37,6 +37,9 @@ class Train:
     balance: bool = False
     """Weight each class in the loss by the inverse of its frequency."""
     label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+    mask_rate: float = 0.15
+    """Share of the bases that training hides, as N, other ones each time: against learning sequences by heart."""
     rc_augment: bool = False
     """Train on either strand at random. Wrong for signals that belong to one strand, such as splice sites."""
     rc_average: bool = False

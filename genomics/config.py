@@ -8,10 +8,12 @@ from ..core.config import BackboneConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DNAClassifierConfig:
-    """A backbone between a base embedding and a linear head."""
+    """A backbone between a base embedding and a pooled linear head."""
 
     backbone: BackboneConfig
     classes: tuple[str, ...]  # in the order of the logits
+    n_heads: int = 32  # of the attention pooling
+    head_dropout: float = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON gives a list
@@ -20,7 +22,7 @@ class DNAClassifierConfig:
 
 
 Preset = Literal["tiny", "small", "base"]
-PRESETS = {  # d_model, n_layer, d_state, dropout
+PRESETS = {
     "tiny": BackboneConfig(d_model=48, n_layer=2, d_state=8, dropout=0.2, pattern=("bimamba",)),
     "small": BackboneConfig(d_model=128, n_layer=4, d_state=16, dropout=0.1, pattern=("bimamba",)),
     "base": BackboneConfig(d_model=256, n_layer=8, d_state=16, dropout=0.1, pattern=("bimamba",)),

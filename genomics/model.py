@@ -1,17 +1,18 @@
 """A DNA sequence classifier: which class does this stretch of DNA belong to?
 
-    tokens -> embedding + position in the window -> bidirectional Mamba backbone -> mean over bases -> linear head
+    tokens -> embedding + place in the window -> bidirectional Mamba backbone -> attention pooling -> linear head
 
-Unusual about it: each base is told its distance from both ends of its window. Signals such as splice sites sit at a
-fixed place of a window cut around them, and a mean over bases forgets where a motif stood (without these distances
-the splice example stays near 0.80 accuracy; with them it reaches 0.95 and more).
+Unusual about it: each base is told its distance from both ends of its window, and the pooling's attention sees these
+distances too. Signals such as splice sites sit at a fixed place of a window cut around them, and a mean over bases
+forgets where a motif stood: on the splice example that costs 0.15 of accuracy.
 
-Letters: B batch, L length, D = d_model, K classes.
+Letters: B batch, L length, D = d_model, H pooling heads, F position features, K classes.
 """
 
 import math
 
 import torch
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from ..core.backbone import Backbone
@@ -19,24 +20,37 @@ from ..core.hub import PretrainedModel
 from .alphabet import VOCAB_SIZE
 from .config import DNAClassifierConfig
 
+N_WAVES = 16  # per end of the window
 
-class WindowPosition(nn.Module):
-    """Sinusoids (arXiv 1706.03762, section 3.5) of the distances to the first and the last base, and a linear map."""
 
-    def __init__(self, d_model: int):
+def window_position(mask: Tensor) -> Tensor:
+    """Sinusoids of each base's distances to the first and the last base of its window: (B, L, F = 4 N_WAVES).
+
+    As in arXiv 1706.03762, section 3.5, for either end; wavelengths from 6 to 35,000 bases, so that both a splice
+    site's exact base and a place in 100 kb can be told. mask (B, L), True = real base, padded on the right.
+    """
+    from_start = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    from_end = mask.sum(1, keepdim=True) - 1 - from_start
+    distances = torch.stack((from_start, from_end), dim=-1).float()
+    waves = torch.arange(N_WAVES, device=mask.device)
+    angles = distances[..., None] * torch.exp(-math.log(10_000) * waves / N_WAVES)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(2)
+
+
+class WindowPooling(nn.Module):
+    """H weighted means over the bases; a head's weights follow from what stands at a base and where it stands."""
+
+    def __init__(self, d_model: int, n_heads: int):
         super().__init__()
-        n_waves = -(-d_model // 4)
-        wavelengths = 2 * math.pi * torch.logspace(0, 4, n_waves, base=10.0)  # in bases: 2 pi .. 20,000 pi
-        self.register_buffer("frequencies", 2 * math.pi / wavelengths, persistent=False)
-        self.proj = nn.Linear(4 * n_waves, d_model, bias=False)
-        nn.init.normal_(self.proj.weight, std=0.02)
+        self.by_content = nn.Linear(d_model, n_heads)
+        self.by_place = nn.Linear(4 * N_WAVES, n_heads, bias=False)
+        nn.init.normal_(self.by_place.weight)  # large: the heads begin by looking at places of their own
 
-    def forward(self, mask: Tensor) -> Tensor:
-        """mask (B, L), True = real base, padded on the right -> (B, L, D)."""
-        from_start = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-        from_end = mask.sum(1, keepdim=True) - 1 - from_start
-        angles = torch.stack((from_start, from_end), dim=-1)[..., None] * self.frequencies
-        return self.proj(torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(2))
+    def forward(self, h: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+        """h (B, L, D), place (B, L, F), mask (B, L) -> (B, H * D)."""
+        scores = self.by_content(h) + self.by_place(place.to(h.dtype))
+        weights = scores.float().masked_fill(~mask[..., None], -torch.inf).softmax(dim=1)
+        return rearrange(einsum(weights.to(h.dtype), h, "b l h, b l d -> b h d"), "b h d -> b (h d)")
 
 
 class DNAClassifier(PretrainedModel):
@@ -48,17 +62,18 @@ class DNAClassifier(PretrainedModel):
         super().__init__(config)
         d_model = config.backbone.d_model
         self.embedding = nn.Embedding(VOCAB_SIZE, d_model)
-        self.position = WindowPosition(d_model)
+        self.place = nn.Linear(4 * N_WAVES, d_model, bias=False)
         self.backbone = Backbone(config.backbone)
-        self.dropout = nn.Dropout(config.backbone.dropout)
-        self.head = nn.Linear(d_model, len(config.classes))
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.pooling = WindowPooling(d_model, config.n_heads)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.head = nn.Linear(config.n_heads * d_model, len(config.classes))
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        nn.init.normal_(self.place.weight, std=0.02)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens int (B, L) of genomics.alphabet, mask bool (B, L) True = real base, padded on the right -> (B, K)."""
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
-        x = self.embedding(tokens) + self.position(mask)
-        h = self.backbone(x, padding_mask=mask)  # zero where padded
-        mean = h.sum(1) / mask.sum(1, keepdim=True)
-        return self.head(self.dropout(mean))
+        place = window_position(mask)
+        h = self.backbone(self.embedding(tokens) + self.place(place), padding_mask=mask)
+        return self.head(self.dropout(self.pooling(h, place, mask)))

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from ..core.batching import pad_right, shuffled_batches
 from ..core.config import TrainConfig
-from .alphabet import PAD, reverse_complement
+from ..core.train import Task
+from .alphabet import PAD, N, reverse_complement
 from .dataset import LabelledSequences
 from .inference import predict_logits
 
 Batch = tuple[Tensor, Tensor, Tensor]  # tokens (B, L), mask (B, L), labels (B,)
 
 
-class ClassifyDNA:
-    """core.train.Task for labelled DNA: cross entropy, judged by the validation loss."""
+class ClassifyDNA(Task):
+    """Labelled DNA: cross entropy, judged by the validation loss."""
 
     def __init__(
         self,
@@ -23,14 +24,15 @@ class ClassifyDNA:
         config: TrainConfig,
         seed: int,
         *,
+        mask_rate: float,
         rc_augment: bool,
         balance: bool,
         label_smoothing: float,
     ):
         self.train, self.valid = data.subset("train"), data.subset("valid")
         self.lengths = np.array([len(t) for t in self.train.tokens])
-        self.config, self.seed, self.rc_augment = config, seed, rc_augment
-        self.label_smoothing = label_smoothing
+        self.config, self.seed = config, seed
+        self.mask_rate, self.rc_augment, self.label_smoothing = mask_rate, rc_augment, label_smoothing
         counts = np.bincount(self.train.labels, minlength=len(data.classes))
         weights = len(self.train.labels) / (len(data.classes) * counts) if balance else np.ones(len(counts))
         self.class_weights = torch.tensor(weights, dtype=torch.float32)
@@ -39,12 +41,18 @@ class ClassifyDNA:
         return shuffled_batches(self.lengths, self.config.batch_size, self.config.max_tokens, self.seed, epoch)
 
     def batch(self, description: np.ndarray, epoch: int) -> Batch:
-        sequences = [self.train.tokens[i] for i in description]
-        if self.rc_augment:
-            # Seeded by what the batch is, so that a resumed run draws the same strands.
-            rng = np.random.default_rng((self.seed, epoch, *description))
-            sequences = [reverse_complement(s) if rng.random() < 0.5 else s for s in sequences]
+        # Seeded by what the batch is, so that a resumed run draws the same strands and masks.
+        rng = np.random.default_rng((self.seed, epoch, *description))
+        sequences = [self.augmented(self.train.tokens[i], rng) for i in description]
         return *pad_right(sequences, PAD), torch.from_numpy(self.train.labels[description])
+
+    def augmented(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Perhaps the other strand; some bases hidden as N, in some sequences hardly any, in others twice mask_rate."""
+        if self.rc_augment and rng.random() < 0.5:
+            tokens = reverse_complement(tokens)
+        if self.mask_rate:
+            tokens = np.where(rng.random(len(tokens)) < rng.uniform(0, 2 * self.mask_rate), np.uint8(N), tokens)
+        return tokens
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         tokens, mask, labels = batch

@@ -57,6 +57,7 @@ def train(args: Train) -> None:
         data,
         args.train,
         args.compute.seed,
+        mask_rate=args.mask_rate,
         rc_augment=args.rc_augment,
         balance=args.balance,
         label_smoothing=args.label_smoothing,

@@ -71,7 +71,7 @@ def _each_sequence_alone(
 ) -> Tensor | tuple[Tensor, Tensor]:
     outputs, states = [], []
     for s, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        u_, delta_, z_ = (None if x is None else x[:, start:end] for x in (u, delta, z))
+        u_, delta_, z_ = u[:, start:end], delta[:, start:end], None if z is None else z[:, start:end]
         B_, C_ = (m if m.dim() == 2 else m[:, start:end] for m in (B, C))
         h0 = None if initial_state is None else initial_state[s : s + 1]
         options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "initial_state": h0, "reverse": reverse}
