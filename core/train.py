@@ -272,9 +272,16 @@ class _Trainer:
 
     def with_progress(self, loader: DataLoader, n_steps: int) -> Iterator[list[Any]]:
         """The loader's steps under a progress bar on stderr, if that is a terminal."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
         console = Console(stderr=True)
-        bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+        bar = Progress(
+            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        )
         with bar as progress:
             done = self.position.step_in_epoch
             work = progress.add_task(f"epoch {self.position.epoch + 1}/{self.config.epochs}", total=n_steps, rate="")

@@ -1,8 +1,4 @@
-"""A new modality on the shared backbone: scikit-learn's 8x8 digits, each read as a sequence of 8 rows of pixels.
-
-Run: python examples/new_modality.py digits train --output runs/digits
-An installed package would name COMMANDS in its entry-point group `polymamba.commands` and need no last two lines.
-"""
+"""A new modality on the shared backbone: scikit-learn's 8x8 digits, each read as a sequence of 8 rows of pixels."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +9,8 @@ from sklearn.datasets import load_digits
 
 from polymamba import cli, core
 
-PIXELS, LABELS = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-IMAGES = (PIXELS / 16).float().view(-1, 8, 8)
+IMAGES, LABELS = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+IMAGES = IMAGES.float().view(-1, 8, 8) / 16
 
 
 class DigitClassifier(core.PretrainedModel):
@@ -53,10 +49,10 @@ class Train:
 
 def train(args: Train) -> None:
     model, run = DigitClassifier(core.BackboneConfig(d_model=32, n_layer=2)), core.RunFolder(args.output, {}, [])
-    config = core.TrainConfig(epochs=args.epochs, lr=5e-3)
-    print(core.train_model(model, ReadDigits(), config, core.ComputeConfig(device="cpu"), run, resume=False))
+    config, cpu = core.TrainConfig(epochs=args.epochs, lr=5e-3), core.ComputeConfig(device="cpu")
+    print(core.train_model(model, ReadDigits(), config, cpu, run, resume=False))
 
 
-COMMANDS = {"train": (Train, f"{__name__}:train")}
+COMMANDS = {"train": (Train, f"{__name__}:train")}  # what a package names in its entry-point group polymamba.commands
 if __name__ == "__main__":
     raise SystemExit(cli.main(extra={"digits": f"{__name__}:COMMANDS"}))

@@ -25,7 +25,7 @@ DOMAINS = {"genomics": "polymamba.genomics.commands:COMMANDS"}
 
 
 def main(argv: Sequence[str] | None = None, *, extra: Mapping[str, str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 (failed), 2 (bad usage). `extra` are domains beside the known ones."""
+    """Run one command. Returns the exit code: 0, 1 (failed), 2 (bad usage). `extra`: domains beside the known ones."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words, _domains() | dict(extra or {}))

@@ -12,7 +12,7 @@ class DNAClassifierConfig:
 
     backbone: BackboneConfig
     classes: tuple[str, ...]  # in the order of the logits
-    n_heads: int = 32  # of the attention pooling
+    n_heads: int = 64  # of the attention pooling
     head_dropout: float = 0.5
 
     def __post_init__(self) -> None:
@@ -23,7 +23,7 @@ class DNAClassifierConfig:
 
 Preset = Literal["tiny", "small", "base"]
 PRESETS = {
-    "tiny": BackboneConfig(d_model=48, n_layer=2, d_state=8, dropout=0.2, pattern=("bimamba",)),
+    "tiny": BackboneConfig(d_model=32, n_layer=1, d_state=8, dropout=0.2, pattern=("bimamba",)),
     "small": BackboneConfig(d_model=128, n_layer=4, d_state=16, dropout=0.1, pattern=("bimamba",)),
     "base": BackboneConfig(d_model=256, n_layer=8, d_state=16, dropout=0.1, pattern=("bimamba",)),
 }

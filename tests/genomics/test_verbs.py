@@ -130,9 +130,7 @@ def test_validation_is_never_augmented(files):
     from polymamba.genomics.training import ClassifyDNA
 
     data = from_class_files({name: [path] for name, path in files.items()})
-    task = ClassifyDNA(
-        data, TrainConfig(), 0, mask_rate=0.5, rc_augment=True, balance=False, label_smoothing=0.0
-    )
+    task = ClassifyDNA(data, TrainConfig(), 0, mask_rate=0.5, rc_augment=True, balance=False, label_smoothing=0.0)
     torch.manual_seed(0)
     from polymamba.core import BackboneConfig
 
@@ -243,7 +241,9 @@ def test_foreign_model_folder(error, files, run, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
     (damaged / "model.safetensors").write_bytes(b"x" * 1000)
-    assert "not the weights of this model" in error("genomics", "eval", damaged, *class_flags(files), "-o", tmp_path / "o")
+    assert "not the weights of this model" in error(
+        "genomics", "eval", damaged, *class_flags(files), "-o", tmp_path / "o"
+    )
     assert not (tmp_path / "o").exists()
 
 

@@ -1,0 +1,53 @@
+"""What the README and the examples show, run."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_every_command_parses():
+    """Each polymamba line of the README is a known verb with known flags."""
+    from polymamba.cli import DOMAINS, TOP_LEVEL, _load
+
+    lines = re.findall(r"polymamba ((?:genomics|convert|doctor)[^\n`#&]*)", README)
+    assert len(lines) >= 6
+    import tyro
+
+    for line in lines:
+        name, *words = line.split()
+        if name in DOMAINS:
+            verb, *words = words
+            flags = _load(DOMAINS[name])[verb][0]
+        else:
+            flags = TOP_LEVEL[name][0]
+        tyro.cli(flags, args=words)
+
+
+def test_new_modality(tmp_path):
+    words = [sys.executable, str(ROOT / "examples" / "new_modality.py"), "digits", "train"]
+    result = subprocess.run(
+        [*words, "--output", str(tmp_path / "run"), "--epochs", "6"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(re.search(r"0\.\d+", result.stdout)[0]) > 0.85
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"] == "DigitClassifier"
+    lines = (ROOT / "examples" / "new_modality.py").read_text().splitlines()
+    assert len(lines) < 60
+
+
+def test_names_every_folder():
+    for folder in ("facade", "kernels", "core", "genomics", "tests", "benchmarks"):
+        assert re.search(rf"^{folder}/", README, re.MULTILINE), folder
