@@ -32,8 +32,8 @@ def warmup_cosine(progress: float, warmup: float) -> float:
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the weights; young averages forget faster, so that the start does not linger."""
 
-    def average(mean: Tensor, current: Tensor, n_averaged: Tensor) -> Tensor:
-        rate = torch.clamp((1 + n_averaged) / (10 + n_averaged), max=decay)
-        return mean.lerp(current, 1 - rate.to(mean)) if mean.is_floating_point() else current
+    def average(means: list[Tensor], currents: list[Tensor], n_averaged: Tensor) -> None:
+        n = int(n_averaged)
+        torch._foreach_lerp_(means, currents, 1 - min(decay, (1 + n) / (10 + n)))  # one launch for all on a GPU
 
-    return AveragedModel(model, avg_fn=average, use_buffers=True)  # pyright: ignore[reportArgumentType]
+    return AveragedModel(model, multi_avg_fn=average)  # pyright: ignore[reportArgumentType]

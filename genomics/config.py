@@ -24,6 +24,6 @@ class DNAClassifierConfig:
 Preset = Literal["tiny", "small", "base"]
 PRESETS = {
     "tiny": BackboneConfig(d_model=32, n_layer=1, d_state=8, dropout=0.2, pattern=("bimamba",)),
-    "small": BackboneConfig(d_model=128, n_layer=4, d_state=16, dropout=0.1, pattern=("bimamba",)),
-    "base": BackboneConfig(d_model=256, n_layer=8, d_state=16, dropout=0.1, pattern=("bimamba",)),
+    "small": BackboneConfig(d_model=128, n_layer=4, d_state=16, dropout=0.2, pattern=("bimamba",)),
+    "base": BackboneConfig(d_model=256, n_layer=8, d_state=16, dropout=0.2, pattern=("bimamba",)),
 }

@@ -1,0 +1,239 @@
+"""Causal depthwise convolution in Triton: one pass over the tokens, lanes over channels, a window of rows in registers.
+
+One program is a tile of channels of a piece of time of one sequence. It walks the piece with the last W rows at hand,
+so each row is read once (W - 1 rows twice, at the seams). The backward is one pass as well: going forwards in time it
+has, at each step, the gradients before the activation of the last W steps, and so the whole gradient of the oldest
+input in the window; W - 1 steps beyond the piece complete it. Shares of dweight and dbias are added in a fixed order.
+
+Positions count steps in the direction of the convolution; the initial state holds those from -(W - 1) to -1.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..sequences import checkpoint_slots
+from ..triton_runtime import load_float, load_rows, sigmoid, sum_first_axis, token_of, with_rows
+
+PIECE = 64  # steps of a program
+BLOCK_D = 128  # channels of a program, 4 a lane
+UNROLL = 8  # steps whose rows are loaded at once
+
+
+@triton.jit
+def _piece(cu_seqlens, n_seqs, length, number, PIECE: tl.constexpr):
+    """Sequence of a piece of time, that sequence's first token and length, the first position of the piece.
+
+    Packed, piece p of sequence s has the number start // PIECE + s + p, as in sequences.checkpoint_slots. That leaves
+    gaps: a number whose piece begins beyond the end of its sequence.
+    """
+    if cu_seqlens is None:
+        pieces = tl.maximum(tl.cdiv(length, PIECE), 1)
+        s = number // pieces
+        start = s.to(tl.int64) * length
+        begin = number % pieces * PIECE
+    else:
+        s, beyond = n_seqs * 0, n_seqs  # bisection for the last sequence whose first piece has no higher number
+        while beyond - s > 1:
+            middle = (s + beyond) // 2
+            if tl.load(cu_seqlens + middle) // PIECE + middle <= number:
+                s = middle
+            else:
+                beyond = middle
+        start = tl.load(cu_seqlens + s).to(tl.int64)
+        length = (tl.load(cu_seqlens + s + 1) - start).to(tl.int32)
+        begin = (number - s - start // PIECE).to(tl.int32) * PIECE
+    return s, start, length, begin
+
+
+@triton.jit
+def _rows_before(
+    x, state, start, length, begin, stride, state_at, d, in_d, W: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """The W - 1 rows before position `begin`: of the sequence or, before its start, of the state (else zeros)."""
+    rows = ()
+    for k in tl.static_range(W - 1):
+        position = begin - (W - 1) + k
+        token = token_of(start, length, position, REVERSE)
+        row = load_float(x, token * stride + d, in_d & (position >= 0) & (position < length))
+        rows += (row + load_float(state, state_at + (W - 1 + position), in_d & (position < 0)),)
+    return rows
+
+
+@triton.jit
+def _load_taps(weight, d, in_d, W: tl.constexpr):
+    taps = ()
+    for k in tl.static_range(W):
+        taps += (load_float(weight, d * W + k, in_d),)
+    return taps
+
+
+@triton.jit
+def _convolve(window, taps, bias, W: tl.constexpr):
+    y = bias
+    for k in tl.static_range(W):
+        y += taps[k] * window[k]
+    return y
+
+
+@triton.jit(do_not_specialize=["length", "n_seqs"])
+def _forward(
+    x, weight, bias, state, cu_seqlens, y, x_stride, length, n_seqs, n_channels,
+    W: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, K: tl.constexpr,
+    SILU: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(n_channels, BLOCK_D)
+    s, start, length, begin = _piece(cu_seqlens, n_seqs, length, tl.program_id(0) // n_tiles, PIECE)
+    d = tl.program_id(0) % n_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = d < n_channels
+    state_at = (s.to(tl.int64) * n_channels + d) * (W - 1)
+    taps, bias_row = _load_taps(weight, d, in_d, W), load_float(bias, d, in_d)
+    window = _rows_before(x, state, start, length, begin, x_stride, state_at, d, in_d, W, REVERSE)
+    for step in range(begin, tl.minimum(begin + PIECE, length), K):
+        token = token_of(start, length, step, REVERSE)
+        rows = load_rows(x, token, x_stride, d, in_d, step, length, K, REVERSE)
+        for i in tl.static_range(K):
+            window += (rows[i].to(tl.float32),)
+            out = _convolve(window, taps, bias_row, W)
+            if SILU:
+                out *= sigmoid(out)
+            row = token - i if REVERSE else token + i
+            tl.store(y + row * n_channels + d, out, mask=in_d & (step + i < length))
+            window = window[1:]
+
+
+@triton.jit(do_not_specialize=["length", "n_seqs"])
+def _backward(
+    dy, x, weight, bias, state, cu_seqlens, dx, dweight, dbias, dstate,
+    dy_stride, x_stride, length, n_seqs, n_channels,
+    W: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, K: tl.constexpr,
+    SILU: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(n_channels, BLOCK_D)
+    number = tl.program_id(0) // n_tiles
+    s, start, length, begin = _piece(cu_seqlens, n_seqs, length, number, PIECE)
+    d = tl.program_id(0) % n_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = d < n_channels
+    state_at = (s.to(tl.int64) * n_channels + d) * (W - 1)
+    taps, bias_row = _load_taps(weight, d, in_d, W), load_float(bias, d, in_d)
+    window = _rows_before(x, state, start, length, begin, x_stride, state_at, d, in_d, W, REVERSE)
+    grads, dtaps = (), ()  # dL/d(before the activation) of the last W - 1 steps; this program's share of dweight
+    for k in tl.static_range(W):
+        dtaps += (tl.zeros((BLOCK_D,), tl.float32),)
+        if k > 0:
+            grads += (tl.zeros((BLOCK_D,), tl.float32),)
+    sum_dbias = tl.zeros((BLOCK_D,), tl.float32)
+
+    end = tl.minimum(begin + PIECE, length)
+    # An empty sequence has a first piece too: there the gradient of its state is written.
+    last = tl.where((begin < length) | (begin == 0), end + (W - 1), begin)
+    for step in range(begin, last, K):
+        token = token_of(start, length, step, REVERSE)
+        rows = load_rows(x, token, x_stride, d, in_d, step, length, K, REVERSE)
+        dys = load_rows(dy, token, dy_stride, d, in_d, step, length, K, REVERSE)
+        for i in tl.static_range(K):
+            window += (rows[i].to(tl.float32),)
+            grad = dys[i].to(tl.float32)
+            if SILU:
+                out = _convolve(window, taps, bias_row, W)
+                gate = sigmoid(out)
+                grad *= gate * (1.0 + out * (1.0 - gate))
+            grads += (grad,)
+            own = tl.where(step + i < end, grad, 0.0)  # what is beyond the piece counts in the next one
+            sum_dbias += own
+            sums = ()
+            for k in tl.static_range(W):
+                sums += (dtaps[k] + own * window[k],)
+            dtaps = sums
+
+            dx_row = tl.zeros((BLOCK_D,), tl.float32)
+            for k in tl.static_range(W):
+                dx_row += taps[W - 1 - k] * grads[k]
+            target = step + i - (W - 1)  # the oldest input of the window: no later step sees it
+            row = token_of(start, length, target, REVERSE)
+            tl.store(dx + row * n_channels + d, dx_row, mask=in_d & (target >= begin) & (target < end))
+            if dstate is not None:
+                tl.store(dstate + state_at + (W - 1 + target), dx_row, mask=in_d & (target < 0))
+            window = window[1:]
+            grads = grads[1:]
+    share = number.to(tl.int64) * n_channels + d
+    for k in tl.static_range(W):
+        tl.store(dweight + share * W + k, dtaps[k], mask=in_d)
+    if dbias is not None:
+        tl.store(dbias + share, sum_dbias, mask=in_d)
+
+
+@triton.jit
+def _step(
+    state, x, weight, bias, y, x_stride, n_channels, W: tl.constexpr, BLOCK_D: tl.constexpr, SILU: tl.constexpr
+):  # fmt: skip
+    n_tiles = tl.cdiv(n_channels, BLOCK_D)
+    s = (tl.program_id(0) // n_tiles).to(tl.int64)
+    d = tl.program_id(0) % n_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = d < n_channels
+    state += (s * n_channels + d) * (W - 1)
+    window = ()
+    for k in tl.static_range(W - 1):
+        window += (load_float(state, k, in_d),)
+    window += (load_float(x, s * x_stride + d, in_d),)
+    out = _convolve(window, _load_taps(weight, d, in_d, W), load_float(bias, d, in_d), W)
+    if SILU:
+        out *= sigmoid(out)
+    tl.store(y + s * n_channels + d, out, mask=in_d)
+    for k in tl.static_range(W - 1):
+        tl.store(state + k, window[k + 1], mask=in_d)
+
+
+def _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse) -> tuple[int, dict]:
+    """What both directions share: the number of pieces, and arguments of the kernels."""
+    n_tokens, n_channels = x.shape
+    length = n_tokens // max(batch, 1)
+    if cu_seqlens is None:
+        n_seqs, n_pieces = batch, batch * max(triton.cdiv(length, PIECE), 1)
+    else:
+        n_seqs = cu_seqlens.shape[0] - 1
+        n_pieces = checkpoint_slots(n_tokens, n_seqs, PIECE)
+    x = with_rows(x)
+    bias, state, cu_seqlens = (None if t is None else t.contiguous() for t in (bias, initial_state, cu_seqlens))
+    return n_pieces, {
+        "x": x, "weight": weight.contiguous(), "bias": bias, "cu_seqlens": cu_seqlens, "x_stride": x.stride(0),
+        "state": state, "length": length, "n_seqs": n_seqs, "n_channels": n_channels, "W": weight.shape[1],
+        "BLOCK_D": BLOCK_D, "PIECE": PIECE, "K": UNROLL, "SILU": silu, "REVERSE": reverse, "num_warps": 1,
+    }  # fmt: skip
+
+
+def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
+    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        _forward[(n_pieces * triton.cdiv(x.shape[1], BLOCK_D),)](**arguments, y=y)
+    return y
+
+
+def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
+    """Gradients of (x, weight, bias, initial_state)."""
+    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweight = torch.empty(n_pieces, *weight.shape, device=x.device)
+    dbias = None if bias is None else torch.empty(n_pieces, *bias.shape, device=x.device)
+    dstate = None if initial_state is None else torch.empty(initial_state.shape, device=x.device)
+    dy = with_rows(dy)
+    with torch.cuda.device_of(x):
+        _backward[(n_pieces * triton.cdiv(x.shape[1], BLOCK_D),)](
+            **arguments, dy=dy, dy_stride=dy.stride(0), dx=dx, dweight=dweight, dbias=dbias, dstate=dstate
+        )
+        return dx, sum_first_axis(dweight), None if dbias is None else sum_first_axis(dbias), dstate
+
+
+def step(state, x, weight, bias, silu):
+    n_rows, n_channels = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x, window, bias = with_rows(x), state.contiguous(), None if bias is None else bias.contiguous()
+    with torch.cuda.device_of(x):
+        _step[(n_rows * triton.cdiv(n_channels, BLOCK_D),)](
+            window, x, weight.contiguous(), bias, y, x.stride(0), n_channels,
+            W=weight.shape[1], BLOCK_D=BLOCK_D, SILU=silu, num_warps=1,
+        )  # fmt: skip
+    if window is not state:
+        state.copy_(window)
+    return y

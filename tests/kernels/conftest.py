@@ -1,0 +1,103 @@
+"""What the kernels' tests share, as fixtures: results with all gradients, a comparison that says where it fails."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from polymamba.kernels.backends import INSTALLED, interpreting
+
+Tensors = dict[str, Tensor | None]
+
+
+def _device_of(backend: str) -> str:
+    """Where a test runs `backend`: Triton in its interpreter, on the CPU, if there is no GPU."""
+    if backend in ("numba", "triton"):
+        pytest.importorskip(backend, exc_type=ImportError)  # numba may be there and refuse this numpy
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """All tensors in `dtype`, the complex ones in its complex twin."""
+    return {
+        name: None if x is None else x.to(dtype.to_complex() if x.is_complex() else dtype)
+        for name, x in tensors.items()
+    }
+
+
+def _results_of(
+    kernel: Callable, tensors: Tensors, backend: str, cotangents: tuple[Tensor, ...] = (),
+    device: str | None = None, **options: object,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Outputs (y, final_state) of a kernel and the gradients (grad_NAME) of all `tensors`, on the CPU.
+
+    The gradients are those of the sum of outputs times `cotangents`, by default normal numbers, always the same.
+    """
+    device = device or _device_of(backend)
+    leaves = {name: None if x is None else x.detach().to(device).requires_grad_() for name, x in tensors.items()}
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    outputs = kernel(**leaves, backend=backend, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(0)
+    cotangents = cotangents or tuple(torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outputs)
+    pairs = list(zip(outputs, cotangents, strict=True))
+    sum((x * c.to(device, x.dtype)).real.sum() for x, c in pairs).backward()
+    results = dict(zip(("y", "final_state"), outputs, strict=False))
+    for name, x in leaves.items():
+        if x is not None:
+            results[f"grad_{name}"] = torch.zeros_like(x) if x.grad is None else x.grad
+    return {name: x.detach().cpu() for name, x in results.items()}
+
+
+def _assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, case: object = "") -> None:
+    """Each tensor of `actual` against its namesake: max|difference| <= tolerance * max|expected|."""
+    wrong = []
+    for name, x in actual.items():
+        reference = expected[name]
+        assert x.shape == reference.shape, f"{case} {name}: shape {tuple(x.shape)}, expected {tuple(reference.shape)}"
+        if x.numel() == 0:
+            continue
+        wide = torch.complex128 if reference.is_complex() else torch.float64
+        difference = (x.to(wide) - reference.to(wide)).abs()
+        error = (difference.max() / reference.to(wide).abs().max().clamp(min=1e-30)).item()
+        if not error <= tolerance:  # NaN fails
+            position = torch.unravel_index(difference.nan_to_num(torch.inf).argmax(), x.shape)
+            wrong.append(f"{case} {name}: error {error:.1e} > {tolerance:.0e}, largest at {[int(i) for i in position]}")
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter():
+    """Triton's interpreter patches triton.language anew at every call of a device function: half of its time."""
+    if interpreting() and INSTALLED["triton"]:
+        from triton.runtime import interpreter
+
+        patch_once = functools.cache(interpreter._patch_lang)
+
+        def call(function, *args, **kwargs):
+            patch_once(function.fn)
+            return function.rewrite()(*args, **kwargs)
+
+        interpreter.InterpretedFunction.__call__ = call
+
+
+@pytest.fixture(scope="session")
+def device_of():
+    return _device_of
+
+
+@pytest.fixture(scope="session")
+def cast():
+    return _cast
+
+
+@pytest.fixture(scope="session")
+def results_of():
+    return _results_of
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    return _assert_close

@@ -1,0 +1,144 @@
+"""The kernels as PyTorch operators: what torch.compile, export and autograd rely on; and which backend is chosen."""
+
+import pytest
+import torch
+
+from polymamba.kernels import causal_conv1d, causal_conv1d_step, info, selective_scan, selective_scan_step
+from polymamba.kernels.backends import choose
+
+OPERATORS = torch.ops.polymamba
+BACKENDS = ["torch", "numba", "triton"]
+
+
+def scan_inputs(device: str, length: int = 6, channels: int = 4, states: int = 3) -> tuple[torch.Tensor, ...]:
+    """u, delta, A, B, C, D, z, delta_bias of the operator: tokens are flat."""
+    by_channel, by_state = (length, channels), (length, 2, states)
+    shapes = (by_channel, by_channel, (channels, states), by_state, by_state, (channels,), by_channel, (channels,))
+    tensors = [torch.randn(shape, device=device) for shape in shapes]
+    tensors[2] = -tensors[2].abs()
+    return tuple(x.requires_grad_() for x in tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_scan_operator(packed, backend, device_of):
+    device = device_of(backend)
+    # No empty sequence: its slot of the saved states is never written, and opcheck compares these as well.
+    ends = torch.tensor([0, 2, 6], dtype=torch.int32, device=device) if packed else None
+    state = torch.randn(2, 4, 3, device=device, requires_grad=True)
+    arguments = (*scan_inputs(device), state, ends, 1 if packed else 2, True, False, True, backend)
+    torch.library.opcheck(OPERATORS.selective_scan.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scan_operator_with_all_options_absent(backend, device_of):
+    u, delta, A, B, C, *_ = scan_inputs(device_of(backend))
+    arguments = (u, delta, A, B, C, None, None, None, None, None, 2, False, True, True, backend)
+    torch.library.opcheck(OPERATORS.selective_scan.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+def test_conv_operator(backend, device_of):
+    device = device_of(backend)
+    x, weight, bias, state = (
+        torch.randn(shape, device=device, requires_grad=True) for shape in ((6, 5), (5, 4), (5,), (2, 5, 3))
+    )
+    torch.library.opcheck(OPERATORS.causal_conv1d.default, (x, weight, bias, state, None, 2, True, False, backend))
+    torch.library.opcheck(OPERATORS.causal_conv1d.default, (x, weight, None, None, None, 2, False, True, backend))
+
+
+def test_step_operators(device_of):
+    device = device_of("triton")
+    u, delta, A, B, C, D, z, bias = (x.detach() for x in scan_inputs(device, length=2))
+    state = torch.randn(2, 4, 3, device=device)
+    torch.library.opcheck(OPERATORS.selective_scan_step.default, (state, u, delta, A, B, C, D, z, bias, True))
+    weight, window = torch.randn(4, 4, device=device), torch.randn(2, 4, 3, device=device)
+    torch.library.opcheck(OPERATORS.causal_conv1d_step.default, (window, u, weight, bias, True))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_compiles_as_one_graph(backend, device_of):
+    """Convolution into scan, forward, backward and states; then at another length."""
+    device = device_of(backend)
+    weight, A = torch.randn(4, 4, device=device), -torch.rand(4, 3, device=device)
+
+    def layer(x, delta, B, C):
+        u, window = causal_conv1d(x, weight, return_final_state=True, backend=backend)
+        y, state = selective_scan(u, delta, A, B, C, z=x, delta_softplus=True, return_final_state=True, backend=backend)
+        return y, window, state
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for length in (5, 7):
+        shapes = (2, length, 4), (2, length, 4), (2, length, 3), (2, length, 3)
+        results = []
+        inputs = [torch.randn(shape, device=device) for shape in shapes]
+        for function in (layer, compiled):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            outputs = function(*leaves)
+            sum(x.square().sum() for x in outputs).backward()
+            results.append((*outputs, *(x.grad for x in leaves)))
+        for eager, graph in zip(*results, strict=True):
+            torch.testing.assert_close(graph, eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph(device_of):
+    """Steps and whole sequences: no synchronisation, no copy from the host."""
+    x = torch.randn(2, 9, 4, device="cuda")
+    B, A, weight = (
+        torch.randn(2, 9, 3, device="cuda"),
+        -torch.rand(4, 3, device="cuda"),
+        torch.randn(4, 4, device="cuda"),
+    )
+    state, window = torch.zeros(2, 4, 3, device="cuda"), torch.zeros(2, 4, 3, device="cuda")
+
+    def run():
+        u = causal_conv1d(x, weight)
+        step = selective_scan_step(state, causal_conv1d_step(window, x[:, 0], weight), x[:, 0], A, B[:, :1], B[:, :1])
+        return selective_scan(u, x, A, B, B, delta_softplus=True), step
+
+    run()
+    expected, _ = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = run()
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_a_step_takes_no_gradient(device_of):
+    state = torch.zeros(2, 4, 3)
+    u, delta, A, B, C, *_ = scan_inputs("cpu", length=2)
+    assert not selective_scan_step(state, u, delta, A, B, C, backend="reference").requires_grad
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "is_complex", "expected"),
+    [
+        ("cpu", torch.float32, False, "numba"),
+        ("cpu", torch.bfloat16, False, "numba"),
+        ("cpu", torch.float64, False, "torch"),
+        ("cpu", torch.float32, True, "torch"),
+        ("cuda", torch.float32, False, "triton"),
+        ("cuda", torch.float32, True, "torch"),
+        ("mps", torch.float32, False, "torch"),
+    ],
+)
+def test_the_choice_of_a_backend(device, dtype, is_complex, expected, device_of):
+    device_of(expected)
+    assert choose(None, torch.device(device), dtype, is_complex=is_complex) == expected
+
+
+def test_a_backend_for_another_device_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="backend='numba' runs on the CPU; the inputs are on cuda"):
+        choose("numba", torch.device("cuda"), torch.float32)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend='triton' runs on a CUDA GPU; the inputs are on cpu"):
+        choose("triton", torch.device("cpu"), torch.float32)
+
+
+def test_info_names_every_kernel():
+    assert {line.split()[0] for line in info()} == {
+        "selective_scan", "selective_scan_step", "causal_conv1d", "causal_conv1d_step",
+    }  # fmt: skip

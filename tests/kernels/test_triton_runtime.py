@@ -1,0 +1,70 @@
+"""The elementary functions and the ordered sum of the Triton kernels against float64."""
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from polymamba.kernels.triton_runtime import exp_negative, sigmoid, softplus, sum_first_axis  # noqa: E402
+
+UNIT = np.finfo(np.float32).eps
+NEGATIVE = -np.logspace(-8, np.log10(87), 20_001)
+BOTH_SIGNS = np.concatenate((NEGATIVE, -NEGATIVE, [0.0]))
+
+
+@triton.jit
+def _apply(x, out, n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + at, mask=at < n)
+    if FUNCTION == "exp_negative":
+        values = exp_negative(values)
+    if FUNCTION == "sigmoid":
+        values = sigmoid(values)
+    if FUNCTION == "softplus":
+        values = softplus(values)
+    tl.store(out + at, values, mask=at < n)
+
+
+def apply(name: str, x, device: str) -> np.ndarray:
+    x = torch.tensor(np.asarray(x, np.float32), device=device)
+    out = torch.empty_like(x)
+    _apply[(triton.cdiv(len(x), 4096),)](x, out, len(x), FUNCTION=name, BLOCK=4096)
+    return out.cpu().numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "points"),
+    [
+        ("exp_negative", np.exp, NEGATIVE),
+        ("sigmoid", lambda x: 1 / (1 + np.exp(-x)), BOTH_SIGNS),
+        ("softplus", lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), BOTH_SIGNS),
+    ],
+)
+def test_relative_error_of_a_few_units(name, exact, points, device_of):
+    points = points.astype(np.float32)
+    expected = exact(points.astype(np.float64))
+    assert (np.abs(apply(name, points, device_of("triton")) - expected) / expected).max() < 5 * UNIT
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # at -inf, -1e4, 1e4, inf, nan
+        ("sigmoid", [0, 0, 1, 1, np.nan]),
+        ("softplus", [0, 0, 1e4, np.inf, np.nan]),
+    ],
+)
+def test_at_the_ends_and_nan(name, expected, device_of):
+    actual = apply(name, [-np.inf, -1e4, 1e4, np.inf, np.nan], device_of("triton"))
+    assert np.array_equal(actual, np.float32(expected), equal_nan=True)
+
+
+@pytest.mark.parametrize("n_terms", [0, 1, 3, 64, 65, 200])
+def test_sum_first_axis(n_terms, device_of):
+    x = torch.randn(n_terms, 3, 100, device=device_of("triton"))
+    total = sum_first_axis(x)
+    torch.testing.assert_close(total.double(), x.double().sum(0), rtol=1e-6, atol=1e-5)
+    # The order is that of the index: other columns beside it change nothing.
+    assert torch.equal(sum_first_axis(x[:, :1, :7].contiguous()), total[:1, :7])
