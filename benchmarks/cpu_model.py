@@ -1,4 +1,4 @@
-"""A small Mamba language model on the CPU: ours against transformers and mambapy. Time, peak memory, growth with length.
+"""A small Mamba language model on the CPU: ours against transformers and mambapy: time, peak memory, growth by length.
 
     python benchmarks/cpu_model.py [--threads 2] [--output benchmarks/results/cpu_model.md]
 
@@ -47,7 +47,9 @@ def build(name: str) -> nn.Module:
     from mambapy.mamba import Mamba, MambaConfig
 
     blocks = Mamba(MambaConfig(d_model=D_MODEL, n_layers=N_LAYER))
-    return nn.Sequential(nn.Embedding(VOCAB, D_MODEL), blocks, nn.RMSNorm(D_MODEL), nn.Linear(D_MODEL, VOCAB, bias=False))
+    return nn.Sequential(
+        nn.Embedding(VOCAB, D_MODEL), blocks, nn.RMSNorm(D_MODEL), nn.Linear(D_MODEL, VOCAB, bias=False)
+    )
 
 
 def measure(name: str, batch: int, length: int, backward: bool, threads: int) -> dict[str, float]:
@@ -85,8 +87,14 @@ def in_process(name: str, batch: int, length: int, backward: bool, threads: int)
 
 def report(threads: int) -> str:
     lines = ["# A small Mamba language model on the CPU", "", *describe(), ""]
-    lines += [f"{N_LAYER} layers, d_model {D_MODEL}, float32, {threads} threads; medians, seconds (MiB added at the peak)"]
-    lines += ["", "| | polymamba | transformers | mambapy | faster peer / ours | its memory / ours |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"{N_LAYER} layers, d_model {D_MODEL}, float32, {threads} threads; medians, seconds (MiB added at the peak)"
+    ]
+    lines += [
+        "",
+        "| | polymamba | transformers | mambapy | faster peer / ours | its memory / ours |",
+        "|---|---|---|---|---|---|",
+    ]
     for batch in (1, 8):
         for backward in (False, True):
             rows = {name: in_process(name, batch, 1024, backward, threads) for name in ("polymamba", *PEERS)}
