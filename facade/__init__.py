@@ -17,7 +17,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 _SUBPACKAGES = ("core", "genomics", "kernels")
 
-__all__ = ["__version__", "convert", "core", "genomics", "kernels"]  # noqa: F822 - by __getattr__
+__all__ = ["__version__", "convert", "core", "genomics", "kernels"]
 
 
 def __getattr__(name: str) -> Any:
