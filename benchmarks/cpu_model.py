@@ -9,6 +9,7 @@ its own. Medians; slow ones are repeated less.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -16,9 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from machine import describe
-from torch import nn
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all alike, as polymamba's command line has it
+
+import torch  # noqa: E402
+from machine import describe  # noqa: E402
+from torch import nn  # noqa: E402
 
 D_MODEL, N_LAYER, VOCAB = 256, 2, 256
 PEERS = ("transformers", "mambapy")
