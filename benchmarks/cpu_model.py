@@ -4,7 +4,7 @@
 
 Two Mamba layers of d_model 256, vocabulary 256, float32. All models hold the same shapes; each measurement runs in a
 process of its own, so that its peak memory (maximum resident set, less what the process held before the first run) is
-its own. Medians; slow ones are repeated less.
+its own. Medians; slow ones are repeated less, and one that takes more than 180 s counts as 180 with no memory figure.
 """
 
 import argparse
@@ -19,12 +19,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all alike, as polymamba's command line has it
 
-import torch  # noqa: E402
-from machine import describe  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from machine import describe
+from torch import nn
 
 D_MODEL, N_LAYER, VOCAB = 256, 2, 256
 PEERS = ("transformers", "mambapy")
+LIMIT = 180  # seconds for one measurement
 
 
 def build(name: str) -> nn.Module:
@@ -83,7 +84,10 @@ def measure(name: str, batch: int, length: int, backward: bool, threads: int) ->
 
 def in_process(name: str, batch: int, length: int, backward: bool, threads: int) -> dict[str, float]:
     words = [sys.executable, __file__, "--one", json.dumps([name, batch, length, backward, threads])]
-    result = subprocess.run(words, check=True, capture_output=True, text=True)
+    try:
+        result = subprocess.run(words, check=True, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return {"seconds": LIMIT, "runs": 0, "mib": float("nan")}  # took longer: its time is at least this
     print(name, batch, length, "fwd+bwd" if backward else "fwd", result.stdout.strip(), file=sys.stderr)
     return json.loads(result.stdout.splitlines()[-1])
 

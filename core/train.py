@@ -160,7 +160,7 @@ class _Trainer:
         began = time.monotonic() - position.seconds
         while position.epoch < config.epochs and not self.out_of_patience():
             losses = self.run_epoch(began)
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 metrics = self.task.evaluate(self.best_candidate.eval())
             self.finish_epoch(metrics, losses, began)
         if self.main:

@@ -99,7 +99,7 @@ def golden_runs() -> Iterator:
             yield pytest.param(case, backend, marks=[pytest.mark.slow] if is_slow else [])
 
 
-@pytest.mark.parametrize(("case", "backend"), golden_runs())
+@pytest.mark.parametrize(("case", "backend"), list(golden_runs()))
 def test_official_numbers(case, backend, results_of, cast, assert_close):
     tensors, expected = golden(case)
     exact = backend not in FAST
