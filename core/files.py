@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import InputError
+
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
@@ -31,6 +33,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def require_new_folder(path: Path) -> None:
+    """Raises InputError unless `path` is free, or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not an empty folder")
 
 
 def sha256(path: str | os.PathLike) -> str:

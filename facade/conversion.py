@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polymamba.core.errors import InputError
+from polymamba.core.files import require_new_folder
 from polymamba.core.hub import PretrainedModel
 from polymamba.flags import Convert
 
@@ -50,8 +51,7 @@ def run(args: Convert) -> None:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{config_file}: not JSON ({error})") from None
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise InputError(f"{args.output}: exists and is not an empty folder")
+    require_new_folder(args.output)
     model = convert(args.kind, _read_weights(args.checkpoint), config)
     model.save_pretrained(args.output)
     n_parameters = sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..core.config import ComputeConfig
 from ..core.errors import InputError
-from ..core.files import write_json, written_whole
+from ..core.files import require_new_folder, write_json, written_whole
 from ..core.metrics import classification_metrics, format_table, write_confusion_tsv
 from ..core.plots import plot_confusion
 from ..core.run_folder import RunFolder
@@ -80,8 +80,7 @@ def evaluate(args: Eval) -> None:
     _require_one(data=args.data, **{"class": args.classes})
     model = _model(args.run, args.compute)
     data = _labelled(args.data, args.classes, split=False).with_classes(model.config.classes)
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise InputError(f"{args.output}: exists and is not an empty folder")
+    require_new_folder(args.output)
     with _autocast(args.compute):
         probabilities = predict_probabilities(
             model, data.tokens, args.batch_size, args.max_tokens, rc_average=args.rc_average, progress="eval"
@@ -105,9 +104,8 @@ def predict(args: Predict) -> None:
     rows = _prediction_rows([r.name for r in records], probabilities, model.config.classes)
     if args.output is None:
         _write_tsv(sys.stdout, rows)
-        return
-    with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        _write_tsv(file, rows)
+    else:
+        _save_tsv(args.output, rows)
 
 
 def _labelled(folder: Path | None, classes: Sequence[str], **split: Any) -> LabelledSequences:
@@ -144,8 +142,7 @@ def _report(folder: Path, data: LabelledSequences, probabilities: np.ndarray, se
     write_confusion_tsv(folder / "confusion.tsv", matrix, data.classes)
     plot_confusion(folder / "confusion.png", matrix, data.classes)
     rows = _prediction_rows(data.names, probabilities, data.classes, [data.classes[i] for i in data.labels])
-    with written_whole(folder / "predictions.tsv") as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        _write_tsv(file, rows)
+    _save_tsv(folder / "predictions.tsv", rows)
     write_json(folder / "metrics.json", metrics)
     print(format_table(metrics))
 
@@ -160,6 +157,11 @@ def _prediction_rows(
 
 def _write_tsv(file: TextIO, rows: Iterable[list[Any]]) -> None:
     csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
+
+
+def _save_tsv(path: Path, rows: Iterable[list[Any]]) -> None:
+    with written_whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        _write_tsv(file, rows)
 
 
 def _say(message: str) -> None:
