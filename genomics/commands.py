@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
@@ -54,6 +54,8 @@ class Train:
 class _Apply:
     """What eval and predict share."""
 
+    ensemble: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="RUN")] = ()
+    """Run folder of one more model, whose probabilities are averaged with the first one's; may be repeated."""
     rc_average: bool = False
     """Average the predictions of both strands."""
     batch_size: int = 256
@@ -74,6 +76,8 @@ class Eval(_Apply):
     """A folder with a FASTA file or a folder of them per class."""
     classes: Annotated[UseAppendAction[tuple[str, ...]], arg(name="class", metavar="NAME=FASTA")] = ()
     """A class and its FASTA file; may be repeated."""
+    split: Literal["train", "valid", "test"] | None = None
+    """Measure on this part of the folder alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,34 +78,49 @@ def train(args: Train) -> None:
 def evaluate(args: Eval) -> None:
     """Measure the model of a run folder on labelled files."""
     _require_one(data=args.data, **{"class": args.classes})
-    model = _model(args.run, args.compute)
-    data = _labelled(args.data, args.classes, split=False).with_classes(model.config.classes)
+    models = _models(args)
+    data = _labelled(args.data, args.classes, split=False).with_classes(models[0].config.classes)
+    if args.split is not None:
+        data = data.subset(args.split)
+        if not len(data.labels):
+            raise InputError(f"--split {args.split}: no record is of this part")
     require_new_folder(args.output)
-    with _autocast(args.compute):
-        probabilities = predict_probabilities(
-            model, data.tokens, args.batch_size, args.max_tokens, rc_average=args.rc_average, progress="eval"
-        )
+    probabilities = _predict(models, data.tokens, args, progress="eval")
     args.output.mkdir(parents=True, exist_ok=True)
     _report(args.output, data, probabilities, args.compute.seed)
 
 
 def predict(args: Predict) -> None:
     """Classify FASTA files with the model of a run folder."""
-    model = _model(args.run, args.compute)
+    models = _models(args)
     records = [record for path in args.fasta for record in read_fasta(path)]
-    with _autocast(args.compute):
-        probabilities = predict_probabilities(
-            model,
-            [record.tokens for record in records],
-            *(args.batch_size, args.max_tokens),
-            rc_average=args.rc_average,
-            progress="predict",
-        )
-    rows = _prediction_rows([r.name for r in records], probabilities, model.config.classes)
+    probabilities = _predict(models, [record.tokens for record in records], args, progress="predict")
+    rows = _prediction_rows([r.name for r in records], probabilities, models[0].config.classes)
     if args.output is None:
         _write_tsv(sys.stdout, rows)
     else:
         _save_tsv(args.output, rows)
+
+
+def _models(args: Eval | Predict) -> list[DNAClassifier]:
+    """The run's model and those of --ensemble, which must know the same classes."""
+    models = [DNAClassifier.from_pretrained(run) for run in (args.run, *args.ensemble)]
+    known = models[0].config.classes
+    for run, model in zip(args.ensemble, models[1:], strict=True):
+        if model.config.classes != known:
+            theirs = ", ".join(model.config.classes)
+            raise InputError(f"--ensemble {run}: knows the classes {theirs}; {args.run} knows {', '.join(known)}")
+    return [model.to(pick_device(args.compute)) for model in models]
+
+
+def _predict(
+    models: Sequence[DNAClassifier], tokens: list[np.ndarray], args: Eval | Predict, progress: str
+) -> np.ndarray:
+    """The mean of the models' class probabilities, (n, K)."""
+    options: dict[str, Any] = {"rc_average": args.rc_average, "progress": progress}
+    with _autocast(args.compute):
+        each = [predict_probabilities(m, tokens, args.batch_size, args.max_tokens, **options) for m in models]
+    return np.mean(each, axis=0)
 
 
 def _labelled(folder: Path | None, classes: Sequence[str], **split: Any) -> LabelledSequences:
@@ -124,10 +139,6 @@ def _labelled(folder: Path | None, classes: Sequence[str], **split: Any) -> Labe
 def _require_one(**ways: Any) -> None:
     if sum(bool(way) for way in ways.values()) != 1:
         raise InputError(f"say where the sequences are in one of these ways: {', '.join(f'--{way}' for way in ways)}")
-
-
-def _model(run: Path, compute: ComputeConfig) -> DNAClassifier:
-    return DNAClassifier.from_pretrained(run).to(pick_device(compute))
 
 
 def _autocast(compute: ComputeConfig) -> torch.autocast:

@@ -1,11 +1,14 @@
-"""What the CPU kernels share: vectorisable float32 elementary functions and a small thread pool.
+"""What the CPU kernels share: tiles of channels, vectorisable float32 elementary functions, and a small thread pool.
 
-LLVM turns the loops of the kernels into SIMD code only if what they call is plain arithmetic, and a call of
+A kernel works on a tile of up to 64 channels over a piece of time, in small contiguous buffers that stay in the
+first-level cache; `load` and `store` move it from and to the tensors. LLVM turns the loops of the kernels into SIMD code only if what they call is plain arithmetic, and a call of
 libm's `expf` is not. So exp2, sigmoid and softplus are polynomials here, inlined by LLVM, each good to a few units
 in the last place of float32 (tests/kernels/test_numba_runtime.py measures them against float64).
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -17,6 +20,22 @@ import numpy as np
 import torch
 from numba.core import types
 from numba.extending import intrinsic
+from torch import Tensor
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc not to hand memory of freed tensors back to the system, up to 256 MiB of it.
+
+    By default the next tensor is mapped anew and every page of it faults in again: measured, a third of a small model's
+    forward. Other C libraries know no `mallopt`, and keep their ways.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+            mallopt(parameter, 256 << 20)
+
+
+_keep_freed_memory()
 
 LOG2E = 1.4426950408889634
 # "contract" lets LLVM form fused multiply-adds, "nsz" drops the sign of zero. Neither reorders a sum.
@@ -46,6 +65,14 @@ def _bits_to_float(typingctx, bits):
     return types.float32(types.int32), codegen
 
 
+@intrinsic
+def _float_to_bits(typingctx, x):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
 def _polynomial(function: Callable, half_width: float, degree: int) -> list[np.float32]:
     """Coefficients, lowest first, of the Chebyshev interpolant of `function` on [-half_width, half_width]."""
     fit = np.polynomial.Chebyshev.interpolate(function, degree, domain=[-half_width, half_width])
@@ -54,33 +81,33 @@ def _polynomial(function: Callable, half_width: float, degree: int) -> list[np.f
 
 _P0, _P1, _P2, _P3, _P4, _P5, _P6 = _polynomial(np.exp2, 0.5, 6)  # 2^f: relative error 2e-9 before rounding
 _E0, _E1, _E2, _E3, _E4, _E5, _E6 = _polynomial(np.exp, np.log(2) / 2, 6)
-_LN2_HIGH = np.float32(
-    0.693359375
-)  # ln 2 in two parts (Cody and Waite): the high one has few bits, so k * high is exact
-_LN2_LOW = np.float32(-2.12194440054690583e-4)
+# ln 2 in two parts (Cody and Waite): the high one has few bits, so k * high is exact.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
+# Added to a small float, this leaves the nearest whole number in the sum's last bits, plus float32's exponent bias: what
+# those bits are once moved to the exponent's place is the power of two.
+_ROUND = np.float32(1.5 * 2**23 + 127)
 
 
 @inline()
 def exp2(x):
-    """2**x in float32: 0 below -126 (no subnormals), at most 2**127 above, NaN for NaN."""
+    """2**x in float32: 2**-126 below -126 (no subnormals, no zero), at most 2**127 above, NaN for NaN."""
     # Written so that a NaN falls through each comparison.
     clamped = np.float32(-126.0) if x < np.float32(-126.0) else (np.float32(127.0) if x > np.float32(127.0) else x)
-    whole = np.floor(clamped + np.float32(0.5))
-    f = clamped - whole
+    whole = clamped + _ROUND
+    f = clamped - (whole - _ROUND)
     p = _P0 + f * (_P1 + f * (_P2 + f * (_P3 + f * (_P4 + f * (_P5 + f * _P6)))))
-    scale = _bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))  # pyright: ignore[reportCallIssue]
-    return np.float32(0.0) if x < np.float32(-126.0) else p * scale
+    return p * _bits_to_float(_float_to_bits(whole) << np.int32(23))  # pyright: ignore[reportCallIssue]
 
 
 @inline()
 def exp_negative(x):
-    """exp(x) in float32 for x <= 0: 0 below -87, NaN for NaN."""
+    """exp(x) in float32 for x <= 0: exp(-87) below -87, NaN for NaN."""
     clamped = np.float32(-87.0) if x < np.float32(-87.0) else x
-    whole = np.floor(clamped * np.float32(LOG2E) + np.float32(0.5))
-    f = clamped - whole * _LN2_HIGH - whole * _LN2_LOW
+    whole = clamped * np.float32(LOG2E) + _ROUND
+    k = whole - _ROUND
+    f = clamped - k * _LN2_HIGH - k * _LN2_LOW
     p = _E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6)))))
-    scale = _bits_to_float((np.int32(whole) + np.int32(127)) << np.int32(23))  # pyright: ignore[reportCallIssue]
-    return np.float32(0.0) if x < np.float32(-87.0) else p * scale
+    return p * _bits_to_float(_float_to_bits(whole) << np.int32(23))  # pyright: ignore[reportCallIssue]
 
 
 @inline()
@@ -105,6 +132,59 @@ def softplus(x):
         series = np.float32(1.0 / k) + q * series
     positive_part = np.float32(0.0) if x < np.float32(0.0) else x
     return positive_part + np.float32(2.0) * s * series
+
+
+TILE = 64  # channels of a tile
+
+
+@inline()
+def buffer(rows):
+    return np.empty((rows, TILE), np.float32)
+
+
+@jit
+def load(source, order, c0, c1, out):
+    """out[i, :c1 - c0] = source[order[i], c0:c1]; zeros where the source is absent (of size 0)."""
+    # Unsigned indices: a signed one is guarded against being negative, which keeps the loop from being vectorised.
+    first, width = np.uint64(c0), np.uint64(c1 - c0)
+    for i in range(order.size):
+        if source.size > 0:
+            row = np.uint64(order[i])
+            for d in range(width):
+                out[i, d] = source[row, first + np.uint64(d)]
+        else:
+            for d in range(width):
+                out[i, d] = np.float32(0.0)
+
+
+@jit
+def store(tile, order, c0, c1, out):
+    """The reverse of `load`; nothing where the target is absent."""
+    first, width = np.uint64(c0), np.uint64(c1 - c0)
+    if out.size > 0:
+        for i in range(order.size):
+            row = np.uint64(order[i])
+            for d in range(width):
+                out[row, first + np.uint64(d)] = tile[i, d]
+
+
+def rows(x: Tensor | None) -> tuple[np.ndarray, int]:
+    """x (T, D) as a contiguous float32 array and x's first column in it: no copy where x is some columns of a matrix.
+
+    An absent x becomes an array of size 0.
+    """
+    if x is None:
+        return np.empty((0, 0), np.float32), 0
+    x = x.detach().to(torch.float32)
+    n_tokens, n_channels = x.shape
+    width = x.stride(0)
+    if x.stride(1) == 1 and width > n_channels:
+        column = x.storage_offset() % width
+        begin = x.storage_offset() - column
+        enough = x.untyped_storage().nbytes() // x.element_size() >= begin + n_tokens * width
+        if column + n_channels <= width and enough:
+            return x.as_strided((n_tokens, width), (width, 1), begin).numpy(), column
+    return x.contiguous().numpy(), 0
 
 
 @lru_cache(maxsize=1)

@@ -1,104 +1,141 @@
 """Causal depthwise convolution on the CPU: one pass over the tokens, vectorised over channels, compiled by numba.
 
-One job is a piece of time of one sequence, all channels. Arrays are float32, C-contiguous; weights come as (W, D),
-states as (S, W - 1, D), most recent last. `position` counts steps in the direction of the convolution.
+One job is a tile of channels over a piece of time of one sequence. Arrays are float32, C-contiguous; weights come as
+(W, D), states as (S, W - 1, D), most recent last. x may be some columns of a wider array, from column x0 on.
+`position` counts steps in the direction of the convolution.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..numba_runtime import inline, jit, parallel, sigmoid
+from ..numba_runtime import TILE, buffer, jit, load, parallel, rows, sigmoid, store
 from ..sequences import sequence_bounds
 
-PIECE = 256  # steps of a job: fixed, so that sums over time never depend on the number of threads
-
-
-@inline()
-def _token(bounds, s, position, reverse):
-    return bounds[s + 1] - 1 - position if reverse else bounds[s] + position
+PIECE = 128  # steps of a job: fixed, so that sums over time never depend on the number of threads
 
 
 @jit
-def _accumulate(weight, x, out):
-    for d in range(out.size):
-        out[d] += weight[d] * x[d]
+def _order(bounds, s, begin, end, reverse):
+    """The tokens at positions begin..end of sequence s."""
+    if reverse:
+        return np.arange(bounds[s + 1] - 1 - begin, bounds[s + 1] - 1 - end, -1)
+    return np.arange(bounds[s] + begin, bounds[s] + end)
 
 
 @jit
-def _silu(y):
-    for d in range(y.size):
-        y[d] *= sigmoid(y[d])
+def _load_inputs(x, x0, state, bounds, s, begin, end, reverse, c0, c1, out):
+    """out[i] = the input at position begin + i: before the sequence, the state or zeros."""
+    before = min(max(-begin, 0), end - begin)
+    if state.size > 0:
+        load(state[s], np.arange(state.shape[1] - before, state.shape[1]), c0, c1, out)
+    else:
+        out[:before] = np.float32(0.0)
+    load(x, _order(bounds, s, begin + before, end, reverse), x0 + c0, x0 + c1, out[before:])
 
 
 @jit
-def _silu_backward(y, dy):
+def _convolve(x, weight, bias, K, w, y):
+    """y[i] = bias + sum_k weight[k] x[i + k]."""
+    for i in range(K):
+        for d in range(w):
+            y[i, d] = bias[0, d]
+        for k in range(weight.shape[0]):
+            for d in range(w):
+                y[i, d] += weight[k, d] * x[i + k, d]
+
+
+@jit
+def _silu(K, w, y):
+    for i in range(K):
+        for d in range(w):
+            y[i, d] *= sigmoid(y[i, d])
+
+
+@jit
+def _silu_backward(y, K, w, dy):
     """dy becomes the gradient before the activation; y is the value there."""
     one = np.float32(1.0)
-    for d in range(y.size):
-        gate = sigmoid(y[d])
-        dy[d] *= gate * (one + y[d] * (one - gate))
+    for i in range(K):
+        for d in range(w):
+            gate = sigmoid(y[i, d])
+            dy[i, d] *= gate * (one + y[i, d] * (one - gate))
 
 
 @jit
-def _row(x, bounds, s, position, reverse, state, none):
-    """The input at `position`: of the sequence, of the state before it (position < 0), or `none`."""
-    if position >= 0:
-        return x[_token(bounds, s, position, reverse)]
-    return state[s, state.shape[1] + position] if state.size > 0 else none
+def _convolve_backward(x, dy, K, w, dweight, dbias):
+    for i in range(K):
+        for k in range(dweight.shape[0]):
+            for d in range(w):
+                dweight[k, d] += dy[i, d] * x[i + k, d]
+        for d in range(w):
+            dbias[0, d] += dy[i, d]
 
 
 @jit
-def _forward(first, last, jobs, bounds, x, weight, bias, state, silu, reverse, y):
-    width, none = weight.shape[0], np.zeros(weight.shape[1], np.float32)
-    for job in range(first, last):
-        s, begin = jobs[job, 0], jobs[job, 1]
-        for position in range(begin, min(begin + PIECE, bounds[s + 1] - bounds[s])):
-            out = y[_token(bounds, s, position, reverse)]
-            out[:] = bias
-            for k in range(width):
-                _accumulate(weight[k], _row(x, bounds, s, position - (width - 1) + k, reverse, state, none), out)
-            if silu:
-                _silu(out)
-
-
-@jit
-def _backward(first, last, jobs, bounds, x, weight, bias, state, silu, reverse, dy, pre, dweight, dbias):
-    """`pre` becomes the gradient before the activation; dweight and dbias this job's shares."""
-    width, none = weight.shape[0], np.zeros(weight.shape[1], np.float32)
-    value = np.empty(weight.shape[1], np.float32)
-    for job in range(first, last):
-        s, begin = jobs[job, 0], jobs[job, 1]
-        for position in range(begin, min(begin + PIECE, bounds[s + 1] - bounds[s])):
-            t = _token(bounds, s, position, reverse)
-            d_out = pre[t]
-            d_out[:] = dy[t]
-            if silu:
-                value[:] = bias
-                for k in range(width):
-                    _accumulate(weight[k], _row(x, bounds, s, position - (width - 1) + k, reverse, state, none), value)
-                _silu_backward(value, d_out)
-            for k in range(width):
-                _accumulate(
-                    d_out, _row(x, bounds, s, position - (width - 1) + k, reverse, state, none), dweight[job, k]
-                )
-            for d in range(d_out.size):
-                dbias[job, d] += d_out[d]
-
-
-@jit
-def _backward_input(first, last, jobs, bounds, weight, reverse, pre, dx, dstate):
-    """dx[t] = sum_k weight[W - 1 - k] pre[t + k], for the state's rows too."""
+def _correlate(dy, weight, first, n, w, dx):
+    """dx[j] = sum_k weight[W - 1 - k] dy[first + j + k]; dy is zero before its first row."""
     width = weight.shape[0]
+    for j in range(n):
+        for d in range(w):
+            dx[j, d] = np.float32(0.0)
+        for k in range(max(0, -first - j), width):
+            for d in range(w):
+                dx[j, d] += weight[width - 1 - k, d] * dy[first + j + k, d]
+
+
+@jit
+def _forward(first, last, jobs, bounds, x, x0, weight, bias, state, silu, reverse, y):
+    width, n_tiles = weight.shape[0], (weight.shape[1] + TILE - 1) // TILE
+    x_, y_, weight_, bias_ = buffer(width - 1 + PIECE), buffer(PIECE), buffer(width), buffer(1)
     for job in range(first, last):
-        s, begin = jobs[job, 0], jobs[job, 1]
+        s, begin = jobs[job // n_tiles]
+        c0 = job % n_tiles * TILE
+        c1 = min(c0 + TILE, weight.shape[1])
+        end = min(begin + PIECE, bounds[s + 1] - bounds[s])
+        load(weight, np.arange(width), c0, c1, weight_)
+        load(bias, np.zeros(1, np.int64), c0, c1, bias_)
+        _load_inputs(x, x0, state, bounds, s, begin - (width - 1), end, reverse, c0, c1, x_)
+        _convolve(x_, weight_, bias_, end - begin, c1 - c0, y_)
+        if silu:
+            _silu(end - begin, c1 - c0, y_)
+        store(y_, _order(bounds, s, begin, end, reverse), c0, c1, y)
+
+
+@jit
+def _backward(first, last, jobs, bounds, x, x0, weight, bias, state, silu, reverse, dy, dx, dweight, dbias, dstate):
+    """dweight and dbias are this job's shares."""
+    width, n_tiles = weight.shape[0], (weight.shape[1] + TILE - 1) // TILE
+    # A piece's dx needs the gradients of the W - 1 steps after it as well.
+    x_, y_, dy_ = buffer(PIECE + 2 * (width - 1)), buffer(PIECE + width - 1), buffer(PIECE + width - 1)
+    weight_, bias_, dx_ = buffer(width), buffer(1), buffer(width - 1 + PIECE)
+    dweight_, dbias_ = buffer(width), buffer(1)
+    for job in range(first, last):
+        s, begin = jobs[job // n_tiles]
+        c0 = job % n_tiles * TILE
+        c1 = min(c0 + TILE, weight.shape[1])
+        w = c1 - c0
         length = bounds[s + 1] - bounds[s]
-        from_position = 1 - width if begin == 0 and dstate.size > 0 else begin
-        for position in range(from_position, min(begin + PIECE, length)):
-            out = dx[_token(bounds, s, position, reverse)] if position >= 0 else dstate[s, width - 1 + position]
-            out[:] = np.float32(0.0)
-            for k in range(max(0, -position), min(width, length - position)):
-                _accumulate(weight[width - 1 - k], pre[_token(bounds, s, position + k, reverse)], out)
+        end = min(begin + PIECE, length)
+        after = min(end + width - 1, length)
+        load(weight, np.arange(width), c0, c1, weight_)
+        load(bias, np.zeros(1, np.int64), c0, c1, bias_)
+        _load_inputs(x, x0, state, bounds, s, begin - (width - 1), after, reverse, c0, c1, x_)
+        dy_[:] = np.float32(0.0)
+        load(dy, _order(bounds, s, begin, after, reverse), c0, c1, dy_)
+        if silu:
+            _convolve(x_, weight_, bias_, after - begin, w, y_)
+            _silu_backward(y_, after - begin, w, dy_)
+        dweight_[:] = np.float32(0.0)
+        dbias_[:] = np.float32(0.0)
+        _convolve_backward(x_, dy_, end - begin, w, dweight_, dbias_)
+        store(dweight_, np.arange(width), c0, c1, dweight[job // n_tiles])
+        store(dbias_, np.zeros(1, np.int64), c0, c1, dbias[job // n_tiles])
+        _correlate(dy_, weight_, 0, end - begin, w, dx_)
+        store(dx_, _order(bounds, s, begin, end, reverse), c0, c1, dx)
+        if begin == 0 and dstate.size > 0:
+            _correlate(dy_, weight_, 1 - width, width - 1, w, dx_)
+            store(dx_, np.arange(width - 1), c0, c1, dstate[s])
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -106,30 +143,31 @@ def _array(x: Tensor) -> np.ndarray:
 
 
 def _prepare(x, weight, bias, initial_state, cu_seqlens, batch):
+    """Jobs' (sequence, first position), how many with all tiles, and what both directions read."""
     n_channels, width = weight.shape
     bounds = sequence_bounds(cu_seqlens, batch, x.shape[0]).numpy()
     # An empty sequence has a job as well: the gradient of its state must be written.
     jobs = [(s, begin) for s, n in enumerate(np.diff(bounds)) for begin in range(0, max(n, 1), PIECE)]
     bias = weight.new_zeros(n_channels) if bias is None else bias
     state = np.empty((0, width - 1, n_channels), np.float32) if initial_state is None else _array(initial_state.mT)
-    return np.array(jobs, np.int64).reshape(-1, 2), bounds, (_array(x), _array(weight.mT), _array(bias), state)
+    arrays = (*rows(x), _array(weight.mT), _array(bias[None]), state)
+    return len(jobs) * -(-n_channels // TILE), np.array(jobs, np.int64).reshape(-1, 2), bounds, arrays
 
 
 def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
-    jobs, bounds, arrays = _prepare(x, weight, bias, initial_state, cu_seqlens, batch)
+    n_jobs, jobs, bounds, arrays = _prepare(x, weight, bias, initial_state, cu_seqlens, batch)
     y = np.empty(x.shape, np.float32)
-    parallel(_forward, len(jobs), jobs, bounds, *arrays, silu, reverse, y)
+    parallel(_forward, n_jobs, jobs, bounds, *arrays, silu, reverse, y)
     return torch.from_numpy(y).to(x.dtype)
 
 
 def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
     """Gradients of (x, weight, bias, initial_state)."""
-    jobs, bounds, arrays = _prepare(x, weight, bias, initial_state, cu_seqlens, batch)
-    (n_channels, width), n_jobs = weight.shape, len(jobs)
-    pre, dx = np.empty(x.shape, np.float32), np.empty(x.shape, np.float32)
-    dweight, dbias = np.zeros((n_jobs, width, n_channels), np.float32), np.zeros((n_jobs, n_channels), np.float32)
-    dstate = np.empty_like(arrays[3])
-    parallel(_backward, n_jobs, jobs, bounds, *arrays, silu, reverse, _array(dy), pre, dweight, dbias)
-    parallel(_backward_input, n_jobs, jobs, bounds, arrays[1], reverse, pre, dx, dstate)
-    shares = torch.from_numpy(dweight).sum(0).mT, torch.from_numpy(dbias).sum(0)
+    n_jobs, jobs, bounds, arrays = _prepare(x, weight, bias, initial_state, cu_seqlens, batch)
+    n_channels, width = weight.shape
+    dx = np.empty(x.shape, np.float32)
+    dweight, dbias = (np.empty((len(jobs), n, n_channels), np.float32) for n in (width, 1))
+    dstate = np.empty_like(arrays[-1])
+    parallel(_backward, n_jobs, jobs, bounds, *arrays, silu, reverse, _array(dy), dx, dweight, dbias, dstate)
+    shares = torch.from_numpy(dweight).sum(0).mT, torch.from_numpy(dbias).sum((0, 1))
     return torch.from_numpy(dx), *shares, torch.from_numpy(dstate).mT

@@ -7,37 +7,33 @@ scratch buffer that fits the second-level cache, and then goes back through it.
 
 Letters: T tokens of all sequences, S sequences, D channels, N states, G groups, w channels of a tile, n one state.
 Arrays here are numpy, float32, C-contiguous, in rows of channels: A, states and static B or C are (.., N, D).
-An option that is absent comes as an array of size 0.
+An option that is absent comes as an array of size 0. z may be some columns of a wider array, from column z0 on.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..numba_runtime import LOG2E, jit, parallel
+from ..numba_runtime import LOG2E, TILE, buffer, jit, load, parallel, rows, store
 from ..sequences import checkpoint_slots, sequence_bounds
 from .cpu_pieces import (
-    TILE,
     add_skip,
-    buffer,
     discretise,
     gate,
     gate_backward,
     input_backward,
-    load,
     load_group,
     read_out,
     scan,
     scan_backward,
     scan_keeping_states,
-    store,
 )
 
 CHECKPOINT = 64  # steps between saved states, which so cost N / 64 of a (T, D) tensor
 
 
 @jit
-def _forward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, bias, h0,
+def _forward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, z0, bias, h0,
              use_softplus, reverse, save, y, final, checkpoints):  # fmt: skip
     N = A2.shape[0]
     raw, u_, z_, dt = buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT)
@@ -74,14 +70,14 @@ def _forward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, bias,
             if D.size > 0:
                 add_skip(D_, u_, K, w, y_)
             if z.size > 0:
-                load(z, order, c0, c1, z_)
+                load(z, order, z0 + c0, z0 + c1, z_)
                 gate(z_, K, w, y_)
             store(y_, order, c0, c1, y)
         store(h, states, c0, c1, final[s])
 
 
 @jit
-def _backward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, bias, checkpoints, dy, dfinal,
+def _backward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, z0, bias, checkpoints, dy, dfinal,
               use_softplus, reverse, du, ddelta, dA, dB, dBs, dC, dCs, dD, dz, dbias, dh0):  # fmt: skip
     N = A2.shape[0]
     raw, u_, z_, dt = buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT)
@@ -123,7 +119,7 @@ def _backward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, bias
             load(checkpoints[bounds[s] // CHECKPOINT + s + piece], states, c0, c1, kept[:, 0])
             scan_keeping_states(dt, dtu, A_, B_, Bs_, K, w, kept, decays)
             if z.size > 0:
-                load(z, order, c0, c1, z_)
+                load(z, order, z0 + c0, z0 + c1, z_)
                 read_out(kept, C_, Cs_, K, w, y_)
                 add_skip(D_, u_, K, w, y_)
                 gate_backward(z_, y_, K, w, dy_, dz_)
@@ -196,7 +192,7 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch):
     arrays = (
         *(_array(u, (0, 0)), _array(delta, (0, 0)), _array(A.mT.float() * LOG2E, (0, 0))),
         *(*_split_static(B), *_split_static(C)),
-        *(_array(D, (0, 0)), _array(z, (0, 0)), _array(delta_bias, (0, 0))),
+        *(_array(D, (0, 0)), *rows(z), _array(delta_bias, (0, 0))),
     )
     return np.array(tiles, np.int64).reshape(-1, 3), bounds, arrays
 

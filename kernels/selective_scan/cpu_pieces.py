@@ -14,31 +14,6 @@ import numpy as np
 
 from ..numba_runtime import LOG2E, REDUCE, exp2, inline, jit, sigmoid, softplus
 
-TILE = 64  # channels of a job
-
-
-@inline()
-def buffer(rows):
-    return np.empty((rows, TILE), np.float32)
-
-
-@jit
-def load(source, order, c0, c1, out):
-    """out[i, :w] = source[order[i], c0:c1]; zeros where the source is absent."""
-    for i in range(order.size):
-        if source.size > 0:
-            out[i, : c1 - c0] = source[order[i], c0:c1]
-        else:
-            out[i, : c1 - c0] = np.float32(0.0)
-
-
-@jit
-def store(tile, order, c0, c1, out):
-    """The reverse of `load`; nothing where the target is absent."""
-    if out.size > 0:
-        for i in range(order.size):
-            out[order[i], c0:c1] = tile[i, : c1 - c0]
-
 
 @jit
 def load_group(source, order, g, out):
