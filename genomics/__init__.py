@@ -7,18 +7,18 @@ if TYPE_CHECKING:
     from .alphabet import reverse_complement, tokenize
     from .config import DNAClassifierConfig
     from .dataset import LabelledSequences
-    from .fasta import Record, read_fasta
     from .inference import predict_probabilities
     from .model import DNAClassifier
+    from .reading.fasta import Record, read_fasta
 
 # Lazy, so that the flags of the command line can be read before torch has loaded.
 _MODULE_OF = {
     "DNAClassifier": "model",
     "DNAClassifierConfig": "config",
     "LabelledSequences": "dataset",
-    "Record": "fasta",
+    "Record": "reading.fasta",
     "predict_probabilities": "inference",
-    "read_fasta": "fasta",
+    "read_fasta": "reading.fasta",
     "reverse_complement": "alphabet",
     "tokenize": "alphabet",
 }

@@ -15,8 +15,8 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.files import written_whole
 from .alphabet import N
-from .fasta import read_fasta
-from .folders import LabelledFile, files_in_folder
+from .reading.fasta import read_fasta
+from .reading.folders import LabelledFile, files_in_folder
 from .splits import SPLITS, sequence_keys, straddling, stratified_split
 
 _SPLIT_COLUMNS = ["id", "class", "split", "source"]

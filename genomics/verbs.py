@@ -21,9 +21,9 @@ from ..core.train import pick_device, train_model, uses_bf16
 from .commands import Eval, Predict, Train
 from .config import PRESETS, DNAClassifierConfig
 from .dataset import LabelledSequences, example, from_class_files, from_folder
-from .fasta import read_fasta
 from .inference import predict_probabilities
 from .model import DNAClassifier
+from .reading.fasta import read_fasta
 from .training import ClassifyDNA
 
 

@@ -1,9 +1,10 @@
 """What the CPU kernels share: tiles of channels, vectorisable float32 elementary functions, and a small thread pool.
 
 A kernel works on a tile of up to 64 channels over a piece of time, in small contiguous buffers that stay in the
-first-level cache; `load` and `store` move it from and to the tensors. LLVM turns the loops of the kernels into SIMD code only if what they call is plain arithmetic, and a call of
-libm's `expf` is not. So exp2, sigmoid and softplus are polynomials here, inlined by LLVM, each good to a few units
-in the last place of float32 (tests/kernels/test_numba_runtime.py measures them against float64).
+first-level cache; `load` and `store` move it from and to the tensors. LLVM turns the loops of the kernels into SIMD
+code only if what they call is plain arithmetic, and a call of libm's `expf` is not. So exp2, sigmoid and softplus are
+polynomials here, inlined by LLVM, each good to a few units in the last place of float32
+(tests/kernels/test_numba_runtime.py measures them against float64).
 """
 
 import ctypes
@@ -83,8 +84,8 @@ _P0, _P1, _P2, _P3, _P4, _P5, _P6 = _polynomial(np.exp2, 0.5, 6)  # 2^f: relativ
 _E0, _E1, _E2, _E3, _E4, _E5, _E6 = _polynomial(np.exp, np.log(2) / 2, 6)
 # ln 2 in two parts (Cody and Waite): the high one has few bits, so k * high is exact.
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
-# Added to a small float, this leaves the nearest whole number in the sum's last bits, plus float32's exponent bias: what
-# those bits are once moved to the exponent's place is the power of two.
+# Added to a small float, this leaves the nearest whole number, plus float32's exponent bias, in the sum's last bits;
+# moved to the exponent's place they are the power of two.
 _ROUND = np.float32(1.5 * 2**23 + 127)
 
 
@@ -177,9 +178,9 @@ def rows(x: Tensor | None) -> tuple[np.ndarray, int]:
         return np.empty((0, 0), np.float32), 0
     x = x.detach().to(torch.float32)
     n_tokens, n_channels = x.shape
-    width = x.stride(0)
+    width = int(x.stride(0))
     if x.stride(1) == 1 and width > n_channels:
-        column = x.storage_offset() % width
+        column = int(x.storage_offset()) % width
         begin = x.storage_offset() - column
         enough = x.untyped_storage().nbytes() // x.element_size() >= begin + n_tokens * width
         if column + n_channels <= width and enough:

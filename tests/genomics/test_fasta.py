@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from polymamba.core.errors import InputError
 from polymamba.genomics.alphabet import tokenize
-from polymamba.genomics.fasta import read_fasta
+from polymamba.genomics.reading.fasta import read_fasta
 
 NAMES = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1, max_size=8)
 DESCRIPTIONS = st.text("ab >@+=|é\t1", max_size=12).map(str.strip)

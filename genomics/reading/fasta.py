@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import pysam
 
-from ..core.errors import InputError
-from .alphabet import LetterError, tokenize
+from ...core.errors import InputError
+from ..alphabet import LetterError, tokenize
 
 _GZIP_MAGIC = b"\x1f\x8b"
 # bgzip ends a file with an empty block, always these 28 bytes (SAM specification, section 4.1.2).

@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.errors import InputError
-from .splits import SPLITS
+from ...core.errors import InputError
+from ..splits import SPLITS
 
 _FASTA = re.compile(r"(.+)\.(fa|fasta|fna)(\.gz)?", re.IGNORECASE)
 _FASTA_ENDINGS = ".fa, .fasta or .fna, also with .gz"
