@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None, *, extra: Mapping[str, str] | None =
     """Run one command. Returns the exit code: 0, 1 (failed), 2 (bad usage). `extra`: domains beside the known ones."""
     words = list(sys.argv[1:] if argv is None else argv)
     # Between its own loops, torch's OpenMP threads spin for milliseconds on the cores that our CPU kernels want
-    # (measured: a scan on two threads then takes as long as on one). With this count they spin some tens of microseconds, in which
-    # the next loop of torch still finds them awake. Has to be said before torch loads.
+    # (measured: a scan on two threads then takes as long as on one). With this count they spin some tens of
+    # microseconds, in which torch's next loop still finds them awake. Has to be said before torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return _run(words, _domains() | dict(extra or {}))
