@@ -1,23 +1,40 @@
-"""How well a classifier did on labelled records: five figures with bootstrap intervals, and the confusion matrix.
+"""How well a model did on labelled records: of one class each, of independent labels, or of a measured quantity.
 
-n records, K classes. A class's AUROC and AUPRC (average precision) set it against all others; the figures reported are
-the means over the classes that stand in the labels.
+n records, K classes or labels. The results of all three kinds are JSON-safe and have one shape: `n`, `n_bootstrap`,
+`confidence`; each figure as {"value", "low", "high"} with its percentile bootstrap interval over records; then what is
+known of each class. What is undefined is None. A class's AUROC and AUPRC (average precision) set it against all others.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn import metrics as skm
 
+from .bootstrap import Ranking, Regression, confusion_figures, label_figures, mean_defined, with_intervals
 from .files import written_whole
+from .thresholds import check_probabilities, decide, one_against_rest
 
-NAMES = {"accuracy": "accuracy", "mcc": "MCC", "macro_f1": "macro-F1", "auroc": "AUROC", "auprc": "AUPRC"}
-_BATCH = 1_000_000  # records drawn at a time in the bootstrap: bounds its memory to some 100 MB
+NAMES = {
+    "accuracy": "accuracy",
+    "mcc": "MCC",
+    "exact_match": "exact match",
+    "micro_f1": "micro-F1",
+    "macro_f1": "macro-F1",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "pearson": "Pearson r",
+    "spearman": "Spearman rho",
+    "r2": "R2",
+    "rmse": "RMSE",
+    "mae": "MAE",
+}
+_IN_UNITS = ("rmse", "mae")  # of the quantity's own size: printed with significant digits, the others with decimals
 
 
 def classification_metrics(
@@ -25,55 +42,146 @@ def classification_metrics(
     probabilities: np.ndarray,
     classes: Sequence[str],
     *,
+    threshold: float | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """Measure predictions (n, K) against labels (n,), which are indices into the K `classes`. JSON-safe.
+    """Measure predictions (n, K) against labels (n,), which are indices into the K `classes`.
 
-    accuracy, mcc, macro_f1, auroc, auprc   {"value", "low", "high"}: with a percentile bootstrap interval over records
+    threshold    of two classes, the second is predicted at or above it; None: the most probable class is
+
+    The result, beside what all kinds have:
+    accuracy, mcc, macro_f1, auroc, auprc   figures; the last two are means over the classes that stand in the labels
     per_class    class -> support, precision, recall, f1, auroc, auprc
     support      class -> number of records
     confusion    (K, K) counts, true classes in rows, predicted ones in columns
-    n, classes, n_bootstrap, confidence
+    classes, threshold
 
-    What is undefined is None: AUROC of a class with no record, all but accuracy and macro-F1 if the labels hold one
-    class only. Resamples in which a figure is undefined, because a rare class was not drawn, do not count for it.
+    AUROC of a class with no record is None, and so is all but accuracy and macro-F1 if the labels hold one class only.
+    Resamples in which a figure is undefined, because a rare class was not drawn, do not count for it.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
-    _check(labels, probabilities, classes)
-    predicted = probabilities.argmax(axis=1)
-    confusion = skm.confusion_matrix(labels, predicted, labels=np.arange(len(classes)))
-    per_class = {name: _of_class(k, confusion, labels, probabilities) for k, name in enumerate(classes)}
-    values = {
-        "accuracy": float(skm.accuracy_score(labels, predicted)),
-        "mcc": float(skm.matthews_corrcoef(labels, predicted)) if len(np.unique(labels)) > 1 else None,
-        "macro_f1": float(skm.f1_score(labels, predicted, average="macro")),
-        "auroc": _mean(row["auroc"] for row in per_class.values() if row["support"]),
-        "auprc": _mean(row["auprc"] for row in per_class.values() if row["support"]),
+    _check_names(classes)
+    _check_labels(labels, probabilities, classes)
+    k = len(classes)
+    predicted = decide(probabilities, threshold)
+    present = np.unique(labels)
+    rankings = [Ranking(labels == c, probabilities[:, c]) for c in present]
+
+    def figures(times: np.ndarray) -> dict[str, np.ndarray]:
+        auroc, auprc = np.mean([ranking(times) for ranking in rankings], axis=0)
+        return {**confusion_figures(labels, predicted, k, times), "auroc": auroc, "auprc": auprc}
+
+    per_class = {
+        name: _against_rest(labels == c, predicted == c, probabilities[:, c]) for c, name in enumerate(classes)
     }
-    resampled = _bootstrap(labels, predicted, probabilities, n_bootstrap, seed)
     return {
         "n": len(labels),
         "n_bootstrap": n_bootstrap,
         "confidence": confidence,
-        **{name: _with_interval(value, resampled[name], confidence) for name, value in values.items()},
+        **with_intervals(figures, len(labels), n_bootstrap, seed, confidence),
         "classes": list(classes),
+        "threshold": None if threshold is None else float(threshold),
         "support": {name: row["support"] for name, row in per_class.items()},
         "per_class": per_class,
-        "confusion": confusion.tolist(),
+        "confusion": skm.confusion_matrix(labels, predicted, labels=np.arange(k)).tolist(),
     }
 
 
+def multilabel_metrics(
+    truth: np.ndarray,
+    probabilities: np.ndarray,
+    labels: Sequence[str],
+    *,
+    thresholds: np.ndarray | None = None,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Measure predictions of K independent labels against truth (n, K), bool or 0 and 1.
+
+    probabilities   (n, K), from 0 to 1
+    thresholds      (K,): a label is predicted at or above its own; None: 0.5 for all
+
+    The result, beside what all kinds have:
+    exact_match     share of the records in which every label is right (subset accuracy)
+    micro_f1        F1 of all labels' decisions counted together
+    macro_f1        mean F1 of the labels that are there or predicted
+    auroc, auprc    means over the labels of which both values occur
+    per_label       label -> support, precision, recall, f1, auroc, auprc, threshold
+    support         label -> number of records that have it
+    confusion       label -> counts tp, fp, fn, tn
+    labels
+
+    A mean over labels is, in each resample too, over those of which the figure is defined: with many rare labels hardly
+    any resample has them all.
+    """
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    _check_names(labels)
+    truth, thresholds = _checked_flags(np.asarray(truth), probabilities, thresholds, len(labels))
+    predicted = probabilities >= thresholds
+    both = np.flatnonzero(truth.any(axis=0) & ~truth.all(axis=0))
+    rankings = [Ranking(truth[:, k], probabilities[:, k]) for k in both]
+
+    def figures(times: np.ndarray) -> dict[str, np.ndarray]:
+        by_label = np.array([ranking(times) for ranking in rankings]).reshape(len(rankings), 2, len(times))
+        auroc, auprc = mean_defined(by_label[:, 0].T), mean_defined(by_label[:, 1].T)
+        return {**label_figures(truth, predicted, times), "auroc": auroc, "auprc": auprc}
+
+    per_label = {
+        name: {**_against_rest(truth[:, k], predicted[:, k], probabilities[:, k]), "threshold": float(thresholds[k])}
+        for k, name in enumerate(labels)
+    }
+    return {
+        "n": len(truth),
+        "n_bootstrap": n_bootstrap,
+        "confidence": confidence,
+        **with_intervals(figures, len(truth), n_bootstrap, seed, confidence),
+        "labels": list(labels),
+        "support": {name: row["support"] for name, row in per_label.items()},
+        "per_label": per_label,
+        "confusion": {name: _cells(truth[:, k], predicted[:, k]) for k, name in enumerate(labels)},
+    }
+
+
+def regression_metrics(
+    truth: np.ndarray,
+    predictions: np.ndarray,
+    *,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Measure predictions (n,) of a quantity against truth (n,).
+
+    The result, beside what all kinds have: pearson, spearman, r2, rmse, mae, the last two in the quantity's unit. r and
+    rho are None where truth or predictions are constant, R2 where truth is.
+    """
+    truth, predictions = np.asarray(truth, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    if truth.ndim != 1 or truth.shape != predictions.shape:
+        raise ValueError(f"truth {truth.shape} and predictions {predictions.shape} should both be (n,)")
+    if len(truth) == 0:
+        raise ValueError("no records to measure")
+    for values, what in ((truth, "truth"), (predictions, "prediction")):
+        if not np.isfinite(values).all():
+            raise ValueError(f"the {what} of record {np.argmin(np.isfinite(values))} is not finite")
+    figures = with_intervals(Regression(truth, predictions), len(truth), n_bootstrap, seed, confidence)
+    return {"n": len(truth), "n_bootstrap": n_bootstrap, "confidence": confidence, **figures}
+
+
 def format_table(metrics: dict[str, Any]) -> str:
-    """The five figures of `classification_metrics` as lines for a terminal."""
-    lines = [f"{'':10}{'value':>7}   {100 * metrics['confidence']:g} % interval"]
-    for key, name in NAMES.items():
+    """The figures of any of the three kinds of metrics as lines for a terminal."""
+    names = {key: name for key, name in NAMES.items() if key in metrics}
+    width = max(map(len, names.values())) + 2
+    lines = [f"{'':{width}}{'value':>7}   {100 * metrics['confidence']:g} % interval"]
+    for key, name in names.items():
+        digits = ".4g" if key in _IN_UNITS else ".4f"
         value, low, high = (metrics[key][part] for part in ("value", "low", "high"))
-        line = f"{name:10}" + (f"{'-':>7}" if value is None else f"{value:7.4f}")
-        lines.append(line if low is None else f"{line}   {low:.4f} to {high:.4f}")
-    support = ", ".join(f"{name} {count}" for name, count in metrics["support"].items())
-    return "\n".join([*lines, f"{metrics['n']} records: {support}"])
+        line = f"{name:{width}}" + (f"{'-':>7}" if value is None else f"{value:7{digits}}")
+        lines.append(line if low is None else f"{line}   {low:{digits}} to {high:{digits}}")
+    support = ", ".join(f"{name} {count}" for name, count in metrics.get("support", {}).items())
+    return "\n".join([*lines, f"{metrics['n']} records" + (f": {support}" if support else "")])
 
 
 def write_confusion_tsv(path: str | Path, matrix: np.ndarray, classes: Sequence[str]) -> None:
@@ -84,7 +192,13 @@ def write_confusion_tsv(path: str | Path, matrix: np.ndarray, classes: Sequence[
         writer.writerows([name, *row] for name, row in zip(classes, np.asarray(matrix).tolist(), strict=True))
 
 
-def _check(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> None:
+def _check_names(names: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated or not len(names):
+        raise ValueError(f"{repeated[0]!r} is named twice" if repeated else "no classes to measure")
+
+
+def _check_labels(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> None:
     n, k = len(labels), len(classes)
     if n == 0:
         raise ValueError("no records to measure")
@@ -96,10 +210,25 @@ def _check(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
         raise ValueError(f"the probabilities of record {np.argmin(np.isfinite(probabilities).all(1))} are not finite")
 
 
-def _of_class(k: int, confusion: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
-    hits, support, n_predicted = int(confusion[k, k]), int(confusion[k].sum()), int(confusion[:, k].sum())
-    truth, scores = labels == k, probabilities[:, k]
-    ranked = 0 < support < len(labels)
+def _checked_flags(
+    truth: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray | None, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Truth (n, K) bool and thresholds (K,)."""
+    if len(truth) == 0:
+        raise ValueError("no records to measure")
+    if truth.ndim != 2 or truth.shape != probabilities.shape or truth.shape[1] != k:
+        raise ValueError(f"truth {truth.shape} and probabilities {probabilities.shape} should both be (n, {k})")
+    check_probabilities(probabilities)
+    thresholds = np.full(k, 0.5) if thresholds is None else np.asarray(thresholds, dtype=np.float64)
+    if thresholds.shape != (k,) or not np.isfinite(thresholds).all():
+        raise ValueError(f"thresholds {thresholds.tolist()} should be {k} finite numbers, one a label")
+    return one_against_rest(truth, k), thresholds
+
+
+def _against_rest(truth: np.ndarray, predicted: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+    """One class or label: who has it (n,), who is said to (n,), and with which score (n,)."""
+    hits, support, n_predicted = int((truth & predicted).sum()), int(truth.sum()), int(predicted.sum())
+    ranked = 0 < support < len(truth)
     return {
         "support": support,
         "precision": hits / n_predicted if n_predicted else None,
@@ -110,79 +239,6 @@ def _of_class(k: int, confusion: np.ndarray, labels: np.ndarray, probabilities: 
     }
 
 
-# Bootstrap. scipy.stats.bootstrap over scikit-learn's functions takes over 10 ms a resample of 5,000 records, and its
-# interval is undefined as soon as one resample is. So a resample is held as the number of times that each record was
-# drawn, all figures come from those counts, many resamples at once, and the tests compare them with scikit-learn's.
-
-
-def _bootstrap(
-    labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, n_bootstrap: int, seed: int
-) -> dict[str, np.ndarray]:
-    """The five figures (n_bootstrap,) on resamples of the records; nan where undefined."""
-    n = len(labels)
-    rng = np.random.default_rng(seed)
-    batches = []
-    for start in range(0, n_bootstrap, size := max(1, _BATCH // n)):
-        rows = min(size, n_bootstrap - start)
-        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
-        batches.append(_weighted_metrics(labels, predicted, probabilities, times))
-    return {name: np.concatenate([batch[name] for batch in batches]) if batches else np.empty(0) for name in NAMES}
-
-
-def _weighted_metrics(
-    labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, times: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The five figures (R,) of R samples, in which record i stands times[r, i] times; nan where undefined."""
-    k = probabilities.shape[1]
-    cells = labels * k + predicted
-    confusion = np.stack([np.bincount(cells, weights=row, minlength=k * k) for row in times]).reshape(-1, k, k)
-    by_class = [_ranking_metrics(labels == c, probabilities[:, c], times) for c in np.unique(labels)]
-    auroc, auprc = np.mean(by_class, axis=0)
-    return {**_confusion_metrics(confusion), "auroc": auroc, "auprc": auprc}
-
-
-def _confusion_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Accuracy, MCC (Gorodkin 2004) and macro-F1, each (R,), of confusion matrices (R, K, K)."""
-    hits = np.diagonal(confusion, axis1=1, axis2=2)  # (R, K)
-    true, predicted = confusion.sum(2), confusion.sum(1)
-    correct, n = hits.sum(1), true.sum(1)
-    spread_true, spread_predicted = n**2 - (true**2).sum(1), n**2 - (predicted**2).sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mcc = (correct * n - (true * predicted).sum(1)) / np.sqrt(spread_true * spread_predicted)
-        f1 = 2 * hits / (true + predicted)  # nan for a class that is neither there nor predicted: left out of the mean
-    mcc[spread_predicted == 0] = 0  # scikit-learn's convention: one class predicted throughout says nothing
-    mcc[spread_true == 0] = np.nan
-    return {"accuracy": correct / n, "mcc": mcc, "macro_f1": np.nanmean(f1, axis=1)}
-
-
-def _ranking_metrics(truth: np.ndarray, scores: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision, each (R,), of one class; records of equal score form one step of the curves."""
-    order = np.argsort(-scores, kind="stable")
-    step_ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    weights = times[:, order]
-    found = np.cumsum(weights, axis=1)[:, step_ends].astype(np.float64)  # records at or above each score
-    hits = np.cumsum(weights * truth[order], axis=1)[:, step_ends].astype(np.float64)  # those of the class
-    misses = found - hits
-    new_hits, new_misses = np.diff(hits, axis=1, prepend=0), np.diff(misses, axis=1, prepend=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        auroc = (new_misses * (hits - new_hits / 2)).sum(1) / (hits[:, -1] * misses[:, -1])
-        precision = np.divide(hits, found, out=np.zeros_like(hits), where=found > 0)
-        auprc = (new_hits * precision).sum(1) / hits[:, -1]
-    auprc[misses[:, -1] == 0] = np.nan  # nothing to tell the class from
-    return auroc, auprc
-
-
-def _with_interval(value: float | None, resampled: np.ndarray, confidence: float) -> dict[str, float | None]:
-    defined = resampled[~np.isnan(resampled)]
-    if value is None or len(defined) == 0:
-        return {"value": value, "low": None, "high": None}
-    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {"value": value, "low": float(low), "high": float(high)}
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """None if any value is."""
-    found = list(values)
-    defined = [value for value in found if value is not None]
-    return float(np.mean(defined)) if len(defined) == len(found) else None
+def _cells(truth: np.ndarray, predicted: np.ndarray) -> dict[str, int]:
+    counts = {"tp": truth & predicted, "fp": ~truth & predicted, "fn": truth & ~predicted, "tn": ~truth & ~predicted}
+    return {name: int(cell.sum()) for name, cell in counts.items()}

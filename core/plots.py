@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from .files import written_whole
+from .thresholds import one_against_rest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +20,13 @@ _TRAIN, _VALID, _OTHERS = "#4878a8", "#d1603d", ("#3d8f5f", "#8a63a6", "#a67c2e"
 _POINTS = 1500  # more than this along a curve cannot be seen
 _MOST_MARKED = 60  # points; with more of them a curve is a line only
 _MOST_WRITTEN = 20  # classes; with more of them the numbers in the cells are left out
+_MOST_INSIDE = 6  # lines of a legend; with more of them it stands beside the axes
+_LONGEST_INSIDE = 24  # characters of a class's name; with more of them too
+_COLUMN = 26  # lines of a legend in one column beside the axes
+_MOST_DOTS = 3000  # records; more of them are counted in hexagons
+_GREY = "#888888"
+
+_Curve = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, float]]  # truth, scores -> x, y, area
 
 
 def plot_confusion(path: str | Path, matrix: np.ndarray, classes: Sequence[str]) -> None:
@@ -26,7 +34,7 @@ def plot_confusion(path: str | Path, matrix: np.ndarray, classes: Sequence[str])
     from matplotlib.figure import Figure
 
     matrix = np.asarray(matrix)
-    classes = [name.replace("$", r"\$") for name in classes]  # a pair of them would begin a formula
+    classes = [_plain(name) for name in classes]
     totals = matrix.sum(axis=1, keepdims=True)
     share = np.divide(100.0 * matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
     n, longest = len(classes), max(map(len, classes))
@@ -104,6 +112,126 @@ def _ring_lowest(axes: Axes, log_records: Sequence[dict[str, Any]], key: str) ->
         step, value = min(points, key=lambda point: point[1])
         label = f"lowest: {value:.4g} at step {step}"
         axes.plot(step, value, "o", color=_VALID, markersize=9, fillstyle="none", linestyle="", label=label)
+
+
+def plot_roc(path: str | Path, truth: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> None:
+    """ROC curves of probabilities (n, K), each class against the rest, with AUROC in the legend.
+
+    truth  class indices (n,), or flags (n, K) for labels that are independent; of two classes only the second is drawn
+    """
+
+    def curve(truth: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        from sklearn.metrics import auc, roc_curve
+
+        false_rate, true_rate, _ = roc_curve(truth, scores)
+        return false_rate, true_rate, float(auc(false_rate, true_rate))
+
+    figure, axes = _unit_square("false positive rate", "true positive rate")
+    _draw_against_rest(axes, truth, probabilities, classes, curve)
+    axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, zorder=1, label="0.500  chance")
+    _add_legend(axes, "AUROC", "lower right", max(map(len, classes)))
+    _save(figure, path)
+
+
+def plot_precision_recall(
+    path: str | Path, truth: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+) -> None:
+    """Precision over recall as in `plot_roc`, with AUPRC (average precision); dotted, the class's share: chance."""
+
+    def curve(truth: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        from sklearn.metrics import average_precision_score, precision_recall_curve
+
+        precision, recall, _ = precision_recall_curve(truth, scores)
+        return recall, precision, float(average_precision_score(truth, scores))
+
+    figure, axes = _unit_square("recall", "precision")
+    # steps, as the area under them is the average precision
+    drawn = _draw_against_rest(axes, truth, probabilities, classes, curve, drawstyle="steps-post")
+    for share, colour in drawn:
+        axes.axhline(share, color=colour, linestyle=":", linewidth=1, alpha=0.7, zorder=1)
+    label = f"{drawn[0][0]:.3f}  chance" if len(drawn) == 1 else "chance: share of the class"
+    axes.plot([], [], color=_GREY, linestyle=":", label=label)
+    _add_legend(axes, "AUPRC", "lower left", max(map(len, classes)))
+    _save(figure, path)
+
+
+def _draw_against_rest(
+    axes: Axes, truth: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], curve: _Curve, **line: Any
+) -> list[tuple[float, Any]]:
+    """One line a class; a class of all or of no records is named without one. -> (share, colour) of those drawn."""
+    probabilities = np.asarray(probabilities)
+    flags = one_against_rest(truth, len(classes))  # (n, K)
+    if probabilities.shape != flags.shape:
+        raise ValueError(f"probabilities {probabilities.shape} should be {flags.shape}, for each record and class")
+    first = 1 if np.ndim(truth) == 1 and len(classes) == 2 else 0  # the first of two classes mirrors the second
+    drawn = []
+    for k, name in enumerate(classes[first:], start=first):
+        tens, unit = divmod(k - first, 10)
+        style = {"color": f"C{unit}", "linestyle": ("-", "--", "-.", ":")[tens % 4], **line}
+        # the area comes first: figures in a column, and a label that began with "_" would not be shown
+        if not 0 < flags[:, k].sum() < len(flags):
+            axes.plot([], [], label=f"    –    {_plain(name)}", linestyle="")
+            continue
+        x, y, area = curve(flags[:, k], probabilities[:, k])
+        axes.plot(x, y, label=f"{area:.3f}  {_plain(name)}", linewidth=1.6, **style)
+        drawn.append((flags[:, k].mean(), style["color"]))
+    return drawn
+
+
+def _unit_square(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6))  # fixed; the saved picture grows by a legend beside it
+    axes = figure.add_subplot()
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel=xlabel, ylabel=ylabel, aspect="equal")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _add_legend(axes: Axes, title: str, corner: Literal["lower left", "lower right"], longest: int) -> None:
+    n = len(axes.get_legend_handles_labels()[1])
+    if n <= _MOST_INSIDE and longest <= _LONGEST_INSIDE:
+        axes.legend(title=title, loc=corner, alignment="left")
+    else:
+        columns = -(-n // _COLUMN)
+        axes.legend(
+            title=title, loc="upper left", bbox_to_anchor=(1.02, 1), ncols=columns, alignment="left", frameon=False
+        )
+
+
+def plot_regression(path: str | Path, truth: np.ndarray, predictions: np.ndarray, name: str) -> None:
+    """Predictions (n,) over truth (n,) of the quantity `name`: dots, or counts in hexagons if there are many."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    truth, predictions = np.asarray(truth, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    low, high = min(truth.min(), predictions.min()), max(truth.max(), predictions.max())
+    margin = 0.04 * (high - low) or 0.5
+    low, high = low - margin, high + margin
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    if len(truth) <= _MOST_DOTS:
+        axes.scatter(truth, predictions, s=14, color=_TRAIN, alpha=0.6 if len(truth) < 500 else 0.35, linewidths=0)
+    else:
+        extent = (low, high, low, high)
+        blues = ListedColormap(colormaps["Blues"](np.linspace(0.25, 1, 256)))  # a single record is seen, too
+        bins = axes.hexbin(truth, predictions, gridsize=55, bins="log", mincnt=1, extent=extent, cmap=blues)
+        figure.colorbar(bins, ax=axes, shrink=0.8, label="records")
+    axes.plot([low, high], [low, high], color=_VALID, linestyle="--", linewidth=1.2)
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.set(xlabel=f"true {_plain(name)}", ylabel=f"predicted {_plain(name)}")
+    axes.spines[["top", "right"]].set_visible(False)
+    varies = np.ptp(truth) > 0 and np.ptp(predictions) > 0
+    r = f"{np.corrcoef(truth, predictions)[0, 1]:.3f}" if varies else "–"
+    frame = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    axes.text(0.03, 0.97, f"r = {r}\nn = {len(truth):,}", transform=axes.transAxes, va="top", bbox=frame)
+    _save(figure, path)
+
+
+def _plain(name: str) -> str:
+    return name.replace("$", r"\$")  # a pair of them would begin a formula
 
 
 def _save(figure: Figure, path: str | Path) -> None:

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from .backbone import Backbone, aux_loss
 from .config import ComputeConfig, TrainConfig
 from .errors import InputError
 from .hub import PretrainedModel
+from .interrupt import deferred_interrupt
 from .optim import averaged, parameter_groups, warmup_cosine
 from .plots import plot_curves
 from .run_folder import RunFolder
@@ -115,12 +116,14 @@ def train_model(
 ) -> dict[str, float]:
     """Train `model`, leaving its best weights in the run folder. Returns the best epoch's validation figures.
 
+    On Ctrl-C it ends the step, saves a checkpoint and raises KeyboardInterrupt, whose message says how to go on.
     Raises InputError if the loss stops being finite.
     """
     trainer = _Trainer(model, task, config, compute, run)
     if resume:
         trainer.load_checkpoint()
-    return trainer.run_all()
+    with deferred_interrupt() as trainer.interrupted:
+        return trainer.run_all()
 
 
 class _Trainer:
@@ -141,6 +144,7 @@ class _Trainer:
         self.position = _Position()
         self.accelerator.register_for_checkpointing(*filter(None, (self.position, self.average)))
         self.main = self.accelerator.is_main_process
+        self.interrupted: Callable[[], bool] = lambda: False
 
     @property
     def bare_model(self) -> Any:
@@ -163,6 +167,7 @@ class _Trainer:
             with torch.no_grad(), self.accelerator.autocast():
                 metrics = self.task.evaluate(self.best_candidate.eval())
             self.finish_epoch(metrics, losses, began)
+            self.stop_if_interrupted()
         if self.main:
             self.board.close()
             plot_curves(self.run / "curves.png", self.run.read_log())
@@ -186,14 +191,19 @@ class _Trainer:
             recent.append(self.step(batches, progress))
             position.step += 1
             position.step_in_epoch += 1
-            saving = position.step % config.save_every == 0
+            saving = position.step % config.save_every == 0 or self.interrupted()
             if len(recent) == LOG_EVERY or saving or position.step_in_epoch == len(steps):
                 self.log_losses(recent, progress)
                 recent = []
             if saving:
                 position.seconds = time.monotonic() - began
                 self.save_checkpoint()
+                self.stop_if_interrupted()
         return position.loss_sum / len(steps)
+
+    def stop_if_interrupted(self) -> None:
+        if self.interrupted():
+            raise KeyboardInterrupt(f"step {self.position.step} is saved; the same command with --resume goes on")
 
     def step(self, batches: list[Any], progress: float) -> Tensor:
         """One optimizer step over the accumulated batches. Returns the mean loss, still on the device."""

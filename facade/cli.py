@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None, *, extra: Mapping[str, str] | None =
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return _run(words, _domains() | dict(extra or {}))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()

@@ -1,24 +1,35 @@
-"""DNA: sequence classification from FASTA files."""
+"""DNA: classification, labels and regression of sequences, from the files that people hold."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .alphabet import reverse_complement, tokenize
+    from .commands import Dividing, Source
     from .config import DNAClassifierConfig
     from .dataset import LabelledSequences
-    from .inference import predict_probabilities
+    from .dividing import divide
+    from .inference import embed, predict
     from .model import DNAClassifier
-    from .reading.fasta import Record, read_fasta
+    from .reading.fasta import read_fasta
+    from .reading.format import Record
+    from .reading.records import read_records
+    from .sources import read_source
 
 # Lazy, so that the flags of the command line can be read before torch has loaded.
 _MODULE_OF = {
     "DNAClassifier": "model",
     "DNAClassifierConfig": "config",
+    "Dividing": "commands",
     "LabelledSequences": "dataset",
-    "Record": "reading.fasta",
-    "predict_probabilities": "inference",
+    "Record": "reading.format",
+    "Source": "commands",
+    "divide": "dividing",
+    "embed": "inference",
+    "predict": "inference",
     "read_fasta": "reading.fasta",
+    "read_records": "reading.records",
+    "read_source": "sources",
     "reverse_complement": "alphabet",
     "tokenize": "alphabet",
 }
@@ -26,10 +37,16 @@ _MODULE_OF = {
 __all__ = [
     "DNAClassifier",
     "DNAClassifierConfig",
+    "Dividing",
     "LabelledSequences",
     "Record",
-    "predict_probabilities",
+    "Source",
+    "divide",
+    "embed",
+    "predict",
     "read_fasta",
+    "read_records",
+    "read_source",
     "reverse_complement",
     "tokenize",
 ]

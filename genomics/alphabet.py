@@ -1,7 +1,8 @@
 """DNA letters and token ids, the vocabulary of HyenaDNA and Caduceus: 7 special tokens, then A C G T N.
 
 What becomes of each letter of a sequence (the policy is the same for every reader and every model):
-    A C G T N          their token, in either case: soft-masking (lower case) is invisible to the model
+    A C G T N          their token, in either case: soft-masking (lower case) is invisible to the model, unless the
+                       user asks for `hard_masked`, which makes lower-case letters N
     U                  T
     R Y S W K M B D H V   N: an IUPAC code says "one of several bases"
     anything else      an error: gaps, `*`, digits, blanks and protein letters are never skipped or guessed
@@ -56,6 +57,12 @@ def tokenize(sequence: str | bytes) -> np.ndarray:
     if (at := ids.find(_ILLEGAL)) >= 0:
         raise LetterError(sequence[at] if isinstance(sequence, str) else chr(raw[at]), at + 1)
     return np.frombuffer(ids, dtype=np.uint8)
+
+
+def hard_masked(ids: np.ndarray, sequence: str) -> np.ndarray:
+    """The tokens (L,) of `sequence` with N at its lower-case (soft-masked) letters."""
+    is_lower = np.frombuffer(sequence.encode("ascii"), dtype=np.uint8) >= ord("a")
+    return np.where(is_lower, np.uint8(N), ids)
 
 
 def decode(ids: np.ndarray) -> str:

@@ -1,4 +1,8 @@
-"""`polymamba genomics <verb>`: the flags of each verb. What the verbs do is in verbs.py, loaded when one runs."""
+"""`polymamba genomics <verb>`: the flags of each verb. What the verbs do is in verbs/, loaded when one runs.
+
+Letters, everywhere: case is ignored unless --hard-mask is given, U reads as T, an IUPAC ambiguity code as N; any other
+letter is an error.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,35 +11,97 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, TrainConfig
-from .config import Preset
+from .config import Preset, Target
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train a DNA sequence classifier on FASTA files.
+class Source:
+    """Where the labelled sequences are: --example, --data, --class, --fasta, --table or --regions, one of them.
 
-    Say where the sequences are in one of three ways: --example, --data, or one --class for each class. FASTA may be
-    plain, .gz or bgzip. Letter case is ignored, U reads as T, IUPAC ambiguity codes as N; any other letter is an error.
+    Files are FASTA, FASTQ, GenBank or EMBL, plain, .gz or bgzip, told apart by their content; - is standard input.
+    The intervals of --data are those of Genomic Benchmarks: a file start,end,strand,... for each class.
+    Letter case is ignored unless --hard-mask says otherwise, U reads as T, IUPAC ambiguity codes as N.
     """
 
-    output: Output
-    """Run folder to make: model, metrics, log, curves and checkpoints."""
     example: str | None = None
     """A data set that comes with the package: splice (primate splice junctions)."""
     data: Path | None = None
-    """A folder with a FASTA file or a folder of them per class, perhaps below train, valid and test."""
-    classes: Annotated[UseAppendAction[tuple[str, ...]], arg(name="class", metavar="NAME=FASTA")] = ()
-    """A class and its FASTA file; may be repeated, also for one class."""
+    """A folder with a file or folder for each class, perhaps below train, valid, test; of intervals with --genome."""
+    classes: Annotated[UseAppendAction[tuple[str, ...]], arg(name="class", metavar="NAME=FILE")] = ()
+    """A class and its file, folder or quoted glob; may be repeated, also for one class."""
+    fasta: tuple[str, ...] = ()
+    """Files, folders or quoted globs whose records are labelled by --labels or --label-pattern."""
+    labels: Path | None = None
+    """TSV or CSV with columns id and label, perhaps split, for the records of --fasta."""
+    label_pattern: str | None = None
+    """Regular expression for the class in the header of the --fasta records: its group `label`, or its first group."""
+    table: Path | None = None
+    """TSV or CSV with columns sequence and label, perhaps id and split."""
+    regions: tuple[Path, ...] = ()
+    """BED (0-based; label in column 4, or named columns) or GFF (1-based) files of labelled stretches of --genome."""
+    genome: tuple[str, ...] = ()
+    """Sequence files that --regions, or the intervals of --data, refer to."""
+    features: tuple[str, ...] = ()
+    """Feature types to take from GFF files; all of them if left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Cutting long sequences."""
+
+    window: int | None = None
+    """Cut sequences into windows of this many bases, the last one moved back to end at the end; whole if left out."""
+    stride: int | None = None
+    """Bases from one training window's start to the next one's; the window's length if left out, and in other parts."""
+    max_n: float = 0.5
+    """Leave out sequences (or windows) of which a larger share is N; how many is said."""
+
+    def __post_init__(self) -> None:
+        if (self.window is not None and self.window < 1) or (self.stride is not None and self.stride < 1):
+            raise ValueError(f"window ({self.window}) and stride ({self.stride}) must be at least 1")
+        if not 0 <= self.max_n <= 1:
+            raise ValueError(f"max_n is {self.max_n}; it is a share from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dividing:
+    """Dividing records into train, valid and test. Parts that the files give stay; others are taken from train."""
+
+    splits: Path | None = None
+    """The splits.tsv of an earlier run or of `split`: its parts are used."""
+    split_by: Literal["record", "cluster", "chromosome"] = "record"
+    """What is never torn: copies of a record; records alike (--similarity); a chromosome (name up to coordinates)."""
     valid_fraction: float = 0.1
     """Share of the training records set aside for validation, if the data has no validation part."""
     test_fraction: float = 0.1
     """Share of the training records set aside for the final test, if the data has no test part."""
+    valid_chromosomes: tuple[str, ...] = ()
+    """With --split-by chromosome: these make up the validation part."""
+    test_chromosomes: tuple[str, ...] = ()
+    """With --split-by chromosome: these make up the test part."""
+    similarity: float = 0.1
+    """With --split-by cluster: least share of the shorter one's 20-mers in common, either strand; 0: any at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a DNA sequence model: which class, which labels or which number belongs to a sequence?"""
+
+    output: Output
+    """Run folder to make: model, metrics, log, curves and checkpoints."""
+    source: OmitArgPrefixes[Source] = Source()
+    windows: OmitArgPrefixes[Windows] = Windows()
+    dividing: OmitArgPrefixes[Dividing] = Dividing()
+    target: Target = "multiclass"
+    """multiclass: one class a sequence; multilabel: several, separated by ";" ("." for none); regression: a number."""
+    hard_mask: bool = False
+    """Read lower-case (soft-masked) letters as N. The model remembers it."""
     preset: Preset = "tiny"
     """Size of the model: tiny 25 thousand, small 0.6 and base 4.0 million parameters."""
-    balance: bool = False
-    """Weight each class in the loss by the inverse of its frequency."""
+    balance: Literal["none", "loss", "sampling"] = "none"
+    """Against rare classes: weight the loss by the inverse of a class's frequency, or draw each class equally often."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes."""
     mask_rate: float = 0.2
@@ -51,13 +117,11 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Apply:
-    """What eval and predict share."""
+class _WithModel:
+    """What the verbs that run a model share."""
 
-    ensemble: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="RUN")] = ()
-    """Run folder of one more model, whose probabilities are averaged with the first one's; may be repeated."""
-    rc_average: bool = False
-    """Average the predictions of both strands."""
+    run: Positional[Path]
+    """Run folder of the model."""
     batch_size: int = 256
     max_tokens: int = 262144
     """Most bases in a batch, padding included."""
@@ -65,35 +129,87 @@ class _Apply:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(_Apply):
-    """Measure a trained classifier on labelled FASTA files: accuracy, MCC, macro-F1, AUROC, AUPRC with intervals."""
-
-    run: Positional[Path]
-    """Run folder of the model."""
-    output: Output
-    """Folder to make, for metrics.json, confusion.tsv, confusion.png and predictions.tsv."""
-    data: Path | None = None
-    """A folder with a FASTA file or a folder of them per class."""
-    classes: Annotated[UseAppendAction[tuple[str, ...]], arg(name="class", metavar="NAME=FASTA")] = ()
-    """A class and its FASTA file; may be repeated."""
-    split: Literal["train", "valid", "test"] | None = None
-    """Measure on this part of the folder alone."""
+class _Deciding(_WithModel):
+    ensemble: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="RUN")] = ()
+    """Run folder of one more model, whose predictions are averaged with the first one's; may be repeated."""
+    tuned_threshold: bool = False
+    """Decide by the thresholds with the best F1 on the validation part (two classes, or several labels), not by 0.5."""
+    rc_average: bool = False
+    """Average the predictions of both strands."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict(_Apply):
-    """Classify the sequences of FASTA files: a table of id, label and one probability per class, in input order."""
+class _AlongRecords:
+    fasta: Positional[tuple[str, ...]]
+    """Sequence files, folders or quoted globs; - is standard input."""
+    window: int | None = None
+    """Cut records into windows of this many bases; by default what the model was trained on."""
+    stride: int | None = None
+    """Bases from the start of one window to that of the next; the window's length if left out."""
 
-    run: Positional[Path]
-    """Run folder of the model."""
-    fasta: Positional[tuple[Path, ...]]
-    """FASTA files, plain, .gz or bgzip."""
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(_Deciding):
+    """Measure a trained model on labelled sequences, cut into windows as it was trained: metrics with intervals."""
+
+    output: Output
+    """Folder to make, for metrics.json, predictions.tsv, the confusion matrix and the curves."""
+    source: OmitArgPrefixes[Source] = Source()
+    split: Literal["train", "valid", "test"] | None = None
+    """Measure on this part of the data alone."""
+    max_n: float = 0.5
+    """Leave out sequences (or windows) of which a larger share is N; how many is said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(_AlongRecords, _Deciding):
+    """Predict for the records of sequence files, in their order: a TSV table, or BED or bedGraph along long records."""
+
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
-    """TSV file to write; standard output if left out."""
+    """File to write: .tsv, .bed (a line a window) or .bedgraph (a track a class); standard output if left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(_AlongRecords, _WithModel):
+    """Embed the records of sequence files: the mean of the last hidden states over the bases, one row a record."""
+
+    output: Output
+    """.npy (float32, records x width; the names go to a .tsv beside it) or .parquet (columns id and embedding)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Divide labelled sequences, write who is in which part (splits.tsv, for `train --splits`), and report leakage."""
+
+    output: Output
+    """Folder to make, for splits.tsv and leakage.json."""
+    source: OmitArgPrefixes[Source] = Source()
+    dividing: OmitArgPrefixes[Dividing] = Dividing()
+    target: Target = "multiclass"
+    """As for train."""
+    seed: int = 0
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Look at sequences: counts, lengths, composition, N, duplicates, and what the parts share."""
+
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """Folder to make, for stats.json and stats.png; the tables alone, on standard output, if left out."""
+    source: OmitArgPrefixes[Source] = Source()
+    target: Target = "multiclass"
+    """As for train."""
+    debug: bool = False
+    """Show a traceback when something fails."""
 
 
 COMMANDS = {
-    "train": (Train, "polymamba.genomics.verbs:train"),
-    "eval": (Eval, "polymamba.genomics.verbs:evaluate"),
-    "predict": (Predict, "polymamba.genomics.verbs:predict"),
+    "stats": (Stats, "polymamba.genomics.verbs.explore:stats"),
+    "split": (Split, "polymamba.genomics.verbs.explore:split"),
+    "train": (Train, "polymamba.genomics.verbs.train:train"),
+    "eval": (Eval, "polymamba.genomics.verbs.evaluate:evaluate"),
+    "predict": (Predict, "polymamba.genomics.verbs.predict:predict"),
+    "embed": (Embed, "polymamba.genomics.verbs.predict:embed"),
 }

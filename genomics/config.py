@@ -5,20 +5,37 @@ from typing import Literal
 
 from ..core.config import BackboneConfig
 
+# What is said of a sequence: one of several classes; any number of labels; a number.
+Target = Literal["multiclass", "multilabel", "regression"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DNAClassifierConfig:
-    """A backbone between a base embedding and a pooled linear head."""
+    """A backbone between a base embedding and a pooled linear head, and what the model expects of its input.
+
+    classes       in the order of the outputs; for regression the one name of the value
+    mean, scale   regression: the value is mean + scale * output
+    window        bases of the windows that long sequences were cut into for training; None if they were left whole
+    hard_mask     lower-case letters of the files are read as N
+    """
 
     backbone: BackboneConfig
-    classes: tuple[str, ...]  # in the order of the logits
+    classes: tuple[str, ...]
+    target: Target = "multiclass"
+    mean: float = 0.0
+    scale: float = 1.0
+    window: int | None = None
+    hard_mask: bool = False
     n_heads: int = 64  # of the attention pooling
     head_dropout: float = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON gives a list
-        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
-            raise ValueError(f"classes {self.classes}: at least two are needed, each with a name of its own")
+        least = 2 if self.target == "multiclass" else 1
+        if len(set(self.classes)) != len(self.classes) or len(self.classes) < least:
+            raise ValueError(f"classes {self.classes}: at least {least} needed, each with a name of its own")
+        if self.target == "regression" and len(self.classes) != 1:
+            raise ValueError(f"classes {self.classes}: a regression has one value")
 
 
 Preset = Literal["tiny", "small", "base"]

@@ -1,11 +1,10 @@
-"""Labelled DNA: from FASTA files, one or more a class, to tokens, labels and parts (train, valid, test)."""
+"""Labelled DNA as it is trained on and measured: tokens, labels, and parts (train, valid, test)."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files as package_files
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,27 +14,41 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.files import written_whole
 from .alphabet import N
-from .reading.fasta import read_fasta
-from .reading.folders import LabelledFile, files_in_folder
-from .splits import SPLITS, sequence_keys, straddling, stratified_split
+from .config import Target
+from .splits import SPLITS, sequence_keys, straddling
 
 _SPLIT_COLUMNS = ["id", "class", "split", "source"]
+NO_LABEL = "."  # of a sequence to which none of several labels applies
+
+
+class LabelledRow(NamedTuple):
+    """One labelled sequence as a file gives it."""
+
+    name: str
+    tokens: np.ndarray  # uint8 (L,)
+    label: str
+    split: str  # one of SPLITS, or "" where the file does not say
+    source: str  # path of its file
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledSequences:
-    """n labelled sequences, in the order of their files."""
+    """n labelled sequences, in the order of their files.
+
+    labels    multiclass: int64 (n,), indices into classes; multilabel: bool (n, K); regression: float64 (n,)
+    classes   K names; for regression the one name of the value
+    """
 
     names: list[str]  # unique within a source only
     tokens: list[np.ndarray]  # uint8 (L,) each
-    labels: np.ndarray  # int64 (n,), indices into classes
+    labels: np.ndarray
     classes: tuple[str, ...]
     split: np.ndarray  # str (n,), each one of SPLITS
     sources: list[str]  # path of each record's file
+    target: Target = "multiclass"
 
-    def subset(self, split: str) -> LabelledSequences:
-        """The records of one part, with the same classes."""
-        records = np.flatnonzero(self.split == split)
+    def take(self, records: np.ndarray) -> LabelledSequences:
+        """The records of these indices, in this order, with the same classes."""
         return replace(
             self,
             names=[self.names[i] for i in records],
@@ -45,12 +58,39 @@ class LabelledSequences:
             sources=[self.sources[i] for i in records],
         )
 
+    def subset(self, split: str) -> LabelledSequences:
+        """The records of one part, with the same classes."""
+        return self.take(np.flatnonzero(self.split == split))
+
+    def label_texts(self) -> list[str]:
+        """Each record's label as a file would give it."""
+        if self.target == "multiclass":
+            return [self.classes[label] for label in self.labels]
+        if self.target == "multilabel":
+            return [";".join([self.classes[k] for k in np.flatnonzero(row)]) or NO_LABEL for row in self.labels]
+        return [f"{value:g}" for value in self.labels]
+
     def with_classes(self, classes: Sequence[str]) -> LabelledSequences:
         """The same records, labelled by their place in `classes` (a model's). Raises InputError for others."""
+        if self.target == "regression":
+            return replace(self, classes=tuple(classes))
         if unknown := sorted(set(self.classes) - set(classes)):
             raise InputError(f"class {', '.join(unknown)}: not among the known classes {', '.join(classes)}")
-        new_label = np.array([classes.index(name) for name in self.classes], dtype=np.int64)
-        return replace(self, labels=new_label[self.labels], classes=tuple(classes))
+        place = np.array([classes.index(name) for name in self.classes], dtype=np.int64)
+        if self.target == "multiclass":
+            return replace(self, labels=place[self.labels], classes=tuple(classes))
+        labels = np.zeros((len(self.labels), len(classes)), dtype=bool)
+        labels[:, place] = self.labels
+        return replace(self, labels=labels, classes=tuple(classes))
+
+    def members(self) -> dict[str, np.ndarray]:
+        """Class -> which records are of it, bool (n,); of a regression nothing."""
+        if self.target == "regression":
+            return {}
+        return {
+            name: self.labels == k if self.target == "multiclass" else self.labels[:, k]
+            for k, name in enumerate(self.classes)
+        }
 
     def summary(self) -> dict[str, Any]:
         """What is in the data, JSON-safe: a row of figures for each class, one for all, and what the parts share.
@@ -58,7 +98,7 @@ class LabelledSequences:
         shared    how many distinct sequences two parts have in common, either strand
         with_N    how many sequences hold an N or another ambiguity code
         """
-        rows = [self._row(name, self.labels == label) for label, name in enumerate(self.classes)]
+        rows = [self._row(name, chosen) for name, chosen in self.members().items()]
         keys = sequence_keys(self.tokens)
         pairs = combinations([part for part in SPLITS if np.any(self.split == part)], 2)
         return {
@@ -97,8 +137,7 @@ class LabelledSequences:
         with written_whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter="\t", lineterminator="\n")
             writer.writerow(_SPLIT_COLUMNS)
-            names = [self.classes[label] for label in self.labels]
-            writer.writerows(zip(self.names, names, self.split.tolist(), self.sources, strict=True))
+            writer.writerows(zip(self.names, self.label_texts(), self.split.tolist(), self.sources, strict=True))
 
 
 class SplitRow(NamedTuple):
@@ -126,102 +165,45 @@ def read_splits(path: str | Path) -> list[SplitRow]:
     return [SplitRow(*line) for line in lines[1:]]
 
 
-# Ways in
-
-
-def from_class_files(
-    files: Mapping[str, Sequence[str | Path]],
-    *,
-    split: bool = True,
-    valid_fraction: float = 0.1,
-    test_fraction: float = 0.1,
-    seed: int = 0,
+def labelled(
+    rows: Iterable[LabelledRow], target: Target = "multiclass", classes: Sequence[str] | None = None
 ) -> LabelledSequences:
-    """Read FASTA files by class name; the classes keep the order of `files`.
+    """Rows as one data set; the classes are those of `classes`, or sorted by name.
 
-    With split=True a valid and a test part are set aside, stratified (splits.py); it takes two classes at least. With
-    split=False, as for the evaluation of a model, every record stays in "train".
-    Raises InputError for files that cannot be read, a class with no file or too few records, or a file given twice.
+    A multilabel label holds names separated by ";", or "." for none of them; a regression's label is a number.
+    A row without a part is of train. Raises InputError that names the record whose label does not fit.
     """
-    classes = tuple(files)
-    if split:
-        _require_two_classes(classes)
-    for name, paths in files.items():
-        if not paths:
-            raise InputError(f"class {name!r}: no file given")
-    data = _read([LabelledFile("train", name, Path(path)) for name, paths in files.items() for path in paths], classes)
-    return _set_aside(data, {"valid": valid_fraction, "test": test_fraction}, seed) if split else data
+    rows = list(rows)
+    texts = [row.label for row in rows]
+    if target == "regression":
+        names = ("value",) if classes is None else tuple(classes)
+        labels = np.array([_number(row) for row in rows], dtype=np.float64)
+    else:
+        sets = [[text] if target == "multiclass" else _names_in(text) for text in texts]
+        names = tuple(sorted({name for names in sets for name in names}) if classes is None else classes)
+        place = {name: k for k, name in enumerate(names)}
+        if target == "multiclass":
+            labels = np.array([place[text] for text in texts], dtype=np.int64)
+        else:
+            labels = np.zeros((len(rows), len(names)), dtype=bool)
+            for row, found in zip(labels, sets, strict=True):
+                row[[place[name] for name in found]] = True
+    split = np.array([row.split or "train" for row in rows], dtype="<U5")
+    sources = [row.source for row in rows]
+    return LabelledSequences(
+        [row.name for row in rows], [row.tokens for row in rows], labels, names, split, sources, target
+    )
 
 
-def from_folder(
-    path: str | Path,
-    *,
-    split: bool = True,
-    valid_fraction: float = 0.1,
-    test_fraction: float = 0.1,
-    seed: int = 0,
-) -> LabelledSequences:
-    """Read a folder that holds one FASTA file, or one folder of them, for each class; the classes are sorted by name.
-
-    These may lie one level down, in folders train, valid (or val, validation, dev) and test. With split=True a part
-    that is missing is set aside from the train records, stratified (splits.py); given parts stay as they are. With
-    split=False nothing is set aside.
-    Raises InputError as from_class_files does, and for classes that train lacks or files that are no FASTA by name.
-    """
-    files = files_in_folder(path)
-    if not split:
-        return _read(files, tuple(sorted({file.label for file in files})))
-    parts = {file.split for file in files}
-    if "train" not in parts:
-        raise InputError(f"{path}: has a {' and a '.join(sorted(parts))} part but no folder train")
-    classes = tuple(sorted({file.label for file in files if file.split == "train"}))
-    _require_two_classes(classes, f"{path}: ")
-    for file in files:
-        if file.label not in classes:
-            raise InputError(f"{file.path}: class {file.label!r} is not in train, which has {', '.join(classes)}")
-    fractions = {"valid": valid_fraction, "test": test_fraction}
-    missing = {part: share for part, share in fractions.items() if part not in parts}
-    return _set_aside(_read(files, classes), missing, seed)
+def _names_in(text: str) -> list[str]:
+    return [] if text == NO_LABEL else [name.strip() for name in text.split(";") if name.strip()]
 
 
-def example(name: str, *, valid_fraction: float = 0.1, test_fraction: float = 0.1, seed: int = 0) -> LabelledSequences:
-    """A data set that comes with the package (genomics/examples), read as any folder is."""
-    folder = Path(str(package_files("polymamba.genomics") / "examples"))
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if name not in names:
-        raise InputError(f"no example {name!r}; there is {', '.join(names)}")
-    return from_folder(folder / name, valid_fraction=valid_fraction, test_fraction=test_fraction, seed=seed)
-
-
-def _read(files: Iterable[LabelledFile], classes: tuple[str, ...]) -> LabelledSequences:
-    names, tokens, labels, split, sources = [], [], [], [], []
-    seen = set()
-    for file in files:
-        if file.path.resolve() in seen:
-            raise InputError(f"{file.path}: given twice")
-        seen.add(file.path.resolve())
-        for record in read_fasta(file.path):
-            names.append(record.name)
-            tokens.append(record.tokens)
-            labels.append(classes.index(file.label))
-            split.append(file.split)
-            sources.append(str(file.path))
-    label_ids, parts = np.array(labels, dtype=np.int64), np.array(split, dtype="<U5")
-    return LabelledSequences(names, tokens, label_ids, classes, parts, sources)
-
-
-def _set_aside(data: LabelledSequences, fractions: Mapping[str, float], seed: int) -> LabelledSequences:
-    """Move shares of the train records to other parts."""
-    if not (all(share >= 0 for share in fractions.values()) and sum(fractions.values()) < 1):
-        shares = " and ".join(f"{part} {share:g}" for part, share in fractions.items())
-        raise InputError(f"the shares {shares} must not be negative, and add up to less than 1")
-    train = np.flatnonzero(data.split == "train")
-    keys = sequence_keys([data.tokens[i] for i in train])
-    split = data.split.copy()
-    split[train] = stratified_split(keys, [data.classes[data.labels[i]] for i in train], fractions, seed)
-    return replace(data, split=split)
-
-
-def _require_two_classes(classes: Sequence[str], where: str = "") -> None:
-    if len(classes) < 2:
-        raise InputError(f"{where}{len(classes)} class ({', '.join(classes)}) is too few to classify; give two or more")
+def _number(row: LabelledRow) -> float:
+    try:
+        value = float(row.label)
+    except ValueError:
+        value = np.nan
+    if not np.isfinite(value):
+        raise InputError(f"{row.source}, record {row.name!r}: label {row.label!r} is no finite number")
+    return value

@@ -1,50 +1,75 @@
-"""Running a DNA classifier over sequences: any lengths, any order, results in the order of the input."""
+"""Running a DNA model over sequences: any lengths, any order, results in the order of the input."""
 
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.batching import pad_right, sorted_batches
 from .alphabet import PAD, reverse_complement
+from .model import DNAClassifier
 
 
 @torch.no_grad()
-def predict_logits(
-    model: nn.Module, tokens: list[np.ndarray], batch_size: int, max_tokens: int, *, progress: str | None = None
+def run_over(
+    forward: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+    tokens: Sequence[np.ndarray],
+    batch_size: int,
+    max_tokens: int,
+    *,
+    progress: str | None = None,
 ) -> Tensor:
-    """Logits (n, K), float32 on the CPU, of n token sequences, on the device where the model is.
+    """What `forward(tokens (B, L), mask (B, L)) -> (B, ...)` makes of n token sequences: (n, ...) float32 on the CPU.
 
     `progress` names the work in a progress bar on stderr.
     """
-    device = next(model.parameters()).device
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     batches = sorted_batches(lengths, batch_size, max_tokens)
     if progress is not None:
         batches = track(batches, progress, console=Console(file=sys.stderr), transient=True)
-    logits, order = [], []
+    outputs, order = [], []
     for batch in batches:
         padded, mask = pad_right([tokens[i] for i in batch], PAD)
-        logits.append(model(padded.to(device), mask.to(device)).float().cpu())
+        outputs.append(forward(padded.to(device), mask.to(device)).float().cpu())
         order.append(batch)
-    in_order = torch.empty_like(torch.cat(logits))
-    in_order[torch.from_numpy(np.concatenate(order))] = torch.cat(logits)
+    in_order = torch.empty_like(torch.cat(outputs))
+    in_order[torch.from_numpy(np.concatenate(order))] = torch.cat(outputs)
     return in_order
 
 
-def predict_probabilities(
-    model: nn.Module,
-    tokens: list[np.ndarray],
-    batch_size: int,
-    max_tokens: int,
+def predict(
+    model: DNAClassifier,
+    tokens: Sequence[np.ndarray],
+    batch_size: int = 256,
+    max_tokens: int = 262_144,
     *,
     rc_average: bool = False,
     progress: str | None = None,
 ) -> np.ndarray:
-    """Class probabilities (n, K) float64; with rc_average the mean of both strands' (post-hoc conjoining)."""
+    """Predictions (n, K) float64 for n token sequences, on the device where the model is.
+
+    Probabilities of the classes (multiclass: a row sums to 1) or labels (multilabel), or the value (regression, K = 1).
+    With rc_average the mean over both strands (post-hoc conjoining, as in Caduceus).
+    """
+    device = next(model.parameters()).device
     strands = [tokens] + ([[reverse_complement(t) for t in tokens]] if rc_average else [])
-    logits = [predict_logits(model, strand, batch_size, max_tokens, progress=progress) for strand in strands]
-    return torch.stack(logits).double().softmax(-1).mean(0).numpy()
+    logits = [run_over(model, device, strand, batch_size, max_tokens, progress=progress) for strand in strands]
+    return torch.stack([model.predictions(strand.double()) for strand in logits]).mean(0).numpy()
+
+
+def embed(
+    model: DNAClassifier,
+    tokens: Sequence[np.ndarray],
+    batch_size: int = 256,
+    max_tokens: int = 262_144,
+    *,
+    progress: str | None = None,
+) -> np.ndarray:
+    """Embeddings (n, D) float32 of n token sequences: `DNAClassifier.embed`."""
+    device = next(model.parameters()).device
+    return run_over(model.embed, device, tokens, batch_size, max_tokens, progress=progress).numpy()

@@ -1,4 +1,4 @@
-"""A DNA sequence classifier: which class does this stretch of DNA belong to?
+"""A DNA sequence model: which class, which labels or which number belongs to this stretch of DNA?
 
     tokens -> embedding + place in the window -> bidirectional Mamba backbone -> attention pooling -> linear head
 
@@ -72,8 +72,25 @@ class DNAClassifier(PretrainedModel):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens int (B, L) of genomics.alphabet, mask bool (B, L) True = real base, padded on the right -> (B, K)."""
+        h, place, mask = self.hidden(tokens, mask)
+        return self.head(self.dropout(self.pooling(h, place, mask)))
+
+    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean of the last hidden states over the real bases: (B, L) as for `forward` -> (B, D)."""
+        h, _, mask = self.hidden(tokens, mask)
+        return h.float().sum(1) / mask.sum(1, keepdim=True)  # the backbone leaves zeros at padding
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (B, L, D), window positions (B, L, F) and the mask (B, L)."""
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         place = window_position(mask)
-        h = self.backbone(self.embedding(tokens) + self.place(place), padding_mask=mask)
-        return self.head(self.dropout(self.pooling(h, place, mask)))
+        return self.backbone(self.embedding(tokens) + self.place(place), padding_mask=mask), place, mask
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Logits (B, K) -> probabilities of the classes (rows sum to 1) or of each label, or values (B, 1)."""
+        if self.config.target == "multiclass":
+            return logits.softmax(-1)
+        if self.config.target == "multilabel":
+            return logits.sigmoid()
+        return self.config.mean + self.config.scale * logits

@@ -1,4 +1,6 @@
-"""Training a DNA classifier: the genomics side of core/train.py."""
+"""Training a DNA model: the genomics side of core/train.py."""
+
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,13 +12,13 @@ from ..core.config import TrainConfig
 from ..core.train import Task
 from .alphabet import PAD, N, reverse_complement
 from .dataset import LabelledSequences
-from .inference import predict_logits
+from .inference import run_over
 
-Batch = tuple[Tensor, Tensor, Tensor]  # tokens (B, L), mask (B, L), labels (B,)
+Batch = tuple[Tensor, Tensor, Tensor]  # tokens (B, L), mask (B, L), labels (B, ...)
 
 
-class ClassifyDNA(Task):
-    """Labelled DNA: cross entropy, judged by the validation loss."""
+class TrainDNA(Task):
+    """Labelled DNA: cross entropy, or squared error of a regression, judged by the same loss on the validation part."""
 
     def __init__(
         self,
@@ -26,19 +28,31 @@ class ClassifyDNA(Task):
         *,
         mask_rate: float,
         rc_augment: bool,
-        balance: bool,
+        balance: Literal["none", "loss", "sampling"],
         label_smoothing: float,
     ):
-        self.train, self.valid = data.subset("train"), data.subset("valid")
+        self.target, self.train, self.valid = data.target, data.subset("train"), data.subset("valid")
         self.lengths = np.array([len(t) for t in self.train.tokens])
         self.config, self.seed = config, seed
         self.mask_rate, self.rc_augment, self.label_smoothing = mask_rate, rc_augment, label_smoothing
-        counts = np.bincount(self.train.labels, minlength=len(data.classes))
-        weights = len(self.train.labels) / (len(data.classes) * counts) if balance else np.ones(len(counts))
-        self.class_weights = torch.tensor(weights, dtype=torch.float32)
+        self.balance = balance
+        self.class_weights = torch.ones(len(data.classes))
+        if balance == "loss":
+            counts = np.array([members.sum() for members in self.train.members().values()])
+            n = len(self.train.labels)
+            # multilabel: what the few records with a label weigh together is what the many without it do
+            weights = n / (len(counts) * counts) if data.target == "multiclass" else (n - counts) / counts
+            self.class_weights = torch.tensor(weights, dtype=torch.float32)
+        self.mean, self.scale = value_scale(self.train) if data.target == "regression" else (0.0, 1.0)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        return shuffled_batches(self.lengths, self.config.batch_size, self.config.max_tokens, self.seed, epoch)
+        records = np.arange(len(self.lengths))
+        if self.balance == "sampling":
+            records = balanced_draw(self.train.labels, len(self.train.classes), (self.seed, epoch))
+        batches = shuffled_batches(
+            self.lengths[records], self.config.batch_size, self.config.max_tokens, self.seed, epoch
+        )
+        return [records[batch] for batch in batches]
 
     def batch(self, description: np.ndarray, epoch: int) -> Batch:
         # Seeded by what the batch is, so that a resumed run draws the same strands and masks.
@@ -56,16 +70,48 @@ class ClassifyDNA(Task):
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         tokens, mask, labels = batch
-        logits = model(tokens, mask).float()
-        weights = self.class_weights.to(logits.device)
-        return F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing)
+        return self.criterion(model(tokens, mask).float(), labels, self.label_smoothing)
 
-    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        logits = predict_logits(model, self.valid.tokens, self.config.batch_size, self.config.max_tokens)
+    def criterion(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Mean loss of logits (B, K) and labels: int (B,), bool (B, K) or float (B,)."""
+        weights = self.class_weights.to(logits.device)
+        if self.target == "multiclass":
+            return F.cross_entropy(logits, labels, weights, label_smoothing=label_smoothing)
+        if self.target == "multilabel":
+            truth = labels.float() * (1 - label_smoothing) + 0.5 * label_smoothing
+            return F.binary_cross_entropy_with_logits(logits, truth, pos_weight=weights)
+        return F.mse_loss(logits[:, 0], ((labels - self.mean) / self.scale).float())
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        device = next(model.parameters()).device
+        logits = run_over(model, device, self.valid.tokens, self.config.batch_size, self.config.max_tokens)
         labels = torch.from_numpy(self.valid.labels)
-        loss = F.cross_entropy(logits, labels, self.class_weights)
-        accuracy = (logits.argmax(1) == labels).double().mean()
-        return {"valid_loss": loss.item(), "valid_accuracy": accuracy.item()}
+        figures = {"valid_loss": self.criterion(logits, labels).item()}
+        if self.target == "multiclass":
+            figures["valid_accuracy"] = (logits.argmax(1) == labels).double().mean().item()
+        elif self.target == "multilabel":
+            figures["valid_label_accuracy"] = ((logits > 0) == labels).double().mean().item()
+        return figures
 
     def score(self, metrics: dict[str, float]) -> float:
         return -metrics["valid_loss"]
+
+
+def value_scale(data: LabelledSequences) -> tuple[float, float]:
+    """Mean and standard deviation of a regression's values; 1 for the latter if they are all the same."""
+    return float(data.labels.mean()), float(data.labels.std()) or 1.0
+
+
+def balanced_draw(labels: np.ndarray, n_classes: int, seed: tuple[int, ...]) -> np.ndarray:
+    """As many records as there are, each class equally often: records of rare classes come again, others not at all.
+
+    labels (n,) -> indices (n,); every record of a class is drawn before one of them is drawn again.
+    """
+    rng = np.random.default_rng(seed)
+    shares = np.diff(np.arange(n_classes + 1) * len(labels) // n_classes)
+    drawn = []
+    for k, wanted in enumerate(shares):
+        members = np.flatnonzero(labels == k)
+        rounds = [rng.permutation(members) for _ in range(-(-wanted // len(members)))]
+        drawn.append(np.concatenate([*rounds, members[:0]])[:wanted])
+    return np.concatenate(drawn)

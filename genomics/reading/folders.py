@@ -1,30 +1,27 @@
-"""A folder of FASTA files -> which file is of which class and part, by names alone.
+"""A folder of sequence files -> which file is of which class and part, by names alone.
 
     donor.fa  acceptor.fa.gz              one file a class
     donor/*.fa  acceptor/*.fa             one folder a class
     train/...  valid/...  test/...        either of them, below the parts of a split
 
-Hidden files and documents (README, .txt, ...) are passed over. Any other file that is not named as FASTA is refused, so
-that no class is left out in silence.
+Hidden files and documents (README, .txt, ...) are passed over. Any other file that is not named as a sequence file is
+refused, so that no class is left out in silence.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 from ...core.errors import InputError
 from ..splits import SPLITS
+from .files import SEQUENCE_ENDINGS, data_entries, stem_of
 
-_FASTA = re.compile(r"(.+)\.(fa|fasta|fna)(\.gz)?", re.IGNORECASE)
-_FASTA_ENDINGS = ".fa, .fasta or .fna, also with .gz"
-_DOCUMENT = re.compile(r"(README|LICEN[CS]E).*|.*\.(txt|md|tsv|json|fai|gzi)", re.IGNORECASE)
 _PARTS = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "val", "validation", "dev"), "valid")
 
 
 class LabelledFile(NamedTuple):
-    """A FASTA file, and what its records are."""
+    """A sequence file, and what its records are."""
 
     split: str  # one of SPLITS
     label: str  # class name
@@ -53,7 +50,7 @@ def _parts(path: Path) -> dict[str, Path]:
     """Part -> its folder directly below `path`; {} if no folder is named like a part."""
     parts: dict[str, Path] = {}
     others = []
-    for entry in _data_entries(path):
+    for entry in data_entries(path):
         part = _PARTS.get(entry.name.lower()) if entry.is_dir() else None
         if part is None:
             others.append(entry)
@@ -68,40 +65,26 @@ def _parts(path: Path) -> dict[str, Path]:
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its FASTA files, from the files and folders directly in `folder`."""
+    """Class name -> its files, from the files and folders directly in `folder`."""
     classes: dict[str, list[Path]] = {}
-    for entry in _data_entries(folder):
-        label = entry.name if entry.is_dir() else _class_of(entry)
+    for entry in data_entries(folder):
+        label = entry.name if entry.is_dir() else stem_of(entry)
         if label.lower() in _PARTS:
             raise InputError(f"{entry}: named as a part of a split, not as a class; parts are folders of classes")
         if label in classes:
             raise InputError(f"{entry}: a second file or folder for class {label!r} in {folder}")
         classes[label] = _files_of_class(entry) if entry.is_dir() else [entry]
     if not classes:
-        raise InputError(f"{folder}: holds no FASTA file ({_FASTA_ENDINGS})")
+        raise InputError(f"{folder}: holds no sequence file ({SEQUENCE_ENDINGS})")
     return classes
 
 
 def _files_of_class(folder: Path) -> list[Path]:
-    files = _data_entries(folder)
+    files = data_entries(folder)
     for file in files:
         if file.is_dir():
             raise InputError(f"{file}: a folder inside the folder of class {folder.name!r}, which may hold files only")
-        _class_of(file)
+        stem_of(file)
     if not files:
-        raise InputError(f"{folder}: class {folder.name!r} has no FASTA file ({_FASTA_ENDINGS})")
+        raise InputError(f"{folder}: class {folder.name!r} has no sequence file ({SEQUENCE_ENDINGS})")
     return files
-
-
-def _class_of(file: Path) -> str:
-    """The class that a file is named after. Raises InputError if it is no FASTA file by its name."""
-    match = _FASTA.fullmatch(file.name)
-    if match is None:
-        raise InputError(f"{file}: not named as FASTA ({_FASTA_ENDINGS}); rename it or move it away")
-    return match[1]
-
-
-def _data_entries(folder: Path) -> list[Path]:
-    """The files and folders in `folder`, sorted by name, without hidden files and documents."""
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    return [entry for entry in entries if entry.is_dir() or not _DOCUMENT.fullmatch(entry.name)]

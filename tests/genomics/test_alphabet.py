@@ -54,6 +54,12 @@ def test_reverse_complement_equals_biopython(sequence):
     assert decode(complement(tokenize(sequence))) == str(Seq(sequence.upper()).complement())
 
 
+@given(st.text(IUPAC + IUPAC.lower()))
+def test_reverse_complement_of_ambiguity_codes_equals_biopython(sequence):
+    assert np.array_equal(reverse_complement(tokenize(sequence)), tokenize(str(Seq(sequence).reverse_complement())))
+    assert np.array_equal(complement(tokenize(sequence)), tokenize(str(Seq(sequence).complement())))
+
+
 @given(st.lists(st.integers(0, 11)))
 def test_reverse_complement_is_its_own_inverse_and_keeps_specials(tokens):
     ids = np.array(tokens, dtype=np.uint8)

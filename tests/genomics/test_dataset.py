@@ -12,14 +12,10 @@ from Bio.Seq import Seq
 
 from polymamba.core.errors import InputError
 from polymamba.genomics.alphabet import decode
-from polymamba.genomics.dataset import (
-    LabelledSequences,
-    SplitRow,
-    example,
-    from_class_files,
-    from_folder,
-    read_splits,
-)
+from polymamba.genomics.commands import Dividing, Source
+from polymamba.genomics.dataset import LabelledSequences, SplitRow, read_splits
+from polymamba.genomics.dividing import divide
+from polymamba.genomics.sources import read_source
 from polymamba.genomics.splits import SPLITS
 
 SPLICE = Path(str(package_files("polymamba.genomics") / "examples" / "splice"))
@@ -32,6 +28,17 @@ def write_fasta(path: Path, n: int, seed: int = 0, prefix: str = "s", length: in
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
+
+
+def from_class_files(files, *, split: bool = True, seed: int = 0, **how) -> LabelledSequences:
+    classes = tuple(f"{name}={path}" for name, paths in files.items() for path in paths)
+    data = read_source(Source(classes=classes))
+    return divide(data, Dividing(**how), seed) if split else data
+
+
+def from_folder(path, *, split: bool = True) -> LabelledSequences:
+    data = read_source(Source(data=path))
+    return divide(data, Dividing(), 0) if split else data
 
 
 def records_of(data: LabelledSequences) -> set[tuple[str, ...]]:
@@ -105,9 +112,8 @@ def test_class_files_refused(tmp_path):
     (tmp_path / "empty.fa").touch()
     (tmp_path / "sub").mkdir()
     for files, message in [
-        ({}, "0 class"),
+        ({}, "say where the sequences are in one of these ways: --example, --data, --class"),
         ({"a": [a]}, r"1 class \(a\) is too few"),
-        ({"a": [a], "b": []}, "class 'b': no file given"),
         ({"a": [a], "b": [tmp_path / "sub" / ".." / "a.fa"]}, "a.fa: given twice"),
         ({"a": [a, a], "b": [b]}, "a.fa: given twice"),
         ({"a": [a], "b": [tmp_path / "empty.fa"]}, "empty.fa: is empty"),
@@ -177,18 +183,18 @@ def test_folders_refused(tmp_path):
     for folder, message in [
         (tmp_path / "none", "none: no such folder"),
         (laid_out("file", "a.fa") / "a.fa", "a.fa: is a file, not a folder"),
-        (laid_out("bare"), r"bare: holds no FASTA file \(.fa, .fasta or .fna"),
-        (laid_out("one", "a.fa"), r"one: 1 class \(a\) is too few"),
-        (laid_out("fastq", "a.fa", "b.fa", "c.fastq"), "c.fastq: not named as FASTA"),
-        (laid_out("csv", "a.fa", "b.fa", "c/x.csv"), "x.csv: not named as FASTA"),
-        (tmp_path / "hollow", "class 'c' has no FASTA file"),
+        (laid_out("bare"), r"bare: holds no sequence file \(.fa .fasta .fna"),
+        (laid_out("one", "a.fa"), r"1 class \(a\) is too few"),
+        (laid_out("text", "a.fa", "b.fa", "c.doc"), "c.doc: not named as a sequence file"),
+        (laid_out("csv", "a.fa", "b.fa", "c/x.csv"), "x.csv: not named as a sequence file"),
+        (tmp_path / "hollow", "class 'c' has no sequence file"),
         (laid_out("deep", "a.fa", "b/c/d.fa"), "c: a folder inside the folder of class 'b'"),
         (laid_out("twice", "a.fa", "a.fa.gz", "b.fa"), "a.fa.gz: a second file or folder for class 'a'"),
         (laid_out("both", "a.fa", "a/x.fa", "b.fa"), "a.fa: a second file or folder for class 'a'"),
         (laid_out("stray", "train/a.fa", "train/b.fa", "c.fa"), "c.fa: lies beside folder train"),
         (laid_out("named", "train.fa", "test.fa"), "test.fa: named as a part of a split, not as a class"),
         (laid_out("vals", "train/a.fa", "train/b.fa", "val/a.fa", "dev/a.fa"), "dev and val both name the valid part"),
-        (laid_out("untrained", "test/a.fa", "test/b.fa"), "has a test part but no folder train"),
+        (laid_out("untrained", "test/a.fa", "test/b.fa"), "the data have a test part but no train part"),
         (
             laid_out("unknown", "train/a.fa", "train/b.fa", "test/c.fa"),
             "c.fa: class 'c' is not in train, which has a, b",
@@ -319,7 +325,7 @@ def test_official_split_of_splice_shares_69_sequences():
 
 
 def test_example_splice():
-    data, official = example("splice", seed=1), from_folder(SPLICE, split=False)
+    data, official = divide(read_source(Source(example="splice")), Dividing(), 1), from_folder(SPLICE, split=False)
     assert records_of(data.subset("test")) == records_of(official.subset("test"))
     shared = {pair: by_brute_force(data, *pair.split("/")) for pair in ("train/valid", "train/test", "valid/test")}
     assert shared == data.summary()["shared"]
@@ -329,7 +335,7 @@ def test_example_splice():
 
 
 def test_example_splice_has_the_junction_where_its_readme_says():
-    data = example("splice")
+    data = read_source(Source(example="splice"))
     sequences = np.stack(data.tokens)
     donor, acceptor = (sequences[data.labels == data.classes.index(name)] for name in ("EI", "IE"))
     assert np.mean([decode(ids) == "GT" for ids in donor[:, 30:32]]) > 0.98
@@ -346,4 +352,4 @@ def test_packed_files_carry_no_time_and_no_name():
 
 def test_unknown_example():
     with pytest.raises(InputError, match="no example 'splices'; there is splice"):
-        example("splices")
+        read_source(Source(example="splices"))

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from polymamba.cli import main
+from polymamba.core import BackboneConfig, TrainConfig
 from polymamba.core.hub import config_from_dict
-from polymamba.genomics import DNAClassifier, DNAClassifierConfig
+from polymamba.genomics import Dividing, DNAClassifier, DNAClassifierConfig, Source, divide, read_source
+from polymamba.genomics.training import TrainDNA
 
 FAST = ["--epochs", "3", "--batch-size", "16", "--device", "cpu", "--lr", "5e-3"]
 
@@ -125,15 +127,10 @@ def test_eval_equals_what_predict_and_the_labels_say(run, files, tmp_path, capsy
 
 
 def test_validation_is_never_augmented(files):
-    from polymamba.core import TrainConfig
-    from polymamba.genomics.dataset import from_class_files
-    from polymamba.genomics.training import ClassifyDNA
-
-    data = from_class_files({name: [path] for name, path in files.items()})
-    task = ClassifyDNA(data, TrainConfig(), 0, mask_rate=0.5, rc_augment=True, balance=False, label_smoothing=0.0)
+    source = Source(classes=tuple(f"{name}={path}" for name, path in files.items()))
+    data = divide(read_source(source), Dividing(), 0)
+    task = TrainDNA(data, TrainConfig(), 0, mask_rate=0.5, rc_augment=True, balance="none", label_smoothing=0.0)
     torch.manual_seed(0)
-    from polymamba.core import BackboneConfig
-
     config = DNAClassifierConfig(backbone=BackboneConfig(d_model=8, n_layer=1), classes=data.classes)
     model = DNAClassifier(config).eval()
     with torch.no_grad():

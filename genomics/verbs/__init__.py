@@ -1,0 +1,1 @@
+"""What the verbs of `polymamba genomics` do: from flags to files."""

@@ -1,0 +1,126 @@
+"""What the verbs share: models from run folders, tables, and the report on labelled sequences."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ...core.config import ComputeConfig
+from ...core.errors import InputError
+from ...core.files import write_json, written_whole
+from ...core.metrics import (
+    classification_metrics,
+    format_table,
+    multilabel_metrics,
+    regression_metrics,
+    write_confusion_tsv,
+)
+from ...core.plots import plot_confusion, plot_precision_recall, plot_regression, plot_roc
+from ...core.thresholds import decide
+from ...core.train import pick_device, uses_bf16
+from ..config import DNAClassifierConfig
+from ..dataset import NO_LABEL, LabelledSequences
+from ..model import DNAClassifier
+
+THRESHOLDS = "thresholds.json"
+
+
+def say(message: str) -> None:
+    """A message for the person at the terminal: on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+def autocast(compute: ComputeConfig) -> torch.autocast:
+    device = pick_device(compute)
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(compute, device))
+
+
+def load_models(runs: Sequence[Path], compute: ComputeConfig) -> list[DNAClassifier]:
+    """The models of run folders, on the device. Raises InputError if they do not predict the same thing."""
+    models = [DNAClassifier.from_pretrained(run) for run in runs]
+    first = models[0].config
+    for run, model in zip(runs[1:], models[1:], strict=True):
+        for field in ("target", "classes", "window", "hard_mask"):
+            ours, theirs = getattr(first, field), getattr(model.config, field)
+            if ours != theirs:
+                raise InputError(f"--ensemble {run}: its {field} is {theirs}, that of {runs[0]} is {ours}")
+    return [model.to(pick_device(compute)) for model in models]
+
+
+def tuned_thresholds(run: Path, config: DNAClassifierConfig) -> list[float]:
+    """The thresholds (K,) that training left in the run folder, of two classes or of several labels."""
+    path = run / THRESHOLDS
+    if config.target == "regression" or (config.target == "multiclass" and len(config.classes) != 2):
+        raise InputError("--tuned-threshold decides between two classes or for each of several labels; leave it out")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; --tuned-threshold needs a run folder of `train`")
+    thresholds = json.loads(path.read_text(encoding="utf-8"))
+    return [thresholds[name] for name in config.classes]
+
+
+def report(
+    folder: Path,
+    data: LabelledSequences,
+    predictions: np.ndarray,
+    seed: int,
+    thresholds: Sequence[float] | None = None,
+) -> None:
+    """Metrics on stdout and in the folder, pictures, and the predictions beside the truth. predictions (n, K)."""
+    if data.target == "regression":
+        metrics = regression_metrics(data.labels, predictions[:, 0], seed=seed)
+        plot_regression(folder / "regression.png", data.labels, predictions[:, 0], data.classes[0])
+    else:
+        truth = np.stack(list(data.members().values()), axis=1)
+        if data.target == "multiclass":
+            threshold = None if thresholds is None else thresholds[1]
+            metrics = classification_metrics(data.labels, predictions, data.classes, seed=seed, threshold=threshold)
+            matrix = np.array(metrics["confusion"])
+            write_confusion_tsv(folder / "confusion.tsv", matrix, data.classes)
+            plot_confusion(folder / "confusion.png", matrix, data.classes)
+        else:
+            metrics = multilabel_metrics(truth, predictions, data.classes, thresholds=thresholds, seed=seed)
+        plot_roc(folder / "roc.png", truth, predictions, data.classes)
+        plot_precision_recall(folder / "precision_recall.png", truth, predictions, data.classes)
+    decided = decisions(predictions, data.classes, data.target, thresholds)
+    rows = zip(data.names, data.label_texts(), decided, predictions, strict=True)
+    header = ["id", "true", "label", *data.classes] if data.target != "regression" else ["id", "true", "value"]
+    save_tsv(folder / "predictions.tsv", header, table_rows(rows, data.target))
+    write_json(folder / "metrics.json", metrics)
+    print(format_table(metrics))
+
+
+def decisions(
+    predictions: np.ndarray, classes: Sequence[str], target: str, thresholds: Sequence[float] | None
+) -> list[str]:
+    """The label of each row of predictions (n, K) as text: the likeliest class, or all labels at their thresholds.
+
+    thresholds (K,) of labels, or of two classes, of which the second one's decides.
+    """
+    if target == "multiclass":
+        return [classes[k] for k in decide(predictions, None if thresholds is None else thresholds[1])]
+    if target == "multilabel":
+        limits = np.full(len(classes), 0.5) if thresholds is None else np.array(thresholds)
+        return [";".join([classes[k] for k in np.flatnonzero(row >= limits)]) or NO_LABEL for row in predictions]
+    return [f"{row[0]:.6g}" for row in predictions]
+
+
+def table_rows(rows: Iterable[Sequence[Any]], target: str) -> Iterable[list[Any]]:
+    """Rows of (texts ..., decision, predictions): the probabilities written out, of a regression only the decision."""
+    for *texts, row in rows:
+        yield [*texts, *([f"{p:.6f}" for p in row] if target != "regression" else [])]
+
+
+def write_tsv(file: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+
+
+def save_tsv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with written_whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        write_tsv(file, header, rows)

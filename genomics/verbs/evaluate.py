@@ -1,0 +1,36 @@
+"""`polymamba genomics eval`: how good is a model on labelled sequences?"""
+
+from typing import Any
+
+import numpy as np
+
+from ...core.errors import InputError
+from ...core.files import require_new_folder
+from ..commands import Eval
+from ..inference import predict
+from ..sources import read_source
+from ..windows import cut_windows, without_n_rich
+from .common import autocast, load_models, report, say, tuned_thresholds
+
+
+def evaluate(args: Eval) -> None:
+    """Measure the model of a run folder, or the mean of several."""
+    models = load_models([args.run, *args.ensemble], args.compute)
+    config = models[0].config
+    thresholds = tuned_thresholds(args.run, config) if args.tuned_threshold else None
+    data = read_source(args.source, config.target, hard_mask=config.hard_mask).with_classes(config.classes)
+    if args.split is not None:
+        data = data.subset(args.split)
+        if not data.names:
+            raise InputError(f"--split {args.split}: no record is of this part")
+    data, n_dropped = without_n_rich(cut_windows(data, config.window, None), args.max_n)
+    if not data.names:
+        raise InputError(f"all {n_dropped} sequences are more than {args.max_n:.0%} N; see --max-n")
+    if n_dropped:
+        say(f"{n_dropped} left out: more than {args.max_n:.0%} of their bases are N")
+    require_new_folder(args.output)
+    options: Any = {"rc_average": args.rc_average, "progress": "eval"}
+    with autocast(args.compute):
+        each = [predict(model, data.tokens, args.batch_size, args.max_tokens, **options) for model in models]
+    args.output.mkdir(parents=True, exist_ok=True)
+    report(args.output, data, np.mean(each, axis=0), args.compute.seed, thresholds)

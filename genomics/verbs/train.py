@@ -1,0 +1,110 @@
+"""`polymamba genomics train`: from labelled sequences to a run folder with a tested model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...core.errors import InputError
+from ...core.files import write_json
+from ...core.run_folder import RunFolder
+from ...core.thresholds import best_thresholds
+from ...core.train import pick_device, train_model, uses_bf16
+from ..commands import Train
+from ..config import PRESETS, DNAClassifierConfig
+from ..dataset import LabelledSequences
+from ..dividing import divide
+from ..inference import predict
+from ..model import DNAClassifier
+from ..reading.files import find_files
+from ..sources import read_source
+from ..training import TrainDNA, value_scale
+from ..windows import cut_windows, without_n_rich
+from .common import THRESHOLDS, autocast, report, say
+
+
+def train(args: Train) -> None:
+    """Train, then test on the test part with the best epoch's model."""
+    torch.manual_seed(args.compute.seed)
+    records = divide(
+        read_source(args.source, args.target, hard_mask=args.hard_mask), args.dividing, args.compute.seed
+    )
+    windows = cut_windows(records, args.windows.window, args.windows.stride)
+    data, n_dropped = without_n_rich(windows, args.windows.max_n)
+    for part, flag in (("train", "--max-n"), ("valid", "--valid-fraction")):
+        if not np.any(data.split == part):
+            raise InputError(f"no record is left for the {part} part; see {flag}")
+    run = RunFolder(args.output, _settings(args, data), _inputs(args, records), resume=args.resume)
+    say(data.describe())
+    if n_dropped:
+        say(f"{n_dropped} left out: more than {args.windows.max_n:.0%} of their bases are N")
+    records.write_splits_tsv(run / "splits.tsv")
+    write_json(run / "labels.json", dict(enumerate(data.classes)))
+
+    mean, scale = value_scale(data.subset("train")) if args.target == "regression" else (0.0, 1.0)
+    config = DNAClassifierConfig(
+        backbone=PRESETS[args.preset],
+        classes=data.classes,
+        target=args.target,
+        mean=mean,
+        scale=scale,
+        window=args.windows.window,
+        hard_mask=args.hard_mask,
+    )
+    model = DNAClassifier(config)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    say(f"model {args.preset}: {n_parameters:,} parameters; training on {pick_device(args.compute)}")
+    task = TrainDNA(
+        data,
+        args.train,
+        args.compute.seed,
+        mask_rate=args.mask_rate,
+        rc_augment=args.rc_augment,
+        balance=args.balance,
+        label_smoothing=args.label_smoothing,
+    )
+    train_model(model, task, args.train, args.compute, run, resume=args.resume)
+    _test(args, data, run)
+
+
+def _test(args: Train, data: LabelledSequences, run: RunFolder) -> None:
+    """Thresholds from the validation part, then the figures of the test part, by the best epoch's model."""
+    model = DNAClassifier.from_pretrained(run.path).to(pick_device(args.compute))
+    sizes: Any = {"batch_size": args.train.batch_size, "max_tokens": args.train.max_tokens}
+    valid, test = data.subset("valid"), data.subset("test")
+    with autocast(args.compute):
+        of_valid = predict(model, valid.tokens, **sizes, rc_average=args.rc_average)
+        if data.target != "regression":
+            thresholds = best_thresholds(np.stack(list(valid.members().values()), axis=1), of_valid)
+            write_json(run / THRESHOLDS, dict(zip(data.classes, thresholds.tolist(), strict=True)))
+        if not len(test.names):
+            say("no test part: nothing is held out to measure the model on")
+            return
+        of_test = predict(model, test.tokens, **sizes, rc_average=args.rc_average, progress="test")
+    report(run.path, test, of_test, args.compute.seed)
+
+
+def _settings(args: Train, data: LabelledSequences) -> dict[str, Any]:
+    """What determines the result."""
+    groups = {"output", "resume", "source", "windows", "dividing", "train", "compute"}
+    device = pick_device(args.compute)
+    return {
+        **{name: value for name, value in asdict(args).items() if name not in groups},
+        **asdict(args.windows),
+        **{name: value for name, value in asdict(args.dividing).items() if name != "splits"},
+        **asdict(args.train),
+        "seed": args.compute.seed,
+        "device": device.type,
+        "bf16": uses_bf16(args.compute, device),
+        "classes": list(data.classes),
+    }
+
+
+def _inputs(args: Train, data: LabelledSequences) -> list[Path]:
+    """The files whose change would make a resumed run another one."""
+    flags = args.source
+    named = [Path(s) for s in data.sources] + [p for p in (flags.labels, args.dividing.splits) if p is not None]
+    genome = [path for word in flags.genome for path in find_files(word)]
+    return sorted({path for path in (*named, *genome) if path.is_file()})

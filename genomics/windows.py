@@ -1,0 +1,59 @@
+"""Long sequences -> windows, and what becomes of sequences that are mostly N."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from .alphabet import N
+from .dataset import LabelledSequences
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where the windows of a sequence begin: at 0, stride, 2 stride, ...; the last one is moved back to end at its end.
+
+    So each base is in a window if stride <= window, and a sequence not longer than the window is one window.
+    """
+    last = max(0, length - window)
+    return [*range(0, last, stride), last]
+
+
+def windows_of(length: int, window: int | None, stride: int | None) -> Iterator[tuple[int, int]]:
+    """(start, end) of each window, 0-based, half-open; the whole sequence if there is no window."""
+    if window is None:
+        yield 0, length
+        return
+    for start in window_starts(length, window, window if stride is None else stride):
+        yield start, min(start + window, length)
+
+
+def cut_windows(data: LabelledSequences, window: int | None, stride: int | None) -> LabelledSequences:
+    """Every record cut into windows, which have its label, part and source, and the name `record:start-end`.
+
+    The stride is that of the train part; the windows of the others lie side by side, so that no base counts twice in a
+    figure. The windows are views of the records' tokens. Positions are 0-based and half-open.
+    """
+    if window is None:
+        return data
+    strides = [stride if part == "train" else None for part in data.split]
+    pieces = [
+        (i, start, end)
+        for i, ids in enumerate(data.tokens)
+        for start, end in windows_of(len(ids), window, strides[i])
+    ]
+    cut = data.take(np.array([i for i, _, _ in pieces], dtype=np.int64))
+    names = [f"{data.names[i]}:{start}-{end}" for i, start, end in pieces]
+    return replace(cut, names=names, tokens=[data.tokens[i][start:end] for i, start, end in pieces])
+
+
+def share_of_n(tokens: np.ndarray) -> float:
+    """Share of a sequence's bases that are N or another ambiguity code; 1 for an empty sequence."""
+    return float(np.mean(tokens == N)) if len(tokens) else 1.0
+
+
+def without_n_rich(data: LabelledSequences, max_n: float) -> tuple[LabelledSequences, int]:
+    """The sequences whose share of N is at most max_n, and how many others there were."""
+    kept = np.flatnonzero([share_of_n(ids) <= max_n for ids in data.tokens])
+    return (data, 0) if len(kept) == len(data.names) else (data.take(kept), len(data.names) - len(kept))
