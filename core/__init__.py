@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backbone import Backbone, Block, aux_loss
-    from .config import BackboneConfig, ComputeConfig, LanguageModelConfig, TrainConfig
+    from .config import BackboneConfig, ComputeConfig, LanguageModelConfig, SamplingConfig, TrainConfig
     from .errors import InputError
+    from .generation import collect, generate, load_state, prefill, save_state, select_state
     from .hub import PretrainedModel
     from .language_model import LanguageModel
     from .mamba import BiMamba, Mamba, MambaState
@@ -27,9 +28,16 @@ _MODULE_OF = {
     "MambaState": "mamba",
     "PretrainedModel": "hub",
     "RunFolder": "run_folder",
+    "SamplingConfig": "config",
     "Task": "train",
     "TrainConfig": "config",
     "aux_loss": "backbone",
+    "collect": "generation",
+    "generate": "generation",
+    "load_state": "generation",
+    "prefill": "generation",
+    "save_state": "generation",
+    "select_state": "generation",
     "train_model": "train",
 }
 
@@ -46,9 +54,16 @@ __all__ = [
     "MambaState",
     "PretrainedModel",
     "RunFolder",
+    "SamplingConfig",
     "Task",
     "TrainConfig",
     "aux_loss",
+    "collect",
+    "generate",
+    "load_state",
+    "prefill",
+    "save_state",
+    "select_state",
     "train_model",
 ]
 

@@ -1,5 +1,6 @@
-"""Settings of the backbone and of training, free of torch so that the command line can be parsed before it loads."""
+"""Settings of the backbone, sampling and training, free of torch: the command line is parsed before torch loads."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,38 @@ class LanguageModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen. On the command line every field is a flag; `sampling.py` gives their order."""
+
+    temperature: float = 1.0
+    """Divides the logits: below 1 favours the likely tokens; 0 always takes the likeliest (greedy)."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest tokens whose probabilities sum to at least this; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep the tokens at least this share as probable as the likeliest one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occurred already less likely; 1 for none."""
+    repetition_window: int = 0
+    """How many of the last tokens count for the penalty, the prompt's included; 0 for all."""
+
+    def __post_init__(self) -> None:
+        # Below 1e-4 a division by the temperature would be greedy anyway, up to where it overflows.
+        if self.temperature != 0 and not 1e-4 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or finite and at least 0.0001")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be between 0 (off) and 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite (1: off)")
+        for name, meaning in (("top_k", "off"), ("repetition_window", "all tokens")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 ({meaning}) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. On the command line every field is a flag."""
 
@@ -87,6 +120,12 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "max_tokens", "accumulation", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("weight_decay", "patience", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number above 0")
         if not 0 <= self.warmup < 1 or not 0 <= self.ema < 1:
             raise ValueError(f"warmup ({self.warmup}) and ema ({self.ema}) must be at least 0 and below 1")
 
@@ -102,3 +141,7 @@ class ComputeConfig:
     seed: int = 0
     debug: bool = False
     """Show a traceback when something fails."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")

@@ -37,6 +37,10 @@ class LanguageModel(PretrainedModel):
         )
         return (self.lm_head(out[0]), out[1]) if isinstance(out, tuple) else self.lm_head(out)
 
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first token."""
+        return self.backbone.init_state(batch_size)
+
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """One token for each sequence: int (B,) -> logits (B, vocab_size); `state` updated in place."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import sha256, write_json
+from .files import is_leftover, sha256, write_json, write_text
 
 MANIFEST, LOG = "manifest.json", "log.jsonl"
 PACKAGES = ("polymamba", "torch", "triton", "numba", "numpy", "accelerate", "safetensors")
@@ -43,11 +43,14 @@ class RunFolder:
         if (self.path / MANIFEST).is_file():
             self._claim_existing(settings, checksums, resume)
             return
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and not all(is_leftover(entry) for entry in self.path.iterdir()):
             raise InputError(f"{self.path}: holds other files and no run; give a new or empty folder")
         if resume:
             raise InputError(f"{self.path}: holds no run to resume; leave --resume out to begin one")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{self.path}: cannot be made ({error.strerror})") from error
         manifest = {
             "command": sys.argv,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -61,7 +64,7 @@ class RunFolder:
     def _claim_existing(self, settings: dict[str, Any], inputs: dict[str, str], resume: bool) -> None:
         if not resume:
             raise InputError(f"{self.path}: already holds a run; continue it with --resume, or give another folder")
-        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = self._read_manifest()
         for what, old, new in (
             ("setting", manifest["settings"], settings),
             ("checksum of", manifest["inputs_sha256"], inputs),
@@ -72,6 +75,14 @@ class RunFolder:
                 raise InputError(
                     f"{self.path}: cannot resume: {what} {key} was {old.get(key)!r} and is now {new.get(key)!r}"
                 )
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            return {key: dict(manifest[key]) for key in ("settings", "inputs_sha256")}
+        except (ValueError, LookupError, TypeError):
+            problem = "damaged, or not of a run; begin anew in another folder"
+            raise InputError(f"{self.path / MANIFEST}: {problem}") from None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -91,7 +102,7 @@ class RunFolder:
     def rewind_log(self, step: int) -> None:
         """Drop what was logged after `step`: a resumed run will log it again."""
         kept = [json.dumps(record) + "\n" for record in self.read_log() if record["step"] <= step]
-        (self / LOG).write_text("".join(kept), encoding="utf-8")
+        write_text(self / LOG, "".join(kept))
 
     # Checkpoints
 
@@ -99,10 +110,15 @@ class RunFolder:
         """Let `save` fill a folder, rename it into place, and only then remove the older ones."""
         checkpoints = self / "checkpoints"
         beside, final = checkpoints / f".writing-{step:08d}", checkpoints / f"step-{step:08d}"
+        while final.exists():  # one of this step already: it is removed when the new one is there, as all others are
+            final = final.with_name(f"{final.name}+")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        save(beside)
-        shutil.rmtree(final, ignore_errors=True)
+        try:
+            save(beside)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         os.replace(beside, final)
         for other in checkpoints.iterdir():
             if other != final:

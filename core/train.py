@@ -7,12 +7,11 @@ of an epoch are a pure function of (seed, epoch): beside the weights, the optimi
 is all there is to save.
 """
 
-import logging
 import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 
+from . import checkpoint
 from .backbone import Backbone, aux_loss
 from .config import ComputeConfig, TrainConfig
 from .errors import InputError
@@ -36,7 +36,6 @@ from .plots import plot_curves
 from .run_folder import RunFolder
 
 LOG_EVERY = 10  # steps
-logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns of tied weights at each checkpoint
 
 
 class Task(ABC):
@@ -76,12 +75,6 @@ class _Position:
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)  # of the best epoch
 
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
 
 class _Steps(Dataset):
     """The optimizer steps of (the rest of) an epoch, each a list of batches to accumulate."""
@@ -117,13 +110,17 @@ def train_model(
     """Train `model`, leaving its best weights in the run folder. Returns the best epoch's validation figures.
 
     On Ctrl-C it ends the step, saves a checkpoint and raises KeyboardInterrupt, whose message says how to go on.
-    Raises InputError if the loss stops being finite.
+    Raises InputError if the loss stops being finite, and OSError, which says how to go on, if the disk is full.
     """
     trainer = _Trainer(model, task, config, compute, run)
     if resume:
         trainer.load_checkpoint()
     with deferred_interrupt() as trainer.interrupted:
-        return trainer.run_all()
+        try:
+            return trainer.run_all()
+        except OSError as error:
+            how = "the same command with --resume goes on from the last checkpoint"
+            raise OSError(f"{error}; stopped after step {trainer.position.step}; {how}") from error
 
 
 class _Trainer:
@@ -142,7 +139,6 @@ class _Trainer:
         self.average = averaged(self.bare_model, config.ema).to(self.accelerator.device) if config.ema else None
         self.task, self.config, self.run = task, config, run
         self.position = _Position()
-        self.accelerator.register_for_checkpointing(*filter(None, (self.position, self.average)))
         self.main = self.accelerator.is_main_process
         self.interrupted: Callable[[], bool] = lambda: False
 
@@ -154,6 +150,10 @@ class _Trainer:
     def best_candidate(self) -> Any:
         """The model that is evaluated and saved."""
         return self.average.module if self.average else self.bare_model
+
+    @property
+    def to_save(self) -> Mapping[str, torch.nn.Module]:
+        return {"model": self.bare_model} | ({"average": self.average} if self.average else {})
 
     # The loop
 
@@ -269,15 +269,21 @@ class _Trainer:
             self.board.add_scalar(name, value, self.position.step)
 
     def save_checkpoint(self) -> None:
-        self.accelerator.wait_for_everyone()
+        states = checkpoint.random_states(self.accelerator.device)
         if self.main:
-            self.run.save_checkpoint(self.position.step, lambda folder: self.accelerator.save_state(str(folder)))
+            position = asdict(self.position)
+            self.run.save_checkpoint(
+                self.position.step,
+                lambda folder: checkpoint.save(folder, self.to_save, self.optimizer, position, states),
+            )
 
     def load_checkpoint(self) -> None:
         """Go back to the newest checkpoint; to the very start if the run was killed before its first one."""
         latest = self.run.latest_checkpoint()
         if latest is not None:
-            self.accelerator.load_state(str(latest))
+            rank = self.accelerator.process_index
+            position = checkpoint.load(latest, self.to_save, self.optimizer, self.accelerator.device, rank)
+            self.position = _Position(**position)
         self.run.rewind_log(self.position.step)
 
     def with_progress(self, loader: DataLoader, n_steps: int) -> Iterator[list[Any]]:

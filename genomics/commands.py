@@ -16,6 +16,18 @@ from .config import Preset, Target
 Output = Annotated[Path, arg(aliases=["-o"])]
 
 
+def _require_at_least_1(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def _require_shares(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it is a share from 0 to 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where the labelled sequences are: --example, --data, --class, --fasta, --table or --regions, one of them.
@@ -59,10 +71,10 @@ class Windows:
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
     def __post_init__(self) -> None:
-        if (self.window is not None and self.window < 1) or (self.stride is not None and self.stride < 1):
-            raise ValueError(f"window ({self.window}) and stride ({self.stride}) must be at least 1")
-        if not 0 <= self.max_n <= 1:
-            raise ValueError(f"max_n is {self.max_n}; it is a share from 0 to 1")
+        _require_at_least_1(window=self.window, stride=self.stride)
+        _require_shares(max_n=self.max_n)
+        if self.stride is not None and self.window is None:
+            raise ValueError("stride says how far apart windows are; give window too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +96,9 @@ class Dividing:
     similarity: float = 0.1
     """With --split-by cluster: least share of the shorter one's 20-mers in common, either strand; 0: any at all."""
 
+    def __post_init__(self) -> None:
+        _require_shares(similarity=self.similarity)  # the fractions depend on the parts that the data have: see divide
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -100,6 +115,8 @@ class Train:
     """Read lower-case (soft-masked) letters as N. The model remembers it."""
     preset: Preset = "tiny"
     """Size of the model: tiny 25 thousand, small 0.6 and base 4.0 million parameters."""
+    heads: int = 64
+    """Places of a sequence that the model attends to; 0 for what shows in the mean over all bases, such as a species."""
     balance: Literal["none", "loss", "sampling"] = "none"
     """Against rare classes: weight the loss by the inverse of a class's frequency, or draw each class equally often."""
     label_smoothing: float = 0.0
@@ -115,6 +132,17 @@ class Train:
     train: OmitArgPrefixes[TrainConfig] = TrainConfig(epochs=15, lr=4e-3, ema=0.98)
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
+    def __post_init__(self) -> None:
+        _require_shares(label_smoothing=self.label_smoothing, mask_rate=self.mask_rate)
+        if self.heads < 0:
+            raise ValueError(f"heads is {self.heads}; it must not be negative")
+        if self.balance == "sampling" and self.target != "multiclass":
+            raise ValueError(f"balance sampling draws each class as often; with target {self.target} use none")
+        if self.balance == "loss" and self.target == "regression":
+            raise ValueError("balance loss weighs classes; with target regression use none")
+        if self.label_smoothing and self.target == "regression":
+            raise ValueError("label_smoothing is of classes; leave it out with target regression")
+
 
 @dataclass(frozen=True, kw_only=True)
 class _WithModel:
@@ -126,6 +154,9 @@ class _WithModel:
     max_tokens: int = 262144
     """Most bases in a batch, padding included."""
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        _require_at_least_1(batch_size=self.batch_size, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +170,19 @@ class _Deciding(_WithModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AlongRecords:
+class _AlongRecords(_WithModel):
     fasta: Positional[tuple[str, ...]]
     """Sequence files, folders or quoted globs; - is standard input."""
     window: int | None = None
     """Cut records into windows of this many bases; by default what the model was trained on."""
     stride: int | None = None
     """Bases from the start of one window to that of the next; the window's length if left out."""
+
+    def __post_init__(self) -> None:
+        if not self.fasta:
+            raise ValueError("no sequence file; name one or more after the run folder, or - for standard input")
+        _require_at_least_1(window=self.window, stride=self.stride)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +197,10 @@ class Eval(_Deciding):
     max_n: float = 0.5
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
+    def __post_init__(self) -> None:
+        _require_shares(max_n=self.max_n)
+        super().__post_init__()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(_AlongRecords, _Deciding):
@@ -170,7 +211,7 @@ class Predict(_AlongRecords, _Deciding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embed(_AlongRecords, _WithModel):
+class Embed(_AlongRecords):
     """Embed the records of sequence files: the mean of the last hidden states over the bases, one row a record."""
 
     output: Output
@@ -190,6 +231,10 @@ class Split:
     seed: int = 0
     debug: bool = False
     """Show a traceback when something fails."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class DNAClassifierConfig:
     scale: float = 1.0
     window: int | None = None
     hard_mask: bool = False
-    n_heads: int = 64  # of the attention pooling
+    n_heads: int = 64  # of the attention pooling; 0: the mean over the bases alone, and no places
     head_dropout: float = 0.5
 
     def __post_init__(self) -> None:

@@ -159,9 +159,13 @@ def read_splits(path: str | Path) -> list[SplitRow]:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not lines or lines[0] != _SPLIT_COLUMNS:
         raise InputError(f"{path}, line 1: expected the columns {', '.join(_SPLIT_COLUMNS)}, separated by tabs")
+    lines_of: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(_SPLIT_COLUMNS) or line[2] not in SPLITS:
             raise InputError(f"{path}, line {number}: expected id, class, one of {', '.join(SPLITS)}, and source")
+        first = lines_of.setdefault((line[0], line[3]), number)
+        if first != number:
+            raise InputError(f"{path}, line {number}: record {line[0]!r} of {line[3]} stands in line {first} too")
     return [SplitRow(*line) for line in lines[1:]]
 
 

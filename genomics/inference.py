@@ -26,12 +26,13 @@ def run_over(
 ) -> Tensor:
     """What `forward(tokens (B, L), mask (B, L)) -> (B, ...)` makes of n token sequences: (n, ...) float32 on the CPU.
 
-    `progress` names the work in a progress bar on stderr.
+    `progress` names the work in a progress bar on stderr, if that is a terminal.
     """
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     batches = sorted_batches(lengths, batch_size, max_tokens)
     if progress is not None:
-        batches = track(batches, progress, console=Console(file=sys.stderr), transient=True)
+        console = Console(file=sys.stderr)
+        batches = track(batches, progress, console=console, transient=True, disable=not console.is_terminal)
     outputs, order = [], []
     for batch in batches:
         padded, mask = pad_right([tokens[i] for i in batch], PAD)

@@ -1,6 +1,6 @@
 """A DNA sequence model: which class, which labels or which number belongs to this stretch of DNA?
 
-    tokens -> embedding + place in the window -> bidirectional Mamba backbone -> attention pooling -> linear head
+    tokens -> embedding + place in the window -> bidirectional Mamba backbone -> mean + attention pooling -> linear head
 
 Unusual about it: each base is told its distance from both ends of its window, and the pooling's attention sees these
 distances too. Signals such as splice sites sit at a fixed place of a window cut around them, and a mean over bases
@@ -37,6 +37,34 @@ def window_position(mask: Tensor) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(2)
 
 
+class RunningNorm(nn.Module):
+    """x less its running mean, over its running standard deviation: (B, D) -> (B, D).
+
+    Means over long windows hardly differ from window to window; this brings what differs to a scale that a linear head
+    can learn from. Unlike batch normalisation it takes batches of one sequence, and is the same in training.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    n_batches: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.05, eps: float = 1e-5):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.ones(width))
+        self.register_buffer("n_batches", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.n_batches += 1
+                weight = torch.clamp(1 / self.n_batches, min=self.momentum)
+                self.mean.lerp_(x.mean(0), weight)
+                self.variance.lerp_((x - self.mean).square().mean(0), weight)
+        return (x - self.mean) * torch.rsqrt(self.variance + self.eps)
+
+
 class WindowPooling(nn.Module):
     """H weighted means over the bases; a head's weights follow from what stands at a base and where it stands."""
 
@@ -53,8 +81,18 @@ class WindowPooling(nn.Module):
         return rearrange(einsum(weights.to(h.dtype), h, "b l h, b l d -> b h d"), "b h d -> b (h d)")
 
 
+def mean_over(h: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the real bases: h (B, L, D), zero at padding, as a Backbone leaves it, and mask (B, L) -> (B, D)."""
+    return (h.float().sum(1) / mask.sum(1, keepdim=True)).to(h.dtype)
+
+
 class DNAClassifier(PretrainedModel):
-    """Logits (B, K) for token sequences (B, L)."""
+    """Logits (B, K) for token sequences (B, L).
+
+    The head sees the mean over all bases, which tells composition (which species?), and the weighted ones of the
+    pooling, which tell what stands at their places (which splice site?). With n_heads = 0 it is the mean alone, and
+    the model is not told places at all.
+    """
 
     config_class = DNAClassifierConfig
 
@@ -62,30 +100,38 @@ class DNAClassifier(PretrainedModel):
         super().__init__(config)
         d_model = config.backbone.d_model
         self.embedding = nn.Embedding(VOCAB_SIZE, d_model)
-        self.place = nn.Linear(4 * N_WAVES, d_model, bias=False)
+        self.place = nn.Linear(4 * N_WAVES, d_model, bias=False) if config.n_heads else None
         self.backbone = Backbone(config.backbone)
-        self.pooling = WindowPooling(d_model, config.n_heads)
+        self.mean_norm = RunningNorm(d_model)
+        self.pooling = WindowPooling(d_model, config.n_heads) if config.n_heads else None
         self.dropout = nn.Dropout(config.head_dropout)
-        self.head = nn.Linear(config.n_heads * d_model, len(config.classes))
+        self.head = nn.Linear((1 + config.n_heads) * d_model, len(config.classes))
         nn.init.normal_(self.embedding.weight, std=0.5)
-        nn.init.normal_(self.place.weight, std=0.02)
+        if self.place is not None:
+            nn.init.normal_(self.place.weight, std=0.02)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens int (B, L) of genomics.alphabet, mask bool (B, L) True = real base, padded on the right -> (B, K)."""
         h, place, mask = self.hidden(tokens, mask)
-        return self.head(self.dropout(self.pooling(h, place, mask)))
+        pooled = self.mean_norm(mean_over(h, mask).float()).to(h.dtype)
+        if self.pooling is not None:
+            pooled = torch.cat((pooled, self.pooling(h, place, mask)), dim=-1)
+        return self.head(self.dropout(pooled))
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of the last hidden states over the real bases: (B, L) as for `forward` -> (B, D)."""
         h, _, mask = self.hidden(tokens, mask)
-        return h.float().sum(1) / mask.sum(1, keepdim=True)  # the backbone leaves zeros at padding
+        return mean_over(h, mask).float()
 
     def hidden(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (B, L, D), window positions (B, L, F) and the mask (B, L)."""
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         place = window_position(mask)
-        return self.backbone(self.embedding(tokens) + self.place(place), padding_mask=mask), place, mask
+        x = self.embedding(tokens)
+        if self.place is not None:
+            x = x + self.place(place)
+        return self.backbone(x, padding_mask=mask), place, mask
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Logits (B, K) -> probabilities of the classes (rows sum to 1) or of each label, or values (B, 1)."""

@@ -19,6 +19,8 @@ from ..core.errors import InputError
 from .alphabet import reverse_complement
 
 SPLITS = ("train", "valid", "test")
+# How files and folders call them, in lower case.
+PART_OF = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "val", "validation", "dev"), "valid")
 
 
 def sequence_keys(tokens: Sequence[np.ndarray]) -> list[bytes]:

@@ -53,8 +53,8 @@ def _line_of(source: Source, number: int, position: int) -> int:
         else:  # the parser has read the next header when it gives a record
             next(islice(FastqGeneralIterator(cast(TextIO, lines)), number - 2, None))
         bases = 0
-        while bases < position:
-            bases += len(lines.readline().rstrip())
+        while bases < position and (line := lines.readline()):
+            bases += len(line.rstrip())
         return lines.number
 
 

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...core.errors import InputError
-from ..splits import SPLITS
+from ..splits import PART_OF, SPLITS
 from .files import SEQUENCE_ENDINGS, data_entries, stem_of
-
-_PARTS = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "val", "validation", "dev"), "valid")
 
 
 class LabelledFile(NamedTuple):
@@ -51,7 +49,7 @@ def _parts(path: Path) -> dict[str, Path]:
     parts: dict[str, Path] = {}
     others = []
     for entry in data_entries(path):
-        part = _PARTS.get(entry.name.lower()) if entry.is_dir() else None
+        part = PART_OF.get(entry.name.lower()) if entry.is_dir() else None
         if part is None:
             others.append(entry)
         elif part in parts:
@@ -69,7 +67,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
     classes: dict[str, list[Path]] = {}
     for entry in data_entries(folder):
         label = entry.name if entry.is_dir() else stem_of(entry)
-        if label.lower() in _PARTS:
+        if label.lower() in PART_OF:
             raise InputError(f"{entry}: named as a part of a split, not as a class; parts are folders of classes")
         if label in classes:
             raise InputError(f"{entry}: a second file or folder for class {label!r} in {folder}")

@@ -24,6 +24,7 @@ import numpy as np
 
 from ...core.errors import InputError
 from ..alphabet import LetterError, tokenize
+from ..splits import PART_OF
 from .text import read_lines
 
 _ID = ("id", "name", "seq_id")
@@ -31,7 +32,6 @@ _LABEL = ("label", "class", "target")
 _SEQUENCE = ("sequence", "seq", "dna")
 _SPLIT = ("split", "set", "partition")
 _DELIMITERS = "\t,;"
-_PART_OF = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "val", "validation", "dev"), "valid")
 
 
 class LabelRow(NamedTuple):
@@ -110,19 +110,11 @@ def match_labels(names: Iterable[str], rows: Sequence[LabelRow], path: str | Pat
     return [row_of[name] for name in names]
 
 
-def part_name(word: str) -> str:
-    """One of SPLITS, from a word for it, in either case. Raises ValueError for any other word."""
-    if word.lower() not in _PART_OF:
-        raise ValueError(f"split {word!r} is none of train, valid (or val, validation, dev) and test")
-    return _PART_OF[word.lower()]
-
-
 def part_at(where: str, word: str) -> str:
-    """part_name of a word that stands at `where` (file and line), which its InputError names."""
-    try:
-        return part_name(word)
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
+    """One of SPLITS, from a word for it in either case, which stands at `where` (file and line). Raises InputError."""
+    if word.lower() not in PART_OF:
+        raise InputError(f"{where}: split {word!r} is none of train, valid (or val, validation, dev) and test")
+    return PART_OF[word.lower()]
 
 
 def read_table(

@@ -23,7 +23,7 @@ from ...core.metrics import (
 from ...core.plots import plot_confusion, plot_precision_recall, plot_regression, plot_roc
 from ...core.thresholds import decide
 from ...core.train import pick_device, uses_bf16
-from ..config import DNAClassifierConfig
+from ..config import DNAClassifierConfig, Target
 from ..dataset import NO_LABEL, LabelledSequences
 from ..model import DNAClassifier
 
@@ -48,19 +48,23 @@ def load_models(runs: Sequence[Path], compute: ComputeConfig) -> list[DNAClassif
         for field in ("target", "classes", "window", "hard_mask"):
             ours, theirs = getattr(first, field), getattr(model.config, field)
             if ours != theirs:
-                raise InputError(f"--ensemble {run}: its {field} is {theirs}, that of {runs[0]} is {ours}")
+                unlike = f"{field} {theirs}, but {runs[0]} has {ours}"
+                raise InputError(f"--ensemble {run}: {unlike}; only models of one kind can be averaged")
     return [model.to(pick_device(compute)) for model in models]
 
 
-def tuned_thresholds(run: Path, config: DNAClassifierConfig) -> list[float]:
+def tuned_thresholds(run: Path, config: DNAClassifierConfig) -> np.ndarray:
     """The thresholds (K,) that training left in the run folder, of two classes or of several labels."""
     path = run / THRESHOLDS
     if config.target == "regression" or (config.target == "multiclass" and len(config.classes) != 2):
         raise InputError("--tuned-threshold decides between two classes or for each of several labels; leave it out")
     if not path.is_file():
         raise InputError(f"{path}: no such file; --tuned-threshold needs a run folder of `train`")
-    thresholds = json.loads(path.read_text(encoding="utf-8"))
-    return [thresholds[name] for name in config.classes]
+    try:
+        thresholds = json.loads(path.read_text(encoding="utf-8"))
+        return np.array([float(thresholds[name]) for name in config.classes])
+    except (ValueError, LookupError, TypeError):
+        raise InputError(f"{path}: damaged, or of another model; expected a number for each class") from None
 
 
 def report(
@@ -68,7 +72,7 @@ def report(
     data: LabelledSequences,
     predictions: np.ndarray,
     seed: int,
-    thresholds: Sequence[float] | None = None,
+    thresholds: np.ndarray | None = None,
 ) -> None:
     """Metrics on stdout and in the folder, pictures, and the predictions beside the truth. predictions (n, K)."""
     if data.target == "regression":
@@ -77,7 +81,7 @@ def report(
     else:
         truth = np.stack(list(data.members().values()), axis=1)
         if data.target == "multiclass":
-            threshold = None if thresholds is None else thresholds[1]
+            threshold = None if thresholds is None else float(thresholds[1])
             metrics = classification_metrics(data.labels, predictions, data.classes, seed=seed, threshold=threshold)
             matrix = np.array(metrics["confusion"])
             write_confusion_tsv(folder / "confusion.tsv", matrix, data.classes)
@@ -95,17 +99,17 @@ def report(
 
 
 def decisions(
-    predictions: np.ndarray, classes: Sequence[str], target: str, thresholds: Sequence[float] | None
+    predictions: np.ndarray, classes: Sequence[str], target: Target, thresholds: np.ndarray | None
 ) -> list[str]:
     """The label of each row of predictions (n, K) as text: the likeliest class, or all labels at their thresholds.
 
     thresholds (K,) of labels, or of two classes, of which the second one's decides.
     """
     if target == "multiclass":
-        return [classes[k] for k in decide(predictions, None if thresholds is None else thresholds[1])]
+        return [classes[int(k)] for k in decide(predictions, None if thresholds is None else float(thresholds[1]))]
     if target == "multilabel":
-        limits = np.full(len(classes), 0.5) if thresholds is None else np.array(thresholds)
-        return [";".join([classes[k] for k in np.flatnonzero(row >= limits)]) or NO_LABEL for row in predictions]
+        limits = np.full(len(classes), 0.5) if thresholds is None else thresholds
+        return [";".join([classes[int(k)] for k in np.flatnonzero(row >= limits)]) or NO_LABEL for row in predictions]
     return [f"{row[0]:.6g}" for row in predictions]
 
 

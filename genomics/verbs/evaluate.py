@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import InputError
-from ...core.files import require_new_folder
+from ...core.files import new_folder, require_new_folder
 from ..commands import Eval
 from ..inference import predict
 from ..sources import read_source
@@ -32,5 +32,5 @@ def evaluate(args: Eval) -> None:
     options: Any = {"rc_average": args.rc_average, "progress": "eval"}
     with autocast(args.compute):
         each = [predict(model, data.tokens, args.batch_size, args.max_tokens, **options) for model in models]
-    args.output.mkdir(parents=True, exist_ok=True)
-    report(args.output, data, np.mean(each, axis=0), args.compute.seed, thresholds)
+    with new_folder(args.output) as folder:
+        report(folder, data, np.mean(each, axis=0), args.compute.seed, thresholds)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...core.files import require_new_folder, write_json
+from ...core.files import new_folder, require_new_folder, write_json
 from ..commands import Split, Stats
 from ..dividing import divide
 from ..similarity import describe_leakage, leakage
@@ -17,14 +17,15 @@ def stats(args: Stats) -> None:
     if args.output is not None:
         require_new_folder(args.output)
     figures = statistics(data)
-    print(describe_statistics(figures, data.names))
+    tables = describe_statistics(figures, data.names)
     if len(np.unique(data.split)) > 1:
         figures["leakage"] = leakage(data.tokens, data.split)
-        print(f"\n{describe_leakage(figures['leakage'], data.names)}")
+        tables += f"\n\n{describe_leakage(figures['leakage'], data.names)}"
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_json(args.output / "stats.json", figures)
-        plot_statistics(args.output / "stats.png", data)
+        with new_folder(args.output) as folder:
+            write_json(folder / "stats.json", figures)
+            plot_statistics(folder / "stats.png", data)
+    print(tables)
 
 
 def split(args: Split) -> None:
@@ -32,8 +33,8 @@ def split(args: Split) -> None:
     data = divide(read_source(args.source, args.target), args.dividing, args.seed)
     require_new_folder(args.output)
     found = leakage(data.tokens, data.split, threshold=args.dividing.similarity)
-    args.output.mkdir(parents=True, exist_ok=True)
-    data.write_splits_tsv(args.output / "splits.tsv")
-    write_json(args.output / "leakage.json", found)
+    with new_folder(args.output) as folder:
+        data.write_splits_tsv(folder / "splits.tsv")
+        write_json(folder / "leakage.json", found)
     say(data.describe())
     print(describe_leakage(found, data.names))

@@ -1,12 +1,14 @@
 """`polymamba genomics predict` and `embed`: a model over sequence files, in their order."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
 from ...core.errors import InputError
-from ...core.files import written_whole
+from ...core.files import require_writable, written_whole
 from ..commands import Embed, Predict
 from ..inference import embed as embed_sequences
 from ..inference import predict as predict_sequences
@@ -24,35 +26,40 @@ def predict(args: Predict) -> None:
     suffix = ".tsv" if args.output is None else args.output.suffix.lower()
     if suffix not in (".tsv", ".bed", ".bedgraph"):
         raise InputError(f"{args.output}: name it .tsv, .bed or .bedgraph, which says what is written")
+    if args.output is not None:
+        require_writable(args.output)
     models = load_models([args.run, *args.ensemble], args.compute)
     config = models[0].config
     thresholds = tuned_thresholds(args.run, config) if args.tuned_threshold else None
     pieces, windowed = _pieces(args, models[0])
-    tokens = [piece.tokens for piece in pieces]
-    sizes = (args.batch_size, args.max_tokens)
-    with autocast(args.compute):
-        each = [
-            predict_sequences(model, tokens, *sizes, rc_average=args.rc_average, progress="predict")
-            for model in models
-        ]
-    predictions = np.mean(each, axis=0)
+    predictions = _predictions(args, models, pieces)
     labels = decisions(predictions, config.classes, config.target, thresholds)
-    if suffix == ".bed":
-        with written_whole(args.output) as beside, beside.open("w", encoding="utf-8") as file:
+
+    def write(file: TextIO) -> None:
+        if suffix == ".bed":
             write_bed(file, pieces, labels, predictions, config)
-        return
-    if suffix == ".bedgraph":
-        with written_whole(args.output) as beside, beside.open("w", encoding="utf-8") as file:
+        elif suffix == ".bedgraph":
             write_bedgraph(file, pieces, predictions, config)
-        return
-    header = ["id", *(["start", "end"] if windowed else [])]
-    header += ["value"] if config.target == "regression" else ["label", *config.classes]
-    where = [[p.name, p.start, p.end] if windowed else [p.name] for p in pieces]
-    rows = table_rows(([*w, l, row] for w, l, row in zip(where, labels, predictions, strict=True)), config.target)
+        else:
+            where = _where(pieces, windowed)
+            header = [*where, *(["value"] if config.target == "regression" else ["label", *config.classes])]
+            rows = zip(*where.values(), labels, predictions, strict=True)
+            write_tsv(file, header, table_rows(rows, config.target))
+
     if args.output is None:
-        write_tsv(sys.stdout, header, rows)
-    else:
-        save_tsv(args.output, header, rows)
+        write(sys.stdout)
+        return
+    with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        write(file)
+
+
+def _predictions(args: Predict, models: Sequence[DNAClassifier], pieces: Sequence[Piece]) -> np.ndarray:
+    """The mean of the models' predictions, (n, K)."""
+    tokens = [piece.tokens for piece in pieces]
+    options: Any = {"rc_average": args.rc_average, "progress": "predict"}
+    with autocast(args.compute):
+        each = [predict_sequences(model, tokens, args.batch_size, args.max_tokens, **options) for model in models]
+    return np.mean(each, axis=0)
 
 
 def embed(args: Embed) -> None:
@@ -60,14 +67,13 @@ def embed(args: Embed) -> None:
     suffix = args.output.suffix.lower()
     if suffix not in (".npy", ".parquet"):
         raise InputError(f"{args.output}: name it .npy or .parquet, which says what is written")
+    require_writable(args.output)
     model = load_models([args.run], args.compute)[0]
     pieces, windowed = _pieces(args, model)
     with autocast(args.compute):
         tokens = [piece.tokens for piece in pieces]
         embeddings = embed_sequences(model, tokens, args.batch_size, args.max_tokens, progress="embed")
-    where = {"id": [p.name for p in pieces]}
-    if windowed:
-        where |= {"start": [p.start for p in pieces], "end": [p.end for p in pieces]}
+    where = _where(pieces, windowed)
     if suffix == ".npy":
         with written_whole(args.output) as beside, beside.open("wb") as file:
             np.save(file, embeddings)
@@ -76,12 +82,18 @@ def embed(args: Embed) -> None:
         _write_parquet(args.output, where, embeddings)
 
 
+def _where(pieces: Sequence[Piece], windowed: bool) -> dict[str, list[Any]]:
+    """The columns that say what a row is about."""
+    where: dict[str, list[Any]] = {"id": [p.name for p in pieces]}
+    return where | ({"start": [p.start for p in pieces], "end": [p.end for p in pieces]} if windowed else {})
+
+
 def _write_parquet(path: Path, where: dict[str, list], embeddings: np.ndarray) -> None:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise InputError(f"{path}: Parquet needs the package pyarrow (pip install pyarrow); or name it .npy") from None
+        raise InputError(f"{path}: Parquet needs pyarrow (pip install 'polymamba[parquet]'); or name it .npy") from None
     flat = pa.array(embeddings.reshape(-1))
     columns = {**where, "embedding": pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])}
     with written_whole(path) as beside:
@@ -93,8 +105,6 @@ def _pieces(args: Predict | Embed, model: DNAClassifier) -> tuple[list[Piece], b
     window = args.window or model.config.window
     if args.stride is not None and window is None:
         raise InputError("--stride says how far apart windows are; give --window too")
-    if (args.window is not None and args.window < 1) or (args.stride is not None and args.stride < 1):
-        raise InputError(f"--window {args.window} and --stride {args.stride} must be at least 1")
     pieces = [
         Piece(record.name, start, end, tokens[start:end])
         for word in args.fasta

@@ -28,14 +28,15 @@ from .common import THRESHOLDS, autocast, report, say
 def train(args: Train) -> None:
     """Train, then test on the test part with the best epoch's model."""
     torch.manual_seed(args.compute.seed)
-    records = divide(
-        read_source(args.source, args.target, hard_mask=args.hard_mask), args.dividing, args.compute.seed
-    )
+    records = divide(read_source(args.source, args.target, hard_mask=args.hard_mask), args.dividing, args.compute.seed)
     windows = cut_windows(records, args.windows.window, args.windows.stride)
     data, n_dropped = without_n_rich(windows, args.windows.max_n)
     for part, flag in (("train", "--max-n"), ("valid", "--valid-fraction")):
         if not np.any(data.split == part):
             raise InputError(f"no record is left for the {part} part; see {flag}")
+    for name, members in data.members().items():
+        if not members[data.split == "train"].any():
+            raise InputError(f"class {name!r}: no sequence is left for the train part; see --max-n")
     run = RunFolder(args.output, _settings(args, data), _inputs(args, records), resume=args.resume)
     say(data.describe())
     if n_dropped:
@@ -52,6 +53,7 @@ def train(args: Train) -> None:
         scale=scale,
         window=args.windows.window,
         hard_mask=args.hard_mask,
+        n_heads=args.heads,
     )
     model = DNAClassifier(config)
     n_parameters = sum(p.numel() for p in model.parameters())

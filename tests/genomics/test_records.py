@@ -378,3 +378,13 @@ def test_change_while_it_is_read(tmp_path, change, after):
     change(path)
     with pytest.raises(InputError, match=r"x.fa: changed while it was read; read it again when it is complete$"):
         list(records)
+
+
+def test_fastq_cut_while_it_is_read(tmp_path):
+    path = tmp_path / "x.fq"
+    path.write_bytes(b"@a\nAC\n+\nII\n@b\nA-\n+\nII\n")
+    records = read_records(path)
+    assert next(records).name == "a"
+    path.write_bytes(b"@a\nAC\n")  # too short to find the line of record b again
+    with pytest.raises(InputError, match=r"x.fq: changed while it was read"):
+        list(records)

@@ -240,7 +240,7 @@ def test_regression():
     data = labelled(rows("1.5", "-2e3", "0"), "regression")
     assert data.labels.tolist() == [1.5, -2000.0, 0.0]
     for bad in ("high", "nan", "inf", ""):
-        with pytest.raises(InputError, match="t.tsv, record 'r1': label .* is no finite number"):
+        with pytest.raises(InputError, match=r"t\.tsv, record 'r1': label .* is no finite number"):
             labelled(rows("1", bad), "regression")
 
 

@@ -15,7 +15,7 @@ from polymamba.genomics.alphabet import tokenize
 from polymamba.genomics.reading.tables import (
     LabelRow,
     match_labels,
-    part_name,
+    part_at,
     read_label_table,
     read_sequence_table,
 )
@@ -185,11 +185,11 @@ def test_bgzip_cut_between_two_blocks(tmp_path):
     assert refusal(tmp_path, (tmp_path / "packed").read_bytes()[:-28]).startswith("truncated: ")
 
 
-def test_part_name():
-    assert {word: part_name(word) for word in PART_OF} == PART_OF
+def test_part_at():
+    assert {word: part_at("t.tsv, line 2", word) for word in PART_OF} == PART_OF
     for word in ("", "training", "."):
-        with pytest.raises(ValueError, match="is none of train, valid"):
-            part_name(word)
+        with pytest.raises(InputError, match=r"t\.tsv, line 2: split .* is none of train, valid"):
+            part_at("t.tsv, line 2", word)
 
 
 # Records and rows

@@ -1,0 +1,130 @@
+"""Reading FASTA: ours against pysam alone and Biopython's SimpleFastaParser: MB of text a second, by packing.
+
+    python benchmarks/reading.py [--size 200] [--output benchmarks/results/reading.md]
+
+Random ACGT, 60 letters a line, in records of 1 kb and of 5 Mb; plain, gzip and bgzip. MB of decompressed text a second,
+medians of five runs in one process, the readers in turn; the files are in the page cache. What each does for it:
+    polymamba  checks every byte (damage, foreign content, letters, double names), gives text and token ids
+    pysam      FastxFile: gives text; checks nothing
+    Biopython  SimpleFastaParser: gives text; checks nothing
+FASTQ is read from records of 150 bases, plain, by Biopython's FastqGeneralIterator in place of SimpleFastaParser.
+"""
+
+import argparse
+import gzip
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pysam
+from Bio.SeqIO.FastaIO import SimpleFastaParser
+from Bio.SeqIO.QualityIO import FastqGeneralIterator
+from machine import describe
+
+from polymamba.genomics import read_records
+
+RUNS = 5
+LENGTHS = {"1 kb": 1_000, "5 Mb": 5_000_000}
+WIDTH = 60
+
+
+def sequences(length: int, total: int) -> Iterator[bytes]:
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"ACGT", np.uint8)
+    for _ in range(max(total // length, 1)):
+        yield letters[rng.integers(0, 4, length, dtype=np.uint8)].tobytes()
+
+
+def write_fasta(path: Path, length: int, total: int) -> None:
+    with path.open("wb") as file:
+        for number, sequence in enumerate(sequences(length, total)):
+            lines = [sequence[i : i + WIDTH] for i in range(0, length, WIDTH)]
+            file.write(b">r%d sample\n%b\n" % (number, b"\n".join(lines)))
+
+
+def write_fastq(path: Path, length: int, total: int) -> None:
+    with path.open("wb") as file:
+        for number, sequence in enumerate(sequences(length, total)):
+            file.write(b"@r%d sample\n%b\n+\n%b\n" % (number, sequence, b"I" * length))
+
+
+def pack(plain: Path, packing: str) -> Path:
+    packed = plain.with_suffix(f".{packing}")
+    if packing == "gzip":
+        packed.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=6))
+    elif packing == "bgzip":
+        pysam.tabix_compress(str(plain), str(packed))
+    return plain if packing == "plain" else packed
+
+
+def ours(path: Path) -> None:
+    for _ in read_records(path):
+        pass
+
+
+def by_pysam(path: Path) -> None:
+    with pysam.FastxFile(str(path), persist=False) as entries:
+        for entry in entries:
+            _ = entry.name, entry.comment, entry.sequence
+
+
+def by_biopython(path: Path) -> None:
+    with gzip.open(path, "rt") if path.suffix in (".gzip", ".bgzip") else path.open() as text:
+        for _ in FastqGeneralIterator(text) if path.suffix == ".fastq" else SimpleFastaParser(text):
+            pass
+
+
+READERS: dict[str, Callable[[Path], None]] = {"polymamba": ours, "pysam": by_pysam, "Biopython": by_biopython}
+
+
+def speeds(path: Path, n_bytes: int) -> dict[str, float]:
+    """Reader -> median MB/s."""
+    times: dict[str, list[float]] = {name: [] for name in READERS}
+    for _ in range(RUNS):
+        for name, reader in READERS.items():
+            began = time.perf_counter()
+            reader(path)
+            times[name].append(time.perf_counter() - began)
+    return {name: n_bytes / 1e6 / statistics.median(values) for name, values in times.items()}
+
+
+def report(total: int) -> str:
+    lines = ["# Reading FASTA and FASTQ", "", *describe()]
+    lines += [f"pysam {version('pysam')}, biopython {version('biopython')}", ""]
+    lines += [
+        f"MB of decompressed text a second, one process, medians of {RUNS}, about {total / 1e6:.0f} MB a file",
+        "",
+    ]
+    lines += [f"| | {' | '.join(READERS)} | ours / pysam | ours / Biopython |", "|---|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for name, length in LENGTHS.items():
+            plain = Path(folder, f"{length}.fasta")
+            write_fasta(plain, length, total)
+            files += [
+                (f"FASTA, {name}, {packing}", pack(plain, packing), plain) for packing in ("plain", "gzip", "bgzip")
+            ]
+        fastq = Path(folder, "150.fastq")
+        write_fastq(fastq, 150, total // 2)
+        for what, path, unpacked in [*files, ("FASTQ, 150 b, plain", fastq, fastq)]:
+            found = speeds(path, os.path.getsize(unpacked))
+            ratios = [found["polymamba"] / found[peer] for peer in ("pysam", "Biopython")]
+            cells = [f"{speed:.0f}" for speed in found.values()] + [f"{ratio:.2f}" for ratio in ratios]
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=200, help="MB of sequence in each file")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    text = report(args.size * 1_000_000)
+    print(text)
+    if args.output:
+        args.output.write_text(text)

@@ -1,0 +1,290 @@
+"""Token by token continuation of a batch of prompts, by any model that carries a state.
+
+    logits, state = prefill(model, prompts)            the prompts, of any lengths, in pieces of bounded memory
+    for each new token:
+        token = sample(next_token_probabilities(logits))
+        logits = model.step(token, state)
+
+`generate` yields what each step adds, `collect` gathers it. A state stands for all the tokens before it: keep one
+(`prefill`, `save_state`) and a long document is read once; repeat its rows (`select_state`) and many continuations
+share that reading. Every row's result is its own: it depends on neither its batch mates nor their number, short of the
+last bits of the arithmetic. Letters: B sequences, V vocabulary, R recent tokens.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils import _pytree as pytree
+
+from .config import SamplingConfig
+from .errors import InputError
+from .files import written_whole
+from .sampling import next_token_probabilities, sample
+
+CHUNK = 2048  # tokens of each prompt in one forward: enough to fill a GPU, few enough for any memory
+AS_THE_MODEL_SAYS = SamplingConfig()  # nothing filtered
+
+State = Any  # what the model says: lists, tuples and dicts of tensors whose first axis is the batch
+FinishReason = Literal["stop", "length"]
+
+
+class AutoregressiveModel(Protocol):
+    """What generation asks of a model; `LanguageModel` has it."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        return_state: bool = False,
+        padding_mask: Tensor | None = None,
+    ) -> Any:
+        """tokens int64 (B, L) -> with return_state, (logits (B, L, V), the state after each row's last real token).
+
+        `state` continues those sequences, and is not changed; padding_mask is bool (B, L), True for a real token.
+        """
+        ...
+
+    def step(self, tokens: Tensor, state: State) -> Tensor:
+        """One token for each sequence: int64 (B,) -> logits (B, V); `state` updated in place."""
+        ...
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first token, on the model's device."""
+        ...
+
+
+class Step(NamedTuple):
+    """What one step adds to each prompt's continuation, in the order of the prompts."""
+
+    tokens: list[list[int]]
+    """New tokens: usually one; none while they may turn out to be a stop sequence, or after the end."""
+    finished: list[FinishReason | None]
+    """None while the sequence runs on."""
+
+
+def generate(
+    model: AutoregressiveModel,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    config: SamplingConfig = AS_THE_MODEL_SAYS,
+    *,
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[Sequence[int]] = (),
+    state: State | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[Step]:
+    """Continue each prompt; yield a `Step` as soon as its tokens are known. The prompts are read before it returns.
+
+    prompts         int (length,) each, on any device; at least one token each.
+    max_new_tokens  at most so many for each prompt; then its finish reason is "length".
+    seeds           one for each prompt: what is drawn for it depends on that alone. None: torch's generator gives them.
+    stop            token sequences that end a continuation when they occur in it (not in the prompt), with the reason
+                    "stop"; where two end at once, the longer one is meant. The stop sequence itself is not yielded:
+                    what may be the beginning of one is held back until that is decided.
+    state           continues sequences: row b stands before prompts[b]. It is not changed. The tokens before it are not
+                    known here, so that the repetition penalty does not see them.
+    chunk           prompts are read so many tokens at a time (of each prompt).
+
+    Raises InputError for an empty prompt or stop sequence, and, while it runs, for logits that are not finite.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if seeds is None:
+        seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; each needs its own")
+    if any(len(sequence) == 0 for sequence in stop):
+        raise InputError("a stop sequence is empty; it needs at least one token")
+    logits, state = prefill(model, prompts, state, chunk=chunk)
+    recent = None
+    if config.repetition_penalty != 1:
+        longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+        recent = _recent_tokens(prompts, min(config.repetition_window, longest), logits.shape[1]).to(logits.device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    filters = [StopFilter(stop) for _ in prompts]
+    return _decode(model, logits, state, recent, generators, filters, max_new_tokens, config)
+
+
+def collect(steps: Iterable[Step]) -> list[list[int]]:
+    """The continuation of each prompt as a whole: `collect(generate(...))`."""
+    continuations = zip(*(step.tokens for step in steps), strict=True)
+    return [[token for tokens in continuation for token in tokens] for continuation in continuations]
+
+
+@torch.no_grad()
+def prefill(
+    model: AutoregressiveModel, prompts: Sequence[Tensor], state: State | None = None, *, chunk: int = CHUNK
+) -> tuple[Tensor, State]:
+    """Read prompts of any lengths: (logits (B, V) of the token after each, the state after each).
+
+    `state` continues sequences, row b standing before prompts[b]; it is not changed. At most `chunk` tokens of each
+    prompt are read at a time, so memory does not grow with their lengths; the numbers are the same at any `chunk`.
+    """
+    _check(model, prompts, state, chunk)
+    device = pytree.tree_leaves(model.init_state(1))[0].device
+    logits = None
+    for start in range(0, max(len(prompt) for prompt in prompts), chunk):
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
+        pieces = [prompts[row][start : start + chunk].long().to(device) for row in rows]
+        before = state if state is None or len(rows) == len(prompts) else select_state(state, rows)
+        at_last, after = _read(model, pieces, before)
+        if logits is None or len(rows) == len(prompts):
+            logits, state = at_last, after
+        else:
+            logits[rows] = at_last
+            for whole, part in zip(pytree.tree_leaves(state), pytree.tree_leaves(after), strict=True):
+                whole[rows] = part
+    assert logits is not None  # no prompt is empty
+    # A padded forward may hand out views of larger tensors: free those, and let `step` work in one piece of memory.
+    return logits, pytree.tree_map(Tensor.contiguous, state)
+
+
+def _read(model: AutoregressiveModel, pieces: list[Tensor], state: State | None) -> tuple[Tensor, State]:
+    lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
+    tokens = pad_sequence(pieces, batch_first=True)
+    mask = torch.arange(tokens.shape[1], device=lengths.device) < lengths[:, None]
+    uneven = len({len(piece) for piece in pieces}) > 1
+    logits, state = model(tokens, state, return_state=True, padding_mask=mask if uneven else None)
+    return logits[torch.arange(len(pieces), device=lengths.device), lengths - 1], state
+
+
+@torch.no_grad()
+def _decode(
+    model: AutoregressiveModel,
+    logits: Tensor,
+    state: State,
+    recent: Tensor | None,
+    generators: list[torch.Generator],
+    filters: list["StopFilter"],
+    max_new_tokens: int,
+    config: SamplingConfig,
+) -> Iterator[Step]:
+    """The loop of `generate`. Rows that have finished leave the batch."""
+    running = list(range(len(filters)))  # the prompt that each row of the batch belongs to
+    finished: list[FinishReason | None] = [None] * len(filters)
+    for n_new in range(1, max_new_tokens + 1):
+        tokens = sample(next_token_probabilities(logits, config, recent), [generators[prompt] for prompt in running])
+        released: list[list[int]] = [[] for _ in filters]
+        for prompt, token in zip(running, tokens.tolist(), strict=True):
+            released[prompt], stopped = filters[prompt].push(token)
+            if stopped:
+                finished[prompt] = "stop"
+            elif n_new == max_new_tokens:
+                released[prompt] += filters[prompt].held
+                finished[prompt] = "length"
+        yield Step(released, list(finished))
+        kept = [row for row, prompt in enumerate(running) if finished[prompt] is None]
+        if not kept:
+            return
+        if recent is not None:
+            recent = _with(recent, tokens, config.repetition_window)
+        if len(kept) < len(running):
+            running = [running[row] for row in kept]
+            tokens, state = tokens[kept], select_state(state, kept)
+            recent = None if recent is None else recent[kept]
+        logits = model.step(tokens, state)
+
+
+class StopFilter:
+    """Holds one sequence's tokens back while they may be the beginning of a stop sequence."""
+
+    def __init__(self, stop: Iterable[Sequence[int]]):
+        self.stop = {tuple(sequence) for sequence in stop}
+        self.beginnings = {sequence[:n] for sequence in self.stop for n in range(1, len(sequence))}
+        self.held: list[int] = []
+
+    def push(self, token: int) -> tuple[list[int], bool]:
+        """(tokens that no stop sequence can claim any more, whether one ends with this token)."""
+        tokens = [*self.held, token]
+        suffixes = [tuple(tokens[start:]) for start in range(len(tokens))]  # the longest first
+        for start, suffix in enumerate(suffixes):
+            if suffix in self.stop:
+                self.held = []
+                return tokens[:start], True
+        n_free = next((start for start, suffix in enumerate(suffixes) if suffix in self.beginnings), len(tokens))
+        self.held = tokens[n_free:]
+        return tokens[:n_free], False
+
+
+def select_state(state: State, rows: Sequence[int]) -> State:
+    """A copy of these rows of a state, in this order. A row may come many times (a fork), or not at all."""
+    return pytree.tree_map(lambda s: s.index_select(0, torch.tensor(rows, dtype=torch.int64, device=s.device)), state)
+
+
+def save_state(path: str | os.PathLike, state: State) -> None:
+    """Write a state to a safetensors file, whole or not at all. The model that it belongs to is not written."""
+    with written_whole(path) as beside:
+        save_file({name: s.contiguous() for name, s in _named(state).items()}, beside)
+
+
+def load_state(path: str | os.PathLike, model: AutoregressiveModel) -> State:
+    """The state in a file of `save_state`, on the model's device.
+
+    Raises InputError if the file cannot be read, or if its tensors are not those of this model's states. (The state of
+    a model of the same shape, but with other weights, cannot be told apart.)
+    """
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: no state can be read from it ({error})") from None
+    wanted = model.init_state(1)
+    kinds = {name: (s.shape[1:], s.dtype) for name, s in _named(wanted).items()}
+    if {name: (s.shape[1:], s.dtype) for name, s in saved.items()} != kinds:
+        raise InputError(
+            f"{path}: not a state of this model; states are saved from a model of the same shape and dtype"
+        )
+    leaves = [saved[name].to(s.device) for name, s in _named(wanted).items()]
+    return pytree.tree_unflatten(leaves, pytree.tree_structure(wanted))
+
+
+def _named(state: State) -> dict[str, Tensor]:
+    """The tensors of a state by their place in it, such as "[0].conv", in order."""
+    return {pytree.keystr(path): s for path, s in pytree.tree_flatten_with_path(state)[0]}
+
+
+def _recent_tokens(prompts: Sequence[Tensor], window: int, vocab_size: int) -> Tensor:
+    """What the repetition penalty is to look at: int64 (B, R), -1 for no token.
+
+    With a window its last tokens, the latest last. Without one only which tokens occurred matters: column v is v if
+    token v did. So R is fixed, however long the prompt.
+    """
+    recent = torch.full((len(prompts), window or vocab_size), -1)
+    for row, prompt in zip(recent, prompts, strict=True):
+        if window:
+            last = prompt[-window:].cpu().long()
+            row[window - len(last) :] = last
+        else:
+            seen = prompt.unique().cpu().long()
+            row[seen] = seen
+    return recent
+
+
+def _with(recent: Tensor, tokens: Tensor, window: int) -> Tensor:
+    """`recent` after one more token for each row."""
+    if window:
+        return torch.cat((recent[:, 1:], tokens[:, None]), dim=1)
+    return recent.scatter(1, tokens[:, None], tokens[:, None])
+
+
+def _check(model: AutoregressiveModel, prompts: Sequence[Tensor], state: State | None, chunk: int) -> None:
+    if getattr(model, "training", False):
+        raise ValueError("the model is in training mode, where dropout changes its answers; call model.eval() first")
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    if not prompts:
+        raise ValueError("no prompts; give at least one")
+    for i, prompt in enumerate(prompts):
+        if prompt.dim() != 1 or prompt.is_floating_point():
+            raise ValueError(f"prompt {i} is {prompt.dtype} {tuple(prompt.shape)}; it must be integer, (length,)")
+        if len(prompt) == 0:
+            raise InputError(f"prompt {i} is empty; it needs at least one token to continue from")
+    n_rows = {len(prompts)} if state is None else {len(s) for s in pytree.tree_leaves(state)}
+    if n_rows != {len(prompts)}:
+        raise ValueError(f"the state has {sorted(n_rows)} rows for {len(prompts)} prompts; `select_state` repeats rows")

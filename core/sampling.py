@@ -1,0 +1,100 @@
+"""From logits to the next token.
+
+The order of operations is that of Hugging Face transformers' `generate` (`GenerationMixin._get_logits_processor`):
+
+    repetition penalty    on the logits of tokens seen: divided by it if positive, multiplied if negative
+                          (CTRL, arXiv 1909.05858, section 4.1); once, however often the token was seen
+    temperature           logits / temperature; 0: all probability to the largest logit, and nothing below matters
+    top-k                 the k largest (Fan et al., arXiv 1805.04833)
+    top-p                 of those, renormalised: the fewest of the largest whose sum reaches p (arXiv 1904.09751)
+    min-p                 of those: probability >= min_p * the largest probability (arXiv 2407.01082)
+
+A filter never separates equally probable tokens: it keeps all those that tie with the last one kept. So what is kept
+depends on the probabilities alone, not on the order of a sort.
+
+Letters: B sequences, V vocabulary, R recent tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import SamplingConfig
+from .errors import InputError
+
+
+def next_token_probabilities(logits: Tensor, config: SamplingConfig, recent: Tensor | None = None) -> Tensor:
+    """The distribution that the next token is drawn from.
+
+    logits  (B, V), any float dtype; -inf bars a token. A row with NaN, +inf or nothing but -inf gives NaN, which
+            `sample` refuses.
+    recent  int (B, R): the tokens that the repetition penalty looks at, latest last; -1 stands for no token. With
+            config.repetition_window = n only the last n columns count.
+
+    Returns (B, V), rows summing to 1: float32, or float64 for float64 logits.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if recent is not None and config.repetition_penalty != 1:
+        logits = _penalised(logits, recent[:, -config.repetition_window :], config.repetition_penalty)
+    # Relative to the largest, so that a small temperature cannot overflow.
+    logits = logits - logits.amax(-1, keepdim=True)
+    if config.temperature == 0:
+        greedy = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+        return greedy.masked_fill(logits.isnan().any(-1, keepdim=True), torch.nan)
+    logits = logits / config.temperature
+    if config.top_k:
+        kth_largest = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_largest, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if config.top_p < 1:
+        probabilities = _keep(probabilities, probabilities >= _smallest_in_nucleus(probabilities, config.top_p))
+    if config.min_p:
+        probabilities = _keep(probabilities, probabilities >= config.min_p * probabilities.amax(-1, keepdim=True))
+    return probabilities
+
+
+def sample(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token for each row of probabilities (B, V), which need not sum to 1: int64 (B,).
+
+    Row b takes one uniform number from generators[b] and nothing else, so its token depends neither on the other rows
+    nor on their number. A token of probability 0 is never drawn. Raises InputError for a row that is no distribution.
+    """
+    if len(generators) != len(probabilities):
+        raise ValueError(f"{len(generators)} generators for {len(probabilities)} sequences; each needs its own")
+    wide = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulative = probabilities.to(wide).cumsum(-1)
+    total = cumulative[:, -1:]
+    bad = ~(total.isfinite() & (total > 0)).squeeze(-1)
+    if bad.any():
+        raise InputError(
+            f"row {bad.nonzero()[0].item()} of the batch: the model's logits are not finite, so there is nothing "
+            "to sample from; check the weights, and use bf16 or fp32 where it ran in fp16"
+        )
+    uniform = torch.cat([torch.rand(1, generator=g, device=g.device, dtype=torch.float64) for g in generators])
+    target = uniform.to(total)[:, None] * total
+    # The first token whose cumulative probability exceeds the target, or, where rounding made the target the total
+    # itself, the last of non-zero probability.
+    return ((cumulative <= target) & (cumulative < total)).sum(-1)
+
+
+def _penalised(logits: Tensor, recent: Tensor, penalty: float) -> Tensor:
+    vocab_size = logits.shape[-1]
+    seen = torch.zeros(len(logits), vocab_size + 1, dtype=torch.bool, device=logits.device)
+    seen.scatter_(1, torch.where(recent < 0, vocab_size, recent), True)  # "no token" goes to a column of its own
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen[:, :vocab_size], penalised, logits)
+
+
+def _smallest_in_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """(B, 1): the smallest of the largest probabilities that are needed to reach top_p."""
+    descending = probabilities.sort(-1, descending=True).values
+    sum_before = F.pad(descending[:, :-1].cumsum(-1), (1, 0))
+    n_kept = (sum_before < top_p).sum(-1, keepdim=True)
+    return descending.gather(-1, n_kept - 1)
+
+
+def _keep(probabilities: Tensor, kept: Tensor) -> Tensor:
+    probabilities = torch.where(kept, probabilities, 0)
+    return probabilities / probabilities.sum(-1, keepdim=True)  # 0 / 0: a row of NaN stays one

@@ -1,0 +1,75 @@
+"""For the tests of the command line: two classes of DNA, a run trained on them, and the check of one clear error."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from polymamba.cli import main
+
+
+def random_records(rng: np.random.Generator, prefix: str, motif: str, n: int) -> str:
+    """FASTA of n random sequences of 30 to 50 bases, of which each holds `motif`."""
+
+    def one() -> str:
+        left, right = ("".join(rng.choice(list("ACGT"), rng.integers(10, 20))) for _ in range(2))
+        return left + motif + right
+
+    return "".join(f">{prefix}{i}\n{one()}\n" for i in range(n))
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """Class -> its FASTA file."""
+    folder, rng = tmp_path_factory.mktemp("fasta"), np.random.default_rng(0)
+    motifs = {"with": ("w", "GGGTACCCGG"), "without": ("o", "ATATATTTAA")}
+    for name, (prefix, motif) in motifs.items():
+        (folder / f"{name}.fa").write_text(random_records(rng, prefix, motif, 60))
+    return {name: folder / f"{name}.fa" for name in motifs}
+
+
+@pytest.fixture(scope="session")
+def two_classes(files) -> list[str]:
+    """The flags that name the files."""
+    return [word for name, path in files.items() for word in ("--class", f"{name}={path}")]
+
+
+@pytest.fixture(scope="session")
+def fast() -> list[str]:
+    """Flags of a training that takes a second."""
+    return ["--epochs", "3", "--batch-size", "16", "--device", "cpu", "--lr", "5e-3"]
+
+
+@pytest.fixture(scope="session")
+def run(two_classes, fast, tmp_path_factory) -> Path:
+    """A run folder, to be read only."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["genomics", "train", *two_classes, "-o", str(output), *fast]) == 0
+    return output
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Path -> bytes of everything below `folder`; None for folders."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def error(capsys, tmp_path):
+    """Run `polymamba genomics ...`; return its one line of error.
+
+    Checked are the exit code, silence on stdout, and that nothing below tmp_path was made, changed or removed.
+    """
+
+    def run_main(*words: object, code: int = 1) -> str:
+        before = contents(tmp_path)
+        capsys.readouterr()
+        assert main(["genomics", *map(str, words)]) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        (line,) = err.splitlines()
+        assert line.startswith("error: ")
+        assert "--debug" not in line, "an error that nobody thought of"
+        assert contents(tmp_path) == before
+        return line
+
+    return run_main
