@@ -3,8 +3,8 @@
     python benchmarks/kill_and_resume.py [--kills 20] [--seed 0] [--output benchmarks/results/kill_and_resume.md]
 
 Trains the tiny DNA model on random sequences of two classes, a checkpoint every 3 steps, once undisturbed. Then, for
-each kill anew: the run is killed (SIGKILL, which no program can catch) at a moment drawn between the making of its
-folder and the time that the undisturbed one took from there, and continued with --resume until it ends. Model, metrics
+each kill anew: the run is killed (SIGKILL, which no program can catch) a random while after it has reached a random
+checkpoint, the first moments and the final test included, and continued with --resume until it ends. Model, metrics
 and predictions have to be those of the undisturbed run, byte for byte. Exits with 1 if any of them is not.
 """
 
@@ -36,35 +36,30 @@ def write_classes(folder: Path, rng: random.Random) -> list[str]:
 
 def command(classes: list[str], output: Path) -> list[str]:
     train = [sys.executable, "-m", "polymamba", "genomics", "train", *classes, "-o", str(output)]
-    return [*train, "--epochs", "8", "--batch-size", "16", "--save-every", "3", "--device", "cpu"]
+    return [*train, "--epochs", "6", "--batch-size", "16", "--save-every", "3", "--device", "cpu"]
 
 
-def begin(words: list[str], output: Path) -> subprocess.Popen:
-    """Start a run, and wait until it has made its folder."""
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not output.exists() and process.poll() is None:
-        time.sleep(0.001)
-    return process
+def last_checkpoint(output: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none, -1 if there is no run folder yet."""
+    steps = [int(path.name.removeprefix("step-").rstrip("+")) for path in output.glob("checkpoints/step-*")]
+    return max(steps, default=0 if output.exists() else -1)
 
 
-def whole_run(words: list[str], output: Path) -> float:
-    """Run undisturbed. Returns the seconds from the making of the folder to the end."""
-    process = begin(words, output)
+def whole_run(words: list[str]) -> float:
+    """Run undisturbed. Returns the seconds that it takes."""
     began = time.monotonic()
-    if process.wait():
-        raise SystemExit(f"failed: {' '.join(words)}")
+    subprocess.run(words, check=True, capture_output=True)
     return time.monotonic() - began
 
 
-def kill_after(seconds: float, words: list[str], output: Path) -> str:
-    """Start a run, kill it so many seconds after it made its folder; says where it stood."""
-    process = begin(words, output)
-    time.sleep(seconds)
+def kill(step: int, delay: float, words: list[str], output: Path) -> bool:
+    """Start a run, kill it `delay` seconds after its checkpoint of `step`; False if it has ended before that."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while last_checkpoint(output) < step and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(delay)
     process.kill()
-    if process.wait() != -signal.SIGKILL:
-        return "had ended"
-    checkpoints = sorted(path.name for path in output.glob("checkpoints/step-*"))
-    return f"killed, had {checkpoints[-1] if checkpoints else 'no checkpoint'}"
+    return process.wait() == -signal.SIGKILL
 
 
 def resume(words: list[str], output: Path) -> None:
@@ -95,17 +90,22 @@ def report(n_kills: int, seed: int) -> tuple[str, bool]:
         folder = Path(name)
         classes = write_classes(folder, rng)
         whole = folder / "whole"
-        seconds = whole_run(command(classes, whole), whole)
-        say(f"undisturbed run: {seconds:.1f} s from the making of its folder")
+        seconds = whole_run(command(classes, whole))
+        last = last_checkpoint(whole)
+        say(f"undisturbed run: {seconds:.1f} s, {last} steps")
         same = 0
         for number in range(1, n_kills + 1):
-            output, moment = folder / f"run{number}", rng.uniform(0, seconds)
-            where = kill_after(moment, command(classes, output), output)
+            output = folder / f"run{number}"
+            step, delay = rng.randrange(0, last + 1, 3), rng.uniform(0, 0.5)
+            while not kill(step, delay, command(classes, output), output):
+                shutil.rmtree(output)
+                delay /= 2
+            where = f"killed {delay:.3f} s after step {step}, had a checkpoint of step {last_checkpoint(output)}"
             resume(command(classes, output), output)
             differing = unlike(whole, output)
             shutil.rmtree(output)
             same += not differing
-            say(f"{number:>3}  at {moment:5.2f} s  {where:<28}  {', '.join(differing) or 'same results'}")
+            say(f"{number:>3}  {where:<62}  {', '.join(differing) or 'same results'}")
     say(f"{same} of {n_kills} resumed to the same weights")
     return "\n".join(lines) + "\n", same == n_kills
 

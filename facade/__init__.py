@@ -3,6 +3,7 @@
 polymamba.core        the backbone, training, checkpoints
 polymamba.kernels     selective scan and causal convolution, for CPU and GPU
 polymamba.genomics    DNA
+polymamba.bytes       token-free text, and any other bytes
 polymamba.convert     official checkpoints -> our models
 """
 
@@ -15,9 +16,9 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-_SUBPACKAGES = ("core", "genomics", "kernels")
+_SUBPACKAGES = ("bytes", "core", "genomics", "kernels")
 
-__all__ = ["__version__", "convert", "core", "genomics", "kernels"]
+__all__ = ["__version__", "convert", "core", "genomics", "kernels"]  # not bytes: a star import would hide Python's
 
 
 def __getattr__(name: str) -> Any:
@@ -30,4 +31,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_SUBPACKAGES})

@@ -5,10 +5,13 @@ are found through the entry-point group `polymamba.commands`; the function's mod
 so help and usage errors do not wait for torch.
 """
 
+import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -22,7 +25,10 @@ TOP_LEVEL: dict[str, Command] = {
     "doctor": (Doctor, "polymamba.doctor:run"),
     "convert": (Convert, "polymamba.conversion:run"),
 }
-DOMAINS = {"genomics": "polymamba.genomics.commands:COMMANDS"}
+DOMAINS = {
+    "genomics": "polymamba.genomics.commands:COMMANDS",
+    "bytes": "polymamba.bytes.commands:COMMANDS",
+}
 
 
 def main(argv: Sequence[str] | None = None, *, extra: Mapping[str, str] | None = None) -> int:
@@ -72,12 +78,25 @@ def _run(words: list[str], domains: Mapping[str, str]) -> int:
 
 def _call(program: str, command: Command, words: list[str]) -> int:
     flags, target = command
+    said = io.StringIO()
     try:
-        args = tyro.cli(flags, prog=program, args=words)
-    except SystemExit as stop:  # tyro has printed its help, or what was wrong with the words
+        with redirect_stderr(said):
+            args = tyro.cli(flags, prog=program, args=words)
+    except SystemExit as stop:  # tyro has printed its help, or says what was wrong with the words
+        if said.getvalue():
+            print(_one_line(said.getvalue()), file=sys.stderr, end="")
         return int(stop.code or 0)
     _load(target)(args)
     return 0
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box of a value that a flag refuses, in one line; other boxes as they are."""
+    found = re.search(r"Error parsing (.*?)[│|\s]*[─-]{5}", box, re.DOTALL)
+    if "Value error" not in box or found is None:
+        return box
+    words = " ".join(re.sub("[│|]", " ", found[1]).split())
+    return f"error: {words if words.startswith('--') else words.partition(': ')[2]}\n"  # or the group of the flag
 
 
 def _domains() -> dict[str, str]:

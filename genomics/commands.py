@@ -34,7 +34,7 @@ class Source:
 
     Files are FASTA, FASTQ, GenBank or EMBL, plain, .gz or bgzip, told apart by their content; - is standard input.
     The intervals of --data are those of Genomic Benchmarks: a file start,end,strand,... for each class.
-    Letter case is ignored unless --hard-mask says otherwise, U reads as T, IUPAC ambiguity codes as N.
+    U reads as T, IUPAC ambiguity codes as N, in either case; any other letter is an error.
     """
 
     example: str | None = None
@@ -61,7 +61,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Cutting long sequences."""
+    """Cutting long sequences. Figures and their intervals are then over windows, as if these were independent."""
 
     window: int | None = None
     """Cut sequences into windows of this many bases, the last one moved back to end at the end; whole if left out."""
@@ -94,7 +94,7 @@ class Dividing:
     test_chromosomes: tuple[str, ...] = ()
     """With --split-by chromosome: these make up the test part."""
     similarity: float = 0.1
-    """With --split-by cluster: least share of the shorter one's 20-mers in common, either strand; 0: any at all."""
+    """Records are alike if they share this share of the shorter one's 20-mers, either strand; 0: any at all."""
 
     def __post_init__(self) -> None:
         _require_shares(similarity=self.similarity)  # the fractions depend on the parts that the data have: see divide
@@ -116,7 +116,7 @@ class Train:
     preset: Preset = "tiny"
     """Size of the model: tiny 25 thousand, small 0.6 and base 4.0 million parameters."""
     heads: int = 64
-    """Places of a sequence that the model attends to; 0 for what shows in the mean over all bases, such as a species."""
+    """Places of a sequence that the model attends to; 0 for what the mean over all bases shows, such as a species."""
     balance: Literal["none", "loss", "sampling"] = "none"
     """Against rare classes: weight the loss by the inverse of a class's frequency, or draw each class equally often."""
     label_smoothing: float = 0.0
@@ -177,8 +177,11 @@ class _AlongRecords(_WithModel):
     """Cut records into windows of this many bases; by default what the model was trained on."""
     stride: int | None = None
     """Bases from the start of one window to that of the next; the window's length if left out."""
+    max_n: float = 0.5
+    """Leave out windows of which a larger share is N; how many is said. Whole records are never left out."""
 
     def __post_init__(self) -> None:
+        _require_shares(max_n=self.max_n)
         if not self.fasta:
             raise ValueError("no sequence file; name one or more after the run folder, or - for standard input")
         _require_at_least_1(window=self.window, stride=self.stride)
@@ -212,10 +215,10 @@ class Predict(_AlongRecords, _Deciding):
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(_AlongRecords):
-    """Embed the records of sequence files: the mean of the last hidden states over the bases, one row a record."""
+    """Embed the records of sequence files, or their windows: the mean of the last hidden states over the bases."""
 
     output: Output
-    """.npy (float32, records x width; the names go to a .tsv beside it) or .parquet (columns id and embedding)."""
+    """.npy (float32, a row a record or window; their names in .ids.tsv beside it) or .parquet (id, ..., embedding)."""
 
 
 @dataclass(frozen=True, kw_only=True)

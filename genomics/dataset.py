@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -82,6 +83,13 @@ class LabelledSequences:
         labels = np.zeros((len(self.labels), len(classes)), dtype=bool)
         labels[:, place] = self.labels
         return replace(self, labels=labels, classes=tuple(classes))
+
+    def digest(self) -> str:
+        """A checksum of all that matters of the records, whatever files they came from."""
+        digest = hashlib.sha256()
+        for row in zip(self.names, self.label_texts(), self.split.tolist(), self.tokens, strict=True):
+            digest.update("\t".join(row[:3]).encode() + b"\n" + row[3].tobytes() + b"\n")
+        return digest.hexdigest()
 
     def members(self) -> dict[str, np.ndarray]:
         """Class -> which records are of it, bool (n,); of a regression nothing."""
@@ -178,6 +186,10 @@ def labelled(
     A row without a part is of train. Raises InputError that names the record whose label does not fit.
     """
     rows = list(rows)
+    with_part, without = (next((row for row in rows if bool(row.split) is given), None) for given in (True, False))
+    if with_part is not None and without is not None:
+        where = f"{with_part.source} says it of record {with_part.name!r}, {without.source} not of {without.name!r}"
+        raise InputError(f"only some records have a part (train, valid or test): {where}; give it for all or none")
     texts = [row.label for row in rows]
     if target == "regression":
         names = ("value",) if classes is None else tuple(classes)

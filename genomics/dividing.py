@@ -15,7 +15,8 @@ from .dataset import LabelledSequences, read_splits
 from .similarity import similar_groups
 from .splits import deal_chromosomes, joined_keys, sequence_keys, split_by_chromosome, stratified_split
 
-_COORDINATES = re.compile(r"(.+?):\d.*")
+# As in `chr1:100-200(+)`, `site7::chr1:100-200` (bedtools getfasta -name) or `NC_003070.9:c500-40` (NCBI).
+_COORDINATES = re.compile(r"(?:.*(?:::|\|))?(.+?):c?\d.*")
 
 
 def divide(data: LabelledSequences, how: Dividing, seed: int) -> LabelledSequences:
@@ -28,6 +29,10 @@ def divide(data: LabelledSequences, how: Dividing, seed: int) -> LabelledSequenc
         names = ", ".join(data.classes)
         raise InputError(f"{len(data.classes)} class ({names}) is too few to classify; give two or more")
     if how.splits is not None:
+        if replace(how, splits=None) != Dividing():
+            raise InputError(
+                f"--splits {how.splits} says all of who is in which part; leave the other flags for it out"
+            )
         return _as_in_splits(data, how.splits)
     parts = set(data.split.tolist())
     if "train" not in parts:
@@ -45,7 +50,7 @@ def divide(data: LabelledSequences, how: Dividing, seed: int) -> LabelledSequenc
 
 
 def chromosome_of(name: str) -> str:
-    """What stands before a record's coordinates, as in `chr1:100-200(+)`; the whole name if it has none."""
+    """What stands before a record's coordinates, as in `chr1:100-200(+)` or `site7::chr1:100-200`; else the name."""
     match = _COORDINATES.fullmatch(name)
     return name if match is None else match[1]
 
@@ -60,6 +65,9 @@ def _parts(data: LabelledSequences, how: Dividing, shares: Mapping[str, float], 
         for part in named:
             if named[part] and part not in shares:
                 raise InputError(f"--{part}-chromosomes: the data have a {part} part already")
+            if not named[part] and shares.get(part, 0) > 0:
+                wish = f"name its chromosomes too, or set --{part}-fraction 0 for none"
+                raise InputError(f"--{part}-chromosomes: missing beside those of the other part; {wish}")
         return split_by_chromosome(chromosomes, {part: names for part, names in named.items() if names})
     if any(named.values()):
         raise InputError("--valid-chromosomes and --test-chromosomes need --split-by chromosome")

@@ -82,7 +82,7 @@ class WindowPooling(nn.Module):
 
 
 def mean_over(h: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the real bases: h (B, L, D), zero at padding, as a Backbone leaves it, and mask (B, L) -> (B, D)."""
+    """The mean over the real bases: h (B, L, D), zero at padding, as Backbone leaves it, and mask (B, L) -> (B, D)."""
     return (h.float().sum(1) / mask.sum(1, keepdim=True)).to(h.dtype)
 
 

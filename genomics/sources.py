@@ -1,13 +1,9 @@
-"""The ways in which people hold labelled DNA, from the flags of the command line to a divided data set.
-
-read      one of the ways below              -> LabelledSequences, with the parts that the files give
-divide    by record, cluster or chromosome   -> train, valid and test
-window    long sequences are cut, N-rich ones left out
-"""
+"""The ways in which people hold labelled DNA -> labelled sequences, with the parts that the files give."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -59,7 +55,7 @@ def header_pattern(words: Sequence[str], pattern: str, *, hard_mask: bool = Fals
     if not compiled.groups:
         raise InputError(f"--label-pattern {pattern}: has no group; put the class in brackets, as in 'class=(\\w+)'")
     group = "label" if "label" in compiled.groupindex else 1
-    for path, record in _records(words):
+    for path, record in records_of(words):
         header = f"{record.name} {record.description}".rstrip()
         match = compiled.search(header)
         if match is None or not match[group]:
@@ -71,13 +67,14 @@ def header_pattern(words: Sequence[str], pattern: str, *, hard_mask: bool = Fals
 
 def label_table(words: Sequence[str], table: Path, *, hard_mask: bool = False) -> Iterator[LabelledRow]:
     """Records whose class stands in a table, by their name. Every record has a row there and every row a record."""
-    records = list(_records(words))
+    records = list(records_of(words))
     rows = match_labels([record.name for _, record in records], read_label_table(table), table)
     for (path, record), row in zip(records, rows, strict=True):
         yield LabelledRow(record.name, tokens_of(record, hard_mask), row.label, row.split, str(path))
 
 
-def _records(words: Sequence[str]) -> Iterator[tuple[Path, Record]]:
+def records_of(words: Sequence[str]) -> Iterator[tuple[Path, Record]]:
+    """Each record of these files, folders and globs, with its file. Raises InputError for a file given twice."""
     for path, _, _ in _each_once((path, "", "") for word in words for path in find_files(word)):
         for record in read_records(path):
             yield path, record
@@ -105,10 +102,14 @@ def benchmark_folder(genome: Sequence[str], path: Path, *, hard_mask: bool = Fal
 
 def _cut(genome: Sequence[str], regions: Sequence[Region], hard_mask: bool) -> Iterator[LabelledRow]:
     paths = [path for word in genome for path in find_files(word)]
+    seen: Counter[str] = Counter()
     for region, tokens in cut(paths, regions, hard_mask=hard_mask):
         if not region.label:
             raise InputError(f"{region.path}, line {region.line}: no label; BED has it in column 4")
-        yield LabelledRow(region_name(region), tokens, region.label, region.split, str(region.path))
+        name = region_name(region)
+        seen[name] += 1  # a stretch may stand twice, as shared exons do
+        name += f"#{seen[name]}" if seen[name] > 1 else ""
+        yield LabelledRow(name, tokens, region.label, region.split, str(region.path))
 
 
 def unlabelled(words: Sequence[str], *, hard_mask: bool = False) -> Iterator[LabelledRow]:
@@ -152,7 +153,8 @@ def read_source(source: Source, target: Target = "multiclass", *, hard_mask: boo
         rows = folder(source.data, hard_mask=hard_mask)
     elif source.classes:
         files = _by_class(source.classes)
-        rows, classes = class_files(files, hard_mask=hard_mask), tuple(files)
+        rows = class_files(files, hard_mask=hard_mask)
+        classes = tuple(files) if target == "multiclass" else None
     elif source.table:
         rows = sequence_table(source.table, hard_mask=hard_mask)
     elif source.regions:

@@ -6,7 +6,6 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from ..core.errors import InputError
 from .config import DNAClassifierConfig
 
 
@@ -32,15 +31,11 @@ def write_bed(
         file.write(f"{piece.name}\t{piece.start}\t{piece.end}\t{label}\t{score}\t.\n")
 
 
-def write_bedgraph(
-    file: TextIO, pieces: Sequence[Piece], predictions: np.ndarray, config: DNAClassifierConfig
-) -> None:
+def write_bedgraph(file: TextIO, pieces: Sequence[Piece], predictions: np.ndarray, config: DNAClassifierConfig) -> None:
     """bedGraph, a track for each class: where windows overlap, the mean of those that cover a base.
 
-    A track's lines do not overlap, as the format demands. Raises InputError if a record's name stands in two files.
+    A track's lines do not overlap, as the format demands. The pieces of a record stand together.
     """
-    if len({p.name for p in pieces}) != sum(1 for _ in groupby(pieces, key=lambda p: p.name)):
-        raise InputError("a record name stands in two files; bedGraph cannot tell them apart")
     for k, name in enumerate(config.classes):
         file.write(f'track type=bedGraph name="{name}"\n')
         start = 0

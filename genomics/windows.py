@@ -32,16 +32,15 @@ def windows_of(length: int, window: int | None, stride: int | None) -> Iterator[
 def cut_windows(data: LabelledSequences, window: int | None, stride: int | None) -> LabelledSequences:
     """Every record cut into windows, which have its label, part and source, and the name `record:start-end`.
 
-    The stride is that of the train part; the windows of the others lie side by side, so that no base counts twice in a
-    figure. The windows are views of the records' tokens. Positions are 0-based and half-open.
+    The stride is that of the train part; the windows of the others lie side by side (but for the last one of a record,
+    moved back to its end), so that hardly a base counts twice in a figure. The windows are views of the records'
+    tokens. Positions are 0-based and half-open.
     """
     if window is None:
         return data
     strides = [stride if part == "train" else None for part in data.split]
     pieces = [
-        (i, start, end)
-        for i, ids in enumerate(data.tokens)
-        for start, end in windows_of(len(ids), window, strides[i])
+        (i, start, end) for i, ids in enumerate(data.tokens) for start, end in windows_of(len(ids), window, strides[i])
     ]
     cut = data.take(np.array([i for i, _, _ in pieces], dtype=np.int64))
     names = [f"{data.names[i]}:{start}-{end}" for i, start, end in pieces]

@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: see facade/cli.py
+
 import pytest
 import torch
 

@@ -51,8 +51,8 @@ def match_names(wanted: Mapping[str, str], known: Iterable[str]) -> dict[str, st
 
 def read_chromosomes(
     genome: Sequence[str | Path], wanted: Mapping[str, str], *, hard_mask: bool = False
-) -> dict[str, np.ndarray]:
-    """Wanted chromosome name -> its tokens, uint8 (L,).
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Wanted chromosome name -> the genome's own name for it, and its tokens, uint8 (L,).
 
     genome       files that read_records reads
     wanted       as for match_names
@@ -75,7 +75,7 @@ def read_chromosomes(
                 raise InputError(f"{both}: both hold a chromosome {record.name!r}; rename or leave out one")
             tokens[record.name] = hard_masked(record.tokens, record.sequence) if hard_mask else record.tokens
             source[record.name] = path
-    return {name: tokens[match] for name, match in match_names(wanted, known).items()}
+    return {name: (match, tokens[match]) for name, match in match_names(wanted, known).items()}
 
 
 def _key(name: str) -> str:

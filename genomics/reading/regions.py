@@ -129,6 +129,8 @@ def cut(
 ) -> Iterator[tuple[Region, np.ndarray]]:
     """Each region with its tokens, uint8 (end - start,), in the order of `regions`; strand "-" is reverse-complemented.
 
+    The regions' chromosomes become those of the genome, so that one chromosome has one name.
+
     genome       the files that hold the chromosomes; their names may differ from those of the regions (match_names)
     hard_mask    lower-case letters are read as N
 
@@ -139,13 +141,14 @@ def cut(
         wanted.setdefault(region.chromosome, f"{region.path}, line {region.line}")
     chromosomes = read_chromosomes(genome, wanted, hard_mask=hard_mask)
     for region in regions:
-        tokens = chromosomes[region.chromosome]
+        name, tokens = chromosomes[region.chromosome]
         if region.end > len(tokens):
             beyond = f"ends at {region.end}, but chromosome {region.chromosome!r} has {len(tokens)} bases"
             raise InputError(f"{region.path}, line {region.line}: {beyond}; is it the same assembly?")
         piece = tokens[region.start : region.end]
         # A copy either way: a view would keep the chromosome in memory for as long as the piece is.
-        yield region, reverse_complement(piece) if region.strand == "-" else piece.copy()
+        piece = reverse_complement(piece) if region.strand == "-" else piece.copy()
+        yield region._replace(chromosome=name), piece
 
 
 def _read_bed(path: Path) -> Iterator[Region]:
@@ -246,7 +249,7 @@ def _region(path: Path, line: int, cells: Mapping[str, str]) -> Region:
     start, end = int(cells["start"]), int(cells["end"])
     if start >= end:
         raise InputError(f"{where}: the region is empty or backwards, {start}-{end} (counted from 0, the end left out)")
-    strand = cells.get("strand", ".")
+    strand = cells.get("strand", ".").replace("?", ".")  # GFF3's "?": it has one, but which is unknown
     if strand not in STRANDS:
         raise InputError(f"{where}: strand {strand!r} is none of {' '.join(STRANDS)}")
     split = part_at(where, cells["split"]) if "split" in cells else ""

@@ -23,6 +23,7 @@ from ...core.metrics import (
 from ...core.plots import plot_confusion, plot_precision_recall, plot_regression, plot_roc
 from ...core.thresholds import decide
 from ...core.train import pick_device, uses_bf16
+from ..commands import Eval, Predict
 from ..config import DNAClassifierConfig, Target
 from ..dataset import NO_LABEL, LabelledSequences
 from ..model import DNAClassifier
@@ -42,6 +43,9 @@ def autocast(compute: ComputeConfig) -> torch.autocast:
 
 def load_models(runs: Sequence[Path], compute: ComputeConfig) -> list[DNAClassifier]:
     """The models of run folders, on the device. Raises InputError if they do not predict the same thing."""
+    for run in runs:
+        if not run.is_dir():  # from_pretrained would look for a model of this name on the hub
+            raise InputError(f"{run}: no such run folder")
     models = [DNAClassifier.from_pretrained(run) for run in runs]
     first = models[0].config
     for run, model in zip(runs[1:], models[1:], strict=True):
@@ -53,9 +57,11 @@ def load_models(runs: Sequence[Path], compute: ComputeConfig) -> list[DNAClassif
     return [model.to(pick_device(compute)) for model in models]
 
 
-def tuned_thresholds(run: Path, config: DNAClassifierConfig) -> np.ndarray:
+def tuned_thresholds(args: Eval | Predict, config: DNAClassifierConfig) -> np.ndarray:
     """The thresholds (K,) that training left in the run folder, of two classes or of several labels."""
-    path = run / THRESHOLDS
+    path = args.run / THRESHOLDS
+    if args.ensemble:
+        raise InputError("--tuned-threshold: the thresholds are one model's, not those of an --ensemble; leave one out")
     if config.target == "regression" or (config.target == "multiclass" and len(config.classes) != 2):
         raise InputError("--tuned-threshold decides between two classes or for each of several labels; leave it out")
     if not path.is_file():

@@ -17,7 +17,7 @@ def evaluate(args: Eval) -> None:
     """Measure the model of a run folder, or the mean of several."""
     models = load_models([args.run, *args.ensemble], args.compute)
     config = models[0].config
-    thresholds = tuned_thresholds(args.run, config) if args.tuned_threshold else None
+    thresholds = tuned_thresholds(args, config) if args.tuned_threshold else None
     data = read_source(args.source, config.target, hard_mask=config.hard_mask).with_classes(config.classes)
     if args.split is not None:
         data = data.subset(args.split)

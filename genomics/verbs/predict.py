@@ -13,12 +13,10 @@ from ..commands import Embed, Predict
 from ..inference import embed as embed_sequences
 from ..inference import predict as predict_sequences
 from ..model import DNAClassifier
-from ..reading.files import find_files
-from ..reading.records import read_records
-from ..sources import tokens_of
+from ..sources import records_of, tokens_of
 from ..tracks import Piece, write_bed, write_bedgraph
-from ..windows import windows_of
-from .common import autocast, decisions, load_models, save_tsv, table_rows, tuned_thresholds, write_tsv
+from ..windows import share_of_n, windows_of
+from .common import autocast, decisions, load_models, save_tsv, say, table_rows, tuned_thresholds, write_tsv
 
 
 def predict(args: Predict) -> None:
@@ -30,8 +28,8 @@ def predict(args: Predict) -> None:
         require_writable(args.output)
     models = load_models([args.run, *args.ensemble], args.compute)
     config = models[0].config
-    thresholds = tuned_thresholds(args.run, config) if args.tuned_threshold else None
-    pieces, windowed = _pieces(args, models[0])
+    thresholds = tuned_thresholds(args, config) if args.tuned_threshold else None
+    pieces, windowed = _pieces(args, models[0], along_records=suffix != ".tsv")
     predictions = _predictions(args, models, pieces)
     labels = decisions(predictions, config.classes, config.target, thresholds)
 
@@ -77,7 +75,7 @@ def embed(args: Embed) -> None:
     if suffix == ".npy":
         with written_whole(args.output) as beside, beside.open("wb") as file:
             np.save(file, embeddings)
-        save_tsv(args.output.with_suffix(".tsv"), list(where), zip(*where.values(), strict=True))
+        save_tsv(args.output.with_suffix(".ids.tsv"), list(where), zip(*where.values(), strict=True))
     else:
         _write_parquet(args.output, where, embeddings)
 
@@ -100,17 +98,26 @@ def _write_parquet(path: Path, where: dict[str, list], embeddings: np.ndarray) -
         pq.write_table(pa.table(columns), beside)
 
 
-def _pieces(args: Predict | Embed, model: DNAClassifier) -> tuple[list[Piece], bool]:
-    """Every record, or every window of it, and whether they are windows. Raises InputError if there are none."""
+def _pieces(args: Predict | Embed, model: DNAClassifier, *, along_records: bool = False) -> tuple[list[Piece], bool]:
+    """Every record, or every window of it that is not mostly N, and whether they are windows.
+
+    along_records: the output tells pieces by the records' names, so two files must not share one.
+    """
     window = args.window or model.config.window
     if args.stride is not None and window is None:
         raise InputError("--stride says how far apart windows are; give --window too")
-    pieces = [
-        Piece(record.name, start, end, tokens[start:end])
-        for word in args.fasta
-        for path in find_files(word)
-        for record in read_records(path)
-        for tokens in [tokens_of(record, model.config.hard_mask)]
-        for start, end in windows_of(len(tokens), window, args.stride)
-    ]
+    pieces, files, n_left_out = [], {}, 0
+    for path, record in records_of(args.fasta):
+        tokens = tokens_of(record, model.config.hard_mask)
+        if files.setdefault(record.name, path) != path and along_records:
+            raise InputError(f"{path}: record {record.name!r} stands in {files[record.name]} too; rename one of them")
+        for start, end in windows_of(len(tokens), window, args.stride):
+            if window is not None and share_of_n(tokens[start:end]) > args.max_n:
+                n_left_out += 1
+            else:
+                pieces.append(Piece(record.name, start, end, tokens[start:end]))
+    if not pieces:
+        raise InputError(f"nothing is left of {' '.join(args.fasta)}: {n_left_out} windows are mostly N; see --max-n")
+    if n_left_out:
+        say(f"{n_left_out} windows left out: more than {args.max_n:.0%} of their bases are N")
     return pieces, window is not None

@@ -101,6 +101,7 @@ def _settings(args: Train, data: LabelledSequences) -> dict[str, Any]:
         "device": device.type,
         "bf16": uses_bf16(args.compute, device),
         "classes": list(data.classes),
+        "records_sha256": data.digest(),
     }
 
 

@@ -201,7 +201,11 @@ def test_folders_that_are_no_model(error, run, files, two_classes, tmp_path):
         "zeros.safetensors": lambda weights: weights.write_bytes(bytes(weights.stat().st_size)),
         "none.safetensors": lambda weights: weights.unlink(),
     }
-    expected = {empty: "no config.json", foreign: "holds no polymamba model", tmp_path / "nowhere": "neither a folder"}
+    expected = {
+        empty: "no config.json",
+        foreign: "holds no polymamba model",
+        tmp_path / "nowhere": "no such run folder",
+    }
     for name, damage in copies.items():
         shutil.copytree(run, tmp_path / name)
         damage(tmp_path / name / "model.safetensors")
@@ -238,6 +242,25 @@ def test_a_pickle_in_place_of_weights_is_not_run(error, run, files, tmp_path):
     assert not victim.exists()
     pickle.loads(pickle.dumps(Malicious(victim))).close()  # else the above would show nothing
     assert victim.exists()
+
+
+def test_a_name_of_two_files_along_records(error, run, tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.fa").write_text(">chr1\nACGTACGTACGT\n")
+    for ending in ("bed", "bedgraph"):
+        words = (run, tmp_path / "x.fa", tmp_path / "y.fa", "-o", tmp_path / f"o.{ending}")
+        assert "record 'chr1' stands in" in error("predict", *words)
+    assert "given twice" in error("predict", run, tmp_path / "x.fa", tmp_path / "x.fa")
+
+
+def test_only_windows_of_n(error, run, tmp_path):
+    (tmp_path / "n.fa").write_text(f">a\n{'N' * 40}\n")
+    assert "4 windows are mostly N; see --max-n" in error("predict", run, tmp_path / "n.fa", "--window", 10)
+
+
+def test_thresholds_of_one_model_for_an_ensemble(error, run, files):
+    words = (run, files["with"], "--ensemble", run, "--tuned-threshold")
+    assert "not those of an --ensemble" in error("predict", *words)
 
 
 def test_ensembles_of_unlike_models(error, run, files, two_classes, tmp_path, fast):
@@ -309,7 +332,9 @@ def test_parts_that_cannot_be(error, two_classes, tmp_path):
         "add up to less than 1": ["--valid-fraction", 0.5, "--test-fraction", 0.5],
         "must not be negative": ["--valid-fraction", -0.1],
         "need --split-by chromosome": ["--test-chromosomes", "chr1"],
-        "chr99": ["--split-by", "chromosome", "--test-chromosomes", "chr99"],
+        "chr99": ["--split-by", "chromosome", "--test-chromosomes", "chr99", "--valid-fraction", 0],
+        "name its chromosomes too": ["--split-by", "chromosome", "--test-chromosomes", "w0"],
+        "leave the other flags for it out": ["--splits", "s.tsv", "--split-by", "cluster"],
     }.items():
         assert expected in error("train", *two_classes, "-o", output, *flags)
 
@@ -408,6 +433,9 @@ def test_an_output_that_holds_another_run(error, two_classes, run, fast, tmp_pat
     assert "already holds a run" in error("train", *two_classes, "-o", folder, *fast)
     line = error("train", *two_classes, "-o", folder, *fast, "--epochs", 9, "--resume")
     assert "setting epochs was 3 and is now 9" in line
+    a, b = (word.partition("=") for word in two_classes[1::2])
+    swapped = ("--class", f"{a[0]}={b[2]}", "--class", f"{b[0]}={a[2]}")
+    assert "setting records_sha256 was" in error("train", *swapped, "-o", folder, *fast, "--resume")
     assert "holds no run to resume" in error("train", *two_classes, "-o", tmp_path / "new", *fast, "--resume")
     (folder / "manifest.json").write_text("{")
     assert "manifest.json: damaged" in error("train", *two_classes, "-o", folder, *fast, "--resume")

@@ -133,7 +133,7 @@ class Stdin:
 def test_standard_input(tmp_path, monkeypatch, format):
     (tmp_path / "copies").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
-    monkeypatch.setattr(sys, "stdin", Stdin(gzip.compress(written(TWINS, format))))
+    monkeypatch.setattr(sys, "stdin", Stdin(gzip.compress(written(TWINS, format), mtime=0)))
     assert names_and_tokens("-") == [(name, tokenize(sequence).tolist()) for name, sequence in TWINS]
     assert not list((tmp_path / "copies").iterdir())
 

@@ -96,6 +96,7 @@ def wait_for_epoch(process: subprocess.Popen) -> None:
     raise AssertionError("ended before the first epoch did")
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_a_terminal(flags, tmp_path):
     """As a process of its own."""
     flags = [*flags, "--epochs", "10000", "-o", str(tmp_path / "run")]

@@ -174,6 +174,17 @@ def test_genome_regions(twin, genome, tmp_path):
     assert {chromosome_of(name) for name in data.names} == {"chr1", "chr2"}
 
 
+def test_a_stretch_that_stands_twice_and_a_chromosome_of_two_names(genome, tmp_path):
+    path, places = genome
+    (c, a, b, s, _), other = places[0], tmp_path / "other.bed"
+    (tmp_path / "r.bed").write_text(f"{c}\t{a}\t{b}\tx\t0\t{s}\n{c}\t{a}\t{b}\ty\t0\t{s}\n")
+    other.write_text(f"{c[3:]}\t{a}\t{b}\tx\t0\t{s}\n")
+    data = read_source(Source(regions=(tmp_path / "r.bed", other), genome=(str(path),)))
+    assert data.names == [f"{c}:{a}-{b}({s}){end}" for end in ("", "#2", "#3")]
+    data.write_splits_tsv(tmp_path / "splits.tsv")
+    assert divide(data, Dividing(splits=tmp_path / "splits.tsv"), 0).split.tolist() == ["train"] * 3
+
+
 def test_genomic_benchmarks_folder(twin, genome, tmp_path):
     path, places = genome
     folder = tmp_path / "benchmark"
@@ -236,6 +247,19 @@ def test_multilabel():
     assert wider.label_texts() == ["b;a", ".", "b", "c;b"]
 
 
+def test_parts_for_all_or_none():
+    some = rows("a", "b")
+    with pytest.raises(InputError, match="only some records have a part"):
+        labelled([some[0], some[1]._replace(split="test")])
+
+
+def test_labels_of_class_files(mixed):
+    data = read_source(Source(classes=(f"b;a={mixed}",)), "multilabel")
+    assert data.classes == ("a", "b")
+    assert data.labels.all()
+    assert set(read_source(Source(classes=(f"0.5={mixed}",)), "regression").labels) == {0.5}
+
+
 def test_regression():
     data = labelled(rows("1.5", "-2e3", "0"), "regression")
     assert data.labels.tolist() == [1.5, -2000.0, 0.0]
@@ -252,6 +276,9 @@ def test_regression():
         ("chr1:24100328+", "chr1"),
         ("scaffold_7", "scaffold_7"),
         ("chr2:0-50:10-20", "chr2"),
+        ("pos_1::chr1:10-90", "chr1"),
+        ("gene7|chr1:10-90(-)", "chr1"),
+        ("NC_003070.9:c500-40", "NC_003070.9"),
     ],
 )
 def test_chromosome_of(name, chromosome):

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polymamba.core import BackboneConfig
-from polymamba.core.errors import InputError
 from polymamba.genomics import DNAClassifierConfig
 from polymamba.genomics.alphabet import tokenize
 from polymamba.genomics.dataset import LabelledRow, labelled
@@ -88,9 +87,3 @@ def test_bed_and_bedgraph_files():
     track_a = 'track type=bedGraph name="a"\nchr1\t0\t2\t0.9\nchr1\t2\t4\t0.65\nchr1\t4\t6\t0.4\nchr2\t0\t3\t0.25\n'
     track_b = 'track type=bedGraph name="b"\nchr1\t0\t2\t0.1\nchr1\t2\t4\t0.35\nchr1\t4\t6\t0.6\nchr2\t0\t3\t0.75\n'
     assert file.getvalue() == track_a + track_b
-
-
-def test_bedgraph_refuses_a_name_of_two_files():
-    where = pieces(("chr1", 0, 4), ("chr2", 0, 4), ("chr1", 0, 3))
-    with pytest.raises(InputError, match="stands in two files"):
-        write_bedgraph(io.StringIO(), where, np.full((3, 2), 0.5), CONFIG)

@@ -1,0 +1,111 @@
+"""`polymamba bytes <verb>`: the flags of each verb. What the verbs do is in verbs/, loaded when one runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+
+from ..core.config import ComputeConfig, SamplingConfig, TrainConfig
+from .config import Dividing, Preset
+
+Output = Annotated[Path, arg(aliases=["-o"])]
+
+
+def _require_files(files: tuple[Path, ...]) -> None:
+    if not files:
+        raise ValueError("no files; name at least one file or folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a language model on the bytes of any files: text in any script, code, binary. A file is a document."""
+
+    files: Positional[tuple[Path, ...]]
+    """Files, and folders with files at any depth; train/, valid/ or test/ in a path, or valid.txt, names a part."""
+    output: Output
+    """Run folder to make: model, metrics, log, curves and checkpoints."""
+    dividing: OmitArgPrefixes[Dividing] = Dividing()
+    corpus: Path | None = None
+    """Folder for the corpus that is made of the files, which several runs may share; in the run folder if left out."""
+    preset: Preset = "tiny"
+    """Size of the model, parameters: tiny 0.5, small 5.6, base 27 million; mambabyte-353m and -972m as in the paper."""
+    dropout: float = 0.0
+    """On what each layer adds; 0.1 to 0.3 helps where a large model sees few files many times."""
+    context: int = 512
+    """Bytes in a training window."""
+    resume: bool = False
+    """Continue the run in the output folder where it stopped."""
+    train: OmitArgPrefixes[TrainConfig] = TrainConfig(epochs=3, batch_size=8, lr=6e-3, warmup=0.05)
+    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        _require_files(self.files)
+        if self.context < 1:
+            raise ValueError(f"context is {self.context}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnFiles:
+    run: Positional[Path]
+    """Run folder of the model."""
+    files: Positional[tuple[Path, ...]]
+    """Files, and folders with files at any depth, hidden ones passed over. A file is a document."""
+    chunk: int = 8192
+    """Bytes read at a time: the result is the same at any number, memory and speed are not."""
+    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        _require_files(self.files)
+        if self.chunk < 1:
+            raise ValueError(f"chunk is {self.chunk}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(_OnFiles):
+    """Measure a trained model on files: bits per byte and word perplexity, beside order-0 entropy and xz."""
+
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """Folder to make, for metrics.json and positions.png, bits per byte against the position in the document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise(_OnFiles):
+    """Measure how a trained model bears spoiled text: dropped, repeated, swapped characters, other case, antspeak."""
+
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """File to write the table to (.tsv); it is printed anyway."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Let a trained model write on, to standard output as it goes."""
+
+    run: Positional[Path]
+    """Run folder of the model."""
+    prompt: str | None = None
+    """What to continue; the beginning of a document if left out. It is not printed again."""
+    prompt_file: Path | None = None
+    """The same from a file, of any bytes and any length; - is standard input."""
+    max_new_bytes: int = 500
+    """Stop after so many bytes, if the model does not end the document before."""
+    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = ()
+    """Stop before this text; may be repeated."""
+    lossless: Annotated[bool, arg(name="bytes")] = False
+    """Write the bytes themselves; without it what is no UTF-8 is replaced by U+FFFD."""
+    sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        if self.max_new_bytes < 1:
+            raise ValueError(f"max_new_bytes is {self.max_new_bytes}; it must be at least 1")
+
+
+COMMANDS = {
+    "train": (Train, "polymamba.bytes.verbs.train:train"),
+    "eval": (Eval, "polymamba.bytes.verbs.evaluate:evaluate"),
+    "noise": (Noise, "polymamba.bytes.verbs.evaluate:noise"),
+    "generate": (Generate, "polymamba.bytes.verbs.generate:generate"),
+}

@@ -1,0 +1,47 @@
+"""Vocabulary, sizes and data settings of the byte models, free of torch: the command line is parsed before it loads."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..core.config import BackboneConfig, LanguageModelConfig
+
+# Ids 0 to 255 are the bytes themselves, so that any file can be read and written.
+DOCUMENT = 256  # stands before a document's first byte, and so after its last one: both start and end
+N_IDS = 257  # what a model predicts; the ids above it only pad its tables
+VOCAB_SIZE = 320  # a multiple of 64, which the matrix units of a GPU want
+
+PARTS = ("train", "valid", "test")
+
+Preset = Literal["tiny", "small", "base", "mambabyte-353m", "mambabyte-972m"]
+PRESETS = {
+    "tiny": BackboneConfig(d_model=128, n_layer=4),
+    "small": BackboneConfig(d_model=320, n_layer=8),
+    "base": BackboneConfig(d_model=512, n_layer=16),
+    "mambabyte-353m": BackboneConfig(d_model=1024, n_layer=53),  # arXiv 2401.13660, table 1
+    "mambabyte-972m": BackboneConfig(d_model=1792, n_layer=48),
+}
+
+
+def preset_config(preset: Preset, dropout: float = 0.0) -> LanguageModelConfig:
+    """The configuration of a `ByteLM` of this size. Embedding and head are not tied, as in MambaByte."""
+    backbone = replace(PRESETS[preset], dropout=dropout)
+    return LanguageModelConfig(backbone=backbone, vocab_size=VOCAB_SIZE, tie_embeddings=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dividing:
+    """Dividing documents into train, valid and test. Parts that paths name stay; others are taken from train."""
+
+    split_by: Literal["document", "position"] = "document"
+    """Set aside whole documents, copies staying together; or the end of each document (for one long file)."""
+    valid_fraction: float = 0.1
+    """Share of the training documents set aside for validation, if no path names a validation part."""
+    test_fraction: float = 0.1
+    """Share of the training documents set aside for the final test, if no path names a test part; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if not (self.valid_fraction > 0 and self.test_fraction >= 0 and self.valid_fraction + self.test_fraction < 1):
+            raise ValueError(
+                f"valid_fraction is {self.valid_fraction}, test_fraction {self.test_fraction}; the first must be above "
+                "0, the second not negative, their sum below 1"
+            )

@@ -1,0 +1,150 @@
+"""How well a model predicts documents: bits per byte, and what to compare it with.
+
+Each byte is predicted from all bytes before it in its document: the state is carried from piece to piece, so that the
+size of a piece changes memory and speed, but not the result. What the model spends on ends of documents is not counted.
+"""
+
+import lzma
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..core.errors import InputError
+from ..core.generation import select_state
+from .config import DOCUMENT
+from .documents import Documents
+from .model import ByteLM
+
+CHUNK = 8192  # ids in one forward
+N_OCTAVES = 63  # positions in a document: 1, 2-3, 4-7, 8-15, ...
+
+IS_SPACE = np.array([chr(i).isspace() and i < 128 for i in range(256)] + [True])  # what parts words; DOCUMENT, too
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What predicting some documents cost."""
+
+    n_documents: int
+    n_bytes: int
+    n_words: int  # runs of bytes between white space, as `wc -w` counts
+    bits: float
+    bits_in_octave: np.ndarray  # float64 (N_OCTAVES,): of the bytes 2^k to 2^(k+1)-1 of their documents, from 1
+    bytes_in_octave: np.ndarray  # int64 (N_OCTAVES,)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits / self.n_bytes
+
+    @property
+    def word_perplexity(self) -> float:
+        return perplexity(self.bits, self.n_words)
+
+    def by_position(self) -> list[dict[str, float]]:
+        """JSON-safe: for each octave of positions its first byte (from 1), how many bytes, and their bits per byte."""
+        return [
+            {"from": 2**k, "bytes": int(n), "bits_per_byte": float(bits / n)}
+            for k, (n, bits) in enumerate(zip(self.bytes_in_octave, self.bits_in_octave, strict=True))
+            if n
+        ]
+
+
+def perplexity(bits: float, n_words: int) -> float:
+    """Of so many words that cost so many bits together; inf if there are none, or where it is too large a number."""
+    nats = bits * math.log(2) / n_words if n_words else math.inf
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def score(
+    model: ByteLM, documents: Documents, *, chunk: int = CHUNK, advance: Callable[[int], object] = lambda n: None
+) -> Score:
+    """Predict every byte of `documents`, on the model's device. `advance` is told of the bytes done."""
+    n_words, in_octave = 0, np.zeros((2, N_OCTAVES))
+    for start, ids, bits in _bits(model, documents, chunk):
+        is_byte = ids[1:] != DOCUMENT
+        positions = np.arange(start + 1, start + len(ids))[is_byte]
+        mark = documents.marks[np.searchsorted(documents.marks, positions, side="right") - 1]
+        octave = np.frexp(positions - mark)[1] - 1  # floor(log2) without rounding
+        in_octave += [np.bincount(octave, weights, N_OCTAVES) for weights in (bits[is_byte], None)]
+        n_words += int(np.sum(IS_SPACE[ids[:-1]] & ~IS_SPACE[ids[1:]]))
+        advance(len(positions))
+    total = float(in_octave[0].sum())
+    if not math.isfinite(total):
+        raise InputError("the model's predictions are not finite; check its weights")
+    return Score(len(documents), documents.n_bytes, n_words, total, in_octave[0], in_octave[1].astype(np.int64))
+
+
+@torch.no_grad()
+def _bits(model: ByteLM, documents: Documents, chunk: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(position, ids (n + 1,) from there, bits (n,) float64 of ids[1:]) of pieces of at most `chunk` predictions."""
+    device = next(model.parameters()).device
+    state = None
+    for start in range(0, documents.n_tokens - 1, chunk):
+        ids = documents.read(start, min(start + chunk + 1, documents.n_tokens))
+        tokens = torch.from_numpy(ids).to(device)
+        logits, state = _read_on(model, tokens[:-1], state)
+        bits = F.cross_entropy(logits.float(), tokens[1:], reduction="none") / math.log(2)
+        yield start, ids, bits.cpu().double().numpy()
+
+
+def _read_on(model: ByteLM, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Logits (L, V) of tokens (L,) and the state after them; the documents that begin among them begin afresh."""
+    begins = torch.nonzero(tokens == DOCUMENT).flatten().tolist()
+    if begins[:1] == [0]:
+        begins, state = begins[1:], None
+    cu_seqlens = None
+    if begins:
+        cu_seqlens = torch.tensor([0, *begins, len(tokens)], dtype=torch.int32, device=tokens.device)
+        first = model.init_state(1) if state is None else state
+        state = pytree.tree_map(lambda *s: torch.cat(s), first, model.init_state(len(begins)))
+    logits, after = model(tokens[None], state, return_state=True, cu_seqlens=cu_seqlens)
+    return logits[0], select_state(after, [len(begins)])
+
+
+@torch.no_grad()
+def check_causality(model: ByteLM, length: int = 96) -> None:
+    """Raises InputError if changing a byte changes what the model predicted before it, or if it predicts no numbers.
+
+    To be run before any bits per byte are believed: a model that sees what it should predict has very few of them.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.randint(256, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    logits = model(tokens).float()
+    if not logits.isfinite().all():
+        raise InputError("the model's predictions are not finite; check its weights")
+    for changed in (1, length // 2, length - 1):
+        other = tokens.clone()
+        other[0, changed] = (other[0, changed] + 1) % 256
+        difference = (model(other).float() - logits)[0, :changed].abs().max().item()
+        if not difference <= 1e-5 * (1 + logits.abs().max().item()):
+            raise InputError(
+                f"the model sees the future: changing byte {changed} changes the predictions before it by "
+                f"{difference:.2g}; its bits per byte would mean nothing"
+            )
+
+
+def order0_bits_per_byte(documents: Documents) -> float:
+    """Entropy of the bytes' frequencies in these very documents: what knowing no context costs."""
+    counts = np.zeros(256, dtype=np.int64)
+    for document in documents.documents:
+        for block in document.blocks():
+            counts += np.bincount(block, minlength=256)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-np.sum(shares * np.log2(shares)))
+
+
+def xz_bits_per_byte(documents: Documents, *, advance: Callable[[int], object] = lambda n: None) -> float:
+    """Size that `xz -9` makes of the documents, end to end."""
+    compressor, n_compressed = lzma.LZMACompressor(preset=9), 0
+    for document in documents.documents:
+        for block in document.blocks():
+            n_compressed += len(compressor.compress(block.data))
+            advance(len(block))
+    return 8 * (n_compressed + len(compressor.flush())) / documents.n_bytes

@@ -1,0 +1,57 @@
+"""Training a byte model: the bytes side of core/train.py.
+
+Windows are cut from the stream of all training documents (documents.py), so none holds padding. Where a document ends
+inside a window, the DOCUMENT mark says so to the model, which learns to forget there. (Cutting the state with
+cu_seqlens instead would do without that, but needs batches of one row; and a model that is to end a document by itself
+has to see the mark anyway.)
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.config import TrainConfig
+from ..core.train import Task
+from .documents import Documents
+from .evaluation import check_causality, score
+from .terminal import progress_bar
+
+
+class TrainBytes(Task):
+    """Next-byte prediction in windows of `context` bytes; judged by bits per byte of the validation documents.
+
+    Each epoch reads the stream once, cut at other places than the epoch before. What does not fill a window, before the
+    first cut and after the last one, waits for the next epoch. A corpus shorter than a window makes the window shorter.
+    """
+
+    def __init__(self, train: Documents, valid: Documents, config: TrainConfig, context: int, seed: int):
+        self.train, self.valid, self.config, self.seed = train, valid, config, seed
+        self.context = min(context, train.n_tokens - 1)
+        self.batch_size = max(1, min(config.batch_size, config.max_tokens // self.context))
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """Where the windows of each batch begin in the stream."""
+        rng = np.random.default_rng((self.seed, epoch))
+        first = rng.integers(min(self.context, self.train.n_tokens - self.context))
+        starts = rng.permutation(np.arange(first, self.train.n_tokens - self.context, self.context))
+        return [starts[i : i + self.batch_size] for i in range(0, len(starts), self.batch_size)]
+
+    def batch(self, description: np.ndarray, epoch: int) -> Tensor:
+        """Ids int64 (B, context + 1): each is both an input and, one place earlier, a target."""
+        windows = [self.train.read(start, start + self.context + 1) for start in description.tolist()]
+        return torch.from_numpy(np.stack(windows))
+
+    def loss(self, model: torch.nn.Module, batch: Tensor) -> Tensor:
+        logits = model(batch[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        check_causality(model)
+        with progress_bar("validation", self.valid.n_bytes) as advance:
+            return {"valid_bits_per_byte": score(model, self.valid, advance=advance).bits_per_byte}
+
+    def score(self, metrics: dict[str, float]) -> float:
+        return -metrics["valid_bits_per_byte"]

@@ -1,0 +1,1 @@
+"""What the verbs of `polymamba bytes` do: from flags to files."""

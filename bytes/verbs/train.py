@@ -1,0 +1,58 @@
+"""`polymamba bytes train`: from files to a run folder with a tested model."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ...core.run_folder import RunFolder
+from ...core.train import pick_device, train_model, uses_bf16
+from ..commands import Train
+from ..config import preset_config
+from ..corpus import describe, divide, open_corpus, write_splits_tsv
+from ..documents import find_files
+from ..model import ByteLM
+from ..terminal import say
+from ..training import TrainBytes
+from .common import load_causal_model, measure, report
+
+
+def train(args: Train) -> None:
+    """Train, then measure the best epoch's model on the test part."""
+    torch.manual_seed(args.compute.seed)
+    files = find_files(args.files, leave_out=args.output)
+    pieces = divide(files, args.dividing, args.compute.seed)
+    run = RunFolder(args.output, _settings(args), files, resume=args.resume)
+    say(describe(pieces))
+    write_splits_tsv(run / "splits.tsv", pieces)
+    corpus = open_corpus(args.corpus or run / "corpus", pieces)
+
+    model = ByteLM(preset_config(args.preset, args.dropout))
+    task = TrainBytes(corpus["train"], corpus["valid"], args.train, args.context, args.compute.seed)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    say(f"model {args.preset}: {n_parameters:,} parameters; training on {pick_device(args.compute)}")
+    if task.context < args.context:
+        say(f"the training documents are shorter than a window: windows of {task.context} bytes")
+    train_model(model, task, args.train, args.compute, run, resume=args.resume)
+
+    if not len(corpus["test"]):
+        say("no test part: nothing is held out to measure the model on")
+        return
+    model = load_causal_model(run.path, args.compute)  # the best epoch's
+    result = measure(model, corpus["test"], args.compute, "test")
+    report(run.path, result, corpus["test"])
+
+
+def _settings(args: Train) -> dict[str, Any]:
+    """What determines the result, beside the files."""
+    device = pick_device(args.compute)
+    return {
+        "preset": args.preset,
+        "dropout": args.dropout,
+        "context": args.context,
+        **asdict(args.dividing),
+        **asdict(args.train),
+        "seed": args.compute.seed,
+        "device": device.type,
+        "bf16": uses_bf16(args.compute, device),
+    }

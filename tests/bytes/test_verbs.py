@@ -1,0 +1,203 @@
+"""`polymamba bytes ...` as a user runs it: files in, files out, one clear line when something is wrong."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from polymamba.bytes import ByteLM, training
+from polymamba.cli import main
+from polymamba.core import InputError
+
+FAST = ["--epochs", "2", "--context", "64", "--batch-size", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(f"{i} bottles of béer on the wall, " * (3 + i))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(texts, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["bytes", "train", str(texts), "-o", str(output), *FAST]) == 0
+    return output
+
+
+def test_train_leaves_a_run_that_explains_itself(run, texts):
+    assert {p.name for p in run.iterdir()} >= {
+        *("config.json", "model.safetensors", "splits.tsv", "metrics.json", "log.jsonl", "curves.png", "positions.png"),
+        *("manifest.json", "corpus"),
+    }
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert (manifest["settings"]["preset"], len(manifest["inputs_sha256"])) == ("tiny", 12)
+    rows = [line.split("\t") for line in (run / "splits.tsv").read_text().splitlines()[1:]]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["bytes"] == sum(int(row[3]) for row in rows if row[1] == "test")
+    assert metrics["documents"] == len([row for row in rows if row[1] == "test"])
+    assert 0 < metrics["bits_per_byte"] < 8
+    assert sum(row["bytes"] for row in metrics["by_position"]) == metrics["bytes"]
+
+
+def test_eval_of_the_test_part_is_what_train_said(run, tmp_path, capsys):
+    rows = [line.split("\t") for line in (run / "splits.tsv").read_text().splitlines()[1:]]
+    files = [row[0] for row in rows if row[1] == "test"]
+    assert main(["bytes", "eval", str(run), *files, "-o", str(tmp_path / "e"), "--chunk", "7", "--device", "cpu"]) == 0
+    assert "xz_bits_per_byte" in capsys.readouterr().out
+    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "e", run))
+    assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
+    assert {k: v for k, v in ours.items() if "per" not in k and k != "by_position"} == {
+        k: v for k, v in theirs.items() if "per" not in k and k != "by_position"
+    }
+    assert (tmp_path / "e" / "positions.png").stat().st_size > 1000
+
+
+def test_noise_prints_what_it_writes(run, texts, tmp_path, capsys):
+    words = ["bytes", "noise", str(run), str(texts / "3.txt"), "--device", "cpu"]
+    assert main([*words, "-o", str(tmp_path / "n.tsv")]) == 0
+    out = capsys.readouterr().out
+    assert out == (tmp_path / "n.tsv").read_text()
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[0] for row in rows[:3]] == ["noise", "none", "drop"]
+    assert len(rows) == 12
+    assert rows[1][2] == str((texts / "3.txt").stat().st_size)
+    assert all(float(row[3]) > 0 for row in rows[1:])
+    assert main(words) == 0
+    assert capsys.readouterr().out == out  # the same seed
+
+
+def generated(capfdbinary, *words: object) -> bytes:
+    capfdbinary.readouterr()
+    assert main(["bytes", "generate", *map(str, words), "--device", "cpu"]) == 0
+    return capfdbinary.readouterr().out
+
+
+def test_generate(run, tmp_path, capfdbinary, monkeypatch):
+    raw = generated(capfdbinary, run, "--prompt", "3 b", "--max-new-bytes", 40, "--bytes", "--temperature", 2)
+    text = generated(capfdbinary, run, "--prompt", "3 b", "--max-new-bytes", 40, "--temperature", 2)
+    assert 0 < len(raw) <= 40
+    assert text == raw.decode("utf-8", "replace").encode()
+    (tmp_path / "prompt").write_bytes(b"3 b")
+    same = ("--max-new-bytes", 40, "--bytes", "--temperature", 2)
+    assert generated(capfdbinary, run, "--prompt-file", tmp_path / "prompt", *same) == raw
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"3 b")))
+    assert generated(capfdbinary, run, "--prompt-file", "-", *same) == raw
+    other = generated(capfdbinary, run, "--prompt", "3 b", *same, "--seed", 4)
+    assert other != raw
+    stop = os.fsdecode(raw[3:6])
+    if stop.isascii():
+        stopped = generated(capfdbinary, run, "--prompt", "3 b", *same, "--stop", stop)
+        assert stopped == raw[: raw.index(raw[3:6])]
+
+
+def test_resume_gives_the_same_bits(texts, run, tmp_path, monkeypatch):
+    """Broken off in the second epoch, after a checkpoint within it."""
+    losses = []
+    loss = training.TrainBytes.loss
+
+    def breaks(self, model, batch):
+        losses.append(1)
+        if len(losses) == 13:
+            raise KeyboardInterrupt
+        return loss(self, model, batch)
+
+    words = ["bytes", "train", str(texts), "-o", str(tmp_path / "run"), *FAST]
+    with monkeypatch.context() as patch:
+        patch.setattr(training.TrainBytes, "loss", breaks)
+        assert main([*words, "--save-every", "5"]) == 1
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert main([*words, "--save-every", "5", "--resume"]) == 0
+    for name in ("model.safetensors", "metrics.json", "splits.tsv"):
+        assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_help_does_not_load_torch():
+    for words in (["bytes", "--help"], ["bytes", "generate", "--help"]):
+        code = f"import sys; from polymamba.cli import main; sys.exit(main({words}) or 'torch' in sys.modules)"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "generate" in result.stdout
+
+
+# One clear line
+
+
+@pytest.fixture
+def error(capsys):
+    """Run the command line; return its one line of error after checking exit code 1 and silence on stdout."""
+
+    def run_main(*words: object) -> str:
+        capsys.readouterr()
+        assert main(["bytes", *map(str, words)]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        lines = err.splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run_main
+
+
+def test_files_that_cannot_be_used(error, texts, run, tmp_path):
+    output = ("-o", tmp_path / "run")
+    assert f"{tmp_path}/no: no such file" in error("train", tmp_path / "no", *output)
+    (tmp_path / "empty").touch()
+    assert "empty: empty" in error("train", tmp_path / "empty", *output)
+    assert "cannot be divided" in error("train", texts / "0.txt", *output)
+    assert not (tmp_path / "run").exists()
+    assert "empty: empty" in error("eval", run, tmp_path / "empty")
+    assert "already holds a run" in error("train", texts, "-o", run)
+    changed = shutil.copytree(texts, tmp_path / "changed")
+    (changed / "new").write_text("new")
+    assert "cannot resume" in error("train", changed, "-o", run, *FAST, "--resume")
+    assert "not an empty folder" in error("eval", run, texts, "-o", texts)
+
+
+def test_models_and_prompts_that_cannot_be_used(error, run, tmp_path):
+    assert "no config.json" in error("generate", tmp_path)
+    assert "give one of them" in error("generate", run, "--prompt", "a", "--prompt-file", "-")
+    assert "no.txt: cannot be read" in error("generate", run, "--prompt-file", tmp_path / "no.txt")
+    assert "--stop: an empty text" in error("generate", run, "--stop", "")
+
+
+def test_no_figures_of_a_model_that_sees_the_future(error, run, texts, tmp_path, monkeypatch):
+    def refuse(model):
+        raise InputError("the model sees the future")
+
+    monkeypatch.setattr("polymamba.bytes.verbs.common.check_causality", refuse)
+    for words in (("eval", run, texts, "-o", tmp_path / "e"), ("eval", run, texts)):
+        assert "sees the future" in error(*words)
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "-o", "x"],
+        ["train", "f", "-o", "x", "--context", "0"],
+        ["train", "f", "-o", "x", "--dropout", "1"],
+        ["train", "f", "-o", "x", "--valid-fraction", "0"],
+        ["train", "f", "-o", "x", "--preset", "huge"],
+        ["eval", "run"],
+        ["eval", "run", "f", "--chunk", "0"],
+        ["generate", "run", "--max-new-bytes", "0"],
+        ["generate", "run", "--top-p", "2"],
+    ],
+)
+def test_bad_usage(words, capsys):
+    assert main(["bytes", *words]) == 2
+    assert not Path("x").exists()
+    capsys.readouterr()
+
+
+def test_from_pretrained_reads_the_run_folder(run):
+    assert ByteLM.from_pretrained(run).config.vocab_size == 320
