@@ -22,7 +22,7 @@ def test_every_command_parses():
     """Each polymamba line of the README is a known verb with known flags."""
     from polymamba.cli import DOMAINS, TOP_LEVEL, _load
 
-    lines = re.findall(r"polymamba ((?:genomics|convert|doctor)[^\n`#&]*)", README)
+    lines = re.findall(r"polymamba ((?:genomics|bytes|convert|doctor)[^\n`#&]*)", README)
     assert len(lines) >= 6
     import tyro
 
