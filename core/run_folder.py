@@ -38,7 +38,7 @@ class RunFolder:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: a file; the output must be a folder")
-        checksums = {str(p): sha256(p) for p in sorted(inputs)}
+        checksums = checksums_of(inputs)
         settings = json.loads(json.dumps(settings))
         if (self.path / MANIFEST).is_file():
             self._claim_existing(settings, checksums, resume)
@@ -51,15 +51,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"{self.path}: cannot be made ({error.strerror})") from error
-        manifest = {
-            "command": sys.argv,
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
-            "versions": _versions(),
-            "settings": settings,
-            "inputs_sha256": checksums,
-        }
-        write_json(self.path / MANIFEST, manifest)
+        write_manifest(self.path, settings, checksums)
 
     def _claim_existing(self, settings: dict[str, Any], inputs: dict[str, str], resume: bool) -> None:
         if not resume:
@@ -126,6 +118,23 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Path | None:
         return max((self / "checkpoints").glob("step-*"), default=None)
+
+
+def checksums_of(inputs: Iterable[Path]) -> dict[str, str]:
+    return {str(path): sha256(path) for path in sorted(inputs)}
+
+
+def write_manifest(folder: Path, settings: dict[str, Any], checksums: dict[str, str]) -> None:
+    """Say in manifest.json what made the folder: command, settings, versions, machine and input files."""
+    manifest = {
+        "command": sys.argv,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+        "versions": _versions(),
+        "settings": settings,
+        "inputs_sha256": checksums,
+    }
+    write_json(folder / MANIFEST, manifest)
 
 
 def _versions() -> dict[str, str]:

@@ -193,7 +193,7 @@ class Eval(_Deciding):
     """Measure a trained model on labelled sequences, cut into windows as it was trained: metrics with intervals."""
 
     output: Output
-    """Folder to make, for metrics.json, predictions.tsv, the confusion matrix and the curves."""
+    """Folder to make, for metrics.json, predictions.tsv, the confusion matrix, the curves and a manifest."""
     source: OmitArgPrefixes[Source] = Source()
     split: Literal["train", "valid", "test"] | None = None
     """Measure on this part of the data alone."""

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,12 +22,14 @@ from ...core.metrics import (
     write_confusion_tsv,
 )
 from ...core.plots import plot_confusion, plot_precision_recall, plot_regression, plot_roc
+from ...core.run_folder import checksums_of, write_manifest
 from ...core.thresholds import decide
 from ...core.train import pick_device, uses_bf16
-from ..commands import Eval, Predict
+from ..commands import Eval, Predict, Source, Split, Stats
 from ..config import DNAClassifierConfig, Target
 from ..dataset import NO_LABEL, LabelledSequences
 from ..model import DNAClassifier
+from ..reading.files import find_files
 
 THRESHOLDS = "thresholds.json"
 
@@ -71,6 +74,19 @@ def tuned_thresholds(args: Eval | Predict, config: DNAClassifierConfig) -> np.nd
         return np.array([float(thresholds[name]) for name in config.classes])
     except (ValueError, LookupError, TypeError):
         raise InputError(f"{path}: damaged, or of another model; expected a number for each class") from None
+
+
+def input_files(source: Source, data: LabelledSequences, *others: Path | None) -> list[Path]:
+    """The files that labelled sequences came from, and `others` that are given."""
+    named = [Path(s) for s in data.sources] + [p for p in (source.labels, *others) if p is not None]
+    genome = [path for word in source.genome for path in find_files(word)]
+    return sorted({path for path in (*named, *genome) if path.is_file()})
+
+
+def write_inputs(folder: Path, args: Eval | Split | Stats, data: LabelledSequences, *others: Path | None) -> None:
+    """The manifest of a folder that is made once: flags, versions, checksums of the input files."""
+    settings = json.loads(json.dumps(asdict(args), default=str))
+    write_manifest(folder, settings, checksums_of(input_files(args.source, data, *others)))
 
 
 def report(

@@ -6,11 +6,12 @@ import numpy as np
 
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder
+from ...core.hub import CONFIG, WEIGHTS
 from ..commands import Eval
 from ..inference import predict
 from ..sources import read_source
 from ..windows import cut_windows, without_n_rich
-from .common import autocast, load_models, report, say, tuned_thresholds
+from .common import autocast, load_models, report, say, tuned_thresholds, write_inputs
 
 
 def evaluate(args: Eval) -> None:
@@ -33,4 +34,6 @@ def evaluate(args: Eval) -> None:
     with autocast(args.compute):
         each = [predict(model, data.tokens, args.batch_size, args.max_tokens, **options) for model in models]
     with new_folder(args.output) as folder:
+        weights = [run / name for run in (args.run, *args.ensemble) for name in (CONFIG, WEIGHTS)]
+        write_inputs(folder, args, data, *weights)
         report(folder, data, np.mean(each, axis=0), args.compute.seed, thresholds)

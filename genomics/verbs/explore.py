@@ -8,7 +8,7 @@ from ..dividing import divide
 from ..similarity import describe_leakage, leakage
 from ..sources import read_source
 from ..stats import describe_statistics, plot_statistics, statistics
-from .common import say
+from .common import say, write_inputs
 
 
 def stats(args: Stats) -> None:
@@ -23,6 +23,7 @@ def stats(args: Stats) -> None:
         tables += f"\n\n{describe_leakage(figures['leakage'], data.names)}"
     if args.output is not None:
         with new_folder(args.output) as folder:
+            write_inputs(folder, args, data)
             write_json(folder / "stats.json", figures)
             plot_statistics(folder / "stats.png", data)
     print(tables)
@@ -34,6 +35,7 @@ def split(args: Split) -> None:
     require_new_folder(args.output)
     found = leakage(data.tokens, data.split, threshold=args.dividing.similarity)
     with new_folder(args.output) as folder:
+        write_inputs(folder, args, data, args.dividing.splits)
         data.write_splits_tsv(folder / "splits.tsv")
         write_json(folder / "leakage.json", found)
     say(data.describe())

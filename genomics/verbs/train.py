@@ -1,7 +1,6 @@
 """`polymamba genomics train`: from labelled sequences to a run folder with a tested model."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,10 @@ from ..dataset import LabelledSequences
 from ..dividing import divide
 from ..inference import predict
 from ..model import DNAClassifier
-from ..reading.files import find_files
 from ..sources import read_source
 from ..training import TrainDNA, value_scale
 from ..windows import cut_windows, without_n_rich
-from .common import THRESHOLDS, autocast, report, say
+from .common import THRESHOLDS, autocast, input_files, report, say
 
 
 def train(args: Train) -> None:
@@ -37,7 +35,9 @@ def train(args: Train) -> None:
     for name, members in data.members().items():
         if not members[data.split == "train"].any():
             raise InputError(f"class {name!r}: no sequence is left for the train part; see --max-n")
-    run = RunFolder(args.output, _settings(args, data), _inputs(args, records), resume=args.resume)
+    run = RunFolder(
+        args.output, _settings(args, data), input_files(args.source, records, args.dividing.splits), resume=args.resume
+    )
     say(data.describe())
     if n_dropped:
         say(f"{n_dropped} left out: more than {args.windows.max_n:.0%} of their bases are N")
@@ -103,11 +103,3 @@ def _settings(args: Train, data: LabelledSequences) -> dict[str, Any]:
         "classes": list(data.classes),
         "records_sha256": data.digest(),
     }
-
-
-def _inputs(args: Train, data: LabelledSequences) -> list[Path]:
-    """The files whose change would make a resumed run another one."""
-    flags = args.source
-    named = [Path(s) for s in data.sources] + [p for p in (flags.labels, args.dividing.splits) if p is not None]
-    genome = [path for word in flags.genome for path in find_files(word)]
-    return sorted({path for path in (*named, *genome) if path.is_file()})

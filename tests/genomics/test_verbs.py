@@ -1,6 +1,7 @@
 """`polymamba genomics ...` as a user runs it: what the files that it writes hold. (Bad input: test_bad_input.py.)"""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -465,12 +466,14 @@ def test_split_by_cluster(tmp_path, capsys):
     assert capsys.readouterr().out
 
 
-def test_stats(two_classes, tmp_path, capsys):
+def test_stats(files, two_classes, tmp_path, capsys):
     genomics("stats", *two_classes)
     tables = capsys.readouterr().out
     genomics("stats", *two_classes, "-o", tmp_path / "stats")
     assert capsys.readouterr().out == tables
     assert "without" in tables
-    assert sorted(p.name for p in (tmp_path / "stats").iterdir()) == ["stats.json", "stats.png"]
+    assert sorted(p.name for p in (tmp_path / "stats").iterdir()) == ["manifest.json", "stats.json", "stats.png"]
     assert "120" in (tmp_path / "stats" / "stats.json").read_text()
+    manifest = json.loads((tmp_path / "stats" / "manifest.json").read_text())
+    assert manifest["inputs_sha256"] == {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files.values()}
     assert (tmp_path / "stats" / "stats.png").read_bytes().startswith(b"\x89PNG")
