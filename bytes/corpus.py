@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from ..core.errors import InputError
 from ..core.files import new_folder, sha256, write_json, written_whole
+from ..core.terminal import say
 from .config import PARTS, Dividing
 from .documents import Document, Documents, whole_files
-from .terminal import progress_bar, say
+from .terminal import progress_bar
 
 MANIFEST = "manifest.json"
 

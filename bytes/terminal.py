@@ -7,10 +7,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 
-def say(message: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
-
-
 @contextmanager
 def progress_bar(work: str, n_bytes: int) -> Iterator[Callable[[int], object]]:
     """A bar over so many bytes, with rate and time left, if stderr is a terminal. Yields what to call with progress."""

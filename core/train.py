@@ -104,6 +104,12 @@ def uses_bf16(compute: ComputeConfig, device: torch.device) -> bool:
     return compute.precision == "bf16" or (compute.precision == "auto" and device.type == "cuda")
 
 
+def autocast(compute: ComputeConfig) -> torch.autocast:
+    """The precision that `compute` asks for, outside training."""
+    device = pick_device(compute)
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(compute, device))
+
+
 def train_model(
     model: PretrainedModel, task: Task, config: TrainConfig, compute: ComputeConfig, run: RunFolder, *, resume: bool
 ) -> dict[str, float]:

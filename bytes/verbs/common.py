@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...core.config import ComputeConfig
 from ...core.files import write_json
-from ...core.train import pick_device, uses_bf16
+from ...core.train import autocast, pick_device
 from ..documents import Documents
 from ..evaluation import CHUNK, Score, check_causality, order0_bits_per_byte, score, xz_bits_per_byte
 from ..model import ByteLM
@@ -17,11 +15,6 @@ from ..terminal import progress_bar
 
 def load_model(run: Path, compute: ComputeConfig) -> ByteLM:
     return ByteLM.from_pretrained(run).to(pick_device(compute))
-
-
-def autocast(compute: ComputeConfig) -> torch.autocast:
-    device = pick_device(compute)
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(compute, device))
 
 
 def load_causal_model(run: Path, compute: ComputeConfig) -> ByteLM:

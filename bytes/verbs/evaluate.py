@@ -8,12 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import TextIO
 
 from ...core.files import new_folder, require_new_folder, require_writable, written_whole
+from ...core.terminal import say
 from ..commands import Eval, Noise
 from ..documents import Documents, find_files, whole_files
 from ..evaluation import perplexity
 from ..model import ByteLM
 from ..noise import TABLE, spoil
-from ..terminal import say
 from .common import load_causal_model, measure, report
 
 

@@ -9,11 +9,12 @@ import torch
 from ...core.errors import InputError
 from ...core.generation import FinishReason, Step
 from ...core.generation import generate as continuations
+from ...core.terminal import say
+from ...core.train import autocast
 from ..commands import Generate
 from ..config import DOCUMENT
 from ..stream import write_stream
-from ..terminal import say
-from .common import autocast, load_model
+from .common import load_model
 
 
 def generate(args: Generate) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from ...core.run_folder import RunFolder
+from ...core.terminal import say
 from ...core.train import pick_device, train_model, uses_bf16
 from ..commands import Train
 from ..config import preset_config
 from ..corpus import describe, divide, open_corpus, write_splits_tsv
 from ..documents import find_files
 from ..model import ByteLM
-from ..terminal import say
 from ..training import TrainBytes
 from .common import load_causal_model, measure, report
 

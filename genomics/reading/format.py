@@ -6,6 +6,7 @@ rest, so that a sequence means the same in whatever file it comes.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from ...core.errors import InputError
 from ..alphabet import LetterError, tokenize
 from .source import GZIP_MAGIC, Source, opened
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UNDECODED = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of bytes that are not UTF-8
 _PROTEIN_ONLY = frozenset("EFILPQZ")  # amino acids whose letters are no IUPAC code of DNA
 
@@ -141,7 +141,7 @@ def _checked_format(source: Source, formats: Sequence[Format]) -> Format:
     previous = b"\n"  # the byte before the block
     for block in source.blocks():
         if format is None:  # and if that is so after the first block, all was blank so far
-            start = (block if offset else block.removeprefix(_BYTE_ORDER_MARK)).lstrip()
+            start = (block if offset else block.removeprefix(codecs.BOM_UTF8)).lstrip()
             format = _format_that_starts(start, source, formats) if start else None
         _check_block(source, offset, previous, block, format.misread if format else b"")
         offset += len(block)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...core.errors import InputError
 from .source import opened
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
@@ -19,7 +18,7 @@ def read_lines(path: str | Path) -> Iterator[str]:
     """
     with opened(path) as source:
         for number, raw in enumerate(_lines(source.blocks()), 1):
-            yield _decoded(raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw, f"{source.name}, line {number}")
+            yield _decoded(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, f"{source.name}, line {number}")
         source.check_unchanged()
 
 

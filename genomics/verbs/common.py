@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
-from rich.console import Console
 
 from ...core.config import ComputeConfig
 from ...core.errors import InputError
@@ -24,24 +22,15 @@ from ...core.metrics import (
 from ...core.plots import plot_confusion, plot_precision_recall, plot_regression, plot_roc
 from ...core.run_folder import checksums_of, write_manifest
 from ...core.thresholds import decide
-from ...core.train import pick_device, uses_bf16
+from ...core.train import autocast, pick_device
 from ..commands import Eval, Predict, Source, Split, Stats
 from ..config import DNAClassifierConfig, Target
 from ..dataset import NO_LABEL, LabelledSequences
+from ..inference import predict
 from ..model import DNAClassifier
 from ..reading.files import find_files
 
 THRESHOLDS = "thresholds.json"
-
-
-def say(message: str) -> None:
-    """A message for the person at the terminal: on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
-
-
-def autocast(compute: ComputeConfig) -> torch.autocast:
-    device = pick_device(compute)
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(compute, device))
 
 
 def load_models(runs: Sequence[Path], compute: ComputeConfig) -> list[DNAClassifier]:
@@ -58,6 +47,16 @@ def load_models(runs: Sequence[Path], compute: ComputeConfig) -> list[DNAClassif
                 unlike = f"{field} {theirs}, but {runs[0]} has {ours}"
                 raise InputError(f"--ensemble {run}: {unlike}; only models of one kind can be averaged")
     return [model.to(pick_device(compute)) for model in models]
+
+
+def mean_predictions(
+    models: Sequence[DNAClassifier], tokens: Sequence[np.ndarray], args: Eval | Predict, progress: str
+) -> np.ndarray:
+    """The mean of the models' predictions, (n, K)."""
+    options: Any = {"rc_average": args.rc_average, "progress": progress}
+    with autocast(args.compute):
+        each = [predict(model, tokens, args.batch_size, args.max_tokens, **options) for model in models]
+    return np.mean(each, axis=0)
 
 
 def tuned_thresholds(args: Eval | Predict, config: DNAClassifierConfig) -> np.ndarray:
@@ -101,7 +100,6 @@ def report(
         metrics = regression_metrics(data.labels, predictions[:, 0], seed=seed)
         plot_regression(folder / "regression.png", data.labels, predictions[:, 0], data.classes[0])
     else:
-        truth = np.stack(list(data.members().values()), axis=1)
         if data.target == "multiclass":
             threshold = None if thresholds is None else float(thresholds[1])
             metrics = classification_metrics(data.labels, predictions, data.classes, seed=seed, threshold=threshold)
@@ -109,9 +107,9 @@ def report(
             write_confusion_tsv(folder / "confusion.tsv", matrix, data.classes)
             plot_confusion(folder / "confusion.png", matrix, data.classes)
         else:
-            metrics = multilabel_metrics(truth, predictions, data.classes, thresholds=thresholds, seed=seed)
-        plot_roc(folder / "roc.png", truth, predictions, data.classes)
-        plot_precision_recall(folder / "precision_recall.png", truth, predictions, data.classes)
+            metrics = multilabel_metrics(data.labels, predictions, data.classes, thresholds=thresholds, seed=seed)
+        plot_roc(folder / "roc.png", data.labels, predictions, data.classes)
+        plot_precision_recall(folder / "precision_recall.png", data.labels, predictions, data.classes)
     decided = decisions(predictions, data.classes, data.target, thresholds)
     rows = zip(data.names, data.label_texts(), decided, predictions, strict=True)
     header = ["id", "true", "label", *data.classes] if data.target != "regression" else ["id", "true", "value"]

@@ -1,17 +1,13 @@
 """`polymamba genomics eval`: how good is a model on labelled sequences?"""
 
-from typing import Any
-
-import numpy as np
-
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder
 from ...core.hub import CONFIG, WEIGHTS
+from ...core.terminal import say
 from ..commands import Eval
-from ..inference import predict
 from ..sources import read_source
 from ..windows import cut_windows, without_n_rich
-from .common import autocast, load_models, report, say, tuned_thresholds, write_inputs
+from .common import load_models, mean_predictions, report, tuned_thresholds, write_inputs
 
 
 def evaluate(args: Eval) -> None:
@@ -30,10 +26,8 @@ def evaluate(args: Eval) -> None:
     if n_dropped:
         say(f"{n_dropped} left out: more than {args.max_n:.0%} of their bases are N")
     require_new_folder(args.output)
-    options: Any = {"rc_average": args.rc_average, "progress": "eval"}
-    with autocast(args.compute):
-        each = [predict(model, data.tokens, args.batch_size, args.max_tokens, **options) for model in models]
+    predictions = mean_predictions(models, data.tokens, args, "eval")
     with new_folder(args.output) as folder:
         weights = [run / name for run in (args.run, *args.ensemble) for name in (CONFIG, WEIGHTS)]
         write_inputs(folder, args, data, *weights)
-        report(folder, data, np.mean(each, axis=0), args.compute.seed, thresholds)
+        report(folder, data, predictions, args.compute.seed, thresholds)

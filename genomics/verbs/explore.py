@@ -3,12 +3,13 @@
 import numpy as np
 
 from ...core.files import new_folder, require_new_folder, write_json
+from ...core.terminal import say
 from ..commands import Split, Stats
 from ..dividing import divide
 from ..similarity import describe_leakage, leakage
 from ..sources import read_source
 from ..stats import describe_statistics, plot_statistics, statistics
-from .common import say, write_inputs
+from .common import write_inputs
 
 
 def stats(args: Stats) -> None:

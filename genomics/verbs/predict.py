@@ -9,14 +9,15 @@ import numpy as np
 
 from ...core.errors import InputError
 from ...core.files import require_writable, written_whole
+from ...core.terminal import say
+from ...core.train import autocast
 from ..commands import Embed, Predict
 from ..inference import embed as embed_sequences
-from ..inference import predict as predict_sequences
 from ..model import DNAClassifier
 from ..sources import records_of, tokens_of
 from ..tracks import Piece, write_bed, write_bedgraph
 from ..windows import share_of_n, windows_of
-from .common import autocast, decisions, load_models, save_tsv, say, table_rows, tuned_thresholds, write_tsv
+from .common import decisions, load_models, mean_predictions, save_tsv, table_rows, tuned_thresholds, write_tsv
 
 
 def predict(args: Predict) -> None:
@@ -30,7 +31,7 @@ def predict(args: Predict) -> None:
     config = models[0].config
     thresholds = tuned_thresholds(args, config) if args.tuned_threshold else None
     pieces, windowed = _pieces(args, models[0], along_records=suffix != ".tsv")
-    predictions = _predictions(args, models, pieces)
+    predictions = mean_predictions(models, [piece.tokens for piece in pieces], args, "predict")
     labels = decisions(predictions, config.classes, config.target, thresholds)
 
     def write(file: TextIO) -> None:
@@ -49,15 +50,6 @@ def predict(args: Predict) -> None:
         return
     with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         write(file)
-
-
-def _predictions(args: Predict, models: Sequence[DNAClassifier], pieces: Sequence[Piece]) -> np.ndarray:
-    """The mean of the models' predictions, (n, K)."""
-    tokens = [piece.tokens for piece in pieces]
-    options: Any = {"rc_average": args.rc_average, "progress": "predict"}
-    with autocast(args.compute):
-        each = [predict_sequences(model, tokens, args.batch_size, args.max_tokens, **options) for model in models]
-    return np.mean(each, axis=0)
 
 
 def embed(args: Embed) -> None:

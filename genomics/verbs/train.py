@@ -9,8 +9,9 @@ import torch
 from ...core.errors import InputError
 from ...core.files import write_json
 from ...core.run_folder import RunFolder
+from ...core.terminal import say
 from ...core.thresholds import best_thresholds
-from ...core.train import pick_device, train_model, uses_bf16
+from ...core.train import autocast, pick_device, train_model, uses_bf16
 from ..commands import Train
 from ..config import PRESETS, DNAClassifierConfig
 from ..dataset import LabelledSequences
@@ -20,7 +21,7 @@ from ..model import DNAClassifier
 from ..sources import read_source
 from ..training import TrainDNA, value_scale
 from ..windows import cut_windows, without_n_rich
-from .common import THRESHOLDS, autocast, input_files, report, say
+from .common import THRESHOLDS, input_files, report
 
 
 def train(args: Train) -> None:
@@ -79,7 +80,7 @@ def _test(args: Train, data: LabelledSequences, run: RunFolder) -> None:
     with autocast(args.compute):
         of_valid = predict(model, valid.tokens, **sizes, rc_average=args.rc_average)
         if data.target != "regression":
-            thresholds = best_thresholds(np.stack(list(valid.members().values()), axis=1), of_valid)
+            thresholds = best_thresholds(valid.labels, of_valid)
             write_json(run / THRESHOLDS, dict(zip(data.classes, thresholds.tolist(), strict=True)))
         if not len(test.names):
             say("no test part: nothing is held out to measure the model on")
