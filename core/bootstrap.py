@@ -4,7 +4,8 @@ scipy.stats.bootstrap over scikit-learn's functions takes over 10 ms a resample 
 undefined as soon as one resample is. So a resample is held as the number of times that each record was drawn, figures
 come from those counts, many resamples at once, and the tests compare them with scikit-learn's and scipy's.
 
-n records, K classes or labels, R resamples; `times` (R, n) are the counts. A figure (R,) is nan where it is undefined.
+n records or windows of records, K classes or labels, R resamples; `times` (R, n) are the counts, whose rows may differ
+in their sum. A figure (R,) is nan where it is undefined.
 """
 
 from __future__ import annotations
@@ -17,30 +18,82 @@ Interval = dict[str, float | None]  # "value", "low", "high"
 _BATCH = 400_000  # records drawn at a time: bounds the memory to some 50 MB
 
 
+class Resampling:
+    """What is drawn anew: records, each with all its windows, for these are alike; blocks of windows of few records.
+
+    n_records      how many records there are
+    block_length   None, or how many consecutive windows are drawn together, at most, where the records are too few
+
+    Records are drawn as wholes (the cluster bootstrap; Davison and Hinkley 1997, section 3.8), so that an interval says
+    what other records would give; where each is one window, this is the ordinary bootstrap. Resamples of fewer than
+    ENOUGH records say little. Then each record's m windows, a circle, are drawn anew in blocks of m^(1/3) (the circular
+    block bootstrap, Politis and Romano 1992; the rate is that of Hall, Horowitz and Jing 1995), records of fewer than
+    ENOUGH windows joined to one circle: an interval says what other windows of the same records would give, as far as
+    windows are alike only near each other.
+    """
+
+    ENOUGH = 10
+
+    def __init__(self, records: np.ndarray):
+        """records (n,): which record each window is of, any numbers; a record's windows stand in order."""
+        self.n = len(records)
+        _, self._record, n_windows = np.unique(records, return_inverse=True, return_counts=True)
+        self.n_records = len(n_windows)
+        self.block_length = None
+        if self.n_records < min(self.ENOUGH, self.n):
+            circle = np.where(n_windows < self.ENOUGH, -1, np.arange(self.n_records))[self._record]
+            self._circles = [np.flatnonzero(circle == c) for c in np.unique(circle)]
+            self.block_length = max(_block_length(len(windows)) for windows in self._circles)
+
+    def times(self, rng: np.random.Generator, n_resamples: int) -> np.ndarray:
+        """How many times each window is drawn, (n_resamples, n)."""
+        if self.block_length is None:
+            return _counts(rng.integers(self.n_records, size=(n_resamples, self.n_records)))[:, self._record]
+        times = np.empty((n_resamples, self.n), dtype=np.int64)
+        for windows in self._circles:
+            m, length = len(windows), _block_length(len(windows))
+            starts = rng.integers(m, size=(n_resamples, -(-m // length), 1))
+            drawn = ((starts + np.arange(length)) % m).reshape(n_resamples, -1)[:, :m]
+            times[:, windows] = _counts(drawn)
+        return times
+
+
+def _block_length(n_windows: int) -> int:
+    return round(n_windows ** (1 / 3))
+
+
+def _counts(drawn: np.ndarray) -> np.ndarray:
+    """Numbers (R, m), each below m -> how many times each of 0 .. m - 1 stands in a row, (R, m)."""
+    rows, m = drawn.shape
+    return np.bincount((drawn + m * np.arange(rows)[:, None]).ravel(), minlength=rows * m).reshape(rows, m)
+
+
 def with_intervals(
-    figures: Callable[[np.ndarray], dict[str, np.ndarray]], n: int, n_bootstrap: int, seed: int, confidence: float
+    figures: Callable[[np.ndarray], dict[str, np.ndarray]],
+    resampling: Resampling,
+    n_bootstrap: int,
+    seed: int,
+    confidence: float,
 ) -> dict[str, Interval]:
-    """Each figure's value on all n records, and its percentile interval over `n_bootstrap` resamples of them.
+    """Each figure's value on all n windows, and its percentile interval over `n_bootstrap` resamples of them.
 
     figures  times (R, n) -> name -> (R,)
 
     A value that is undefined is None, and so is its interval. Resamples in which a figure is undefined do not count.
     """
-    values = figures(np.ones((1, n), dtype=np.int64))
-    resampled = bootstrap(figures, n, n_bootstrap, seed)
+    values = figures(np.ones((1, resampling.n), dtype=np.int64))
+    resampled = bootstrap(figures, resampling, n_bootstrap, seed)
     return {name: _interval(float(value[0]), resampled[name], confidence) for name, value in values.items()}
 
 
 def bootstrap(
-    figures: Callable[[np.ndarray], dict[str, np.ndarray]], n: int, n_bootstrap: int, seed: int
+    figures: Callable[[np.ndarray], dict[str, np.ndarray]], resampling: Resampling, n_bootstrap: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Each figure (n_bootstrap,) on resamples of n records."""
-    rng = np.random.default_rng(seed)
+    """Each figure on n_bootstrap resamples, (n_bootstrap,)."""
+    rng, n = np.random.default_rng(seed), resampling.n
     batches = [figures(np.empty((0, n), dtype=np.int64))]  # so that the names are there even without a resample
     for start in range(0, n_bootstrap, size := max(1, _BATCH // n)):
-        rows = min(size, n_bootstrap - start)
-        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-        batches.append(figures(np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)))
+        batches.append(figures(resampling.times(rng, min(size, n_bootstrap - start))))
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -75,7 +128,7 @@ def label_figures(truth: np.ndarray, predicted: np.ndarray, times: np.ndarray) -
     hits = weights @ (truth & predicted)  # (R, K)
     found = weights @ (truth.astype(np.float64) + predicted)
     return {
-        "exact_match": weights @ (truth == predicted).all(axis=1) / times.shape[1],
+        "exact_match": weights @ (truth == predicted).all(axis=1) / weights.sum(axis=1),
         "micro_f1": _f1(hits.sum(1), found.sum(1)),
         "macro_f1": mean_defined(_f1(hits, found)),
     }
@@ -106,7 +159,7 @@ class Ranking:
         """times (R, n) -> AUROC (R,), average precision (R,); nan where only one value was drawn."""
         drawn = times[:, self._members]
         n_members = drawn.sum(axis=1)
-        n_others = times.shape[1] - n_members
+        n_others = times.sum(axis=1) - n_members
         members_below, _ = self._among_members(times)
         others_below, others_up_to = self._among_others(times)
         # a member outranks the others below it, and half of those of equal score
@@ -134,7 +187,7 @@ class Regression:
 
     def __call__(self, times: np.ndarray) -> dict[str, np.ndarray]:
         """times (R, n) -> figures (R,); nan: r and rho where truth or predictions are constant, R2 where truth is."""
-        x, y, xx, yy, xy, squared_error, absolute_error = (times @ self._moments / times.shape[1]).T
+        x, y, xx, yy, xy, squared_error, absolute_error = (times @ self._moments / times.sum(axis=1)[:, None]).T
         rank_x = self._centred_ranks(self._among_truth, times)
         rank_y = self._centred_ranks(self._among_predictions, times)
         rank_xx, rank_yy, rank_xy = (
@@ -157,7 +210,7 @@ class Regression:
     def _centred_ranks(among: _Below, times: np.ndarray) -> np.ndarray:
         """(R, n): twice the rank within the resample, equal values sharing their mean rank, less twice the mean."""
         below, up_to = among(times)
-        return (below + up_to - times.shape[1]).astype(np.float64)
+        return (below + up_to - times.sum(axis=1)[:, None]).astype(np.float64)
 
 
 class _Below:

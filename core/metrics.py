@@ -1,22 +1,25 @@
 """How well a model did on labelled records: of one class each, of independent labels, or of a measured quantity.
 
-n records, K classes or labels. The results of all three kinds are JSON-safe and have one shape: `n`, `n_bootstrap`,
-`confidence`; each figure as {"value", "low", "high"} with its percentile bootstrap interval over records; then what is
-known of each class. What is undefined is None. A class's AUROC and AUPRC (average precision) set it against all others.
+n records or windows of records, K classes or labels. The results of all three kinds are JSON-safe and have one shape:
+`n`, `n_records`, `block_length` (bootstrap.Resampling), `n_bootstrap`, `confidence`; each figure as {"value", "low",
+"high"} with its percentile bootstrap interval; then what is known of each class. What is undefined is None. A class's
+AUROC and AUPRC (average precision) set it against all others.
+
+`records` (n,) are numbers that say which record each window is of; left out, each is a record.
 """
 
 from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn import metrics as skm
 
-from .bootstrap import Ranking, Regression, confusion_figures, label_figures, mean_defined, with_intervals
+from .bootstrap import Ranking, Regression, Resampling, confusion_figures, label_figures, mean_defined, with_intervals
 from .files import written_whole
 from .thresholds import check_probabilities, decide, one_against_rest
 
@@ -43,6 +46,7 @@ def classification_metrics(
     classes: Sequence[str],
     *,
     threshold: float | None = None,
+    records: np.ndarray | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
@@ -77,10 +81,7 @@ def classification_metrics(
         name: _against_rest(labels == c, predicted == c, probabilities[:, c]) for c, name in enumerate(classes)
     }
     return {
-        "n": len(labels),
-        "n_bootstrap": n_bootstrap,
-        "confidence": confidence,
-        **with_intervals(figures, len(labels), n_bootstrap, seed, confidence),
+        **_measured(figures, len(labels), records, n_bootstrap, seed, confidence),
         "classes": list(classes),
         "threshold": None if threshold is None else float(threshold),
         "support": {name: row["support"] for name, row in per_class.items()},
@@ -95,6 +96,7 @@ def multilabel_metrics(
     labels: Sequence[str],
     *,
     thresholds: np.ndarray | None = None,
+    records: np.ndarray | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
@@ -134,10 +136,7 @@ def multilabel_metrics(
         for k, name in enumerate(labels)
     }
     return {
-        "n": len(truth),
-        "n_bootstrap": n_bootstrap,
-        "confidence": confidence,
-        **with_intervals(figures, len(truth), n_bootstrap, seed, confidence),
+        **_measured(figures, len(truth), records, n_bootstrap, seed, confidence),
         "labels": list(labels),
         "support": {name: row["support"] for name, row in per_label.items()},
         "per_label": per_label,
@@ -149,6 +148,7 @@ def regression_metrics(
     truth: np.ndarray,
     predictions: np.ndarray,
     *,
+    records: np.ndarray | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
@@ -166,8 +166,7 @@ def regression_metrics(
     for values, what in ((truth, "truth"), (predictions, "prediction")):
         if not np.isfinite(values).all():
             raise ValueError(f"the {what} of record {np.argmin(np.isfinite(values))} is not finite")
-    figures = with_intervals(Regression(truth, predictions), len(truth), n_bootstrap, seed, confidence)
-    return {"n": len(truth), "n_bootstrap": n_bootstrap, "confidence": confidence, **figures}
+    return _measured(Regression(truth, predictions), len(truth), records, n_bootstrap, seed, confidence)
 
 
 def format_table(metrics: dict[str, Any]) -> str:
@@ -181,7 +180,17 @@ def format_table(metrics: dict[str, Any]) -> str:
         line = f"{name:{width}}" + (f"{'-':>7}" if value is None else f"{value:7{digits}}")
         lines.append(line if low is None else f"{line}   {low:{digits}} to {high:{digits}}")
     support = ", ".join(f"{name} {count}" for name, count in metrics.get("support", {}).items())
-    return "\n".join([*lines, f"{metrics['n']} records" + (f": {support}" if support else "")])
+    n, n_records, block_length = metrics["n"], metrics["n_records"], metrics["block_length"]
+    what = f"{n} records" if n == n_records else f"{n} windows of {n_records} records"
+    lines.append(what + (f": {support}" if support else ""))
+    if block_length is not None:
+        lines.append(
+            f"the intervals are over blocks of up to {block_length} windows, for so few records cannot be drawn:"
+        )
+        lines.append("they say what other windows of the same records would give, and nothing of other records")
+    elif n != n_records:
+        lines.append("the intervals are over records, each with all its windows")
+    return "\n".join(lines)
 
 
 def write_confusion_tsv(path: str | Path, matrix: np.ndarray, classes: Sequence[str]) -> None:
@@ -190,6 +199,29 @@ def write_confusion_tsv(path: str | Path, matrix: np.ndarray, classes: Sequence[
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["true\\predicted", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, np.asarray(matrix).tolist(), strict=True))
+
+
+def _measured(
+    figures: Callable[[np.ndarray], dict[str, np.ndarray]],
+    n: int,
+    records: np.ndarray | None,
+    n_bootstrap: int,
+    seed: int,
+    confidence: float,
+) -> dict[str, Any]:
+    """What the results of all kinds begin with; `figures` as for with_intervals."""
+    records = np.arange(n) if records is None else np.asarray(records)
+    if records.shape != (n,):
+        raise ValueError(f"records {records.shape} should be ({n},): which record each of {n} windows is of")
+    resampling = Resampling(records)
+    return {
+        "n": n,
+        "n_records": resampling.n_records,
+        "block_length": resampling.block_length,
+        "n_bootstrap": n_bootstrap,
+        "confidence": confidence,
+        **with_intervals(figures, resampling, n_bootstrap, seed, confidence),
+    }
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -61,7 +61,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Cutting long sequences. Figures and their intervals are then over windows, as if these were independent."""
+    """Cutting long sequences. Figures are then over windows, and their intervals over records, whose windows are alike.
+
+    Of fewer than 10 records the intervals are over blocks of neighbouring windows, and say nothing of other records.
+    """
 
     window: int | None = None
     """Cut sequences into windows of this many bases, the last one moved back to end at the end; whole if left out."""
@@ -190,7 +193,10 @@ class _AlongRecords(_WithModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(_Deciding):
-    """Measure a trained model on labelled sequences, cut into windows as it was trained: metrics with intervals."""
+    """Measure a trained model on labelled sequences, cut into windows as it was trained: metrics with intervals.
+
+    The intervals are over records, or of fewer than 10 records over blocks of neighbouring windows.
+    """
 
     output: Output
     """Folder to make, for metrics.json, predictions.tsv, the confusion matrix, the curves and a manifest."""

@@ -38,6 +38,7 @@ class LabelledSequences:
 
     labels    multiclass: int64 (n,), indices into classes; multilabel: bool (n, K); regression: float64 (n,)
     classes   K names; for regression the one name of the value
+    records   int (n,): windows of one record have one number; None: each sequence is a record
     """
 
     names: list[str]  # unique within a source only
@@ -47,16 +48,18 @@ class LabelledSequences:
     split: np.ndarray  # str (n,), each one of SPLITS
     sources: list[str]  # path of each record's file
     target: Target = "multiclass"
+    records: np.ndarray | None = None
 
-    def take(self, records: np.ndarray) -> LabelledSequences:
-        """The records of these indices, in this order, with the same classes."""
+    def take(self, chosen: np.ndarray) -> LabelledSequences:
+        """The sequences of these indices, in this order, with the same classes."""
         return replace(
             self,
-            names=[self.names[i] for i in records],
-            tokens=[self.tokens[i] for i in records],
-            labels=self.labels[records],
-            split=self.split[records],
-            sources=[self.sources[i] for i in records],
+            names=[self.names[i] for i in chosen],
+            tokens=[self.tokens[i] for i in chosen],
+            labels=self.labels[chosen],
+            split=self.split[chosen],
+            sources=[self.sources[i] for i in chosen],
+            records=None if self.records is None else self.records[chosen],
         )
 
     def subset(self, split: str) -> LabelledSequences:

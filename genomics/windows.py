@@ -42,9 +42,10 @@ def cut_windows(data: LabelledSequences, window: int | None, stride: int | None)
     pieces = [
         (i, start, end) for i, ids in enumerate(data.tokens) for start, end in windows_of(len(ids), window, strides[i])
     ]
-    cut = data.take(np.array([i for i, _, _ in pieces], dtype=np.int64))
+    records = np.array([i for i, _, _ in pieces], dtype=np.int64)
     names = [f"{data.names[i]}:{start}-{end}" for i, start, end in pieces]
-    return replace(cut, names=names, tokens=[data.tokens[i][start:end] for i, start, end in pieces])
+    tokens = [data.tokens[i][start:end] for i, start, end in pieces]
+    return replace(data.take(records), names=names, tokens=tokens, records=records)
 
 
 def share_of_n(tokens: np.ndarray) -> float:

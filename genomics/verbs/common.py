@@ -96,18 +96,19 @@ def report(
     thresholds: np.ndarray | None = None,
 ) -> None:
     """Metrics on stdout and in the folder, pictures, and the predictions beside the truth. predictions (n, K)."""
+    drawing: Any = {"records": data.records, "seed": seed}
     if data.target == "regression":
-        metrics = regression_metrics(data.labels, predictions[:, 0], seed=seed)
+        metrics = regression_metrics(data.labels, predictions[:, 0], **drawing)
         plot_regression(folder / "regression.png", data.labels, predictions[:, 0], data.classes[0])
     else:
         if data.target == "multiclass":
             threshold = None if thresholds is None else float(thresholds[1])
-            metrics = classification_metrics(data.labels, predictions, data.classes, seed=seed, threshold=threshold)
+            metrics = classification_metrics(data.labels, predictions, data.classes, threshold=threshold, **drawing)
             matrix = np.array(metrics["confusion"])
             write_confusion_tsv(folder / "confusion.tsv", matrix, data.classes)
             plot_confusion(folder / "confusion.png", matrix, data.classes)
         else:
-            metrics = multilabel_metrics(data.labels, predictions, data.classes, thresholds=thresholds, seed=seed)
+            metrics = multilabel_metrics(data.labels, predictions, data.classes, thresholds=thresholds, **drawing)
         plot_roc(folder / "roc.png", data.labels, predictions, data.classes)
         plot_precision_recall(folder / "precision_recall.png", data.labels, predictions, data.classes)
     decided = decisions(predictions, data.classes, data.target, thresholds)

@@ -2,18 +2,28 @@
 
 import numpy as np
 import pytest
+import scipy.signal
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as skm
 
 from polymamba.core import bootstrap
-from polymamba.core.bootstrap import Ranking, Regression, confusion_figures, label_figures, mean_defined, with_intervals
+from polymamba.core.bootstrap import (
+    Ranking,
+    Regression,
+    Resampling,
+    confusion_figures,
+    label_figures,
+    mean_defined,
+    with_intervals,
+)
 
 
-def resamples(n: int, r: int = 12, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The drawn records (r, n), and how many times each was drawn (r, n)."""
-    drawn = np.random.default_rng(seed).integers(n, size=(r, n))
+def resamples(n: int, r: int = 12, seed: int = 1) -> tuple[list[np.ndarray], np.ndarray]:
+    """The drawn records, r times n - 1 to n + 1, and how many times each was drawn, (r, n)."""
+    rng = np.random.default_rng(seed)
+    drawn = [rng.integers(n, size=n + i % 3 - 1) for i in range(r)]
     return drawn, np.stack([np.bincount(row, minlength=n) for row in drawn])
 
 
@@ -112,21 +122,26 @@ def test_mean_defined():
 
 
 def mean_of(values):
-    return lambda times: {"mean": times @ values / len(values)}
+    return lambda times: {"mean": times @ values / times.sum(axis=1)}
+
+
+def each(n: int) -> Resampling:
+    """Of n records that are one window each."""
+    return Resampling(np.arange(n))
 
 
 @pytest.mark.parametrize("batch", [1, 50, 50 * 7, 10**6])
-def test_batches_change_nothing(monkeypatch, batch):
+def test_batches_are_of_no_account(monkeypatch, batch):
     values = np.random.default_rng(0).integers(100, size=50)
-    expected = bootstrap.bootstrap(mean_of(values), 50, 30, seed=0)["mean"]
+    expected = bootstrap.bootstrap(mean_of(values), each(50), 30, seed=0)["mean"]
     monkeypatch.setattr(bootstrap, "_BATCH", batch)
-    assert bootstrap.bootstrap(mean_of(values), 50, 30, seed=0)["mean"].tolist() == expected.tolist()
+    assert bootstrap.bootstrap(mean_of(values), each(50), 30, seed=0)["mean"].tolist() == expected.tolist()
     assert expected.shape == (30,)
 
 
 def test_interval_of_a_mean_is_scipys():
     values = np.random.default_rng(0).exponential(size=80)
-    found = with_intervals(mean_of(values), 80, 4000, seed=0, confidence=0.9)["mean"]
+    found = with_intervals(mean_of(values), each(80), 4000, seed=0, confidence=0.9)["mean"]
     twin = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=4000, method="percentile", confidence_level=0.9, rng=np.random.default_rng(1)
     ).confidence_interval
@@ -135,5 +150,62 @@ def test_interval_of_a_mean_is_scipys():
     assert found["high"] == pytest.approx(twin.high, abs=0.02)
 
 
+@given(sizes=st.lists(st.integers(1, 6), min_size=10, max_size=20), seed=st.integers(0, 99))
+def test_records_are_drawn_with_all_their_windows(sizes, seed):
+    resampling = Resampling(np.repeat(np.arange(len(sizes)) * 7 % 97, sizes))
+    times = resampling.times(np.random.default_rng(seed), 5)
+    assert (resampling.n_records, resampling.block_length) == (len(sizes), None)
+    assert times.shape == (5, sum(sizes))
+    of_records = np.split(times, np.cumsum(sizes)[:-1], axis=1)
+    assert all((windows == windows[:, :1]).all() for windows in of_records)
+    assert (np.sum([windows[:, 0] for windows in of_records], axis=0) == len(sizes)).all()
+
+
+@pytest.mark.parametrize("copies", [1, 2, 9])
+def test_windows_that_say_the_same_narrow_no_interval(copies):
+    values = np.random.default_rng(0).exponential(size=23)
+    expected = with_intervals(mean_of(values), each(23), 200, seed=3, confidence=0.9)["mean"]
+    windows = Resampling(np.repeat(np.arange(23), copies))
+    found = with_intervals(mean_of(np.repeat(values, copies)), windows, 200, seed=3, confidence=0.9)["mean"]
+    assert found == pytest.approx(expected)
+
+
+@given(sizes=st.lists(st.integers(2, 40), min_size=1, max_size=9), seed=st.integers(0, 99))
+def test_of_few_records_blocks_are_drawn(sizes, seed):
+    """Of each record, or of all with under 10 windows together, as many as there are, in runs on their circle."""
+    resampling = Resampling(np.repeat(np.arange(len(sizes)), sizes))
+    times = resampling.times(np.random.default_rng(seed), 7)
+    assert resampling.n_records == len(sizes)
+    of_records = np.split(times, np.cumsum(sizes)[:-1], axis=1)
+    circles = [windows for windows in of_records if windows.shape[1] >= 10]
+    if short := [windows for windows in of_records if windows.shape[1] < 10]:
+        circles.append(np.concatenate(short, axis=1))
+    longest = 0
+    for windows in circles:
+        m = windows.shape[1]
+        longest = max(longest, length := round(m ** (1 / 3)))
+        assert (windows.sum(axis=1) == m).all()
+        begun = np.maximum(windows - np.roll(windows, 1, axis=1), 0).sum(axis=1)  # a run begins where more are drawn
+        assert (begun <= -(-m // length)).all()
+    assert resampling.block_length == longest
+
+
+def test_blocks_keep_what_neighbours_share():
+    """The mean of an AR(1) series varies as its long-run variance says, not as that of its values."""
+    n, share = 4096, 0.5
+    rng = np.random.default_rng(0)
+    values = scipy.signal.lfilter([1.0], [1.0, -share], rng.normal(size=n))
+    expected = 2 * scipy.stats.norm.ppf(0.975) / (1 - share) / np.sqrt(n)
+
+    def width(resampling: Resampling) -> float:
+        interval = with_intervals(mean_of(values), resampling, 1000, seed=0, confidence=0.95)["mean"]
+        return interval["high"] - interval["low"]
+
+    assert width(Resampling(np.arange(n) // (n // 2))) == pytest.approx(expected, rel=0.15)
+    assert width(each(n)) == pytest.approx(expected * np.sqrt((1 - share) / (1 + share)), rel=0.1)
+
+
 def test_no_resamples_no_interval():
-    assert with_intervals(mean_of(np.arange(3)), 3, 0, 0, 0.95) == {"mean": {"value": 1, "low": None, "high": None}}
+    assert with_intervals(mean_of(np.arange(3)), each(3), 0, 0, 0.95) == {
+        "mean": {"value": 1, "low": None, "high": None}
+    }

@@ -379,6 +379,57 @@ def test_tables_of_the_other_kinds():
     assert lines[6] == "2 records"
 
 
+@pytest.mark.parametrize("n_records", [4, 12, 60])
+def test_windows_of_records(n_records):
+    """Values are of all windows alike; intervals of those that repeat their record, of all kinds, are the records'."""
+    records = np.arange(60) * n_records // 60
+    labels, probabilities = predictions(60, 3)
+    kinds = {
+        "class": (classification_metrics, (labels, probabilities), [CLASSES[:3]]),
+        "label": (multilabel_metrics, flags(60, 3), [CLASSES[:3]]),
+        "value": (regression_metrics, (probabilities[:, 0], probabilities[:, 1]), []),
+    }
+    for name, (measure, data, rest) in kinds.items():
+        found = measure(*data, *rest, records=records, n_bootstrap=50)
+        plain = measure(*data, *rest, n_bootstrap=50)
+        assert (found["n"], found["n_records"], plain["n_records"]) == (60, n_records, 60), name
+        assert found["block_length"] == (2 if n_records == 4 else None), name  # 15^(1/3)
+        intervals = [key for key, value in plain.items() if isinstance(value, dict) and "low" in value]
+        assert [found[key]["value"] for key in intervals] == [plain[key]["value"] for key in intervals], name
+        assert (found == plain) == (n_records == 60), name
+        if n_records == 12:
+            first = [part[::5] for part in data]
+            repeated = measure(*[np.repeat(part, 5, axis=0) for part in first], *rest, records=records, n_bootstrap=50)
+            of_records = measure(*first, *rest, n_bootstrap=50)
+            for key in intervals:
+                assert repeated[key] == pytest.approx(of_records[key]), (name, key)
+
+
+def test_the_table_says_what_intervals_are_over():
+    labels, probabilities = predictions(60, 3)
+
+    def last_lines(n_records: int) -> list[str]:
+        records = np.arange(60) % n_records
+        found = classification_metrics(labels, probabilities, CLASSES[:3], records=np.sort(records), n_bootstrap=5)
+        return format_table(found).splitlines()[6:]
+
+    (line,) = last_lines(60)
+    assert line.startswith("60 records: ")
+    windows, over = last_lines(12)
+    assert windows.startswith("60 windows of 12 records: ")
+    assert over == "the intervals are over records, each with all its windows"
+    windows, over, meaning = last_lines(3)
+    assert windows.startswith("60 windows of 3 records: ")
+    assert "blocks of up to 3 windows" in over
+    assert "nothing of other records" in meaning
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1)])
+def test_records_of_another_number(shape):
+    with pytest.raises(ValueError, match=r"should be \(4,\)"):
+        regression_metrics(np.arange(4), np.arange(4), records=np.zeros(shape, dtype=int))
+
+
 def test_confusion_tsv(tmp_path):
     write_confusion_tsv(tmp_path / "confusion.tsv", np.array([[5, 1], [0, 7]]), ("donor", "none"))
     assert (tmp_path / "confusion.tsv").read_text() == "true\\predicted\tdonor\tnone\ndonor\t5\t1\nnone\t0\t7\n"

@@ -208,6 +208,9 @@ def test_a_model_of_windows_predicts_windows(two_classes, fast, files, tmp_path)
     tested = [row[0] for row in read_tsv(tmp_path / "run" / "splits.tsv")[1:] if row[2] == "test"]
     expected = [f"{name}:{a}-{b}" for name in tested for a, b in ((0, 25), (lengths[name] - 25, lengths[name]))]
     assert [row[0] for row in read_tsv(tmp_path / "run" / "predictions.tsv")[1:]] == expected
+    # Their intervals are of the records.
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["n"], metrics["n_records"], metrics["block_length"]) == (2 * len(tested), len(tested), None)
 
 
 # Embeddings

@@ -41,6 +41,8 @@ def test_cut_windows_keep_label_part_and_source():
     assert data.label_texts() == ["x", "x", "x", "y", "x", "x", "x"]
     assert data.split.tolist() == ["train"] * 4 + ["test"] * 3
     assert data.sources == ["a.fa"] * 3 + ["b.fa"] + ["c.fa"] * 3
+    assert data.records.tolist() == [0, 0, 0, 1, 2, 2, 2]
+    assert data.subset("test").records.tolist() == [2, 2, 2]
 
 
 def test_n_rich_sequences_are_left_out_and_counted():
