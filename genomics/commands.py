@@ -155,7 +155,7 @@ class _WithModel:
     """Run folder of the model."""
     batch_size: int = 256
     max_tokens: int = 262144
-    """Most bases in a batch, padding included."""
+    """Most bases in a batch, padding included; `predict` and `embed` refuse longer records that no --window cuts."""
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:

@@ -1,12 +1,9 @@
 """Running a DNA model over sequences: any lengths, any order, results in the order of the input."""
 
-import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from ..core.batching import pad_right, sorted_batches
@@ -22,22 +19,20 @@ def run_over(
     batch_size: int,
     max_tokens: int,
     *,
-    progress: str | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> Tensor:
     """What `forward(tokens (B, L), mask (B, L)) -> (B, ...)` makes of n token sequences: (n, ...) float32 on the CPU.
 
-    `progress` names the work in a progress bar on stderr, if that is a terminal.
+    `advance` is called with the bases done since the last call.
     """
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
-    batches = sorted_batches(lengths, batch_size, max_tokens)
-    if progress is not None:
-        console = Console(file=sys.stderr)
-        batches = track(batches, progress, console=console, transient=True, disable=not console.is_terminal)
     outputs, order = [], []
-    for batch in batches:
+    for batch in sorted_batches(lengths, batch_size, max_tokens):
         padded, mask = pad_right([tokens[i] for i in batch], PAD)
         outputs.append(forward(padded.to(device), mask.to(device)).float().cpu())
         order.append(batch)
+        if advance is not None:
+            advance(int(lengths[batch].sum()))
     in_order = torch.empty_like(torch.cat(outputs))
     in_order[torch.from_numpy(np.concatenate(order))] = torch.cat(outputs)
     return in_order
@@ -50,16 +45,17 @@ def predict(
     max_tokens: int = 262_144,
     *,
     rc_average: bool = False,
-    progress: str | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Predictions (n, K) float64 for n token sequences, on the device where the model is.
 
     Probabilities of the classes (multiclass: a row sums to 1) or labels (multilabel), or the value (regression, K = 1).
-    With rc_average the mean over both strands (post-hoc conjoining, as in Caduceus).
+    With rc_average the mean over both strands (post-hoc conjoining, as in Caduceus). `advance` as for run_over, of
+    either strand.
     """
     device = next(model.parameters()).device
     strands = [tokens] + ([[reverse_complement(t) for t in tokens]] if rc_average else [])
-    logits = [run_over(model, device, strand, batch_size, max_tokens, progress=progress) for strand in strands]
+    logits = [run_over(model, device, strand, batch_size, max_tokens, advance=advance) for strand in strands]
     return torch.stack([model.predictions(strand.double()) for strand in logits]).mean(0).numpy()
 
 
@@ -69,8 +65,8 @@ def embed(
     batch_size: int = 256,
     max_tokens: int = 262_144,
     *,
-    progress: str | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Embeddings (n, D) float32 of n token sequences: `DNAClassifier.embed`."""
     device = next(model.parameters()).device
-    return run_over(model.embed, device, tokens, batch_size, max_tokens, progress=progress).numpy()
+    return run_over(model.embed, device, tokens, batch_size, max_tokens, advance=advance).numpy()

@@ -75,9 +75,14 @@ def label_table(words: Sequence[str], table: Path, *, hard_mask: bool = False) -
 
 def records_of(words: Sequence[str]) -> Iterator[tuple[Path, Record]]:
     """Each record of these files, folders and globs, with its file. Raises InputError for a file given twice."""
-    for path, _, _ in _each_once((path, "", "") for word in words for path in find_files(word)):
+    for path in files_of(words):
         for record in read_records(path):
             yield path, record
+
+
+def files_of(words: Sequence[str]) -> Iterator[Path]:
+    """These files, and those in folders and globs. Raises InputError for a file given twice."""
+    return (path for path, _, _ in _each_once((path, "", "") for word in words for path in find_files(word)))
 
 
 def sequence_table(table: Path, *, hard_mask: bool = False) -> Iterator[LabelledRow]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,14 +64,16 @@ class Format(NamedTuple):
     misread: bytes = b""  # characters at the start of a line that would lead the parser astray
 
 
-def read(path: str | Path, formats: Sequence[Format]) -> Iterator[Record]:
-    """The records of a file in one of `formats`, in its order, streamed; "-" reads standard input.
+def read(path: str | Path | Source, formats: Sequence[Format]) -> Iterator[Record]:
+    """The records of a file in one of `formats`, in its order, streamed; "-" reads standard input, once.
+
+    An opened source may be read again, and is the same then, or an error.
 
     Raises InputError, one line that names file, record and line, for whatever cannot be read in full: a missing, empty,
     truncated or foreign file (before the first record), then a record that has no name, no sequence, an illegal letter
     or the name of an earlier record, and a file that changes meanwhile.
     """
-    with opened(path) as source:
+    with nullcontext(path) if isinstance(path, Source) else opened(path) as source:
         try:
             yield from _records(source, _checked_format(source, formats))
         except Exception:

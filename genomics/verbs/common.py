@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -50,13 +50,21 @@ def load_models(runs: Sequence[Path], compute: ComputeConfig) -> list[DNAClassif
 
 
 def mean_predictions(
-    models: Sequence[DNAClassifier], tokens: Sequence[np.ndarray], args: Eval | Predict, progress: str
+    models: Sequence[DNAClassifier],
+    tokens: Sequence[np.ndarray],
+    args: Eval | Predict,
+    advance: Callable[[int], object],
 ) -> np.ndarray:
-    """The mean of the models' predictions, (n, K)."""
-    options: Any = {"rc_average": args.rc_average, "progress": progress}
+    """The mean of the models' predictions, (n, K); `advance` as for predict, of each model."""
+    options: Any = {"rc_average": args.rc_average, "advance": advance}
     with autocast(args.compute):
         each = [predict(model, tokens, args.batch_size, args.max_tokens, **options) for model in models]
     return np.mean(each, axis=0)
+
+
+def passes(args: Eval | Predict) -> int:
+    """How often mean_predictions goes over each base."""
+    return (1 + len(args.ensemble)) * (1 + args.rc_average)
 
 
 def tuned_thresholds(args: Eval | Predict, config: DNAClassifierConfig) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""`polymamba genomics predict` and `embed`: a model over sequence files, in their order."""
+"""`polymamba genomics predict` and `embed`: a model over sequence files, in their order, in bounded memory."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,12 +13,17 @@ from ...core.files import require_writable, written_whole
 from ...core.terminal import say
 from ...core.train import autocast
 from ..commands import Embed, Predict
+from ..config import DNAClassifierConfig
 from ..inference import embed as embed_sequences
 from ..model import DNAClassifier
-from ..sources import records_of, tokens_of
-from ..tracks import Piece, write_bed, write_bedgraph
-from ..windows import share_of_n, windows_of
-from .common import decisions, load_models, mean_predictions, save_tsv, table_rows, tuned_thresholds, write_tsv
+from ..pieces import Piece, Pieces, in_chunks
+from ..reading.source import opened
+from ..sources import files_of
+from ..terminal import progress_bar
+from ..tracks import Predicted, write_bed, write_bedgraph
+from .common import decisions, load_models, mean_predictions, passes, table_rows, tuned_thresholds, write_tsv
+
+Embedded = Iterator[tuple[list[Piece], np.ndarray]]  # pieces, and their embeddings (n, D)
 
 
 def predict(args: Predict) -> None:
@@ -30,26 +36,18 @@ def predict(args: Predict) -> None:
     models = load_models([args.run, *args.ensemble], args.compute)
     config = models[0].config
     thresholds = tuned_thresholds(args, config) if args.tuned_threshold else None
-    pieces, windowed = _pieces(args, models[0], along_records=suffix != ".tsv")
-    predictions = mean_predictions(models, [piece.tokens for piece in pieces], args, "predict")
-    labels = decisions(predictions, config.classes, config.target, thresholds)
-
-    def write(file: TextIO) -> None:
-        if suffix == ".bed":
-            write_bed(file, pieces, labels, predictions, config)
-        elif suffix == ".bedgraph":
-            write_bedgraph(file, pieces, predictions, config)
-        else:
-            where = _where(pieces, windowed)
-            header = [*where, *(["value"] if config.target == "regression" else ["label", *config.classes])]
-            rows = zip(*where.values(), labels, predictions, strict=True)
-            write_tsv(file, header, table_rows(rows, config.target))
-
-    if args.output is None:
-        write(sys.stdout)
-        return
-    with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        write(file)
+    with _checked_pieces(args, config, unique_names=suffix != ".tsv") as pieces:
+        predicted = _predicted(models, pieces, args, thresholds)
+        if args.output is None:
+            _write_table(sys.stdout, predicted, pieces, config)
+            return
+        with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            if suffix == ".bed":
+                write_bed(file, predicted, config)
+            elif suffix == ".bedgraph":
+                write_bedgraph(file, predicted, config, beside.parent)
+            else:
+                _write_table(file, predicted, pieces, config)
 
 
 def embed(args: Embed) -> None:
@@ -59,57 +57,96 @@ def embed(args: Embed) -> None:
         raise InputError(f"{args.output}: name it .npy or .parquet, which says what is written")
     require_writable(args.output)
     model = load_models([args.run], args.compute)[0]
-    pieces, windowed = _pieces(args, model)
-    with autocast(args.compute):
-        tokens = [piece.tokens for piece in pieces]
-        embeddings = embed_sequences(model, tokens, args.batch_size, args.max_tokens, progress="embed")
-    where = _where(pieces, windowed)
-    if suffix == ".npy":
-        with written_whole(args.output) as beside, beside.open("wb") as file:
-            np.save(file, embeddings)
-        save_tsv(args.output.with_suffix(".ids.tsv"), list(where), zip(*where.values(), strict=True))
-    else:
-        _write_parquet(args.output, where, embeddings)
+    with _checked_pieces(args, model.config) as pieces:
+        write = _write_npy if suffix == ".npy" else _write_parquet
+        write(args.output, _embedded(model, pieces, args), pieces, model.config.backbone.d_model)
 
 
-def _where(pieces: Sequence[Piece], windowed: bool) -> dict[str, list[Any]]:
-    """The columns that say what a row is about."""
-    where: dict[str, list[Any]] = {"id": [p.name for p in pieces]}
-    return where | ({"start": [p.start for p in pieces], "end": [p.end for p in pieces]} if windowed else {})
+@contextmanager
+def _checked_pieces(
+    args: Predict | Embed, config: DNAClassifierConfig, *, unique_names: bool = False
+) -> Iterator[Pieces]:
+    """Every record, or every window of it that is not mostly N. `unique_names` as for Pieces.check."""
+    window = args.window or config.window
+    if args.stride is not None and window is None:
+        raise InputError("--stride says how far apart windows are; give --window too")
+    with ExitStack() as stack:
+        files = [stack.enter_context(opened(path)) for path in files_of(args.fasta)]
+        pieces = Pieces(files, window=window, stride=args.stride, max_n=args.max_n, hard_mask=config.hard_mask)
+        pieces.check(args.max_tokens, unique_names=unique_names)
+        if not pieces.count:
+            left_out = f"{pieces.n_left_out} windows are mostly N"
+            raise InputError(f"nothing is left of {' '.join(args.fasta)}: {left_out}; see --max-n")
+        if pieces.n_left_out:
+            say(f"{pieces.n_left_out} windows left out: more than {args.max_n:.0%} of their bases are N")
+        yield pieces
 
 
-def _write_parquet(path: Path, where: dict[str, list], embeddings: np.ndarray) -> None:
+def _predicted(
+    models: list[DNAClassifier], pieces: Pieces, args: Predict, thresholds: np.ndarray | None
+) -> Iterator[Predicted]:
+    config = models[0].config
+    with progress_bar("predict", pieces.n_bases * passes(args)) as advance:
+        for chunk in in_chunks(pieces, args.batch_size, args.max_tokens):
+            predictions = mean_predictions(models, [piece.tokens for piece in chunk], args, advance)
+            labels = decisions(predictions, config.classes, config.target, thresholds)
+            yield from zip(chunk, labels, predictions, strict=True)
+
+
+def _embedded(model: DNAClassifier, pieces: Pieces, args: Embed) -> Embedded:
+    with progress_bar("embed", pieces.n_bases) as advance:
+        for chunk in in_chunks(pieces, args.batch_size, args.max_tokens):
+            tokens = [piece.tokens for piece in chunk]
+            with autocast(args.compute):
+                embeddings = embed_sequences(model, tokens, args.batch_size, args.max_tokens, advance=advance)
+            yield chunk, embeddings
+
+
+def _write_table(file: TextIO, predicted: Iterator[Predicted], pieces: Pieces, config: DNAClassifierConfig) -> None:
+    header = [*_columns(pieces), *(["value"] if config.target == "regression" else ["label", *config.classes])]
+    rows = ((*_where(piece, pieces), label, row) for piece, label, row in predicted)
+    write_tsv(file, header, table_rows(rows, config.target))
+
+
+def _write_npy(path: Path, embedded: Embedded, pieces: Pieces, width: int) -> None:
+    """The embeddings as one array (n, D) float32, and what its rows are of in .ids.tsv beside it."""
+    header: Any = {"descr": "<f4", "fortran_order": False, "shape": (pieces.count, width)}
+
+    def rows(file) -> Iterator[tuple]:
+        for chunk, embeddings in embedded:
+            file.write(embeddings.astype("<f4").tobytes())
+            yield from (_where(piece, pieces) for piece in chunk)
+
+    with (
+        written_whole(path) as beside,
+        written_whole(path.with_suffix(".ids.tsv")) as ids_beside,
+        beside.open("wb") as file,
+        ids_beside.open("w", encoding="utf-8", newline="") as ids,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        write_tsv(ids, _columns(pieces), rows(file))
+
+
+def _write_parquet(path: Path, embedded: Embedded, pieces: Pieces, width: int) -> None:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise InputError(f"{path}: Parquet needs pyarrow (pip install 'polymamba[parquet]'); or name it .npy") from None
-    flat = pa.array(embeddings.reshape(-1))
-    columns = {**where, "embedding": pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])}
-    with written_whole(path) as beside:
-        pq.write_table(pa.table(columns), beside)
+    types = dict(zip(_columns(pieces), (pa.string(), pa.int64(), pa.int64()), strict=False))
+    schema = pa.schema(types | {"embedding": pa.list_(pa.float32(), width)})
+    with written_whole(path) as beside, pq.ParquetWriter(beside, schema) as writer:
+        for chunk, embeddings in embedded:
+            where = map(list, zip(*(_where(piece, pieces) for piece in chunk), strict=True))
+            flat = pa.array(embeddings.reshape(-1))
+            columns = [*where, pa.FixedSizeListArray.from_arrays(flat, width)]
+            writer.write_table(pa.table(columns, schema))
 
 
-def _pieces(args: Predict | Embed, model: DNAClassifier, *, along_records: bool = False) -> tuple[list[Piece], bool]:
-    """Every record, or every window of it that is not mostly N, and whether they are windows.
+def _columns(pieces: Pieces) -> list[str]:
+    """The columns that say what a row is about."""
+    return ["id"] if pieces.window is None else ["id", "start", "end"]
 
-    along_records: the output tells pieces by the records' names, so two files must not share one.
-    """
-    window = args.window or model.config.window
-    if args.stride is not None and window is None:
-        raise InputError("--stride says how far apart windows are; give --window too")
-    pieces, files, n_left_out = [], {}, 0
-    for path, record in records_of(args.fasta):
-        tokens = tokens_of(record, model.config.hard_mask)
-        if files.setdefault(record.name, path) != path and along_records:
-            raise InputError(f"{path}: record {record.name!r} stands in {files[record.name]} too; rename one of them")
-        for start, end in windows_of(len(tokens), window, args.stride):
-            if window is not None and share_of_n(tokens[start:end]) > args.max_n:
-                n_left_out += 1
-            else:
-                pieces.append(Piece(record.name, start, end, tokens[start:end]))
-    if not pieces:
-        raise InputError(f"nothing is left of {' '.join(args.fasta)}: {n_left_out} windows are mostly N; see --max-n")
-    if n_left_out:
-        say(f"{n_left_out} windows left out: more than {args.max_n:.0%} of their bases are N")
-    return pieces, window is not None
+
+def _where(piece: Piece, pieces: Pieces) -> tuple:
+    return (piece.name,) if pieces.window is None else (piece.name, piece.start, piece.end)

@@ -19,6 +19,7 @@ from ..dividing import divide
 from ..inference import predict
 from ..model import DNAClassifier
 from ..sources import read_source
+from ..terminal import progress_bar
 from ..training import TrainDNA, value_scale
 from ..windows import cut_windows, without_n_rich
 from .common import THRESHOLDS, input_files, report
@@ -85,7 +86,8 @@ def _test(args: Train, data: LabelledSequences, run: RunFolder) -> None:
         if not len(test.names):
             say("no test part: nothing is held out to measure the model on")
             return
-        of_test = predict(model, test.tokens, **sizes, rc_average=args.rc_average, progress="test")
+        with progress_bar("test", sum(map(len, test.tokens)) * (1 + args.rc_average)) as advance:
+            of_test = predict(model, test.tokens, **sizes, rc_average=args.rc_average, advance=advance)
     report(run.path, test, of_test, args.compute.seed)
 
 

@@ -227,7 +227,7 @@ def embedded(run, tmp_path):
     return [name for name, _ in records], np.stack(alone), write_fasta(tmp_path / "records.fa", records)
 
 
-@pytest.mark.parametrize("sizes", [[], ["--batch-size", 1], ["--batch-size", 2, "--max-tokens", 100]])
+@pytest.mark.parametrize("sizes", [[], ["--batch-size", 1], ["--batch-size", 2, "--max-tokens", 250]])
 def test_embed_equals_each_record_alone(sizes, run, embedded, tmp_path):
     names, alone, fasta = embedded
     genomics("embed", run, fasta, "-o", tmp_path / "e.npy", *sizes)

@@ -11,7 +11,8 @@ from polymamba.core import BackboneConfig
 from polymamba.genomics import DNAClassifierConfig
 from polymamba.genomics.alphabet import tokenize
 from polymamba.genomics.dataset import LabelledRow, labelled
-from polymamba.genomics.tracks import Piece, mean_cover, write_bed, write_bedgraph
+from polymamba.genomics.pieces import Piece
+from polymamba.genomics.tracks import mean_cover, write_bed, write_bedgraph
 from polymamba.genomics.windows import cut_windows, windows_of, without_n_rich
 
 
@@ -60,32 +61,39 @@ def pieces(*places: tuple[str, int, int]) -> list[Piece]:
 
 @given(
     windows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 15)), min_size=1, max_size=8),
+    at_a_time=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-def test_bedgraph_holds_the_mean_over_each_base(windows, seed):
-    spans = [(start, start + width) for start, width in windows]
-    values = np.random.default_rng(seed).random(len(spans))
-    by_base = {}
-    for start, end, value in mean_cover(spans, values):
+def test_bedgraph_holds_the_mean_over_each_base(windows, at_a_time, seed):
+    spans = [(start, start + width) for start, width in sorted(windows)]
+    values = np.random.default_rng(seed).random((len(spans), 2))
+    by_base, stretches = {}, []
+    for start, end, means in mean_cover(((*span, row) for span, row in zip(spans, values, strict=True)), at_a_time):
         assert start < end
+        stretches.append((start, end))
         for base in range(start, end):
             assert base not in by_base
-            by_base[base] = value
+            by_base[base] = means
+    borders = {border for span in spans for border in span}
+    assert stretches == sorted(stretches)
+    assert all(not borders & set(range(start + 1, end)) and {start, end} <= borders for start, end in stretches)
     for base in range(60):
         covering = [v for (start, end), v in zip(spans, values, strict=True) if start <= base < end]
         assert (base in by_base) == bool(covering)
         if covering:
-            assert by_base[base] == pytest.approx(np.mean(covering))
+            assert by_base[base] == pytest.approx(np.mean(covering, axis=0))
 
 
-def test_bed_and_bedgraph_files():
+def test_bed_and_bedgraph_files(tmp_path):
     where = pieces(("chr1", 0, 4), ("chr1", 2, 6), ("chr2", 0, 3))
     predictions = np.array([[0.9, 0.1], [0.4, 0.6], [0.25, 0.75]])
+    predicted = list(zip(where, ["a", "b", "b"], predictions, strict=True))
     file = io.StringIO()
-    write_bed(file, where, ["a", "b", "b"], predictions, CONFIG)
+    write_bed(file, predicted, CONFIG)
     assert file.getvalue() == "chr1\t0\t4\ta\t900\t.\nchr1\t2\t6\tb\t600\t.\nchr2\t0\t3\tb\t750\t.\n"
     file = io.StringIO()
-    write_bedgraph(file, where, predictions, CONFIG)
+    write_bedgraph(file, predicted, CONFIG, tmp_path)
     track_a = 'track type=bedGraph name="a"\nchr1\t0\t2\t0.9\nchr1\t2\t4\t0.65\nchr1\t4\t6\t0.4\nchr2\t0\t3\t0.25\n'
     track_b = 'track type=bedGraph name="b"\nchr1\t0\t2\t0.1\nchr1\t2\t4\t0.35\nchr1\t4\t6\t0.6\nchr2\t0\t3\t0.75\n'
     assert file.getvalue() == track_a + track_b
+    assert not list(tmp_path.iterdir())
