@@ -1,8 +1,9 @@
 """The backbone that every modality shares: a stack of pre-norm residual blocks.
 
-    residual = x
-    for block:  residual = residual + mixer(norm(residual))        the residual stream in float32
-    y = norm_f(residual)
+    for block:  x = mixer(norm(stream + x))        the residual stream in float32
+    y = norm_f(stream + x)
+
+Each add belongs to the norm after it: a block returns what it adds to the stream, and the stream that it was added to.
 
 Parameter names are mamba-ssm's: layers.{i}.norm, layers.{i}.mixer, norm_f. Letters: B batch, L length, S sequences.
 """
@@ -16,33 +17,32 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import BackboneConfig
 from .mamba import BiMamba, Mamba, MambaState
+from .norm import AddRMSNorm
 
 MIXER_CLASSES = {"mamba": Mamba, "bimamba": BiMamba}
 State = list[MambaState]  # one entry a layer
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x))."""
+    """(x, stream) -> (mixer(norm(stream + x)), stream + x): what comes next adds the two."""
 
     def __init__(self, config: BackboneConfig, mixer: str):
         super().__init__()
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = AddRMSNorm(config.d_model, config.norm_eps)
         self.mixer: Any = MIXER_CLASSES[mixer](
             config.d_model, config.d_state, config.d_conv, config.expand, dt_rank=config.dt_rank
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, residual: Tensor, **kwargs: Any) -> tuple[Tensor, MambaState | None]:
-        out = self.mixer(self.normed(residual), **kwargs)
+    def forward(self, x: Tensor, stream: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor, MambaState | None]:
+        normed, residual = self.norm(x, stream)
+        out = self.mixer(normed, **kwargs)
         out, state = out if isinstance(out, tuple) else (out, None)
-        return residual + self.dropout(out), state
+        return self.dropout(out), residual, state
 
-    def step(self, residual: Tensor, state: MambaState) -> Tensor:
-        return residual + self.mixer.step(self.normed(residual), state)
-
-    def normed(self, residual: Tensor) -> Tensor:
-        # The stream is float32 even in a bf16 model; what the mixer multiplies has the dtype of its weights.
-        return self.norm(residual.to(self.norm.weight.dtype))
+    def step(self, x: Tensor, stream: Tensor | None, state: MambaState) -> tuple[Tensor, Tensor]:
+        normed, residual = self.norm.step(x, stream)
+        return self.mixer.step(normed, state), residual
 
 
 class Backbone(nn.Module):
@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         self.config = config
         names = (config.pattern[i % len(config.pattern)] for i in range(config.n_layer))
         self.layers: Any = nn.ModuleList(Block(config, name) for name in names)
-        self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm_f = AddRMSNorm(config.d_model, config.norm_eps)
         self.gradient_checkpointing = False  # trade one more forward for not keeping each block's activations
         self.init_weights()
 
@@ -95,18 +95,17 @@ class Backbone(nn.Module):
             )
         if padding_mask is not None:
             return self._forward_padded(x, state, return_state, padding_mask)
-        residual = x.to(torch.promote_types(x.dtype, torch.float32))
-        states = []
+        stream, states = None, []
         for i, block in enumerate(self.layers):
             options: dict[str, Any] = {"cu_seqlens": cu_seqlens}
             if not self.config.bidirectional:
                 options |= {"state": None if state is None else state[i], "return_state": return_state}
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                residual, block_state = checkpoint(block, residual, use_reentrant=False, **options)  # pyright: ignore
+                x, stream, block_state = checkpoint(block, x, stream, use_reentrant=False, **options)  # pyright: ignore
             else:
-                residual, block_state = block(residual, **options)
+                x, stream, block_state = block(x, stream, **options)
             states.append(block_state)
-        y = self.norm_f(residual.to(self.norm_f.weight.dtype))
+        y, _ = self.norm_f(x, stream)
         return (y, states) if return_state else y
 
     def _forward_padded(
@@ -146,10 +145,10 @@ class Backbone(nn.Module):
         """One token: x (B, d_model) -> y (B, d_model); `state` updated in place. For inference: no gradients."""
         if self.config.bidirectional:
             raise ValueError("a bidirectional backbone has no step: every output depends on the whole sequence")
-        residual = x.to(torch.promote_types(x.dtype, torch.float32))
+        stream = None
         for block, block_state in zip(self.layers, state, strict=True):
-            residual = block.step(residual, block_state)
-        return self.norm_f(residual.to(self.norm_f.weight.dtype))
+            x, stream = block.step(x, stream, block_state)
+        return self.norm_f.step(x, stream)[0]
 
 
 def _at_real_tokens(s: Tensor) -> Tensor:

@@ -2,6 +2,15 @@
 
 from .backends import info
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
+from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "info", "selective_scan", "selective_scan_step"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "info",
+    "layer_norm",
+    "rms_norm",
+    "selective_scan",
+    "selective_scan_step",
+]

@@ -49,5 +49,5 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, *, is_
 def info() -> dict[str, str]:
     """The backend that each kernel chooses for float32 inputs, by device."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    kernels = ("selective_scan", "selective_scan_step", "causal_conv1d", "causal_conv1d_step")
+    kernels = ("selective_scan", "selective_scan_step", "causal_conv1d", "causal_conv1d_step", "rms_norm", "layer_norm")
     return {f"{k} on {d}": choose(None, torch.device(d), torch.float32) for k in kernels for d in devices}

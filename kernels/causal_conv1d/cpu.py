@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..numba_runtime import TILE, buffer, jit, load, parallel, rows, sigmoid, store
+from ..numba_runtime import TILE, buffer, jit, load, parallel, rows, sigmoid, store, wide
 from ..sequences import sequence_bounds
 
 PIECE = 128  # steps of a job: fixed, so that sums over time never depend on the number of threads
@@ -37,6 +37,7 @@ def _load_inputs(x, x0, state, bounds, s, begin, end, reverse, c0, c1, out):
 @jit
 def _convolve(x, weight, bias, K, w, y):
     """y[i] = bias + sum_k weight[k] x[i + k]."""
+    wide()
     for i in range(K):
         for d in range(w):
             y[i, d] = bias[0, d]
@@ -47,6 +48,7 @@ def _convolve(x, weight, bias, K, w, y):
 
 @jit
 def _silu(K, w, y):
+    wide()
     for i in range(K):
         for d in range(w):
             y[i, d] *= sigmoid(y[i, d])

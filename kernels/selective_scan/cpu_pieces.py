@@ -12,7 +12,7 @@ that tile is empty and B, C are (K, N).
 
 import numpy as np
 
-from ..numba_runtime import LOG2E, REDUCE, exp2, inline, jit, sigmoid, softplus
+from ..numba_runtime import LOG2E, REDUCE, exp2, inline, jit, sigmoid, softplus, wide
 
 
 @jit
@@ -26,6 +26,7 @@ def load_group(source, order, g, out):
 @jit
 def discretise(raw, u, bias, use_softplus, K, w, dt, dtu):
     """dt = softplus(delta + bias) and dt u; `raw` becomes delta + bias."""
+    wide()
     for i in range(K):
         for d in range(w):
             raw[i, d] += bias[0, d]
@@ -42,10 +43,18 @@ def discretise(raw, u, bias, use_softplus, K, w, dt, dtu):
 @jit
 def scan(dt, dtu, A2, B, B_tile, C, C_tile, K, w, state, y):
     """h = exp2(dt A log2 e) h + dt u B and y = C h over the piece."""
+    wide()
     for i in range(K):
         for d in range(w):
             y[i, d] = np.float32(0.0)
         for n in range(state.shape[0]):
+            if B_tile.size == 0 and C_tile.size == 0:  # as in Mamba: one loop, which loads each state once
+                b, c = B[i, n], C[i, n]
+                for d in range(w):
+                    h = exp2(dt[i, d] * A2[n, d]) * state[n, d] + dtu[i, d] * b
+                    state[n, d] = h
+                    y[i, d] += c * h
+                continue
             if B_tile.size > 0:
                 for d in range(w):
                     state[n, d] = exp2(dt[i, d] * A2[n, d]) * state[n, d] + dtu[i, d] * B_tile[n, d]
@@ -145,6 +154,7 @@ def scan_backward(dy, dt, dtu, A2, B, B_tile, C, C_tile, states, decays, K, w,
 
 @jit
 def gate(z, K, w, y):
+    wide()
     for i in range(K):
         for d in range(w):
             y[i, d] *= z[i, d] * sigmoid(z[i, d])
@@ -164,6 +174,7 @@ def gate_backward(z, y, K, w, dy, dz):
 
 @jit
 def add_skip(D, u, K, w, y):
+    wide()
     for i in range(K):
         for d in range(w):
             y[i, d] += D[0, d] * u[i, d]

@@ -171,7 +171,7 @@ def test_initialisation_is_mamba_ssms():
 def test_residual_stream_stays_float32():
     model = backbone().to(torch.bfloat16)
     seen = []
-    model.layers[1].register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, out[0].dtype)))
+    model.layers[1].register_forward_hook(lambda _, args, out: seen.append((args[1].dtype, out[1].dtype)))
     y, state = model(inputs().to(torch.bfloat16), return_state=True)
     assert seen == [(torch.float32, torch.float32)]
     assert y.dtype == torch.bfloat16

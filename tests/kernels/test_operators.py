@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polymamba.kernels import causal_conv1d, causal_conv1d_step, info, selective_scan, selective_scan_step
+from polymamba.kernels import causal_conv1d, causal_conv1d_step, info, layer_norm, selective_scan, selective_scan_step
 from polymamba.kernels.backends import choose
 
 OPERATORS = torch.ops.polymamba
@@ -47,6 +47,18 @@ def test_conv_operator(backend, device_of):
     torch.library.opcheck(OPERATORS.causal_conv1d.default, (x, weight, None, None, None, 2, False, True, backend))
 
 
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+def test_norm_operator(backend, device_of):
+    device = device_of(backend)
+    x, residual, weight, bias = (
+        torch.randn(shape, device=device, requires_grad=True) for shape in ((6, 5), (6, 5), (5,), (5,))
+    )
+    norm = OPERATORS.norm.default
+    torch.library.opcheck(norm, (x, residual, weight, bias, 1e-5, True, backend))
+    torch.library.opcheck(norm, (x.detach().bfloat16().requires_grad_(), residual, weight, None, 1e-5, False, backend))
+    torch.library.opcheck(norm, (x, None, weight, None, 1e-5, False, backend))
+
+
 def test_step_operators(device_of):
     device = device_of("triton")
     u, delta, A, B, C, D, z, bias = (x.detach() for x in scan_inputs(device, length=2))
@@ -58,11 +70,12 @@ def test_step_operators(device_of):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_compiles_as_one_graph(backend, device_of):
-    """Convolution into scan, forward, backward and states; then at another length."""
+    """Norm into convolution into scan, forward, backward and states; then at another length."""
     device = device_of(backend)
     weight, A = torch.randn(4, 4, device=device), -torch.rand(4, 3, device=device)
 
     def layer(x, delta, B, C):
+        x, delta = layer_norm(x, weight[0], residual=delta, backend=backend)
         u, window = causal_conv1d(x, weight, return_final_state=True, backend=backend)
         y, state = selective_scan(u, delta, A, B, C, z=x, delta_softplus=True, return_final_state=True, backend=backend)
         return y, window, state
@@ -140,5 +153,5 @@ def test_a_backend_for_another_device_is_refused(monkeypatch):
 
 def test_info_names_every_kernel():
     assert {line.split()[0] for line in info()} == {
-        "selective_scan", "selective_scan_step", "causal_conv1d", "causal_conv1d_step",
+        "selective_scan", "selective_scan_step", "causal_conv1d", "causal_conv1d_step", "rms_norm", "layer_norm",
     }  # fmt: skip

@@ -1,0 +1,115 @@
+"""Residual add and norm in Triton: one pass over the rows, each in registers.
+
+A program of the forward has a tile of rows, as many as keep its lanes in work. One of the backward walks a piece of the
+rows in such tiles and leaves its share of dweight and dbias; the shares are added in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_runtime import load_float, sum_first_axis, with_rows
+
+PIECE = 16  # rows of a program of the backward: fixed, so that sums over rows depend on nothing else
+TILE = 4096  # elements of a tile, unless a row is longer
+
+
+@triton.jit
+def _statistics(values, inside, width, eps, CENTRED: tl.constexpr):
+    """(the normed rows, 1 / deviation as a column)."""
+    if CENTRED:
+        values = tl.where(inside, values - (tl.sum(values, axis=1) / width)[:, None], 0.0)
+    scale = (1.0 / tl.sqrt_rn(tl.sum(values * values, axis=1) / width + eps))[:, None]
+    return values * scale, scale
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _forward(
+    x, residual, weight, bias, stream, y, eps, x_stride, residual_stride, n_rows, width,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_rows) & (d < width)
+    values = load_float(x, row * x_stride + d, inside)
+    if residual is not None:
+        values += load_float(residual, row * residual_stride + d, inside)
+        tl.store(stream + row * width + d, values, mask=inside)
+    normed, _ = _statistics(values, inside, width, eps, CENTRED)
+    out = normed * load_float(weight, d, d < width) + load_float(bias, d, d < width)
+    tl.store(y + row * width + d, out, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _backward(
+    dy, dstream, stream, weight, dresidual, dx, dweight, dbias, eps, dy_stride, dstream_stride, stream_stride,
+    n_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK)[None, :]
+    weight_row = load_float(weight, d, d < width)
+    dweight_tile = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias_tile = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in range(0, PIECE, ROWS):
+        row = tl.program_id(0).to(tl.int64) * PIECE + i + tl.arange(0, ROWS)[:, None]
+        inside = (row < n_rows) & (d < width)
+        grad = load_float(dy, row * dy_stride + d, inside)
+        values = load_float(stream, row * stream_stride + d, inside)
+        onward = load_float(dstream, row * dstream_stride + d, inside)
+        normed, scale = _statistics(values, inside, width, eps, CENTRED)
+        dweight_tile += grad * normed
+        if dbias is not None:
+            dbias_tile += grad
+        grad *= weight_row
+        along = (tl.sum(grad * normed, axis=1) / width)[:, None]
+        if CENTRED:
+            along = normed * along + (tl.sum(grad, axis=1) / width)[:, None]
+        else:
+            along = normed * along
+        out = (grad - along) * scale + onward
+        tl.store(dresidual + row * width + d, out, mask=inside)
+        if dx is not None:
+            tl.store(dx + row * width + d, out, mask=inside)
+    share = tl.program_id(0).to(tl.int64) * width + tl.arange(0, BLOCK)
+    tl.store(dweight + share, tl.sum(dweight_tile, axis=0), mask=tl.arange(0, BLOCK) < width)
+    if dbias is not None:
+        tl.store(dbias + share, tl.sum(dbias_tile, axis=0), mask=tl.arange(0, BLOCK) < width)
+
+
+def _shape(width: int) -> dict[str, int]:
+    """Shape of a tile and its warps, 32 elements a lane up to rows of 16384."""
+    block = triton.next_power_of_2(width)
+    n_rows = min(max(TILE // block, 1), PIECE)
+    return {"ROWS": n_rows, "BLOCK": block, "num_warps": min(max(n_rows * block // 1024, 1), 16)}
+
+
+def forward(x, residual, weight, bias, eps, centred):
+    n_rows, width = x.shape
+    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    stream = torch.empty((0,) if residual is None else x.shape, dtype=torch.float32, device=x.device)
+    x, residual = with_rows(x), None if residual is None else with_rows(residual)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    shape = _shape(width)
+    with torch.cuda.device_of(x):
+        _forward[(triton.cdiv(n_rows, shape["ROWS"]),)](
+            x, residual, weight, bias, stream, y, eps, x.stride(0), 0 if residual is None else residual.stride(0),
+            n_rows, width, **shape, CENTRED=centred,
+        )  # fmt: skip
+    return y, stream
+
+
+def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype):
+    """Gradients of (residual, x, weight, bias); None for x's if it is float32, and for that of an absent bias."""
+    n_rows, width = stream.shape
+    n_pieces = triton.cdiv(n_rows, PIECE)
+    dresidual = torch.empty(stream.shape, dtype=torch.float32, device=stream.device)
+    dx = None if x_dtype == torch.float32 else torch.empty(stream.shape, dtype=x_dtype, device=stream.device)
+    dweight = torch.empty(n_pieces, width, device=stream.device)
+    dbias = None if bias is None else torch.empty(n_pieces, width, device=stream.device)
+    dy, stream, dstream = with_rows(dy), with_rows(stream), None if dstream is None else with_rows(dstream)
+    with torch.cuda.device_of(stream):
+        _backward[(n_pieces,)](
+            dy, dstream, stream, weight.contiguous(), dresidual, dx, dweight, dbias, eps,
+            dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0), n_rows, width,
+            **_shape(width), PIECE=PIECE, CENTRED=centred,
+        )  # fmt: skip
+        return dresidual, dx, sum_first_axis(dweight), None if dbias is None else sum_first_axis(dbias)
