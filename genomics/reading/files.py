@@ -24,7 +24,7 @@ def find_files(word: str | Path) -> list[Path]:
     """
     path = Path(word)
     if path.is_dir():
-        return _files_in(path)
+        return files_in(path)
     if str(word) == "-" or path.exists():
         return [path]
     if not glob.has_magic(str(word)):
@@ -34,6 +34,19 @@ def find_files(word: str | Path) -> list[Path]:
     if not files:
         beside = " but documents or folders" if found else ""
         raise InputError(f"{word}: matches nothing{beside}; give a file, a folder or a pattern such as 'data/**/*.fa'")
+    return files
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The sequence files in `folder`, sorted by name. Raises InputError if there is none, or anything else."""
+    files = data_entries(folder)
+    for file in files:
+        if file.is_dir():
+            deeper = f"a pattern, '{folder}/**/*.fa', reads folders too"
+            raise InputError(f"{file}: a folder in {folder}, of which files alone are read; {deeper}")
+        stem_of(file)
+    if not files:
+        raise InputError(f"{folder}: holds no sequence file ({SEQUENCE_ENDINGS})")
     return files
 
 
@@ -49,14 +62,3 @@ def data_entries(folder: Path) -> list[Path]:
     """The files and folders in `folder`, sorted by name, without hidden files and documents."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     return [entry for entry in entries if entry.is_dir() or not _DOCUMENT.fullmatch(entry.name)]
-
-
-def _files_in(folder: Path) -> list[Path]:
-    files = data_entries(folder)
-    for file in files:
-        if file.is_dir():
-            raise InputError(f"{file}: a folder in {folder}; to read folders too give a pattern, '{folder}/**/*.fa'")
-        stem_of(file)
-    if not files:
-        raise InputError(f"{folder}: holds no sequence file ({SEQUENCE_ENDINGS})")
-    return files

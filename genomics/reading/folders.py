@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ...core.errors import InputError
 from ..splits import PART_OF, SPLITS
-from .files import SEQUENCE_ENDINGS, data_entries, stem_of
+from .files import SEQUENCE_ENDINGS, data_entries, files_in, stem_of
 
 
 class LabelledFile(NamedTuple):
@@ -71,18 +71,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
             raise InputError(f"{entry}: named as a part of a split, not as a class; parts are folders of classes")
         if label in classes:
             raise InputError(f"{entry}: a second file or folder for class {label!r} in {folder}")
-        classes[label] = _files_of_class(entry) if entry.is_dir() else [entry]
+        classes[label] = files_in(entry) if entry.is_dir() else [entry]
     if not classes:
         raise InputError(f"{folder}: holds no sequence file ({SEQUENCE_ENDINGS})")
     return classes
-
-
-def _files_of_class(folder: Path) -> list[Path]:
-    files = data_entries(folder)
-    for file in files:
-        if file.is_dir():
-            raise InputError(f"{file}: a folder inside the folder of class {folder.name!r}, which may hold files only")
-        stem_of(file)
-    if not files:
-        raise InputError(f"{folder}: class {folder.name!r} has no sequence file ({SEQUENCE_ENDINGS})")
-    return files

@@ -51,7 +51,7 @@ def test_refused(tmp_path):
         ("*.fa", r"\*.fa: matches nothing; give a file, a folder or a pattern"),
         ("*", r"\*: matches nothing but documents or folders; "),
         ("stray", r"b.csv: not named as a sequence file \(.fa .fasta .* or .bgz\); rename it or move it away"),
-        ("nested", r"nested/sub: a folder in .*nested; to read folders too give a pattern, '.*nested/\*\*/\*.fa'"),
+        ("nested", r"nested/sub: a folder in .*nested, of which files alone .* pattern, '.*nested/\*\*/\*.fa'"),
         ("documents", r"documents: holds no sequence file \(.fa .fasta "),
         ("documents/*", "matches nothing but documents or folders"),
     ]:
