@@ -5,13 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backbone import Backbone, Block, aux_loss
-    from .config import BackboneConfig, ComputeConfig, LanguageModelConfig, SamplingConfig, TrainConfig
+    from .config import (
+        BackboneConfig,
+        ComputeConfig,
+        LanguageModelConfig,
+        SamplingConfig,
+        SpeculationConfig,
+        TrainConfig,
+    )
     from .errors import InputError
     from .generation import collect, generate, load_state, prefill, save_state, select_state
     from .hub import PretrainedModel
     from .language_model import LanguageModel
     from .mamba import BiMamba, Mamba, MambaState
     from .run_folder import RunFolder
+    from .speculation import speculate
     from .train import Task, train_model
 
 # Lazy, so that the flags of the command line can be read before torch has loaded.
@@ -29,6 +37,7 @@ _MODULE_OF = {
     "PretrainedModel": "hub",
     "RunFolder": "run_folder",
     "SamplingConfig": "config",
+    "SpeculationConfig": "config",
     "Task": "train",
     "TrainConfig": "config",
     "aux_loss": "backbone",
@@ -38,6 +47,7 @@ _MODULE_OF = {
     "prefill": "generation",
     "save_state": "generation",
     "select_state": "generation",
+    "speculate": "speculation",
     "train_model": "train",
 }
 
@@ -55,6 +65,7 @@ __all__ = [
     "PretrainedModel",
     "RunFolder",
     "SamplingConfig",
+    "SpeculationConfig",
     "Task",
     "TrainConfig",
     "aux_loss",
@@ -64,6 +75,7 @@ __all__ = [
     "prefill",
     "save_state",
     "select_state",
+    "speculate",
     "train_model",
 ]
 

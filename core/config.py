@@ -88,6 +88,20 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculationConfig:
+    """How drafts are made and judged. On the command line every field is a flag; `speculation.py` gives the rules."""
+
+    draft_length: int = 8
+    """Tokens drafted for one forward of the model, at most."""
+    acceptance: Literal["exact", "top3"] = "exact"
+    """exact: what is written is as probable as without drafts; top3: any draft among the model's 3 likeliest tokens."""
+
+    def __post_init__(self) -> None:
+        if self.draft_length < 1:
+            raise ValueError(f"draft_length is {self.draft_length}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. On the command line every field is a flag."""
 

@@ -5,10 +5,10 @@
         token = sample(next_token_probabilities(logits))
         logits = model.step(token, state)
 
-`generate` yields what each step adds, `collect` gathers it. A state stands for all the tokens before it: keep one
-(`prefill`, `save_state`) and a long document is read once; repeat its rows (`select_state`) and many continuations
-share that reading. Every row's result is its own: it depends on neither its batch mates nor their number, short of the
-last bits of the arithmetic. Letters: B sequences, V vocabulary, R recent tokens.
+`generate` yields what each step adds, `collect` gathers it; speculation.py finds the tokens in another way. A state
+stands for all the tokens before it: keep one (`prefill`, `save_state`) and a long document is read once; repeat its
+rows (`select_state`) and many continuations share that reading. Every row's result is its own: it depends on neither
+its batch mates nor their number, short of the last bits of the arithmetic. Letters: B sequences, V vocabulary.
 """
 
 import os
@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from .config import SamplingConfig
 from .errors import InputError
 from .files import written_whole
-from .sampling import next_token_probabilities, sample
+from .sampling import Draws, recent_tokens
 
 CHUNK = 2048  # tokens of each prompt in one forward: enough to fill a GPU, few enough for any memory
 AS_THE_MODEL_SAYS = SamplingConfig()  # nothing filtered
@@ -57,6 +57,18 @@ class AutoregressiveModel(Protocol):
 
     def init_state(self, batch_size: int) -> State:
         """The state before the first token, on the model's device."""
+        ...
+
+
+class Decoder(Protocol):
+    """Writes a batch of sequences on: a way to find their next tokens."""
+
+    def advance(self) -> list[list[int]]:
+        """The next tokens of each sequence, one at least."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences of the batch alone."""
         ...
 
 
@@ -94,22 +106,10 @@ def generate(
 
     Raises InputError for an empty prompt or stop sequence, and, while it runs, for logits that are not finite.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if seeds is None:
-        seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; each needs its own")
-    if any(len(sequence) == 0 for sequence in stop):
-        raise InputError("a stop sequence is empty; it needs at least one token")
+    generators, filters = begin(prompts, max_new_tokens, seeds, stop)
     logits, state = prefill(model, prompts, state, chunk=chunk)
-    recent = None
-    if config.repetition_penalty != 1:
-        longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-        recent = _recent_tokens(prompts, min(config.repetition_window, longest), logits.shape[1]).to(logits.device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    filters = [StopFilter(stop) for _ in prompts]
-    return _decode(model, logits, state, recent, generators, filters, max_new_tokens, config)
+    draws = Draws(config, generators, recent_tokens(prompts, max_new_tokens, config, logits))
+    return decode(_OneByOne(model, logits, state, draws), filters, max_new_tokens)
 
 
 def collect(steps: Iterable[Step]) -> list[list[int]]:
@@ -134,7 +134,7 @@ def prefill(
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
         pieces = [prompts[row][start : start + chunk].long().to(device) for row in rows]
         before = state if state is None or len(rows) == len(prompts) else select_state(state, rows)
-        at_last, after = _read(model, pieces, before)
+        at_last, after = read_to_last(model, pieces, before)
         if logits is None or len(rows) == len(prompts):
             logits, state = at_last, after
         else:
@@ -142,54 +142,85 @@ def prefill(
             for whole, part in zip(pytree.tree_leaves(state), pytree.tree_leaves(after), strict=True):
                 whole[rows] = part
     assert logits is not None  # no prompt is empty
-    # A padded forward may hand out views of larger tensors: free those, and let `step` work in one piece of memory.
-    return logits, pytree.tree_map(Tensor.contiguous, state)
+    return logits, state
 
 
-def _read(model: AutoregressiveModel, pieces: list[Tensor], state: State | None) -> tuple[Tensor, State]:
+def read(model: AutoregressiveModel, pieces: list[Tensor], state: State | None) -> tuple[Tensor, State]:
+    """One forward over pieces of any lengths, int64 (l,) each: (logits (B, L, V), the state after each piece)."""
     lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
     tokens = pad_sequence(pieces, batch_first=True)
     mask = torch.arange(tokens.shape[1], device=lengths.device) < lengths[:, None]
     uneven = len({len(piece) for piece in pieces}) > 1
     logits, state = model(tokens, state, return_state=True, padding_mask=mask if uneven else None)
-    return logits[torch.arange(len(pieces), device=lengths.device), lengths - 1], state
+    # A padded forward may hand out views of larger tensors: free those, and let `step` work in one piece of memory.
+    return logits, pytree.tree_map(Tensor.contiguous, state)
+
+
+def read_to_last(model: AutoregressiveModel, pieces: list[Tensor], state: State | None) -> tuple[Tensor, State]:
+    """`read`, but only the logits (B, V) after each piece's last token."""
+    logits, state = read(model, pieces, state)
+    last = torch.tensor([len(piece) - 1 for piece in pieces], device=logits.device)
+    return logits[torch.arange(len(pieces), device=logits.device), last], state
+
+
+def begin(
+    prompts: Sequence[Tensor], max_new_tokens: int, seeds: Sequence[int] | None, stop: Sequence[Sequence[int]]
+) -> tuple[list[torch.Generator], list["StopFilter"]]:
+    """What draws for each prompt, and what holds its stop sequences back: see `generate`."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if seeds is None:
+        seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist()
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; each needs its own")
+    if any(len(sequence) == 0 for sequence in stop):
+        raise InputError("a stop sequence is empty; it needs at least one token")
+    return [torch.Generator().manual_seed(seed) for seed in seeds], [StopFilter(stop) for _ in prompts]
 
 
 @torch.no_grad()
-def _decode(
-    model: AutoregressiveModel,
-    logits: Tensor,
-    state: State,
-    recent: Tensor | None,
-    generators: list[torch.Generator],
-    filters: list["StopFilter"],
-    max_new_tokens: int,
-    config: SamplingConfig,
-) -> Iterator[Step]:
-    """The loop of `generate`. Rows that have finished leave the batch."""
+def decode(decoder: Decoder, filters: list["StopFilter"], max_new_tokens: int) -> Iterator[Step]:
+    """The loop of `generate`, by any decoder. Rows that have finished leave the batch."""
     running = list(range(len(filters)))  # the prompt that each row of the batch belongs to
+    n_left = [max_new_tokens] * len(filters)
     finished: list[FinishReason | None] = [None] * len(filters)
-    for n_new in range(1, max_new_tokens + 1):
-        tokens = sample(next_token_probabilities(logits, config, recent), [generators[prompt] for prompt in running])
+    while running:
         released: list[list[int]] = [[] for _ in filters]
-        for prompt, token in zip(running, tokens.tolist(), strict=True):
-            released[prompt], stopped = filters[prompt].push(token)
-            if stopped:
-                finished[prompt] = "stop"
-            elif n_new == max_new_tokens:
+        for prompt, tokens in zip(running, decoder.advance(), strict=True):
+            for token in tokens[: n_left[prompt]]:
+                free, stopped = filters[prompt].push(token)
+                released[prompt] += free
+                n_left[prompt] -= 1
+                if stopped:
+                    finished[prompt] = "stop"
+                    break
+            if n_left[prompt] == 0 and finished[prompt] is None:
                 released[prompt] += filters[prompt].held
                 finished[prompt] = "length"
         yield Step(released, list(finished))
         kept = [row for row, prompt in enumerate(running) if finished[prompt] is None]
-        if not kept:
-            return
-        if recent is not None:
-            recent = _with(recent, tokens, config.repetition_window)
-        if len(kept) < len(running):
-            running = [running[row] for row in kept]
-            tokens, state = tokens[kept], select_state(state, kept)
-            recent = None if recent is None else recent[kept]
-        logits = model.step(tokens, state)
+        if kept and len(kept) < len(running):
+            decoder.keep(kept)
+        running = [running[row] for row in kept]
+
+
+class _OneByOne:
+    """A decoder that draws a token for each sequence, and then lets the model read it."""
+
+    def __init__(self, model: AutoregressiveModel, logits: Tensor, state: State, draws: Draws):
+        self.model, self.logits, self.state, self.draws = model, logits, state, draws
+        self.unread: Tensor | None = None  # (B,), drawn last
+
+    def advance(self) -> list[list[int]]:
+        if self.unread is not None:
+            self.logits = self.model.step(self.unread, self.state)
+        self.unread = self.draws.draw(self.logits)
+        return self.unread[:, None].tolist()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        assert self.unread is not None  # it takes a token to finish a sequence
+        self.unread, self.state = self.unread[rows], select_state(self.state, rows)
+        self.draws.keep(rows)
 
 
 class StopFilter:
@@ -247,30 +278,6 @@ def load_state(path: str | os.PathLike, model: AutoregressiveModel) -> State:
 def _named(state: State) -> dict[str, Tensor]:
     """The tensors of a state by their place in it, such as "[0].conv", in order."""
     return {pytree.keystr(path): s for path, s in pytree.tree_flatten_with_path(state)[0]}
-
-
-def _recent_tokens(prompts: Sequence[Tensor], window: int, vocab_size: int) -> Tensor:
-    """What the repetition penalty is to look at: int64 (B, R), -1 for no token.
-
-    With a window its last tokens, the latest last. Without one only which tokens occurred matters: column v is v if
-    token v did. So R is fixed, however long the prompt.
-    """
-    recent = torch.full((len(prompts), window or vocab_size), -1)
-    for row, prompt in zip(recent, prompts, strict=True):
-        if window:
-            last = prompt[-window:].cpu().long()
-            row[window - len(last) :] = last
-        else:
-            seen = prompt.unique().cpu().long()
-            row[seen] = seen
-    return recent
-
-
-def _with(recent: Tensor, tokens: Tensor, window: int) -> Tensor:
-    """`recent` after one more token for each row."""
-    if window:
-        return torch.cat((recent[:, 1:], tokens[:, None]), dim=1)
-    return recent.scatter(1, tokens[:, None], tokens[:, None])
 
 
 def _check(model: AutoregressiveModel, prompts: Sequence[Tensor], state: State | None, chunk: int) -> None:

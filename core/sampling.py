@@ -16,6 +16,7 @@ Letters: B sequences, V vocabulary, R recent tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,57 @@ def sample(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tens
     # The first token whose cumulative probability exceeds the target, or, where rounding made the target the total
     # itself, the last of non-zero probability.
     return ((cumulative <= target) & (cumulative < total)).sum(-1)
+
+
+@dataclass
+class Draws:
+    """What the next tokens of a batch of sequences are drawn with."""
+
+    config: SamplingConfig
+    generators: list[torch.Generator]
+    recent: Tensor | None
+    """int64 (B, R), from `recent_tokens`; None if nothing is penalised."""
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """The next token of each sequence, int64 (B,)."""
+        tokens = sample(next_token_probabilities(logits, self.config, self.recent), self.generators)
+        if self.recent is not None:
+            self.recent = with_token(self.recent, tokens, self.config)
+        return tokens
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences of the batch alone."""
+        self.generators = [self.generators[row] for row in rows]
+        self.recent = None if self.recent is None else self.recent[rows]
+
+
+def recent_tokens(
+    prompts: Sequence[Tensor], max_new_tokens: int, config: SamplingConfig, logits: Tensor
+) -> Tensor | None:
+    """What the repetition penalty is to look at, if there is one: int64 (B, R), -1 for no token, where `logits` are.
+
+    With a window its last tokens, the latest last. Without one only which tokens occurred matters: column v is v if
+    token v did. So R is fixed, however long the prompt.
+    """
+    if config.repetition_penalty == 1:
+        return None
+    window = min(config.repetition_window, max(len(prompt) for prompt in prompts) + max_new_tokens)
+    recent = torch.full((len(prompts), window or logits.shape[-1]), -1)
+    for row, prompt in zip(recent, prompts, strict=True):
+        if window:
+            last = prompt[-window:].cpu().long()
+            row[window - len(last) :] = last
+        else:
+            seen = prompt.unique().cpu().long()
+            row[seen] = seen
+    return recent.to(logits.device)
+
+
+def with_token(recent: Tensor, tokens: Tensor, config: SamplingConfig) -> Tensor:
+    """`recent` after one more token, (B,), for each row."""
+    if config.repetition_window:
+        return torch.cat((recent[:, 1:], tokens[:, None]), dim=1)
+    return recent.scatter(1, tokens[:, None], tokens[:, None])
 
 
 def _penalised(logits: Tensor, recent: Tensor, penalty: float) -> Tensor:
