@@ -69,7 +69,10 @@ class Windows:
     window: int | None = None
     """Cut sequences into windows of this many bases, the last one moved back to end at the end; whole if left out."""
     stride: int | None = None
-    """Bases from one training window's start to the next one's; the window's length if left out, and in other parts."""
+    """Bases from one training window's start to the next one's; the window's length if left out, and in other parts.
+
+    Each epoch moves training windows by up to half of it, at random.
+    """
     max_n: float = 0.5
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
@@ -193,7 +196,7 @@ class _AlongRecords(_WithModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(_Deciding):
-    """Measure a trained model on labelled sequences, cut into windows as it was trained: metrics with intervals.
+    """Measure a trained model on labelled sequences, or on windows of them: metrics with intervals.
 
     The intervals are over records, or of fewer than 10 records over blocks of neighbouring windows.
     """
@@ -203,11 +206,14 @@ class Eval(_Deciding):
     source: OmitArgPrefixes[Source] = Source()
     split: Literal["train", "valid", "test"] | None = None
     """Measure on this part of the data alone."""
+    window: int | None = None
+    """Cut records into windows of this many bases; by default what the model was trained on."""
     max_n: float = 0.5
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
     def __post_init__(self) -> None:
         _require_shares(max_n=self.max_n)
+        _require_at_least_1(window=self.window)
         super().__post_init__()
 
 

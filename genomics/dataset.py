@@ -39,6 +39,7 @@ class LabelledSequences:
     labels    multiclass: int64 (n,), indices into classes; multilabel: bool (n, K); regression: float64 (n,)
     classes   K names; for regression the one name of the value
     records   int (n,): windows of one record have one number; None: each sequence is a record
+    starts    int (n,): where in its record each window begins; None: each sequence is a record
     """
 
     names: list[str]  # unique within a source only
@@ -49,6 +50,7 @@ class LabelledSequences:
     sources: list[str]  # path of each record's file
     target: Target = "multiclass"
     records: np.ndarray | None = None
+    starts: np.ndarray | None = None
 
     def take(self, chosen: np.ndarray) -> LabelledSequences:
         """The sequences of these indices, in this order, with the same classes."""
@@ -60,6 +62,7 @@ class LabelledSequences:
             split=self.split[chosen],
             sources=[self.sources[i] for i in chosen],
             records=None if self.records is None else self.records[chosen],
+            starts=None if self.starts is None else self.starts[chosen],
         )
 
     def subset(self, split: str) -> LabelledSequences:

@@ -1,10 +1,11 @@
 """A DNA sequence model: which class, which labels or which number belongs to this stretch of DNA?
 
-    tokens -> embedding + place in the window -> bidirectional Mamba backbone -> mean + attention pooling -> linear head
+    tokens -> embedding + place in the window -> bidirectional Mamba backbone -> attention pooling -> linear head
 
 Unusual about it: each base is told its distance from both ends of its window, and the pooling's attention sees these
 distances too. Signals such as splice sites sit at a fixed place of a window cut around them, and a mean over bases
-forgets where a motif stood: on the splice example that costs 0.15 of accuracy.
+forgets where a motif stood: on the splice example that costs 0.15 of accuracy. Where composition is the signal (which
+species?) there are no places to be told, and the mean takes the attention's place.
 
 Letters: B batch, L length, D = d_model, H pooling heads, F position features, K classes.
 """
@@ -89,9 +90,9 @@ def mean_over(h: Tensor, mask: Tensor) -> Tensor:
 class DNAClassifier(PretrainedModel):
     """Logits (B, K) for token sequences (B, L).
 
-    The head sees the mean over all bases, which tells composition (which species?), and the weighted ones of the
-    pooling, which tell what stands at their places (which splice site?). With n_heads = 0 it is the mean alone, and
-    the model is not told places at all.
+    The head sees the weighted means of the pooling, which tell what stands at their places (which splice site?); with
+    n_heads = 0 the mean over all bases, which tells composition (which species?), and the model is told no places. Not
+    both: beside the weighted means, the plain one cost half a percent of accuracy on splice sites.
     """
 
     config_class = DNAClassifierConfig
@@ -102,10 +103,10 @@ class DNAClassifier(PretrainedModel):
         self.embedding = nn.Embedding(VOCAB_SIZE, d_model)
         self.place = nn.Linear(4 * N_WAVES, d_model, bias=False) if config.n_heads else None
         self.backbone = Backbone(config.backbone)
-        self.mean_norm = RunningNorm(d_model)
         self.pooling = WindowPooling(d_model, config.n_heads) if config.n_heads else None
+        self.mean_norm = None if config.n_heads else RunningNorm(d_model)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.head = nn.Linear((1 + config.n_heads) * d_model, len(config.classes))
+        self.head = nn.Linear(max(config.n_heads, 1) * d_model, len(config.classes))
         nn.init.normal_(self.embedding.weight, std=0.5)
         if self.place is not None:
             nn.init.normal_(self.place.weight, std=0.02)
@@ -113,9 +114,11 @@ class DNAClassifier(PretrainedModel):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens int (B, L) of genomics.alphabet, mask bool (B, L) True = real base, padded on the right -> (B, K)."""
         h, place, mask = self.hidden(tokens, mask)
-        pooled = self.mean_norm(mean_over(h, mask).float()).to(h.dtype)
         if self.pooling is not None:
-            pooled = torch.cat((pooled, self.pooling(h, place, mask)), dim=-1)
+            pooled = self.pooling(h, place, mask)
+        else:
+            assert self.mean_norm is not None
+            pooled = self.mean_norm(mean_over(h, mask).float()).to(h.dtype)
         return self.head(self.dropout(pooled))
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

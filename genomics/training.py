@@ -1,5 +1,6 @@
 """Training a DNA model: the genomics side of core/train.py."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -30,12 +31,14 @@ class TrainDNA(Task):
         rc_augment: bool,
         balance: Literal["none", "loss", "sampling"],
         label_smoothing: float,
+        move: Callable[[LabelledSequences, int, np.random.Generator], np.ndarray] | None = None,
     ):
+        """move   tokens of the i-th training sequence at another place of its record, if it is a window of one."""
         self.target, self.train, self.valid = data.target, data.subset("train"), data.subset("valid")
         self.lengths = np.array([len(t) for t in self.train.tokens])
         self.config, self.seed = config, seed
         self.mask_rate, self.rc_augment, self.label_smoothing = mask_rate, rc_augment, label_smoothing
-        self.balance = balance
+        self.balance, self.move = balance, move
         self.class_weights = torch.ones(len(data.classes))
         if balance == "loss":
             counts = np.array([members.sum() for members in self.train.members().values()])
@@ -57,11 +60,15 @@ class TrainDNA(Task):
     def batch(self, description: np.ndarray, epoch: int) -> Batch:
         # Seeded by what the batch is, so that a resumed run draws the same strands and masks.
         rng = np.random.default_rng((self.seed, epoch, *description))
-        sequences = [self.augmented(self.train.tokens[i], rng) for i in description]
+        sequences = [self.augmented(i, rng) for i in description]
         return *pad_right(sequences, PAD), torch.from_numpy(self.train.labels[description])
 
-    def augmented(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Perhaps the other strand; some bases hidden as N, in some sequences hardly any, in others twice mask_rate."""
+    def augmented(self, i: int, rng: np.random.Generator) -> np.ndarray:
+        """The i-th training sequence, perhaps elsewhere in its record, perhaps its other strand, with hidden bases.
+
+        Hidden ones become N: in some sequences hardly any, in others a share of twice mask_rate.
+        """
+        tokens = self.train.tokens[i] if self.move is None else self.move(self.train, i, rng)
         if self.rc_augment and rng.random() < 0.5:
             tokens = reverse_complement(tokens)
         if self.mask_rate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -42,10 +42,34 @@ def cut_windows(data: LabelledSequences, window: int | None, stride: int | None)
     pieces = [
         (i, start, end) for i, ids in enumerate(data.tokens) for start, end in windows_of(len(ids), window, strides[i])
     ]
-    records = np.array([i for i, _, _ in pieces], dtype=np.int64)
+    records, starts = (np.array([piece[k] for piece in pieces], dtype=np.int64) for k in (0, 1))
     names = [f"{data.names[i]}:{start}-{end}" for i, start, end in pieces]
     tokens = [data.tokens[i][start:end] for i, start, end in pieces]
-    return replace(data.take(records), names=names, tokens=tokens, records=records)
+    return replace(data.take(records), names=names, tokens=tokens, records=records, starts=starts)
+
+
+def moved(
+    data: LabelledSequences,
+    i: int,
+    rng: np.random.Generator,
+    *,
+    records: Sequence[np.ndarray],
+    reach: int,
+    max_n: float,
+) -> np.ndarray:
+    """Tokens of window i of `data` moved along its record at random, by at most `reach` bases either way.
+
+    records   tokens of the records that `cut_windows` cut, in their order
+
+    So training sees windows at other places in each epoch, instead of the same ones again and again. A window that
+    would be mostly N (a larger share than max_n) stays where it is.
+    """
+    assert data.records is not None  # `data` was cut
+    assert data.starts is not None
+    record, length = records[data.records[i]], len(data.tokens[i])
+    start = int(np.clip(data.starts[i] + rng.integers(-reach, reach + 1), 0, len(record) - length))
+    tokens = record[start : start + length]
+    return tokens if share_of_n(tokens) <= max_n else data.tokens[i]
 
 
 def share_of_n(tokens: np.ndarray) -> float:

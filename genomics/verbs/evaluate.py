@@ -21,7 +21,7 @@ def evaluate(args: Eval) -> None:
         data = data.subset(args.split)
         if not data.names:
             raise InputError(f"--split {args.split}: no record is of this part")
-    data, n_dropped = without_n_rich(cut_windows(data, config.window, None), args.max_n)
+    data, n_dropped = without_n_rich(cut_windows(data, args.window or config.window, None), args.max_n)
     if not data.names:
         raise InputError(f"all {n_dropped} sequences are more than {args.max_n:.0%} N; see --max-n")
     if n_dropped:

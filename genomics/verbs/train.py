@@ -1,6 +1,7 @@
 """`polymamba genomics train`: from labelled sequences to a run folder with a tested model."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..model import DNAClassifier
 from ..sources import read_source
 from ..terminal import progress_bar
 from ..training import TrainDNA, value_scale
-from ..windows import cut_windows, without_n_rich
+from ..windows import cut_windows, moved, without_n_rich
 from .common import THRESHOLDS, input_files, report
 
 
@@ -56,10 +57,15 @@ def train(args: Train) -> None:
         window=args.windows.window,
         hard_mask=args.hard_mask,
         n_heads=args.heads,
+        head_dropout=0.5 if args.heads else 0.0,  # places are soon learned by heart; a mean is not
     )
     model = DNAClassifier(config)
     n_parameters = sum(p.numel() for p in model.parameters())
     say(f"model {args.preset}: {n_parameters:,} parameters; training on {pick_device(args.compute)}")
+    move = None
+    if args.windows.window is not None:
+        reach = (args.windows.stride or args.windows.window) // 2  # neighbours then leave nothing out, on average
+        move = partial(moved, records=records.tokens, reach=reach, max_n=args.windows.max_n)
     task = TrainDNA(
         data,
         args.train,
@@ -68,6 +74,7 @@ def train(args: Train) -> None:
         rc_augment=args.rc_augment,
         balance=args.balance,
         label_smoothing=args.label_smoothing,
+        move=move,
     )
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
     _test(args, data, run)

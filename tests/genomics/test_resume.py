@@ -20,7 +20,8 @@ RESULTS = ("model.safetensors", "config.json", "metrics.json", "predictions.tsv"
 
 @pytest.fixture(scope="module")
 def flags(two_classes) -> list[str]:
-    return [*two_classes, "--epochs", "4", "--batch-size", "16", "--save-every", "3", "--device", "cpu"]
+    few = ["--epochs", "4", "--batch-size", "32", "--save-every", "3", "--device", "cpu"]
+    return [*two_classes, *few, "--window", "28"]  # which moves at random
 
 
 @pytest.fixture(scope="module")

@@ -211,6 +211,10 @@ def test_a_model_of_windows_predicts_windows(two_classes, fast, files, tmp_path)
     # Their intervals are of the records.
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["n"], metrics["n_records"], metrics["block_length"]) == (2 * len(tested), len(tested), None)
+    # `eval` may cut others.
+    genomics("eval", tmp_path / "run", *two_classes, "--window", 20, "-o", tmp_path / "of-20")
+    spans = [row[0].rsplit(":", 1)[1] for row in read_tsv(tmp_path / "of-20" / "predictions.tsv")[1:]]
+    assert {int(end) - int(start) for start, end in (span.split("-") for span in spans)} == {20}
 
 
 # Embeddings
@@ -357,7 +361,7 @@ def test_regression(fast, tmp_path, capsys):
         sequence = "".join(rng.choice(list("GC" if rng.random() < share else "AT")) for _ in range(40))
         rows.append((sequence, f"{100 * (sequence.count('G') + sequence.count('C')) / 40:g}"))
     table, run = write_table(tmp_path / "table.tsv", rows), tmp_path / "run"
-    flags = ["--target", "regression", "--epochs", 10, "--batch-size", 32, "--lr", 1e-2]
+    flags = ["--target", "regression", "--heads", 0, "--epochs", 10, "--batch-size", 32, "--lr", 1e-2]
     genomics("train", "--table", table, "-o", run, *fast, *flags)
     tested = read_tsv(run / "predictions.tsv")
     assert tested[0] == ["id", "true", "value"]

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from polymamba.core import BackboneConfig
 from polymamba.genomics import DNAClassifierConfig
-from polymamba.genomics.alphabet import tokenize
+from polymamba.genomics.alphabet import decode, tokenize
 from polymamba.genomics.dataset import LabelledRow, labelled
 from polymamba.genomics.pieces import Piece
 from polymamba.genomics.tracks import mean_cover, write_bed, write_bedgraph
-from polymamba.genomics.windows import cut_windows, windows_of, without_n_rich
+from polymamba.genomics.windows import cut_windows, moved, windows_of, without_n_rich
 
 
 @given(length=st.integers(1, 200), window=st.integers(1, 80), stride=st.integers(1, 100))
@@ -44,6 +44,39 @@ def test_cut_windows_keep_label_part_and_source():
     assert data.sources == ["a.fa"] * 3 + ["b.fa"] + ["c.fa"] * 3
     assert data.records.tolist() == [0, 0, 0, 1, 2, 2, 2]
     assert data.subset("test").records.tolist() == [2, 2, 2]
+    assert data.starts.tolist() == [0, 3, 6, 0, 0, 4, 6]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    window=st.integers(1, 20),
+    stride=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+def test_moved_windows_are_stretches_of_their_record_nearby(lengths, window, stride, seed):
+    rows = [LabelledRow(f"{i}", np.arange(n, dtype=np.uint8), "x", "", "f") for i, n in enumerate(lengths)]
+    records = labelled(rows)
+    data = cut_windows(records, window, stride)
+    rng = np.random.default_rng(seed)
+    for i, ids in enumerate(data.tokens):
+        places = set()
+        for _ in range(40):
+            ids_there = moved(data, i, rng, records=records.tokens, reach=stride // 2, max_n=1)
+            start = int(ids_there[0])  # tokens are positions here
+            assert ids_there.tolist() == list(range(start, start + len(ids)))
+            assert start + len(ids) <= lengths[data.records[i]]
+            assert abs(start - data.starts[i]) <= stride // 2
+            places.add(start)
+        free = lengths[data.records[i]] > len(ids) and stride > 1
+        assert (len(places) > 1) is free
+
+
+def test_a_window_does_not_move_where_it_would_be_mostly_n():
+    records = labelled([LabelledRow("r", tokenize("A" * 5 + "N" * 20), "x", "", "f")])
+    data = cut_windows(records, 5, 5).take(np.array([0]))
+    rng = np.random.default_rng(0)
+    seen = {decode(moved(data, 0, rng, records=records.tokens, reach=5, max_n=0.4)) for _ in range(100)}
+    assert seen == {"AAAAA", "AAAAN", "AAANN"}
 
 
 def test_n_rich_sequences_are_left_out_and_counted():
