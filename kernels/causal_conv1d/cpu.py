@@ -1,6 +1,6 @@
 """Causal depthwise convolution on the CPU: one pass over the tokens, vectorised over channels, compiled by numba.
 
-One job is a tile of channels over a piece of time of one sequence. Arrays are float32, C-contiguous; weights come as
+One job is a piece of time of one sequence, for a tile of channels (in the forward, for a wide block). Arrays are float32, C-contiguous; weights come as
 (W, D), states as (S, W - 1, D), most recent last. x may be some columns of a wider array, from column x0 on.
 `position` counts steps in the direction of the convolution.
 """
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..numba_runtime import TILE, buffer, jit, load, parallel, rows, sigmoid, store, wide
+from ..numba_runtime import TILE, buffer, inline, jit, load, parallel, rows, sigmoid, store, wide
 from ..sequences import sequence_bounds
 
 PIECE = 128  # steps of a job: fixed, so that sums over time never depend on the number of threads
+BLOCK = 512  # channels of a job of the forward
 
 
 @jit
@@ -37,21 +38,12 @@ def _load_inputs(x, x0, state, bounds, s, begin, end, reverse, c0, c1, out):
 @jit
 def _convolve(x, weight, bias, K, w, y):
     """y[i] = bias + sum_k weight[k] x[i + k]."""
-    wide()
     for i in range(K):
         for d in range(w):
             y[i, d] = bias[0, d]
         for k in range(weight.shape[0]):
             for d in range(w):
                 y[i, d] += weight[k, d] * x[i + k, d]
-
-
-@jit
-def _silu(K, w, y):
-    wide()
-    for i in range(K):
-        for d in range(w):
-            y[i, d] *= sigmoid(y[i, d])
 
 
 @jit
@@ -86,22 +78,52 @@ def _correlate(dy, weight, first, n, w, dx):
                 dx[j, d] += weight[width - 1 - k, d] * dy[first + j + k, d]
 
 
+@inline()
+def _four_taps(x, x0, row0, row1, row2, row, weight, bias, c0, c1, y):
+    """A row of y, from the three rows before it and itself: one loop, which keeps the sums in registers."""
+    for d in range(c0, c1):
+        out = bias[0, d] + weight[0, d] * x[row0, x0 + d]
+        out += weight[1, d] * x[row1, x0 + d]
+        out += weight[2, d] * x[row2, x0 + d]
+        y[row, d] = out + weight[3, d] * x[row, x0 + d]
+
+
+@inline()
+def _add_tap(x, x0, source, weight, k, c0, c1, row, y):
+    for d in range(c0, c1):
+        y[row, d] += weight[k, d] * x[source, x0 + d]
+
+
 @jit
 def _forward(first, last, jobs, bounds, x, x0, weight, bias, state, silu, reverse, y):
-    width, n_tiles = weight.shape[0], (weight.shape[1] + TILE - 1) // TILE
-    x_, y_, weight_, bias_ = buffer(width - 1 + PIECE), buffer(PIECE), buffer(width), buffer(1)
+    """Row by row, on the tensors themselves: whole rows come from memory much faster than tiles of them."""
+    wide()
+    width, n_channels = weight.shape
+    n_blocks = (n_channels + BLOCK - 1) // BLOCK
+    column = np.uint64(x0)  # unsigned: a signed index is guarded against being negative, which no SIMD loop does
     for job in range(first, last):
-        s, begin = jobs[job // n_tiles]
-        c0 = job % n_tiles * TILE
-        c1 = min(c0 + TILE, weight.shape[1])
-        end = min(begin + PIECE, bounds[s + 1] - bounds[s])
-        load(weight, np.arange(width), c0, c1, weight_)
-        load(bias, np.zeros(1, np.int64), c0, c1, bias_)
-        _load_inputs(x, x0, state, bounds, s, begin - (width - 1), end, reverse, c0, c1, x_)
-        _convolve(x_, weight_, bias_, end - begin, c1 - c0, y_)
-        if silu:
-            _silu(end - begin, c1 - c0, y_)
-        store(y_, _order(bounds, s, begin, end, reverse), c0, c1, y)
+        s, begin = jobs[job // n_blocks]
+        start = job % n_blocks * BLOCK
+        c0, c1 = np.uint64(start), np.uint64(min(start + BLOCK, n_channels))
+        origin, step = (bounds[s + 1] - 1, -1) if reverse else (bounds[s], 1)
+        for position in range(begin, min(begin + PIECE, bounds[s + 1] - bounds[s])):
+            t = origin + step * position
+            row = np.uint64(t)
+            if width == 4 and position >= 3:
+                before = np.uint64(t - 3 * step), np.uint64(t - 2 * step), np.uint64(t - step)
+                _four_taps(x, column, before[0], before[1], before[2], row, weight, bias, c0, c1, y)
+            else:
+                for d in range(c0, c1):
+                    y[row, d] = bias[0, d]
+                for k in range(width):
+                    ago = width - 1 - k
+                    if ago <= position:
+                        _add_tap(x, column, np.uint64(t - ago * step), weight, k, c0, c1, row, y)
+                    elif state.size > 0:
+                        _add_tap(state[s], np.uint64(0), np.uint64(k + position), weight, k, c0, c1, row, y)
+            if silu:
+                for d in range(c0, c1):
+                    y[row, d] *= sigmoid(y[row, d])
 
 
 @jit
@@ -145,7 +167,7 @@ def _array(x: Tensor) -> np.ndarray:
 
 
 def _prepare(x, weight, bias, initial_state, cu_seqlens, batch):
-    """Jobs' (sequence, first position), how many with all tiles, and what both directions read."""
+    """Jobs' (sequence, first position), sequence bounds, and what both directions read."""
     n_channels, width = weight.shape
     bounds = sequence_bounds(cu_seqlens, batch, x.shape[0]).numpy()
     # An empty sequence has a job as well: the gradient of its state must be written.
@@ -153,23 +175,24 @@ def _prepare(x, weight, bias, initial_state, cu_seqlens, batch):
     bias = weight.new_zeros(n_channels) if bias is None else bias
     state = np.empty((0, width - 1, n_channels), np.float32) if initial_state is None else _array(initial_state.mT)
     arrays = (*rows(x), _array(weight.mT), _array(bias[None]), state)
-    return len(jobs) * -(-n_channels // TILE), np.array(jobs, np.int64).reshape(-1, 2), bounds, arrays
+    return np.array(jobs, np.int64).reshape(-1, 2), bounds, arrays
 
 
 def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
-    n_jobs, jobs, bounds, arrays = _prepare(x, weight, bias, initial_state, cu_seqlens, batch)
+    jobs, bounds, arrays = _prepare(x, weight, bias, initial_state, cu_seqlens, batch)
     y = np.empty(x.shape, np.float32)
-    parallel(_forward, n_jobs, jobs, bounds, *arrays, silu, reverse, y)
+    parallel(_forward, len(jobs) * -(-weight.shape[0] // BLOCK), jobs, bounds, *arrays, silu, reverse, y)
     return torch.from_numpy(y).to(x.dtype)
 
 
 def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
     """Gradients of (x, weight, bias, initial_state)."""
-    n_jobs, jobs, bounds, arrays = _prepare(x, weight, bias, initial_state, cu_seqlens, batch)
+    jobs, bounds, arrays = _prepare(x, weight, bias, initial_state, cu_seqlens, batch)
     n_channels, width = weight.shape
     dx = np.empty(x.shape, np.float32)
     dweight, dbias = (np.empty((len(jobs), n, n_channels), np.float32) for n in (width, 1))
     dstate = np.empty_like(arrays[-1])
+    n_jobs = len(jobs) * -(-n_channels // TILE)
     parallel(_backward, n_jobs, jobs, bounds, *arrays, silu, reverse, _array(dy), dx, dweight, dbias, dstate)
     shares = torch.from_numpy(dweight).sum(0).mT, torch.from_numpy(dbias).sum((0, 1))
     return torch.from_numpy(dx), *shares, torch.from_numpy(dstate).mT
