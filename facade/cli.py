@@ -8,6 +8,7 @@ so help and usage errors do not wait for torch.
 import io
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from polymamba.flags import Convert, Doctor
 
 Command = tuple[type, str]
 
+CUT_OFF = 128 + 13  # what a shell reports of a tool that SIGPIPE ended
+
 TOP_LEVEL: dict[str, Command] = {
     "doctor": (Doctor, "polymamba.doctor:run"),
     "convert": (Convert, "polymamba.conversion:run"),
@@ -32,17 +35,24 @@ DOMAINS = {
 
 
 def main(argv: Sequence[str] | None = None, *, extra: Mapping[str, str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 (failed), 2 (bad usage). `extra`: domains beside the known ones."""
+    """Run one command. Returns the exit code: 0, 1 (failed), 2 (bad usage), or CUT_OFF if nobody reads stdout any more.
+
+    `extra`: domains beside the known ones.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     # Between its own loops, torch's OpenMP threads spin for milliseconds on the cores that our CPU kernels want
     # (measured: a scan on two threads then takes as long as on one). With this count they spin some tens of
     # microseconds, in which torch's next loop still finds them awake. Has to be said before torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        return _run(words, _domains() | dict(extra or {}))
+        code = _run(words, _domains() | dict(extra or {}))
+        sys.stdout.flush()  # here, where an error can still be told
+        return code
     except KeyboardInterrupt as interrupt:
         print(": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return CUT_OFF
         if "--debug" in words:
             traceback.print_exc()
         elif _is_users(error):
@@ -51,6 +61,20 @@ def main(argv: Sequence[str] | None = None, *, extra: Mapping[str, str] | None =
             kind = type(error).__name__
             print(f"error: {kind}: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr)
     return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has left, as `head` does; what is still to be written then goes nowhere."""
+    try:
+        stdout = sys.stdout.fileno()
+    except OSError:  # no file at all
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)  # errors are told unasked
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def _run(words: list[str], domains: Mapping[str, str]) -> int:

@@ -1,6 +1,7 @@
 """The command line's frame: help without torch, exit codes, other packages' domains, errors, doctor, convert."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,48 @@ def test_one_line_a_failure(error, line, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_load", lambda _: fail)
     assert cli.main(["boom"]) == 1
     assert capsys.readouterr().err == line + "\n"
+
+
+READERLESS = """
+import os, sys
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)
+from polymamba import cli
+def talk(_):
+    {talk}
+cli.TOP_LEVEL["talk"] = (cli.Doctor, "nowhere:run")
+load, cli._load = cli._load, lambda target: talk if target == "nowhere:run" else load(target)
+sys.exit(cli.main({words}))
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "talk"),
+    [
+        (["talk"], "print('a line, written when all is done')"),
+        (["talk"], "sys.stdout.buffer.write(b'written at once'); sys.stdout.buffer.flush()"),
+        (["talk"], "[print('more than any buffer holds' * 1000) for _ in range(1000)]"),
+        (["--help"], "pass"),
+    ],
+)
+def test_ends_quietly_when_nobody_reads(words, talk, unbuffered):
+    """As a Unix tool does in `polymamba ... | head -1`."""
+    code = READERLESS.format(words=words, talk=talk)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_told(monkeypatch, capfd):
+    def fail(_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli.TOP_LEVEL, "boom", (Boom, "nowhere:run"))
+    monkeypatch.setattr(cli, "_load", lambda _: fail)
+    assert cli.main(["boom"]) == 1
+    assert capfd.readouterr().err == "error: [Errno 32] Broken pipe\n"
 
 
 def test_doctor(capsys):
