@@ -1,7 +1,8 @@
 """Causal depthwise convolution on the CPU: one pass over the tokens, vectorised over channels, compiled by numba.
 
-One job is a piece of time of one sequence, for a tile of channels (in the forward, for a wide block). Arrays are float32, C-contiguous; weights come as
-(W, D), states as (S, W - 1, D), most recent last. x may be some columns of a wider array, from column x0 on.
+One job is a piece of time of one sequence, for a tile of channels; in the forward, for a wide block of them. Arrays are
+float32, C-contiguous; weights come as (W, D), states as (S, W - 1, D), most recent last. x may be some columns of a
+wider array, from column x0 on.
 `position` counts steps in the direction of the convolution.
 """
 
