@@ -4,6 +4,10 @@ Windows are cut from the stream of all training documents (documents.py), so non
 inside a window, the DOCUMENT mark says so to the model, which learns to forget there. (Cutting the state with
 cu_seqlens instead would do without that, but needs batches of one row; and a model that is to end a document by itself
 has to see the mark anyway.)
+
+A few long documents show the mark hardly ever, and a model would read it, before a document's first byte, for the first
+time when it is evaluated or begins to write. So some windows get the mark in place of their first id, as if a document
+began there: that id is only an input in this window, so that no target is lost.
 """
 
 from typing import Any
@@ -15,9 +19,12 @@ from torch import Tensor
 
 from ..core.config import TrainConfig
 from ..core.train import Task
+from .config import DOCUMENT
 from .documents import Documents
 from .evaluation import check_causality, score
 from .terminal import progress_bar
+
+MARKED = 0.05  # share of an epoch's windows that have a mark, at least
 
 
 class TrainBytes(Task):
@@ -33,16 +40,19 @@ class TrainBytes(Task):
         self.batch_size = max(1, min(config.batch_size, config.max_tokens // self.context))
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """Where the windows of each batch begin in the stream."""
+        """The windows of each batch, int64 (windows, 2): where they begin in the stream, whether with a mark (1, 0)."""
         rng = np.random.default_rng((self.seed, epoch))
         first = rng.integers(min(self.context, self.train.n_tokens - self.context))
         starts = rng.permutation(np.arange(first, self.train.n_tokens - self.context, self.context))
-        return [starts[i : i + self.batch_size] for i in range(0, len(starts), self.batch_size)]
+        n_marked = round(MARKED * len(starts)) - len(self.train)  # beside those of the documents
+        windows = np.stack((starts, rng.permutation(len(starts)) < n_marked), 1)
+        return [windows[i : i + self.batch_size] for i in range(0, len(windows), self.batch_size)]
 
     def batch(self, description: np.ndarray, epoch: int) -> Tensor:
         """Ids int64 (B, context + 1): each is both an input and, one place earlier, a target."""
-        windows = [self.train.read(start, start + self.context + 1) for start in description.tolist()]
-        return torch.from_numpy(np.stack(windows))
+        windows = np.stack([self.train.read(start, start + self.context + 1) for start, _ in description.tolist()])
+        windows[description[:, 1] == 1, 0] = DOCUMENT
+        return torch.from_numpy(windows)
 
     def loss(self, model: torch.nn.Module, batch: Tensor) -> Tensor:
         logits = model(batch[:, :-1])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from polymamba.bytes.config import DOCUMENT
 from polymamba.bytes.evaluation import score
 from polymamba.bytes.training import TrainBytes
 from polymamba.core import InputError, TrainConfig
@@ -17,37 +18,51 @@ def task(documents, context=16, seed=0, **options) -> TrainBytes:
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_an_epoch_reads_the_stream_once(documents, context, epoch):
     work = task(documents, context)
-    windows = torch.cat([work.batch(starts, epoch) for starts in work.plan(epoch)])
-    starts = np.concatenate(work.plan(epoch))
+    ids = torch.cat([work.batch(windows, epoch) for windows in work.plan(epoch)])
+    starts, marked = np.concatenate(work.plan(epoch)).T
     stream = documents.read(0, documents.n_tokens)
-    for start, window in zip(starts, windows, strict=True):
-        assert window.tolist() == stream[start : start + context + 1].tolist()
+    for start, has_mark, window in zip(starts, marked, ids, strict=True):
+        first = DOCUMENT if has_mark else stream[start]
+        assert window.tolist() == [first, *stream[start + 1 : start + context + 1]]
     predicted = np.sort(np.concatenate([np.arange(start + 1, start + context + 1) for start in starts]))
     assert np.array_equal(predicted, np.arange(predicted[0], predicted[-1] + 1))  # each once, without a gap
     assert predicted[0] - 1 < context
     assert documents.n_tokens - 1 - predicted[-1] < context
 
 
+@pytest.mark.parametrize("n_documents", [1, 7, 60])
+def test_few_documents_begin_anywhere(as_documents, tmp_path, n_documents):
+    """Of a thousand windows a twentieth has a mark, others each epoch; many documents have marks enough themselves."""
+    documents = as_documents(tmp_path / "d", [bytes(16_000 // n_documents)] * n_documents)
+    marked = [
+        {start for start, has_mark in np.concatenate(task(documents).plan(epoch)) if has_mark} for epoch in (0, 1)
+    ]
+    for starts in marked:
+        assert len(starts) == max(0, 50 - n_documents)
+    assert n_documents == 60 or marked[0] != marked[1]
+
+
 def test_the_plan_depends_on_seed_and_epoch_alone(documents):
     def plan(seed, epoch):
-        return [starts.tolist() for starts in task(documents, seed=seed).plan(epoch)]
+        return [windows.tolist() for windows in task(documents, seed=seed).plan(epoch)]
 
     assert plan(1, 2) == plan(1, 2)
     assert len({str(plan(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    assert all(len(starts) == 5 for starts in plan(0, 0)[:-1])
+    assert all(len(windows) == 5 for windows in plan(0, 0)[:-1])
     assert len(task(documents, max_tokens=48).plan(0)[0]) == 3
 
 
 def test_a_corpus_shorter_than_a_window(documents):
     work = task(documents, context=100_000)
-    assert [starts.tolist() for starts in work.plan(0)] == [[0]]
-    assert work.batch(np.array([0]), 0)[0].tolist() == documents.read(0, documents.n_tokens).tolist()
+    (windows,) = work.plan(0)
+    assert windows.tolist() == [[0, 0]]
+    assert work.batch(windows, 0)[0].tolist() == documents.read(0, documents.n_tokens).tolist()
 
 
 def test_loss_is_the_mean_over_all_targets(model, documents):
     work = task(documents, context=documents.n_tokens - 1)
-    (starts,) = work.plan(0)
-    batch = work.batch(starts, 0)
+    (windows,) = work.plan(0)
+    batch = work.batch(windows, 0)
     log_p = model(batch[:, :-1]).double().log_softmax(-1)[0]
     expected = -sum(log_p[i, batch[0, i + 1]].item() for i in range(len(log_p))) / len(log_p)
     assert work.loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
@@ -69,8 +84,8 @@ def test_learns(model, documents):
     before = work.evaluate(model.eval())["valid_bits_per_byte"]
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-2)
     for epoch in range(25):
-        for starts in work.plan(epoch):
-            work.loss(model, work.batch(starts, epoch)).backward()
+        for windows in work.plan(epoch):
+            work.loss(model, work.batch(windows, epoch)).backward()
             optimizer.step()
             optimizer.zero_grad()
     figures = work.evaluate(model.eval())
