@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from ..core.config import ComputeConfig, SamplingConfig, TrainConfig
+from ..core.config import ComputeConfig, SamplingConfig, SpeculationConfig, TrainConfig
 from .config import Dividing, Preset
 
 Output = Annotated[Path, arg(aliases=["-o"])]
@@ -95,6 +95,10 @@ class Generate:
     """Stop before this text; may be repeated."""
     lossless: Annotated[bool, arg(name="bytes")] = False
     """Write the bytes themselves; without it what is no UTF-8 is replaced by U+FFFD."""
+    draft: Literal["ngram"] | Path | None = None
+    """Let bytes be guessed for the model to check several at a time: by the run folder of a smaller model, or ngram,
+    which guesses that what stands there already comes again. Often faster; the text is another one of the same kind."""
+    speculation: OmitArgPrefixes[SpeculationConfig] = SpeculationConfig()
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 

@@ -92,9 +92,10 @@ class SpeculationConfig:
     """How drafts are made and judged. On the command line every field is a flag; `speculation.py` gives the rules."""
 
     draft_length: int = 8
-    """Tokens drafted for one forward of the model, at most."""
+    """With a draft: most tokens guessed for one forward of the model."""
     acceptance: Literal["exact", "top3"] = "exact"
-    """exact: what is written is as probable as without drafts; top3: any draft among the model's 3 likeliest tokens."""
+    """exact: every text is as probable as without drafts; top3: keeps any draft among the model's 3 likeliest tokens,
+    which is faster, but changes what is written."""
 
     def __post_init__(self) -> None:
         if self.draft_length < 1:

@@ -3,7 +3,7 @@
 Letters: B sequences, V vocabulary, K drafts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from .sampling import Draws, next_token_probabilities, sample, with_token
 
 LOOKBACK = 1 << 16  # tokens before the end in which an earlier occurrence is looked for
 LONGEST = 32  # tokens of an end that are looked up
-SHORTEST = 4
+SHORTEST = 6  # what bytes need: after fewer, too little of what followed comes again (measured; so does a fixed length)
 
 
 class Drafts(NamedTuple):
@@ -89,8 +89,10 @@ def what_followed(text: str, length: int) -> list[int]:
 class ModelDrafter:
     """Draws from a smaller model under the settings of the larger one."""
 
-    def __init__(self, model: AutoregressiveModel, prompts: Sequence[Tensor], chunk: int):
-        logits, self.state = prefill(model, prompts, chunk=chunk)
+    def __init__(
+        self, model: AutoregressiveModel, prompts: Sequence[Tensor], chunk: int, advance: Callable[[int], object]
+    ):
+        logits, self.state = prefill(model, prompts, chunk=chunk, advance=advance)
         self.model, self.vocab_size, self.device = model, logits.shape[-1], logits.device
         self.unread: list[list[int]] = [[] for _ in prompts]
 

@@ -12,7 +12,7 @@ its batch mates nor their number, short of the last bits of the arithmetic. Lett
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -91,6 +91,7 @@ def generate(
     stop: Sequence[Sequence[int]] = (),
     state: State | None = None,
     chunk: int = CHUNK,
+    advance: Callable[[int], object] = lambda n: None,
 ) -> Iterator[Step]:
     """Continue each prompt; yield a `Step` as soon as its tokens are known. The prompts are read before it returns.
 
@@ -103,11 +104,12 @@ def generate(
     state           continues sequences: row b stands before prompts[b]. It is not changed. The tokens before it are not
                     known here, so that the repetition penalty does not see them.
     chunk           prompts are read so many tokens at a time (of each prompt).
+    advance         is told of the prompts' tokens that were read.
 
     Raises InputError for an empty prompt or stop sequence, and, while it runs, for logits that are not finite.
     """
     generators, filters = begin(prompts, max_new_tokens, seeds, stop)
-    logits, state = prefill(model, prompts, state, chunk=chunk)
+    logits, state = prefill(model, prompts, state, chunk=chunk, advance=advance)
     draws = Draws(config, generators, recent_tokens(prompts, max_new_tokens, config, logits))
     return decode(_OneByOne(model, logits, state, draws), filters, max_new_tokens)
 
@@ -120,12 +122,18 @@ def collect(steps: Iterable[Step]) -> list[list[int]]:
 
 @torch.no_grad()
 def prefill(
-    model: AutoregressiveModel, prompts: Sequence[Tensor], state: State | None = None, *, chunk: int = CHUNK
+    model: AutoregressiveModel,
+    prompts: Sequence[Tensor],
+    state: State | None = None,
+    *,
+    chunk: int = CHUNK,
+    advance: Callable[[int], object] = lambda n: None,
 ) -> tuple[Tensor, State]:
     """Read prompts of any lengths: (logits (B, V) of the token after each, the state after each).
 
     `state` continues sequences, row b standing before prompts[b]; it is not changed. At most `chunk` tokens of each
     prompt are read at a time, so memory does not grow with their lengths; the numbers are the same at any `chunk`.
+    `advance` is told of the tokens that were read.
     """
     _check(model, prompts, state, chunk)
     device = pytree.tree_leaves(model.init_state(1))[0].device
@@ -141,6 +149,7 @@ def prefill(
             logits[rows] = at_last
             for whole, part in zip(pytree.tree_leaves(state), pytree.tree_leaves(after), strict=True):
                 whole[rows] = part
+        advance(sum(map(len, pieces)))
     assert logits is not None  # no prompt is empty
     return logits, state
 

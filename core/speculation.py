@@ -19,7 +19,7 @@ tokens drafts nothing for one round. Memory is thus two states, however many dra
 Letters: B sequences, V vocabulary, K drafts, R recent tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -81,22 +81,24 @@ def speculate(
     seeds: Sequence[int] | None = None,
     stop: Sequence[Sequence[int]] = (),
     chunk: int = CHUNK,
+    advance: Callable[[int], object] = lambda n: None,
     tally: Tally | None = None,
 ) -> Iterator[Step]:
     """`generate` with drafts. What is not said here is as there; a `Step` may add several tokens to a continuation.
 
     drafter  a smaller model of the same tokens; or "ngram", which needs no model: see `NgramDrafter`.
+    advance  is told of the prompts' tokens that were read, by the model and by a drafter that is one.
     tally    is counted up as it goes.
 
     Raises InputError as `generate` does, and for a drafter with another number of tokens.
     """
     generators, filters = begin(prompts, max_new_tokens, seeds, stop)
-    logits, state = prefill(model, prompts, chunk=chunk)
+    logits, state = prefill(model, prompts, chunk=chunk, advance=advance)
     vocab_size = logits.shape[-1]
-    by_lookup = isinstance(drafter, str)
-    drafts: Drafter = (
-        NgramDrafter(prompts, vocab_size, logits.device) if by_lookup else ModelDrafter(drafter, prompts, chunk)
-    )
+    if isinstance(drafter, str):
+        drafts: Drafter = NgramDrafter(prompts, vocab_size, logits.device)
+    else:
+        drafts = ModelDrafter(drafter, prompts, chunk, advance)
     if drafts.vocab_size != vocab_size:
         raise InputError(f"the drafter has {drafts.vocab_size} tokens, the model {vocab_size}; they must be the same")
     draws = Draws(config, generators, recent_tokens(prompts, max_new_tokens, config, logits))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from polymamba.bytes import ByteLM, training
 from polymamba.cli import main
-from polymamba.core import InputError
+from polymamba.core import BackboneConfig, InputError, LanguageModel, LanguageModelConfig
 
 FAST = ["--epochs", "2", "--context", "64", "--batch-size", "4", "--device", "cpu"]
 
@@ -98,6 +99,28 @@ def test_generate(run, tmp_path, capfdbinary, monkeypatch):
         assert stopped == raw[: raw.index(raw[3:6])]
 
 
+@pytest.mark.parametrize("draft", ["ngram", "itself"])
+def test_generate_with_drafts(run, capfdbinary, draft):
+    """Greedy, so that the bytes are those without; a model that drafts for itself is always right."""
+    words = (run, "--prompt", "3 bottles of béer on the wall, 3 bott", "--max-new-bytes", 40, "--bytes")
+    draft = ("--draft", draft if draft == "ngram" else run)
+    plain = generated(capfdbinary, *words, "--temperature", 0)
+    assert main(["bytes", "generate", *map(str, words), "--temperature", "0", *map(str, draft), "--device", "cpu"]) == 0
+    out, err = capfdbinary.readouterr()
+    assert out == plain
+    kept, drafted, rate = re.search(r"drafts: (\d+) of (\d+) bytes kept \((\d+)%\), ", err.decode()).groups()
+    assert 0 < int(kept) <= int(drafted)
+    assert draft[1] == "ngram" or (kept, rate) == (drafted, "100")
+    for options in (("--acceptance", "top3"), ("--draft-length", 3), ("--repetition-penalty", 1.2)):
+        assert 0 < len(generated(capfdbinary, *words, "--temperature", 0.5, *draft, *options)) <= 40
+
+
+def test_generate_after_a_long_prompt(run, tmp_path, capfdbinary):
+    """In pieces; any bytes."""
+    (tmp_path / "prompt").write_bytes(bytes(range(256)) * 20)
+    assert len(generated(capfdbinary, run, "--prompt-file", tmp_path / "prompt", "--max-new-bytes", 3, "--bytes")) <= 3
+
+
 def test_resume_gives_the_same_bits(texts, run, tmp_path, monkeypatch):
     """Broken off in the second epoch, after a checkpoint within it."""
     losses = []
@@ -167,6 +190,12 @@ def test_models_and_prompts_that_cannot_be_used(error, run, tmp_path):
     assert "give one of them" in error("generate", run, "--prompt", "a", "--prompt-file", "-")
     assert "no.txt: cannot be read" in error("generate", run, "--prompt-file", tmp_path / "no.txt")
     assert "--stop: an empty text" in error("generate", run, "--stop", "")
+    words = LanguageModelConfig(backbone=BackboneConfig(d_model=8, n_layer=1), vocab_size=320)
+    LanguageModel(words).save_pretrained(tmp_path / "words")
+    assert "words/config.json: holds LanguageModel, but a ByteLM is wanted" in error(
+        "generate", run, "--draft", tmp_path / "words"
+    )
+    assert "no config.json" in error("generate", run, "--draft", tmp_path)
 
 
 def test_no_figures_of_a_model_that_sees_the_future(error, run, texts, tmp_path, monkeypatch):
@@ -191,6 +220,8 @@ def test_no_figures_of_a_model_that_sees_the_future(error, run, texts, tmp_path,
         ["eval", "run", "f", "--chunk", "0"],
         ["generate", "run", "--max-new-bytes", "0"],
         ["generate", "run", "--top-p", "2"],
+        ["generate", "run", "--draft", "ngram", "--draft-length", "0"],
+        ["generate", "run", "--draft", "ngram", "--acceptance", "top2"],
     ],
 )
 def test_bad_usage(words, capsys):

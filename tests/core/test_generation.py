@@ -258,8 +258,10 @@ def test_a_long_prompt_in_bounded_memory():
     """10 MB beside a short one; the state is a sum, so the answer is known."""
     model = Counter()
     long = (torch.arange(10_000_019) % 251 % 7).to(torch.uint8)
-    logits, state = prefill(model, [long, long[:5]], chunk=65536)
+    read = []
+    logits, state = prefill(model, [long, long[:5]], chunk=65536, advance=read.append)
     assert model.longest == 65536
+    assert (read[:2], sum(read)) == ([65541, 65536], len(long) + 5)
     assert state["sum"].tolist() == [int(p.long().sum()) + len(p) for p in (long, long[:5])]
     assert torch.equal(logits, model.table[state["sum"] % 997])
 
