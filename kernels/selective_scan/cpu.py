@@ -64,7 +64,7 @@ def _store_tiles(values, order, tiles, out):
 @jit
 def _forward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, z0, bias, h0,
              use_softplus, reverse, save, y, final, checkpoints):  # fmt: skip
-    """Up to GROUP tiles of a sequence go through time together: long rows come from memory faster than parts of them."""
+    """Up to GROUP tiles of a sequence go through time together: long rows move faster than parts of rows."""
     N, n_tiles = A2.shape[0], tiles.shape[0]
     raw, u_, z_, y_ = _buffers(PIECE), _buffers(PIECE), _buffers(PIECE), _buffers(PIECE)
     A_, h, Bs_, Cs_ = _buffers(N), _buffers(N), _buffers(Bs.shape[0]), _buffers(Cs.shape[0])
