@@ -8,15 +8,20 @@ medians of five runs in one process, the readers in turn; the files are in the p
     pysam      FastxFile: gives text; checks nothing
     Biopython  SimpleFastaParser: gives text; checks nothing
 FASTQ is read from records of 150 bases, plain, by Biopython's FastqGeneralIterator in place of SimpleFastaParser.
+
+Then four FASTA files to names and tokens in one process: one file after another, in two threads (what polymamba does),
+and in two processes that hand over what they read through pipes (what it leaves be), their start included.
 """
 
 import argparse
 import gzip
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +31,8 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 from Bio.SeqIO.QualityIO import FastqGeneralIterator
 from machine import describe
 
-from polymamba.genomics import read_records
+from polymamba.genomics import Record, read_records
+from polymamba.genomics.reading.several import read_each
 
 RUNS = 5
 LENGTHS = {"1 kb": 1_000, "5 Mb": 5_000_000}
@@ -93,6 +99,51 @@ def speeds(path: Path, n_bytes: int) -> dict[str, float]:
     return {name: n_bytes / 1e6 / statistics.median(values) for name, values in times.items()}
 
 
+def name_and_tokens(record: Record) -> tuple[str, np.ndarray]:
+    return record.name, record.tokens
+
+
+def handed_over(path: Path) -> tuple[list[str], list[int], np.ndarray]:
+    """What a process sends: one array for all tokens costs least."""
+    names, tokens = zip(*map(name_and_tokens, read_records(path)), strict=True)
+    return list(names), np.cumsum([len(ids) for ids in tokens]).tolist(), np.concatenate(tokens)
+
+
+def in_two_processes(paths: list[Path]) -> None:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        for names, ends, tokens in processes.map(handed_over, paths):
+            _ = [(name, tokens[start:end]) for name, start, end in zip(names, [0, *ends], ends, strict=False)]
+
+
+WAYS: dict[str, Callable[[list[Path]], object]] = {
+    "one after another": lambda paths: [list(read_each([path], name_and_tokens)) for path in paths],
+    "two threads": lambda paths: list(read_each(paths, name_and_tokens, n_threads=2)),
+    "two processes": in_two_processes,
+}
+
+
+def report_several(total: int, folder: str) -> list[str]:
+    lines = ["", f"Four files of about {total / 4e6:.0f} MB each, MB of decompressed text a second", ""]
+    lines += [f"| | {' | '.join(WAYS)} | threads / one | processes / one |", "|---|---|---|---|---|---|"]
+    for name, length in LENGTHS.items():
+        plain = [Path(folder, f"{length}-{i}.fasta") for i in range(4)]
+        for path in plain:
+            write_fasta(path, length, total // 4)
+        n_bytes = sum(map(os.path.getsize, plain))
+        for packing in ("plain", "gzip"):
+            paths = [pack(path, packing) for path in plain]
+            times: dict[str, list[float]] = {way: [] for way in WAYS}
+            for _ in range(RUNS):
+                for way, read in WAYS.items():
+                    began = time.perf_counter()
+                    read(paths)
+                    times[way].append(time.perf_counter() - began)
+            found = [n_bytes / 1e6 / statistics.median(values) for values in times.values()]
+            ratios = [f"{speed / found[0]:.2f}" for speed in found[1:]]
+            lines.append(f"| {name}, {packing} | {' | '.join([*(f'{speed:.0f}' for speed in found), *ratios])} |")
+    return lines
+
+
 def report(total: int) -> str:
     lines = ["# Reading FASTA and FASTQ", "", *describe()]
     lines += [f"pysam {version('pysam')}, biopython {version('biopython')}", ""]
@@ -116,6 +167,7 @@ def report(total: int) -> str:
             ratios = [found["polymamba"] / found[peer] for peer in ("pysam", "Biopython")]
             cells = [f"{speed:.0f}" for speed in found.values()] + [f"{ratio:.2f}" for ratio in ratios]
             lines.append(f"| {what} | {' | '.join(cells)} |")
+        lines += report_several(total, folder)
     return "\n".join(lines) + "\n"
 
 

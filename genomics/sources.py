@@ -17,8 +17,9 @@ from .config import Target
 from .dataset import LabelledRow, LabelledSequences, labelled
 from .reading.files import find_files
 from .reading.folders import files_in_folder
-from .reading.records import Record, read_records
+from .reading.format import Record
 from .reading.regions import Region, cut, read_benchmark_folder, read_regions, region_name
+from .reading.several import read_each
 from .reading.tables import match_labels, part_at, read_label_table, read_sequence_table
 
 NO_CLASS = "all"  # the label of sequences that are only looked at
@@ -38,9 +39,11 @@ def folder(path: str | Path, *, hard_mask: bool = False) -> Iterator[LabelledRow
 
 
 def _rows(files: Iterable[tuple[Path, str, str]], hard_mask: bool) -> Iterator[LabelledRow]:
-    for path, label, split in _each_once(files):
-        for record in read_records(path):
-            yield LabelledRow(record.name, tokens_of(record, hard_mask), label, split, str(path))
+    placed = list(_each_once(files))
+    read = read_each([path for path, _, _ in placed], lambda record: (record.name, tokens_of(record, hard_mask)))
+    for (path, label, split), records in zip(placed, read, strict=True):
+        for name, tokens in records:
+            yield LabelledRow(name, tokens, label, split, str(path))
 
 
 def header_pattern(words: Sequence[str], pattern: str, *, hard_mask: bool = False) -> Iterator[LabelledRow]:
@@ -55,29 +58,25 @@ def header_pattern(words: Sequence[str], pattern: str, *, hard_mask: bool = Fals
     if not compiled.groups:
         raise InputError(f"--label-pattern {pattern}: has no group; put the class in brackets, as in 'class=(\\w+)'")
     group = "label" if "label" in compiled.groupindex else 1
-    for path, record in records_of(words):
-        header = f"{record.name} {record.description}".rstrip()
-        match = compiled.search(header)
-        if match is None or not match[group]:
-            raise InputError(f"{path}, record {record.name!r}: no class in the header {header!r} by {pattern!r}")
-        part = match["split"] if "split" in compiled.groupindex else None
-        split = part_at(f"{path}, record {record.name!r}", part) if part else ""
-        yield LabelledRow(record.name, tokens_of(record, hard_mask), match[group], split, str(path))
+    paths = list(files_of(words))
+    read = read_each(paths, lambda record: (record.name, record.description, tokens_of(record, hard_mask)))
+    for path, records in zip(paths, read, strict=True):
+        for name, description, tokens in records:
+            header = f"{name} {description}".rstrip()
+            match = compiled.search(header)
+            if match is None or not match[group]:
+                raise InputError(f"{path}, record {name!r}: no class in the header {header!r} by {pattern!r}")
+            part = match["split"] if "split" in compiled.groupindex else None
+            split = part_at(f"{path}, record {name!r}", part) if part else ""
+            yield LabelledRow(name, tokens, match[group], split, str(path))
 
 
 def label_table(words: Sequence[str], table: Path, *, hard_mask: bool = False) -> Iterator[LabelledRow]:
     """Records whose class stands in a table, by their name. Every record has a row there and every row a record."""
-    records = list(records_of(words))
-    rows = match_labels([record.name for _, record in records], read_label_table(table), table)
-    for (path, record), row in zip(records, rows, strict=True):
-        yield LabelledRow(record.name, tokens_of(record, hard_mask), row.label, row.split, str(path))
-
-
-def records_of(words: Sequence[str]) -> Iterator[tuple[Path, Record]]:
-    """Each record of these files, folders and globs, with its file. Raises InputError for a file given twice."""
-    for path in files_of(words):
-        for record in read_records(path):
-            yield path, record
+    found = list(_rows(((path, "", "") for path in files_of(words)), hard_mask))
+    rows = match_labels([record.name for record in found], read_label_table(table), table)
+    for record, row in zip(found, rows, strict=True):
+        yield record._replace(label=row.label, split=row.split)
 
 
 def files_of(words: Sequence[str]) -> Iterator[Path]:

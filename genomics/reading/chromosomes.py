@@ -11,7 +11,8 @@ import numpy as np
 
 from ...core.errors import InputError
 from ..alphabet import hard_masked
-from .records import read_records
+from .format import Record
+from .several import read_each
 
 _PREFIX = re.compile(r"^(chromosome|chrom|chr)[_.-]?(?=.)")
 _LEADING_ZEROS = re.compile(r"^0+(?=[0-9])")
@@ -65,16 +66,22 @@ def read_chromosomes(
     tokens: dict[str, np.ndarray] = {}
     source: dict[str, str | Path] = {}
     known = []
-    for path in genome:
-        for record in read_records(path):
-            known.append(record.name)
-            if keys.isdisjoint(_keys(record.name)):
+
+    def keep(record: Record) -> tuple[str, np.ndarray | None]:
+        if keys.isdisjoint(_keys(record.name)):
+            return record.name, None
+        return record.name, hard_masked(record.tokens, record.sequence) if hard_mask else record.tokens
+
+    for path, records in zip(genome, read_each([Path(path) for path in genome], keep), strict=True):
+        for name, ids in records:
+            known.append(name)
+            if ids is None:
                 continue
-            if record.name in source:
-                both = f"{source[record.name]} and {path}"
-                raise InputError(f"{both}: both hold a chromosome {record.name!r}; rename or leave out one")
-            tokens[record.name] = hard_masked(record.tokens, record.sequence) if hard_mask else record.tokens
-            source[record.name] = path
+            if name in source:
+                both = f"{source[name]} and {path}"
+                raise InputError(f"{both}: both hold a chromosome {name!r}; rename or leave out one")
+            tokens[name] = ids
+            source[name] = path
     return {name: (match, tokens[match]) for name, match in match_names(wanted, known).items()}
 
 

@@ -27,7 +27,7 @@ def read_fasta(path: str | Path) -> Iterator[Record]:
 def _entries(source: Source) -> Iterator[tuple[str, str, str]]:
     n_read = 0
     try:
-        with _quiet_htslib(), pysam.FastxFile(str(source.path), persist=False) as entries:
+        with quiet_htslib(), pysam.FastxFile(str(source.path), persist=False) as entries:
             for entry in entries:
                 description, sequence = entry.comment or "", entry.sequence or ""
                 # kseq drops the carriage return of a CRLF, except where nothing stands before it.
@@ -56,8 +56,8 @@ def _line_of(source: Source, number: int, position: int) -> int:
 
 
 @contextmanager
-def _quiet_htslib() -> Iterator[None]:
-    """Keep htslib from writing to stderr beside our own message."""
+def quiet_htslib() -> Iterator[None]:
+    """Keep htslib from writing to stderr beside our own message, in all threads."""
     verbosity = pysam.set_verbosity(0)
     try:
         yield
