@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from polymamba.core import BackboneConfig, InputError, LanguageModel, LanguageModelConfig, speculation
+from polymamba.core import drafting as drafting_module
 from polymamba.core.config import SamplingConfig, SpeculationConfig
-from polymamba.core.drafting import LONGEST, SHORTEST, what_followed
+from polymamba.core.drafting import LONGEST, SHORTEST, NgramDrafter, what_followed
 from polymamba.core.generation import collect, generate
 from polymamba.core.sampling import next_token_probabilities, sample
 from polymamba.core.speculation import Tally, speculate
@@ -304,6 +305,33 @@ def test_what_followed(text, length):
             assert what_followed(text, length) == [ord(c) for c in expected[len(text) :]]
             return
     assert what_followed(text, length) == []
+
+
+def test_the_lookup_is_bounded(monkeypatch):
+    monkeypatch.setattr(drafting_module, "LOOKBACK", 15)
+    motif = [1, 2, 3, 4, 5, 6]
+    for between, found in (([0] * 3, [[0, 0]]), ([0] * 4, [[]])):
+        drafter = NgramDrafter([torch.tensor([7, 7, *motif, *between])], 9, torch.device("cpu"))
+        drafter.append([motif])
+        drafts = drafter.propose(2, None)
+        assert drafts.tokens.tolist() == found
+        assert drafts.lengths.tolist() == [len(found[0])]
+        assert len(drafter.texts[0]) == 15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drafter", ["ngram", "close"])
+@pytest.mark.parametrize("acceptance", ["exact", "top3"])
+def test_on_a_gpu(drafter, acceptance):
+    """Rows that keep different numbers of drafts, that have none, and that end at different times."""
+    written = []
+    for device in ("cpu", "cuda"):
+        model = language_model().to(device)
+        drafts = "ngram" if drafter == "ngram" else like(language_model(), 0.1).to(device)
+        config = SamplingConfig(repetition_penalty=1.2, repetition_window=4)
+        settings = drafting(3, acceptance)
+        written.append(texts(model, drafts, prompts_of(), 20, config, settings, seeds=range(5), stop=[(2,)]))
+    assert written[0] == written[1]
 
 
 # Mistakes
