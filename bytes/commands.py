@@ -105,6 +105,8 @@ class Generate:
     def __post_init__(self) -> None:
         if self.max_new_bytes < 1:
             raise ValueError(f"max_new_bytes is {self.max_new_bytes}; it must be at least 1")
+        if self.draft is None and self.speculation != SpeculationConfig():
+            raise ValueError("draft_length and acceptance say how drafts are judged; give a --draft, too")
 
 
 COMMANDS = {

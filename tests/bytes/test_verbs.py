@@ -222,6 +222,7 @@ def test_no_figures_of_a_model_that_sees_the_future(error, run, texts, tmp_path,
         ["generate", "run", "--top-p", "2"],
         ["generate", "run", "--draft", "ngram", "--draft-length", "0"],
         ["generate", "run", "--draft", "ngram", "--acceptance", "top2"],
+        ["generate", "run", "--acceptance", "top3"],
     ],
 )
 def test_bad_usage(words, capsys):
