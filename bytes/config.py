@@ -6,6 +6,7 @@ from typing import Literal
 from ..core.config import BackboneConfig, LanguageModelConfig
 
 # Ids 0 to 255 are the bytes themselves, so that any file can be read and written.
+N_BYTES, LINE_FEED = 256, 10
 DOCUMENT = 256  # stands before a document's first byte, and so after its last one: both start and end
 N_IDS = 257  # what a model predicts; the ids above it only pad its tables
 VOCAB_SIZE = 320  # a multiple of 64, which the matrix units of a GPU want
@@ -17,8 +18,8 @@ PRESETS = {
     "tiny": BackboneConfig(d_model=128, n_layer=4),
     "small": BackboneConfig(d_model=320, n_layer=8),
     "base": BackboneConfig(d_model=512, n_layer=16),
-    "mambabyte-353m": BackboneConfig(d_model=1024, n_layer=53),  # arXiv 2401.13660, table 1
-    "mambabyte-972m": BackboneConfig(d_model=1792, n_layer=48),
+    "mambabyte-353m": BackboneConfig(d_model=1024, n_layer=53, norm="layer"),  # arXiv 2401.13660, table 1
+    "mambabyte-972m": BackboneConfig(d_model=1792, n_layer=48, norm="layer"),
 }
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import BackboneConfig
 from .mamba import BiMamba, Mamba, MambaState
-from .norm import AddRMSNorm
+from .norm import NORM_CLASSES
 
 MIXER_CLASSES = {"mamba": Mamba, "bimamba": BiMamba}
 State = list[MambaState]  # one entry a layer
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
     def __init__(self, config: BackboneConfig, mixer: str):
         super().__init__()
-        self.norm = AddRMSNorm(config.d_model, config.norm_eps)
+        self.norm = NORM_CLASSES[config.norm](config.d_model, config.norm_eps)
         self.mixer: Any = MIXER_CLASSES[mixer](
             config.d_model, config.d_state, config.d_conv, config.expand, dt_rank=config.dt_rank
         )
@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         self.config = config
         names = (config.pattern[i % len(config.pattern)] for i in range(config.n_layer))
         self.layers: Any = nn.ModuleList(Block(config, name) for name in names)
-        self.norm_f = AddRMSNorm(config.d_model, config.norm_eps)
+        self.norm_f = NORM_CLASSES[config.norm](config.d_model, config.norm_eps)
         self.gradient_checkpointing = False  # trade one more forward for not keeping each block's activations
         self.init_weights()
 

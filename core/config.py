@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MIXERS = ("mamba", "bimamba")
+NORMS = ("rms", "layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class BackboneConfig:
     expand: int = 2  # inner width / d_model
     dt_rank: int | None = None  # None: ceil(d_model / 16)
     dropout: float = 0.0  # on what each mixer adds to the residual stream
+    norm: str = "rms"  # one of NORMS: RMSNorm, or LayerNorm with a bias
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -28,6 +30,8 @@ class BackboneConfig:
             raise ValueError(
                 f"pattern {self.pattern} names {unknown or 'nothing'}; its entries are {', '.join(MIXERS)}"
             )
+        if self.norm not in NORMS:
+            raise ValueError(f"norm is {self.norm!r}; it must be one of {', '.join(NORMS)}")
         for name in ("d_model", "n_layer", "d_state", "d_conv", "expand"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -23,7 +23,6 @@ def from_mamba_ssm(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     ssm = dict(config.get("ssm_cfg") or {})
     layer = ssm.pop("layer", "Mamba1")
     _require(layer == "Mamba1", f"ssm_cfg.layer is {layer!r}; only 'Mamba1' is supported")
-    _require(config.get("rms_norm", True), "rms_norm is false; only RMSNorm models are supported")
     _require(not config.get("d_intermediate"), "d_intermediate is set; models with an MLP are not supported")
     _require(not config.get("attn_layer_idx"), "attn_layer_idx is set; models with attention are not supported")
     multiple = config.get("pad_vocab_size_multiple", 8)
@@ -34,9 +33,10 @@ def from_mamba_ssm(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
         d_conv=ssm.get("d_conv", 4),
         expand=ssm.get("expand", 2),
         dt_rank=_rank(ssm.get("dt_rank", "auto")),
+        norm="rms" if config.get("rms_norm", True) else "layer",
     )
     vocab_size = -(-config["vocab_size"] // multiple) * multiple
-    tied = config.get("tie_embeddings", True)
+    tied = config.get("tie_embeddings", _same(state_dict, "lm_head.weight", "backbone.embedding.weight"))
     model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=vocab_size, tie_embeddings=tied))
     return _load(model, state_dict, lambda key: re.sub(r"^backbone\.embedding\.", "embedding.", key))
 
@@ -61,6 +61,11 @@ def from_hf_mamba(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -
     tied = config.get("tie_word_embeddings", True)
     lm = LanguageModelConfig(backbone=backbone, vocab_size=config["vocab_size"], tie_embeddings=tied)
     return _load(LanguageModel(lm), state_dict, lambda key: re.sub(r"^backbone\.embeddings\.", "embedding.", key))
+
+
+def _same(state_dict: Mapping[str, Tensor], one: str, other: str) -> bool:
+    """Whether a config that does not speak of tying is of a model with tied weights: older ones say nothing."""
+    return one not in state_dict or other not in state_dict or torch.equal(state_dict[one], state_dict[other])
 
 
 def _rank(value: int | str) -> int | None:

@@ -1,9 +1,9 @@
-"""The norm of a pre-norm residual block, which also adds to the residual stream what the block before it made."""
+"""The norms of a pre-norm residual block, which also add to the residual stream what the block before them made."""
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import rms_norm
+from ..kernels import layer_norm, rms_norm
 
 
 class AddRMSNorm(nn.Module):
@@ -14,11 +14,24 @@ class AddRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
         self.eps = eps
 
-    def forward(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, stream: Tensor | None, backend: str | None = None) -> tuple[Tensor, Tensor]:
         """x, stream (.., D). The stream is float32 even in a bf16 model; what is normed has the weights' dtype."""
-        return rms_norm(x, self.weight, self.eps, residual=stream)
+        return rms_norm(x, self.weight, self.eps, residual=stream, backend=backend)
 
     def step(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         # On a CPU a few rows cost less in PyTorch's own operations than the call of a kernel.
-        backend = "torch" if x.device.type == "cpu" else None
-        return rms_norm(x, self.weight, self.eps, residual=stream, backend=backend)
+        return self(x, stream, backend="torch" if x.device.type == "cpu" else None)
+
+
+class AddLayerNorm(AddRMSNorm):
+    """The same with LayerNorm and a bias."""
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__(d_model, eps)
+        self.bias = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x: Tensor, stream: Tensor | None, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        return layer_norm(x, self.weight, self.bias, self.eps, residual=stream, backend=backend)
+
+
+NORM_CLASSES = {"rms": AddRMSNorm, "layer": AddLayerNorm}

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from polymamba.core import Backbone, BackboneConfig, Mamba, aux_loss
@@ -31,6 +32,25 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-6):
     assert a.shape == b.shape
     if a.numel():
         assert (a - b).abs().max() <= tolerance * b.detach().abs().max().clamp(min=1.0)
+
+
+def test_layer_norm_backbone_is_the_stack_of_its_parts():
+    model, x = backbone(norm="layer", norm_eps=1e-3).double(), inputs().double()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter)
+    stream = x
+    for block in model.layers:
+        norm = block.norm
+        stream = stream + block.mixer(F.layer_norm(stream, (20,), norm.weight, norm.bias, 1e-3))
+    norm = model.norm_f
+    close(model(x), F.layer_norm(stream, (20,), norm.weight, norm.bias, 1e-3), 1e-12)
+    state = model.init_state(len(x))
+    with torch.no_grad():
+        steps = [model.step(x[:, t], state) for t in range(x.shape[1])]
+    close(torch.stack(steps, 1), model(x), 1e-12)
+    with pytest.raises(ValueError, match="norm is 'batch'; it must be one of rms, layer"):
+        BackboneConfig(d_model=12, n_layer=3, norm="batch")
 
 
 @pytest.mark.parametrize("side", ["right", "left", "both"])
