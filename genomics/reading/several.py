@@ -1,8 +1,8 @@
 """Several sequence files at once, in threads with a handle each.
 
-Decompression and the parser of FASTA run outside of Python's lock, so packed files gain by it, plain text hardly:
-benchmarks/results/reading.md. Processes would have to hand over what they read, which costs as much as reading a large
-plain file does.
+Decompression and the parser of FASTA run outside of Python's lock: packed files gain, plain text does not. Processes
+would have to hand over what they read, which costs as much as reading a large plain file does. Figures are in
+benchmarks/results/reading.md.
 """
 
 from __future__ import annotations
