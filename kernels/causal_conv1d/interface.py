@@ -5,7 +5,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, watched
 from ..sequences import sequence_bounds
 from .reference import causal_conv1d_reference, causal_conv1d_step_reference
 
@@ -40,7 +40,9 @@ def causal_conv1d(
     else:
         flat = x.flatten(0, 1)
         silu = activation == "silu"
-        y = _conv(flat, weight, bias, initial_state, cu_seqlens, x.shape[0], silu, reverse, backend).view(x.shape)
+        tensors = (flat, weight, bias, initial_state, cu_seqlens)
+        run = _conv if watched(*tensors) else _unwatched_conv
+        y = run(*tensors, x.shape[0], silu, reverse, backend).view(x.shape)
     if not return_final_state:
         return y
     return y, _final_state(x, weight.shape[1] - 1, initial_state, cu_seqlens, reverse)
@@ -56,7 +58,8 @@ def causal_conv1d_step(
     """
     _check(x[:, None], weight, bias, activation, state, None)
     if choose(backend, x.device, x.dtype) == "triton":
-        return _step(state, x, weight, bias, activation == "silu")
+        run = _step if watched(state, x, weight, bias) else _unwatched_step
+        return run(state, x, weight, bias, activation == "silu")
     with torch.no_grad():
         return causal_conv1d_step_reference(state, x, weight, bias, activation=activation)
 
@@ -111,13 +114,15 @@ def _check(x, weight, bias, activation, initial_state, cu_seqlens):
 # The operators below see flat tokens (sequences.py): x is (T, D). A tensor that does not apply is returned empty.
 
 
-@torch.library.custom_op("polymamba::causal_conv1d", mutates_args=())
-def _conv(
+def _unwatched_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     batch: int, silu: bool, reverse: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     module = import_module(f".{_MODULES[backend]}", __package__)
     return module.forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+
+
+_conv = torch.library.custom_op("polymamba::causal_conv1d", _unwatched_conv, mutates_args=())
 
 
 @_conv.register_fake
@@ -159,9 +164,11 @@ def _backward(ctx, dy):
 _conv.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("polymamba::causal_conv1d_step", mutates_args={"state"})
-def _step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def _unwatched_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     return import_module(".triton", __package__).step(state, x, weight, bias, silu)
+
+
+_step = torch.library.custom_op("polymamba::causal_conv1d_step", _unwatched_step, mutates_args={"state"})
 
 
 @_step.register_fake

@@ -5,7 +5,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, watched
 from .reference import norm_reference
 
 _MODULES = {"numba": "cpu", "triton": "triton"}
@@ -46,7 +46,8 @@ def _choose_and_run(
         return norm_reference(x, residual, weight, bias, eps, centred)
     rows = x.reshape(-1, x.shape[-1])
     flat_residual = None if residual is None else residual.reshape(rows.shape)
-    y, stream = _norm(rows, flat_residual, weight, bias, eps, centred, backend)
+    run = _norm if watched(x, residual, weight, bias) else _unwatched_norm
+    y, stream = run(rows, flat_residual, weight, bias, eps, centred, backend)
     return y.view(x.shape), x.to(torch.float32) if residual is None else stream.view(x.shape)
 
 
@@ -68,13 +69,15 @@ def _check(x, residual, weight, bias):
 # The operators below see rows: x and residual are (T, D). A tensor that does not apply is returned empty.
 
 
-@torch.library.custom_op("polymamba::norm", mutates_args=())
-def _norm(
+def _unwatched_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(y, stream); the stream is empty without a residual: then it is x."""
     module = import_module(f".{_MODULES[backend]}", __package__)
     return module.forward(x, residual, weight, bias, eps, centred)
+
+
+_norm = torch.library.custom_op("polymamba::norm", _unwatched_norm, mutates_args=())
 
 
 @_norm.register_fake

@@ -31,89 +31,60 @@ from .cpu_pieces import (
 
 CHECKPOINT = 64  # steps between saved states, which so cost N / 64 of a (T, D) tensor
 PIECE = 32  # steps that the forward takes at once, a divisor of CHECKPOINT
-GROUP = 8  # tiles that the forward takes through time together
+WIDE = 512  # channels that the forward takes at once: tiles side by side, while state and A stay in the cache
 
 
 @inline()
-def _buffers(rows):
-    return np.empty((GROUP, rows, TILE), np.float32)
-
-
-@jit
-def _load_tiles(source, order, x0, tiles, out):
-    """out[j, i] = the columns of tile j, from column x0 on, of source[order[i]]: row by row."""
-    for i in range(order.size):
-        row = np.uint64(order[i])
-        for j in range(tiles.shape[0]):
-            tile, first, width = np.uint64(j), np.uint64(x0 + tiles[j, 0]), np.uint64(tiles[j, 1] - tiles[j, 0])
-            for d in range(width):
-                out[tile, np.uint64(i), d] = source[row, first + d]
-
-
-@jit
-def _store_tiles(values, order, tiles, out):
-    """The reverse of `_load_tiles`."""
-    for i in range(order.size):
-        row = np.uint64(order[i])
-        for j in range(tiles.shape[0]):
-            tile, first, width = np.uint64(j), np.uint64(tiles[j, 0]), np.uint64(tiles[j, 1] - tiles[j, 0])
-            for d in range(width):
-                out[row, first + d] = values[tile, np.uint64(i), d]
+def _wide_buffer(rows):
+    return np.empty((rows, WIDE), np.float32)
 
 
 @jit
 def _forward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, z0, bias, h0,
              use_softplus, reverse, save, y, final, checkpoints):  # fmt: skip
-    """Up to GROUP tiles of a sequence go through time together: long rows move faster than parts of rows."""
+    """Tiles side by side, of one group, go through time as one: longer loops, and longer rows to move."""
     N, n_tiles = A2.shape[0], tiles.shape[0]
-    raw, u_, z_, y_ = _buffers(PIECE), _buffers(PIECE), _buffers(PIECE), _buffers(PIECE)
-    A_, h, Bs_, Cs_ = _buffers(N), _buffers(N), _buffers(Bs.shape[0]), _buffers(Cs.shape[0])
-    D_, bias_ = _buffers(1), _buffers(1)
-    dt, dtu = buffer(PIECE), buffer(PIECE)
+    raw, u_, z_, y_ = _wide_buffer(PIECE), _wide_buffer(PIECE), _wide_buffer(PIECE), _wide_buffer(PIECE)
+    A_, h, Bs_, Cs_ = _wide_buffer(N), _wide_buffer(N), _wide_buffer(Bs.shape[0]), _wide_buffer(Cs.shape[0])
+    D_, bias_, dt, dtu = _wide_buffer(1), _wide_buffer(1), _wide_buffer(PIECE), _wide_buffer(PIECE)
     B_, C_ = np.empty((PIECE, N), np.float32), np.empty((PIECE, N), np.float32)
     states, only = np.arange(N), np.zeros(1, np.int64)
     job = first
     while job < last:
-        s, tile0 = job // n_tiles, job % n_tiles
-        own = tiles[tile0 : min(n_tiles, tile0 + last - job, tile0 + GROUP)]
-        job += own.shape[0]
-        for j in range(own.shape[0]):
-            c0, c1, g = own[j]
-            load(A2, states, c0, c1, A_[j])
-            load(h0[s], states, c0, c1, h[j])
-            load(Bs, states[: Bs.shape[0]], c0, c1, Bs_[j])
-            load(Cs, states[: Cs.shape[0]], c0, c1, Cs_[j])
-            load(D, only, c0, c1, D_[j])
-            load(bias, only, c0, c1, bias_[j])
+        s, tile = job // n_tiles, job % n_tiles
+        c0, c1, g = tiles[tile]
+        while job + 1 < last and tile + 1 < n_tiles and tiles[tile + 1, 2] == g and tiles[tile + 1, 1] - c0 <= WIDE:
+            job, tile = job + 1, tile + 1
+            c1 = tiles[tile, 1]
+        job += 1
+        w = c1 - c0
+        load(A2, states, c0, c1, A_)
+        load(h0[s], states, c0, c1, h)
+        load(Bs, states[: Bs.shape[0]], c0, c1, Bs_)
+        load(Cs, states[: Cs.shape[0]], c0, c1, Cs_)
+        load(D, only, c0, c1, D_)
+        load(bias, only, c0, c1, bias_)
         length = bounds[s + 1] - bounds[s]
         for begin in range(0, length, PIECE):
             K = min(PIECE, length - begin)
             order = np.arange(bounds[s] + begin, bounds[s] + begin + K)
             if reverse:
                 order = np.arange(bounds[s + 1] - 1 - begin, bounds[s + 1] - 1 - begin - K, -1)
-            _load_tiles(delta, order, 0, own, raw)
-            _load_tiles(u, order, 0, own, u_)
+            if save and begin % CHECKPOINT == 0:
+                store(h, states, c0, c1, checkpoints[bounds[s] // CHECKPOINT + s + begin // CHECKPOINT])
+            load(delta, order, c0, c1, raw)
+            load(u, order, c0, c1, u_)
+            load_group(B, order, g, B_)
+            load_group(C, order, g, C_)
+            discretise(raw, u_, bias_, use_softplus, K, w, dt, dtu)
+            scan(dt, dtu, A_, B_, Bs_, C_, Cs_, K, w, h, y_)
+            if D.size > 0:
+                add_skip(D_, u_, K, w, y_)
             if z.size > 0:
-                _load_tiles(z, order, z0, own, z_)
-            group = -1
-            for j in range(own.shape[0]):
-                c0, c1, g = own[j]
-                w = c1 - c0
-                if save and begin % CHECKPOINT == 0:
-                    store(h[j], states, c0, c1, checkpoints[bounds[s] // CHECKPOINT + s + begin // CHECKPOINT])
-                if g != group:
-                    load_group(B, order, g, B_)
-                    load_group(C, order, g, C_)
-                    group = g
-                discretise(raw[j], u_[j], bias_[j], use_softplus, K, w, dt, dtu)
-                scan(dt, dtu, A_[j], B_, Bs_[j], C_, Cs_[j], K, w, h[j], y_[j])
-                if D.size > 0:
-                    add_skip(D_[j], u_[j], K, w, y_[j])
-                if z.size > 0:
-                    gate(z_[j], K, w, y_[j])
-            _store_tiles(y_, order, own, y)
-        for j in range(own.shape[0]):
-            store(h[j], states, own[j, 0], own[j, 1], final[s])
+                load(z, order, z0 + c0, z0 + c1, z_)
+                gate(z_, K, w, y_)
+            store(y_, order, c0, c1, y)
+        store(h, states, c0, c1, final[s])
 
 
 @jit

@@ -6,7 +6,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, watched
 from .reference import selective_scan_reference, selective_scan_step_reference
 
 _MODULES = {"torch": "chunked", "numba": "cpu", "triton": "triton"}
@@ -55,10 +55,11 @@ def selective_scan(
         )
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    flat_u, flat_delta, flat_z = (None if x is None else x.flatten(0, 1) for x in (u, delta, z))
+    flat_u, flat_delta, flat_z = u.flatten(0, 1), delta.flatten(0, 1), None if z is None else z.flatten(0, 1)
     flat_B, flat_C = _flat_matrix(B), _flat_matrix(C)
     tensors = (flat_u, flat_delta, A, flat_B, flat_C, D, flat_z, delta_bias, initial_state, cu_seqlens)
-    y, final, _ = _scan(*tensors, u.shape[0], delta_softplus, reverse, save, backend)
+    run = _scan if watched(*tensors) else _unwatched_scan
+    y, final, _ = run(*tensors, u.shape[0], delta_softplus, reverse, save, backend)
     return (y.view(u.shape), final) if return_final_state else y.view(u.shape)
 
 
@@ -79,7 +80,9 @@ def selective_scan_step(
     _check(u[:, None], delta[:, None], A, B_, C_, D, None if z is None else z[:, None], delta_bias, state, None)
     backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex())
     if backend == "triton":
-        return _step(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        tensors = (state, u, delta, A, B, C, D, z, delta_bias)
+        run = _step if watched(*tensors) else _unwatched_step
+        return run(*tensors, delta_softplus)
     # On a CPU one step is a handful of small vector operations: PyTorch's own are as fast as a kernel call.
     with torch.no_grad():
         return selective_scan_step_reference(
@@ -140,8 +143,7 @@ def _implementation(backend: str, direction: str) -> Callable:
 # that does not apply is returned as an empty one.
 
 
-@torch.library.custom_op("polymamba::selective_scan", mutates_args=())
-def _scan(
+def _unwatched_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     batch: int, softplus: bool, reverse: bool, save: bool, backend: str,
@@ -149,6 +151,9 @@ def _scan(
     """(y, final state, saved states)."""
     forward = _implementation(backend, "forward")
     return forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save)
+
+
+_scan = torch.library.custom_op("polymamba::selective_scan", _unwatched_scan, mutates_args=())
 
 
 @_scan.register_fake
@@ -202,12 +207,14 @@ def _backward(ctx, dy, dfinal, _):
 _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("polymamba::selective_scan_step", mutates_args={"state"})
-def _step(
+def _unwatched_step(
     state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, softplus: bool,
 ) -> Tensor:  # fmt: skip
     return _implementation("triton", "step")(state, u, delta, A, B, C, D, z, delta_bias, softplus)
+
+
+_step = torch.library.custom_op("polymamba::selective_scan_step", _unwatched_step, mutates_args={"state"})
 
 
 @_step.register_fake

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from polymamba.kernels import causal_conv1d, causal_conv1d_step, info, layer_norm, selective_scan, selective_scan_step
 from polymamba.kernels.backends import choose
@@ -155,3 +157,20 @@ def test_info_names_every_kernel():
     assert {line.split()[0] for line in info()} == {
         "selective_scan", "selective_scan_step", "causal_conv1d", "causal_conv1d_step", "rms_norm", "layer_norm",
     }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracers_see_the_operators():
+    """Without gradients an implementation is called by itself; never where a tracer would miss it, or has no data."""
+    x, weight = torch.randn(1, 5, 4), torch.randn(4, 3)
+    with torch.no_grad():
+        plain = causal_conv1d(x, weight, backend="numba")
+        traced = torch.jit.trace(lambda x: causal_conv1d(x, weight, backend="numba"), x, check_trace=False)
+        graph = make_fx(lambda x: causal_conv1d(x, weight, backend="numba"))(x)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert causal_conv1d(mode.from_tensor(x), weight, backend="numba").shape == plain.shape
+        other = torch.randn(1, 5, 4)
+        expected = causal_conv1d(other, weight, backend="numba")
+    assert torch.equal(traced(other), expected)
+    assert torch.equal(graph(other), expected)
+    assert torch.equal(causal_conv1d(other, weight.requires_grad_(), backend="numba"), expected)
