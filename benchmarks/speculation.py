@@ -75,7 +75,7 @@ def main() -> None:
     lines = [
         *describe(),
         "",
-        f"{N_PROMPTS} prompts of {PROMPT} bytes of {args.text.name}, {NEW} new bytes each",
+        f"{N_PROMPTS} prompts of {PROMPT} bytes of {args.text.parent.name}/{args.text.name}, {NEW} new bytes each",
         "",
         "| temperature | drafts | length | acceptance | kept | bytes/forward | bytes/s | times plain |",
         "|---|---|---|---|---|---|---|---|",
