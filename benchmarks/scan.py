@@ -26,6 +26,9 @@ SHAPES = [  # batch, channels, length, states, groups, gate
     (64, 3072, 196, 1, 4, False),
     (8, 2048, 2048, 64, 1, True),
     (8, 128, 65536, 16, 1, True),
+    (1, 2048, 131072, 16, 1, True),
+    (8, 512, 131072, 16, 1, True),
+    (1, 512, 1048576, 16, 1, True),
 ]
 
 

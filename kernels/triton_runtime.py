@@ -15,13 +15,14 @@ _LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in two parts (Cody and Waite): few
 _LN2_LOW = tl.constexpr(-2.12194440054690583e-4)  # and the rest
 
 
-def _artanh_over_s(q: np.ndarray) -> np.ndarray:
-    return sum(q**k / (2 * k + 1) for k in range(20))
+def _log1p_over_x(x: np.ndarray) -> np.ndarray:
+    return np.log1p(x) / np.where(x == 0, 1, x) + (x == 0)
 
 
-# artanh(s) / s as a polynomial in q = s^2 <= 1/9: relative error 1e-8
-_fit = np.polynomial.Chebyshev.interpolate(_artanh_over_s, 4, domain=[0, 1 / 9]).convert(kind=np.polynomial.Polynomial)
-_P0, _P1, _P2, _P3, _P4 = (tl.constexpr(float(c)) for c in _fit.coef)
+# log1p(e) / e on [0, 1] as a polynomial: relative error 5e-9
+_fit = np.polynomial.Chebyshev.interpolate(_log1p_over_x, 9, domain=[0, 1]).convert(kind=np.polynomial.Polynomial)
+_P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9 = (tl.constexpr(float(c)) for c in _fit.coef)
+_ROUND = tl.constexpr(1.5 * 2.0**23)  # x + this: x rounded to a whole number, which the low bits of the sum hold
 
 
 @triton.jit
@@ -30,30 +31,47 @@ def exp_negative(x):
 
     exp2(x log2 e) would round its argument and so lose about |x| units: 16 where softplus makes 1e-5 of x = -11.5.
     """
-    clamped = tl.where(x < -87.0, -87.0, x)  # a NaN falls through
-    whole = tl.floor(clamped * LOG2E + 0.5)
+    vanishes = x < -87.0
+    clamped = tl.where(vanishes, -87.0, x)  # a NaN falls through
+    shifted = clamped * LOG2E + _ROUND
+    whole = shifted - _ROUND
     fraction = clamped - whole * _LN2_HIGH - whole * _LN2_LOW
-    return tl.where(x < -87.0, 0.0, tl.exp2(fraction * LOG2E) * tl.exp2(whole))
+    exponent = shifted.to(tl.int32, bitcast=True) << 23  # times 2^whole is an addition to the exponent
+    bits = tl.exp2(fraction * LOG2E).to(tl.int32, bitcast=True) + exponent
+    return tl.where(vanishes, 0.0, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), from the exponential that cannot overflow."""
-    e = exp_negative(-tl.abs(x))
-    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+    """1 / (1 + exp(-x)). Relative error: a few units in the last place for x > 0, and |x| more for x < 0.
+
+    The square of rsqrt is the cheapest quotient: an exact one takes nine instructions more.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2E))
+    return root * root
 
 
 @triton.jit
 def softplus(x):
     """log(1 + exp(x)) with a small relative error at every x: a rounded 1 + e has lost what a small e holds.
 
-    max(x, 0) + log1p(e) with e = exp(-|x|) <= 1 and log1p(e) = 2 artanh(s), s = e / (2 + e) <= 1/3.
+    max(x, 0) + log1p(e) with e = exp(-|x|) <= 1.
     """
+    return _softplus_of(x, exp_negative(-tl.abs(x)))
+
+
+@triton.jit
+def _softplus_of(x, e):
+    high = _P5 + e * (_P6 + e * (_P7 + e * (_P8 + e * _P9)))
+    return tl.where(x < 0.0, 0.0, x) + e * (_P0 + e * (_P1 + e * (_P2 + e * (_P3 + e * (_P4 + e * high)))))
+
+
+@triton.jit
+def softplus_and_slope(x):
+    """softplus(x) and its derivative 1 / (1 + exp(-x)), which keeps its digits where it is small."""
     e = exp_negative(-tl.abs(x))
-    s = e / (2.0 + e)
-    q = s * s
-    series = _P0 + q * (_P1 + q * (_P2 + q * (_P3 + q * _P4)))
-    return tl.where(x < 0.0, 0.0, x) + 2.0 * s * series
+    root = tl.rsqrt(1.0 + e)
+    return _softplus_of(x, e), tl.where(x < 0.0, e, 1.0) * (root * root)
 
 
 @triton.jit
@@ -66,16 +84,22 @@ def load_float(x, at, inside):
 
 
 @triton.jit
-def load_rows(x, token, stride, at, inside, step, length, K: tl.constexpr, REVERSE: tl.constexpr):
+def load_rows(
+    x, token, stride, at, inside, step, length, K: tl.constexpr, REVERSE: tl.constexpr, WHOLE: tl.constexpr = False
+):  # fmt: skip
     """The rows x[token], ... of the K steps from `step` on, as a tuple: all loads in flight at once.
 
-    Zeros beyond the last step. A row's address is a vector of pointers plus a scalar, which takes few registers.
+    Zeros beyond the last step, of which there are none if WHOLE. A row's address is a vector of pointers plus a scalar,
+    which takes few registers.
     """
     first = x + token * stride + at
     rows = ()
     for i in tl.static_range(K):
         row = first - i * stride if REVERSE else first + i * stride
-        rows += (tl.load(row, mask=inside & (step + i < length), other=0.0),)
+        if WHOLE:
+            rows += (tl.load(row, mask=inside, other=0.0),)
+        else:
+            rows += (tl.load(row, mask=inside & (step + i < length), other=0.0),)
     return rows
 
 
@@ -83,6 +107,33 @@ def load_rows(x, token, stride, at, inside, step, length, K: tl.constexpr, REVER
 def token_of(start, length, step, REVERSE: tl.constexpr):
     """Token of a step of the sequence that starts at token `start`."""
     return start + (length - 1 - step if REVERSE else step)
+
+
+@triton.jit
+def piece_of(cu_seqlens, n_seqs, length, number, PIECE: tl.constexpr):
+    """Sequence of a piece of time, that sequence's first token and length, the first step of the piece.
+
+    A sequence has one piece at least, though it may be empty. Packed, piece p of sequence s has the number
+    start // PIECE + s + p, as in sequences.checkpoint_slots. That leaves gaps: numbers whose piece begins beyond the
+    end of its sequence, and not at 0.
+    """
+    if cu_seqlens is None:
+        pieces = tl.maximum(tl.cdiv(length, PIECE), 1)
+        s = number // pieces
+        start = s.to(tl.int64) * length
+        begin = number % pieces * PIECE
+    else:
+        s, beyond = n_seqs * 0, n_seqs  # bisection for the last sequence whose first piece has no higher number
+        while beyond - s > 1:
+            middle = (s + beyond) // 2
+            if tl.load(cu_seqlens + middle) // PIECE + middle <= number:
+                s = middle
+            else:
+                beyond = middle
+        start = tl.load(cu_seqlens + s).to(tl.int64)
+        length = (tl.load(cu_seqlens + s + 1) - start).to(tl.int32)
+        begin = (number - s - start // PIECE).to(tl.int32) * PIECE
+    return s, start, length, begin
 
 
 _SUM_TERMS = tl.constexpr(64)

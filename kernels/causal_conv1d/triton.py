@@ -13,37 +13,11 @@ import triton
 import triton.language as tl
 
 from ..sequences import checkpoint_slots
-from ..triton_runtime import load_float, load_rows, sigmoid, sum_first_axis, token_of, with_rows
+from ..triton_runtime import load_float, load_rows, piece_of, sigmoid, sum_first_axis, token_of, with_rows
 
 PIECE = 64  # steps of a program
 BLOCK_D = 128  # channels of a program, 4 a lane
 UNROLL = 8  # steps whose rows are loaded at once
-
-
-@triton.jit
-def _piece(cu_seqlens, n_seqs, length, number, PIECE: tl.constexpr):
-    """Sequence of a piece of time, that sequence's first token and length, the first position of the piece.
-
-    Packed, piece p of sequence s has the number start // PIECE + s + p, as in sequences.checkpoint_slots. That leaves
-    gaps: a number whose piece begins beyond the end of its sequence.
-    """
-    if cu_seqlens is None:
-        pieces = tl.maximum(tl.cdiv(length, PIECE), 1)
-        s = number // pieces
-        start = s.to(tl.int64) * length
-        begin = number % pieces * PIECE
-    else:
-        s, beyond = n_seqs * 0, n_seqs  # bisection for the last sequence whose first piece has no higher number
-        while beyond - s > 1:
-            middle = (s + beyond) // 2
-            if tl.load(cu_seqlens + middle) // PIECE + middle <= number:
-                s = middle
-            else:
-                beyond = middle
-        start = tl.load(cu_seqlens + s).to(tl.int64)
-        length = (tl.load(cu_seqlens + s + 1) - start).to(tl.int32)
-        begin = (number - s - start // PIECE).to(tl.int32) * PIECE
-    return s, start, length, begin
 
 
 @triton.jit
@@ -83,7 +57,7 @@ def _forward(
     SILU: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_channels, BLOCK_D)
-    s, start, length, begin = _piece(cu_seqlens, n_seqs, length, tl.program_id(0) // n_tiles, PIECE)
+    s, start, length, begin = piece_of(cu_seqlens, n_seqs, length, tl.program_id(0) // n_tiles, PIECE)
     d = tl.program_id(0) % n_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = d < n_channels
     state_at = (s.to(tl.int64) * n_channels + d) * (W - 1)
@@ -111,7 +85,7 @@ def _backward(
 ):  # fmt: skip
     n_tiles = tl.cdiv(n_channels, BLOCK_D)
     number = tl.program_id(0) // n_tiles
-    s, start, length, begin = _piece(cu_seqlens, n_seqs, length, number, PIECE)
+    s, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, PIECE)
     d = tl.program_id(0) % n_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = d < n_channels
     state_at = (s.to(tl.int64) * n_channels + d) * (W - 1)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -171,6 +172,52 @@ def test_every_option(name, backend, results_of, cast, assert_close):
     exact = backend == "torch"
     actual = results_of(selective_scan, cast(tensors, torch.float64 if exact else torch.float32), backend, **arguments)
     assert_close(actual, expected, 1e-11 if exact else 3e-6, f"{name}, {backend}")
+
+
+CHUNKED = {  # lengths about chunks of 32 steps, which the Triton kernels are made to take for these tests
+    "a step short of a chunk": {"length": 31, "channels": 3},
+    "just a chunk": {"length": 32, "channels": 3},
+    "a step past a chunk": {"length": 33, "channels": 3, "batch": 2},
+    "a step past two chunks, reverse": {"length": 65, "channels": 3, "reverse": True},
+    "several chunks, static B and C": {"length": 96, "static": "BC"},
+    "several chunks, groups, no z": {"length": 75, "channels": 6, "groups": 3, "states": 1, "absent": "z"},
+    "wide tiles": {"length": 37, "channels": 520, "states": 2},
+    "no step": {"length": 0},
+    "packed": {"cu_seqlens": [0, 0, 31, 63, 96, 161, 161, 162]},
+    "packed, reverse, bare": {"cu_seqlens": [0, 40, 40, 75, 140], "reverse": True, "absent": "D z initial_state"},
+}
+
+
+@pytest.fixture(params=[0, 10**9], ids=["one after another", "all at once"])
+def chunks_of_32(request, monkeypatch):
+    """The Triton scan forwards with its chunks run in one program, or all at once, as after few and many channels."""
+    pytest.importorskip("triton")
+    module = import_module("polymamba.kernels.selective_scan.triton")
+    monkeypatch.setattr(module, "CHUNK", 32)
+    monkeypatch.setattr(module, "_WARPS_A_SM", request.param)
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunks(name, chunks_of_32, results_of, cast, assert_close):
+    tensors, arguments = settle(CHUNKED[name])
+    expected = results_of(selective_scan, tensors, "torch", **arguments)
+    assert_close(results_of(selective_scan, cast(tensors, torch.float32), "triton", **arguments), expected, 3e-6, name)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_who_runs_the_chunks_changes_no_bit(reverse, monkeypatch, device_of):
+    device = device_of("triton")
+    module = import_module("polymamba.kernels.selective_scan.triton")
+    monkeypatch.setattr(module, "CHUNK", 32)
+    tensors = {k: x.float().to(device) for k, x in problem(batch=2, length=149, channels=40, states=16).items()}
+    results = []
+    for warps in (0, 10**9):
+        monkeypatch.setattr(module, "_WARPS_A_SM", warps)
+        results.append(
+            selective_scan(**tensors, delta_softplus=True, return_final_state=True, reverse=reverse, backend="triton")
+        )
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from polymamba.kernels.triton_runtime import exp_negative, sigmoid, softplus, sum_first_axis  # noqa: E402
+from polymamba.kernels.triton_runtime import exp_negative, sigmoid, softplus, softplus_and_slope, sum_first_axis  # noqa: E402
 
 UNIT = np.finfo(np.float32).eps
 NEGATIVE = -np.logspace(-8, np.log10(87), 20_001)
@@ -25,6 +25,8 @@ def _apply(x, out, n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
         values = sigmoid(values)
     if FUNCTION == "softplus":
         values = softplus(values)
+    if FUNCTION == "slope of softplus":
+        values = softplus_and_slope(values)[1]
     tl.store(out + at, values, mask=at < n)
 
 
@@ -35,18 +37,30 @@ def apply(name: str, x, device: str) -> np.ndarray:
     return out.cpu().numpy()
 
 
+def logistic(x):
+    return 1 / (1 + np.exp(-x))
+
+
 @pytest.mark.parametrize(
     ("name", "exact", "points"),
     [
         ("exp_negative", np.exp, NEGATIVE),
-        ("sigmoid", lambda x: 1 / (1 + np.exp(-x)), BOTH_SIGNS),
         ("softplus", lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), BOTH_SIGNS),
+        ("slope of softplus", logistic, BOTH_SIGNS),
     ],
 )
 def test_relative_error_of_a_few_units(name, exact, points, device_of):
     points = points.astype(np.float32)
     expected = exact(points.astype(np.float64))
-    assert (np.abs(apply(name, points, device_of("triton")) - expected) / expected).max() < 5 * UNIT
+    assert (np.abs(apply(name, points, device_of("triton")) - expected) / expected).max() < 6 * UNIT
+
+
+def test_error_of_the_sigmoid(device_of):
+    """Of a few units, and |x| more where it is small."""
+    points = BOTH_SIGNS.astype(np.float32)
+    expected = logistic(points.astype(np.float64))
+    error = np.abs(apply("sigmoid", points, device_of("triton")) - expected) / expected
+    assert (error / (5 + np.maximum(-points, 0))).max() < UNIT
 
 
 @pytest.mark.parametrize(
@@ -54,6 +68,7 @@ def test_relative_error_of_a_few_units(name, exact, points, device_of):
     [  # at -inf, -1e4, 1e4, inf, nan
         ("sigmoid", [0, 0, 1, 1, np.nan]),
         ("softplus", [0, 0, 1e4, np.inf, np.nan]),
+        ("slope of softplus", [0, 0, 1, 1, np.nan]),
     ],
 )
 def test_at_the_ends_and_nan(name, expected, device_of):
