@@ -22,7 +22,7 @@ def _log1p_over_x(x: np.ndarray) -> np.ndarray:
 # log1p(e) / e on [0, 1] as a polynomial: relative error 5e-9
 _fit = np.polynomial.Chebyshev.interpolate(_log1p_over_x, 9, domain=[0, 1]).convert(kind=np.polynomial.Polynomial)
 _P0, _P1, _P2, _P3, _P4, _P5, _P6, _P7, _P8, _P9 = (tl.constexpr(float(c)) for c in _fit.coef)
-_ROUND = tl.constexpr(1.5 * 2.0**23)  # x + this: x rounded to a whole number, which the low bits of the sum hold
+_ROUND = tl.constexpr(1.5 * 2.0**23 + 127)  # k + this has k + 127 in its low bits, which is the exponent of 2^k
 
 
 @triton.jit
@@ -36,9 +36,8 @@ def exp_negative(x):
     shifted = clamped * LOG2E + _ROUND
     whole = shifted - _ROUND
     fraction = clamped - whole * _LN2_HIGH - whole * _LN2_LOW
-    exponent = shifted.to(tl.int32, bitcast=True) << 23  # times 2^whole is an addition to the exponent
-    bits = tl.exp2(fraction * LOG2E).to(tl.int32, bitcast=True) + exponent
-    return tl.where(vanishes, 0.0, bits.to(tl.float32, bitcast=True))
+    scale = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    return tl.where(vanishes, 0.0, tl.exp2(fraction * LOG2E) * scale)  # the product keeps a NaN
 
 
 @triton.jit

@@ -177,9 +177,9 @@ def chunk_ends(
     next_delta = load_rows(delta, token, delta_stride, d, in_d, 0, 0, K, REVERSE, True)
     for step in range(begin, begin + CHUNK, K):
         token = token_of(start, length, step, REVERSE)
-        after = token_of(start, length, step + K, REVERSE)  # of the chunk's end, too: another chunk follows
+        after = token_of(start, length, step + K, REVERSE)
         us, deltas = next_u, next_delta
-        ready = in_d & (step + K < length)
+        ready = in_d & (step + K < begin + CHUNK)
         next_u = load_rows(u, after, u_stride, d, ready, 0, 0, K, REVERSE, True)
         next_delta = load_rows(delta, after, delta_stride, d, ready, 0, 0, K, REVERSE, True)
         if not STATIC_B:
