@@ -109,9 +109,40 @@ class Generate:
             raise ValueError("draft_length and acceptance say how drafts are judged; give a --draft, too")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure a model's speed here: training, reading a prompt, writing; memory; how near writing is to its limit."""
+
+    model: Positional[Path]
+    """Run folder of the model; or the name of a preset, whose weights are then random."""
+    batch_size: int = 8
+    """Windows in a batch of training."""
+    context: int = 512
+    """Bytes in a training window."""
+    prompt_bytes: int = 8192
+    """Length of the prompt that is read."""
+    decode_batches: tuple[int, ...] = (1, 64)
+    """Sequences that are written at once; a line of the table each."""
+    repeats: int = 5
+    """Times each thing is done; the median is shown."""
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """File to write the table to (.json or .md); it is printed anyway."""
+    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "context", "prompt_bytes", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.decode_batches or min(self.decode_batches) < 1:
+            raise ValueError(f"decode_batches is {self.decode_batches}; give one or more, each at least 1")
+        if self.output is not None and self.output.suffix not in (".json", ".md"):
+            raise ValueError(f"output is {self.output}; its ending must be .json or .md")
+
+
 COMMANDS = {
     "train": (Train, "polymamba.bytes.verbs.train:train"),
     "eval": (Eval, "polymamba.bytes.verbs.evaluate:evaluate"),
     "noise": (Noise, "polymamba.bytes.verbs.evaluate:noise"),
     "generate": (Generate, "polymamba.bytes.verbs.generate:generate"),
+    "bench": (Bench, "polymamba.bytes.verbs.bench:bench"),
 }

@@ -55,8 +55,7 @@ class TrainBytes(Task):
         return torch.from_numpy(windows)
 
     def loss(self, model: torch.nn.Module, batch: Tensor) -> Tensor:
-        logits = model(batch[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        return next_byte_loss(model, batch)
 
     def evaluate(self, model: Any) -> dict[str, float]:
         check_causality(model)
@@ -65,3 +64,9 @@ class TrainBytes(Task):
 
     def score(self, metrics: dict[str, float]) -> float:
         return -metrics["valid_bits_per_byte"]
+
+
+def next_byte_loss(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of each id of int (B, L + 1) but the first, given those before it."""
+    logits = model(ids[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
