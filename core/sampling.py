@@ -36,9 +36,7 @@ def next_token_probabilities(logits: Tensor, config: SamplingConfig, recent: Ten
 
     Returns (B, V), rows summing to 1: float32, or float64 for float64 logits.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if recent is not None and config.repetition_penalty != 1:
-        logits = _penalised(logits, recent[:, -config.repetition_window :], config.repetition_penalty)
+    logits = _with_penalty(logits, config, recent)
     # Relative to the largest, so that a small temperature cannot overflow.
     logits = logits - logits.amax(-1, keepdim=True)
     if config.temperature == 0:
@@ -64,20 +62,45 @@ def sample(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tens
     """
     if len(generators) != len(probabilities):
         raise ValueError(f"{len(generators)} generators for {len(probabilities)} sequences; each needs its own")
-    wide = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
-    cumulative = probabilities.to(wide).cumsum(-1)
-    total = cumulative[:, -1:]
-    bad = ~(total.isfinite() & (total > 0)).squeeze(-1)
+    uniform = torch.cat([uniforms(g, 1) for g in generators])
+    tokens, bad = _at_quantile(probabilities, uniform.to(probabilities.device))
+    refuse(bad)
+    return tokens
+
+
+def uniforms(generator: torch.Generator, n: int) -> Tensor:
+    """The next n uniform numbers of a generator, float64 (n,): the same ones whether asked for at once or singly."""
+    return torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+
+
+def refuse(bad: Tensor) -> None:
+    """Raise InputError if any of bad, bool (B,), is True."""
     if bad.any():
         raise InputError(
             f"row {bad.nonzero()[0].item()} of the batch: the model's logits are not finite, so there is nothing "
             "to sample from; check the weights, and use bf16 or fp32 where it ran in fp16"
         )
-    uniform = torch.cat([torch.rand(1, generator=g, device=g.device, dtype=torch.float64) for g in generators])
+
+
+def choose(logits: Tensor, config: SamplingConfig, recent: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(the next token of each row, int64 (B,); which rows have none, bool (B,)) without waiting for a GPU.
+
+    logits, recent as in `next_token_probabilities`; uniform (B,) in [0, 1).
+    """
+    if config.temperature == 0:
+        likeliest = _with_penalty(logits, config, recent).max(-1)
+        return likeliest.indices, ~likeliest.values.isfinite()
+    return _at_quantile(next_token_probabilities(logits, config, recent), uniform)
+
+
+def _at_quantile(probabilities: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulative = probabilities.to(wide).cumsum(-1)
+    total = cumulative[:, -1:]
     target = uniform.to(total)[:, None] * total
     # The first token whose cumulative probability exceeds the target, or, where rounding made the target the total
     # itself, the last of non-zero probability.
-    return ((cumulative <= target) & (cumulative < total)).sum(-1)
+    return ((cumulative <= target) & (cumulative < total)).sum(-1), ~(total.isfinite() & (total > 0)).squeeze(-1)
 
 
 @dataclass
@@ -91,7 +114,9 @@ class Draws:
 
     def draw(self, logits: Tensor) -> Tensor:
         """The next token of each sequence, int64 (B,)."""
-        tokens = sample(next_token_probabilities(logits, self.config, self.recent), self.generators)
+        uniform = torch.cat([uniforms(g, 1) for g in self.generators])
+        tokens, bad = choose(logits, self.config, self.recent, uniform.to(logits.device))
+        refuse(bad)
         if self.recent is not None:
             self.recent = with_token(self.recent, tokens, self.config)
         return tokens
@@ -131,8 +156,12 @@ def with_token(recent: Tensor, tokens: Tensor, config: SamplingConfig) -> Tensor
     return recent.scatter(1, tokens[:, None], tokens[:, None])
 
 
-def _penalised(logits: Tensor, recent: Tensor, penalty: float) -> Tensor:
-    vocab_size = logits.shape[-1]
+def _with_penalty(logits: Tensor, config: SamplingConfig, recent: Tensor | None) -> Tensor:
+    """The logits in float32 at least, those of recent tokens made less likely."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if recent is None or config.repetition_penalty == 1:
+        return logits
+    vocab_size, recent, penalty = logits.shape[-1], recent[:, -config.repetition_window :], config.repetition_penalty
     seen = torch.zeros(len(logits), vocab_size + 1, dtype=torch.bool, device=logits.device)
     seen.scatter_(1, torch.where(recent < 0, vocab_size, recent), True)  # "no token" goes to a column of its own
     penalised = torch.where(logits < 0, logits * penalty, logits / penalty)

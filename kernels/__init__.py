@@ -2,14 +2,17 @@
 
 from .backends import info
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
+from .mamba_step import MambaWeights, mamba_step
 from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
+    "MambaWeights",
     "causal_conv1d",
     "causal_conv1d_step",
     "info",
     "layer_norm",
+    "mamba_step",
     "rms_norm",
     "selective_scan",
     "selective_scan_step",

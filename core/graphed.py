@@ -1,0 +1,144 @@
+"""Decoding on a GPU as a CUDA graph: all kernels of a step, from one token to the next, are launched as one.
+
+A step is hundreds of kernels of a few microseconds each, and Python takes longer to launch them than the GPU to run
+them. So a step (the model's, the choice of the token, what that has to remember) is captured once, on memory that stays
+where it is, and replayed. The host only looks at what comes out, a step or two late. Letters: B sequences.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .config import SamplingConfig
+from .sampling import Draws, choose, refuse, uniforms, with_token
+
+IN_FLIGHT = 2  # steps that the GPU is given before the host looks at the first of them
+BLOCK = 64  # steps whose uniform numbers are brought to the GPU at once
+ROOM = 256  # a state that grows has room for a multiple of it, so that a graph serves prompts of many lengths
+WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set up in them
+
+
+class _StepGraph:
+    """One step of a model for B sequences, and the memory that it works on."""
+
+    def __init__(self, model: Any, batch: int, room: int, config: SamplingConfig, recent: Tensor | None):
+        self.state = model.init_state(batch, room) if room else model.init_state(batch)
+        device = pytree.tree_leaves(self.state)[0].device
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # read by the step, and then its result
+        self.chosen = torch.zeros_like(self.tokens)  # the same, or -1 where there is nothing to choose from
+        self.uniform = torch.zeros(BLOCK, batch, dtype=torch.float64, device=device)
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)  # of `uniform`, for the step to come
+        self.recent = None if recent is None else torch.empty_like(recent)
+        if self.recent is not None:
+            self.recent.fill_(-1)
+
+        def step() -> None:
+            logits = model.step(self.tokens, self.state)
+            tokens, bad = choose(logits, config, self.recent, self.uniform.index_select(0, self.row)[0])
+            if self.recent is not None:
+                self.recent.copy_(with_token(self.recent, tokens, config))
+            self.tokens.copy_(tokens)
+            self.chosen.copy_(torch.where(bad, -1, tokens))
+            self.row.add_(1).remainder_(BLOCK)
+
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            step()
+
+    def begin(self, tokens: Tensor, state: Any, recent: Tensor | None) -> None:
+        """Stand before the next step of other sequences."""
+        self.tokens.copy_(tokens)
+        self.row.zero_()
+        if self.recent is not None:
+            self.recent.copy_(recent)
+        for here, given in zip(pytree.tree_leaves(self.state), pytree.tree_leaves(state), strict=True):
+            here[tuple(map(slice, given.shape))].copy_(given)  # a state that grows may have less room
+
+
+def _tokens_in(state: Any, model: Any) -> int:
+    """How many tokens a state that grows with them has room for; 0 if none does."""
+    pairs = zip(pytree.tree_leaves(state), pytree.tree_leaves(model.init_state(1)), strict=True)
+    return max((s.shape[1] for s, first in pairs if first.shape[1:2] == (0,)), default=0)
+
+
+# The last graph of a model, while no decoder works with it: (what it was captured for, the graph).
+_graphs: WeakKeyDictionary[Any, tuple[Any, _StepGraph]] = WeakKeyDictionary()
+
+
+class GraphedDecoder:
+    """A `generation.Decoder` by graph, for at most `n_new` tokens of each sequence.
+
+    Sequences that have finished are decoded on, unheard: a batch that shrank would need another graph.
+    """
+
+    def __init__(self, model: nn.Module, logits: Tensor, state: Any, draws: Draws, n_new: int):
+        self.model, self.state, self.draws = model, state, draws
+        self.rows = list(range(len(logits)))  # of the graph, that are listened to
+        self.logits: Tensor | None = logits  # of the prompts, until the first tokens are drawn from them
+        self.n_left = n_new - 1  # steps still to be launched
+        self.n_launched = 0
+        self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def advance(self) -> list[list[int]]:
+        if self.logits is not None:
+            tokens = self.draws.draw(self.logits)
+            self.logits = None
+            self._begin(tokens)
+            chosen = tokens.tolist()
+        else:
+            buffer, event = self.in_flight.popleft()
+            event.synchronize()
+            chosen = [buffer[row] for row in self.rows] if len(self.rows) < len(buffer) else buffer.tolist()
+            chosen = [int(token) for token in chosen]
+            if min(chosen) < 0:
+                refuse(torch.tensor(chosen) < 0)
+        while self.n_left and len(self.in_flight) < IN_FLIGHT:
+            self._launch()
+        return [[token] for token in chosen]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.rows = [self.rows[row] for row in rows]
+
+    def close(self) -> None:
+        """Leave the graph to the next one who decodes with this model."""
+        if self.logits is None:
+            _graphs[self.model] = (self.key, self.graph)
+
+    def _begin(self, tokens: Tensor) -> None:
+        recent, config = self.draws.recent, self.draws.config
+        n_tokens = _tokens_in(self.state, self.model)
+        room = -(-(n_tokens + self.n_left) // ROOM) * ROOM if n_tokens else 0
+        places = tuple(x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers()))
+        self.key = (len(tokens), room, config, None if recent is None else recent.shape, places)
+        key, graph = _graphs.pop(self.model, (None, None))
+        if graph is None or key != self.key:
+            graph = None  # its memory first
+            with torch.cuda.device(tokens.device):
+                graph = _StepGraph(self.model, len(tokens), room, config, recent)
+        self.graph = graph
+        self.graph.begin(tokens, self.state, recent)
+        del self.state
+
+    def _launch(self) -> None:
+        if self.n_launched % BLOCK == 0 and self.draws.config.temperature:
+            block = torch.stack([uniforms(g, BLOCK) for g in self.draws.generators], 1)
+            self.graph.uniform.copy_(block.pin_memory(), non_blocking=True)
+        self.graph.graph.replay()
+        buffer = torch.empty(self.graph.chosen.shape, dtype=torch.int64, pin_memory=True)
+        buffer.copy_(self.graph.chosen, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.in_flight.append((buffer, event))
+        self.n_left -= 1
+        self.n_launched += 1

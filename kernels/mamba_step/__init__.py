@@ -1,0 +1,4 @@
+from .interface import MambaWeights, mamba_step
+from .reference import mamba_step_reference
+
+__all__ = ["MambaWeights", "mamba_step", "mamba_step_reference"]
