@@ -14,10 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..core.errors import InputError
-from ..core.generation import select_state
 from .config import DOCUMENT, N_BYTES
 from .documents import Documents
 from .model import ByteLM
@@ -95,17 +93,21 @@ def _bits(model: ByteLM, documents: Documents, chunk: int) -> Iterator[tuple[int
 
 
 def _read_on(model: ByteLM, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Logits (L, V) of tokens (L,) and the state after them; the documents that begin among them begin afresh."""
-    begins = torch.nonzero(tokens == DOCUMENT).flatten().tolist()
-    if begins[:1] == [0]:
-        begins, state = begins[1:], None
-    cu_seqlens = None
+    """Logits (L, V) of tokens (L,) and the state after them; the documents that begin among them begin afresh.
+
+    Of documents that end among them no state is asked for: attention's grows with their number times the longest.
+    """
+    begins, logits = torch.nonzero(tokens == DOCUMENT).flatten().tolist(), []
     if begins:
-        cu_seqlens = torch.tensor([0, *begins, len(tokens)], dtype=torch.int32, device=tokens.device)
-        first = model.init_state(1) if state is None else state
-        state = pytree.tree_map(lambda *s: torch.cat(s), first, model.init_state(len(begins)))
-    logits, after = model(tokens[None], state, return_state=True, cu_seqlens=cu_seqlens)
-    return logits[0], select_state(after, [len(begins)])
+        first, last = begins[0], begins[-1]
+        if first > 0:
+            logits.append(model(tokens[None, :first], state)[0])
+        if last > first:
+            cu_seqlens = torch.tensor(begins, dtype=torch.int32, device=tokens.device) - first
+            logits.append(model(tokens[None, first:last], cu_seqlens=cu_seqlens)[0])
+        tokens, state = tokens[last:], None
+    of_last, state = model(tokens[None], state, return_state=True)
+    return torch.cat([*logits, of_last[0]]), state
 
 
 @torch.no_grad()

@@ -15,12 +15,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import Attention
 from .config import BackboneConfig
-from .mamba import BiMamba, Mamba, MambaState
+from .mamba import BiMamba, Mamba
+from .mlp import MLP
 from .norm import NORM_CLASSES
+from .padding import Padding
 
-MIXER_CLASSES = {"mamba": Mamba, "bimamba": BiMamba}
-State = list[MambaState]  # one entry a layer
+State = list[Any]  # one entry a layer: its mixer's NamedTuple of tensors whose first axis is the batch
+
+
+def mixer_of(name: str, c: BackboneConfig) -> nn.Module:
+    """A mixer maps (B, L, d_model) to the same shape, by `forward`, `forward_padded` and `step`, with a state.
+
+    The last projection, which writes to the residual stream, is called out_proj.
+    """
+    if name == "attention":
+        return Attention(c.d_model, c.heads, c.rope_theta)
+    if name == "mlp":
+        return MLP(c.d_model, c.ff_width, c.mlp)
+    mamba = {"mamba": Mamba, "bimamba": BiMamba}[name]
+    return mamba(c.d_model, c.d_state, c.d_conv, c.expand, dt_rank=c.dt_rank)
 
 
 class Block(nn.Module):
@@ -29,18 +44,21 @@ class Block(nn.Module):
     def __init__(self, config: BackboneConfig, mixer: str):
         super().__init__()
         self.norm = NORM_CLASSES[config.norm](config.d_model, config.norm_eps)
-        self.mixer: Any = MIXER_CLASSES[mixer](
-            config.d_model, config.d_state, config.d_conv, config.expand, dt_rank=config.dt_rank
-        )
+        self.mixer: Any = mixer_of(mixer, config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, stream: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor, MambaState | None]:
+    def forward(
+        self, x: Tensor, stream: Tensor | None, padding: Padding | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor, Any]:
         normed, residual = self.norm(x, stream)
-        out = self.mixer(normed, **kwargs)
+        if padding is None:
+            out = self.mixer(normed, **options)
+        else:
+            out = self.mixer.forward_padded(normed, padding, **options)
         out, state = out if isinstance(out, tuple) else (out, None)
         return self.dropout(out), residual, state
 
-    def step(self, x: Tensor, stream: Tensor | None, state: MambaState) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, stream: Tensor | None, state: Any) -> tuple[Tensor, Tensor]:
         normed, residual = self.norm.step(x, stream)
         return self.mixer.step(normed, state), residual
 
@@ -93,11 +111,17 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"cu_seqlens packs sequences in a batch of 1 and takes no padding_mask; got batch {x.shape[0]}"
             )
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens}
         if padding_mask is not None:
-            return self._forward_padded(x, state, return_state, padding_mask)
+            if padding_mask.shape != x.shape[:2] or padding_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"padding_mask must be bool {tuple(x.shape[:2])}; got {padding_mask.dtype} "
+                    f"{tuple(padding_mask.shape)}"
+                )
+            options = {"padding": Padding.of(padding_mask)}
+            x = x.masked_fill(~padding_mask[..., None], 0)
         stream, states = None, []
         for i, block in enumerate(self.layers):
-            options: dict[str, Any] = {"cu_seqlens": cu_seqlens}
             if not self.config.bidirectional:
                 options |= {"state": None if state is None else state[i], "return_state": return_state}
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -106,40 +130,15 @@ class Backbone(nn.Module):
                 x, stream, block_state = block(x, stream, **options)
             states.append(block_state)
         y, _ = self.norm_f(x, stream)
+        if padding_mask is not None:
+            y = y.masked_fill(~padding_mask[..., None], 0)
         return (y, states) if return_state else y
 
-    def _forward_padded(
-        self, x: Tensor, state: State | None, return_state: bool, mask: Tensor
-    ) -> Tensor | tuple[Tensor, State]:
-        """Each row as three packed sequences: padding before, real tokens, padding after. Shapes stay static."""
-        batch, length, _ = x.shape
-        if tuple(mask.shape) != (batch, length) or mask.dtype != torch.bool:
-            raise ValueError(f"padding_mask must be bool {(batch, length)}; got {mask.dtype} {tuple(mask.shape)}")
-        n_real = mask.sum(1)
-        first = torch.where(n_real > 0, mask.int().argmax(1), 0)
-        in_one_run = (mask.diff(dim=1).sum(1) <= 2 - mask[:, 0].int() - mask[:, -1].int()).all()
-        if torch.compiler.is_compiling():
-            torch._assert_async(in_one_run, "padding_mask has a row whose real tokens are not in one run")
-        elif not in_one_run:
-            raise ValueError(
-                "padding_mask has a row whose real tokens are not in one run: pad rows on the left or right only"
-            )
-        row_start = torch.arange(batch, device=x.device) * length
-        starts = torch.stack((row_start, row_start + first, row_start + first + n_real), dim=1).flatten()
-        cu_seqlens = torch.cat((starts, starts.new_full((1,), batch * length))).to(torch.int32)
-        if state is not None:
-            state = [MambaState(*(_at_real_tokens(s) for s in layer)) for layer in state]
-        x = x.masked_fill(~mask[..., None], 0)
-        out = self.forward(x.reshape(1, batch * length, -1), state, return_state=return_state, cu_seqlens=cu_seqlens)
-        y, states = out if isinstance(out, tuple) else (out, [])
-        y = y.view(x.shape).masked_fill(~mask[..., None], 0)
-        return (y, [MambaState(*(s[1::3] for s in layer)) for layer in states]) if return_state else y
-
     def init_state(self, batch_size: int, max_length: int | None = None) -> State:
-        """The state before the first token. `max_length` is for mixers whose state grows; Mamba's does not."""
+        """The state before the first token. A state that grows (attention's) gets room for `max_length` tokens."""
         if self.config.bidirectional:
             raise ValueError("a bidirectional backbone has no state: every output depends on the whole sequence")
-        return [block.mixer.init_state(batch_size) for block in self.layers]
+        return [block.mixer.init_state(batch_size, max_length) for block in self.layers]
 
     def step(self, x: Tensor, state: State) -> Tensor:
         """One token: x (B, d_model) -> y (B, d_model); `state` updated in place. For inference: no gradients."""
@@ -149,12 +148,6 @@ class Backbone(nn.Module):
         for block, block_state in zip(self.layers, state, strict=True):
             x, stream = block.step(x, stream, block_state)
         return self.norm_f.step(x, stream)[0]
-
-
-def _at_real_tokens(s: Tensor) -> Tensor:
-    """States (B, ...) as those of three sequences a row, of which the middle one is real: (3B, ...)."""
-    nothing = torch.zeros_like(s)
-    return torch.stack((nothing, s, nothing), dim=1).flatten(0, 1)
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:

@@ -4,13 +4,17 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-MIXERS = ("mamba", "bimamba")
+MIXERS = ("mamba", "bimamba", "attention", "mlp")
 NORMS = ("rms", "layer")
+MLPS = ("swiglu", "gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Shape of a stack of residual blocks around sequence mixers."""
+    """Shape of a stack of residual blocks around mixers.
+
+    ("mamba",) is Mamba, ("attention", "mlp") a Transformer, ("mamba", "mamba", "mamba", "attention") a hybrid.
+    """
 
     d_model: int
     n_layer: int
@@ -19,6 +23,10 @@ class BackboneConfig:
     d_conv: int = 4
     expand: int = 2  # inner width / d_model
     dt_rank: int | None = None  # None: ceil(d_model / 16)
+    n_heads: int | None = None  # of attention; None: one for each 64 channels of d_model, at least one
+    rope_theta: float | None = 10000.0  # the base of attention's rotary positions (RoPE); None: no positions (NoPE)
+    mlp: str = "swiglu"  # one of MLPS
+    d_ff: int | None = None  # inner width of mlp; None: 4 d_model for gelu, as many parameters for swiglu
     dropout: float = 0.0  # on what each mixer adds to the residual stream
     norm: str = "rms"  # one of NORMS: RMSNorm, or LayerNorm with a bias
     norm_eps: float = 1e-5
@@ -35,6 +43,23 @@ class BackboneConfig:
         for name in ("d_model", "n_layer", "d_state", "d_conv", "expand"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("n_heads", "d_ff"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or None for the default")
+        if self.mlp not in MLPS:
+            raise ValueError(f"mlp is {self.mlp!r}; it must be one of {', '.join(MLPS)}")
+        if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
+            raise ValueError(
+                f"rope_theta is {self.rope_theta}; it must be above 0 and finite, or None for no positions"
+            )
+        if "attention" in self.pattern:
+            if self.d_model % self.heads:
+                raise ValueError(f"n_heads is {self.heads}; it must divide d_model, which is {self.d_model}")
+            if self.rope_theta is not None and self.d_model // self.heads % 2:
+                raise ValueError(
+                    f"n_heads is {self.heads}: of d_model {self.d_model} each head has {self.d_model // self.heads} "
+                    "channels, and RoPE needs an even number; choose other n_heads, or rope_theta None"
+                )
 
     @property
     def d_inner(self) -> int:
@@ -44,6 +69,18 @@ class BackboneConfig:
     def rank(self) -> int:
         """Rank of the projection that makes the step sizes."""
         return -(-self.d_model // 16) if self.dt_rank is None else self.dt_rank
+
+    @property
+    def heads(self) -> int:
+        """Heads of attention."""
+        return max(1, self.d_model // 64) if self.n_heads is None else self.n_heads
+
+    @property
+    def ff_width(self) -> int:
+        """Inner width of mlp: swiglu has three matrices for gelu's two; its default is rounded up to whole 64s."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return 4 * self.d_model if self.mlp == "gelu" else -(-8 * self.d_model // (3 * 64)) * 64
 
     @property
     def bidirectional(self) -> bool:

@@ -30,7 +30,9 @@ from .sampling import Draws, recent_tokens
 CHUNK = 2048  # tokens of each prompt in one forward: enough to fill a GPU, few enough for any memory
 AS_THE_MODEL_SAYS = SamplingConfig()  # nothing filtered
 
-State = Any  # what the model says: lists, tuples and dicts of tensors whose first axis is the batch
+# What the model says: lists, tuples and dicts of tensors whose first axis is the batch. Of those that grow with the
+# sequence the second axis is room for tokens: as much as there happens to be, and none in `init_state`'s.
+State = Any
 FinishReason = Literal["stop", "length"]
 
 
@@ -136,7 +138,7 @@ def prefill(
     `advance` is told of the tokens that were read.
     """
     _check(model, prompts, state, chunk)
-    device = pytree.tree_leaves(model.init_state(1))[0].device
+    device = next((s.device for s in pytree.tree_leaves(model.init_state(1))), None)
     logits = None
     for start in range(0, max(len(prompt) for prompt in prompts), chunk):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
@@ -147,6 +149,7 @@ def prefill(
             logits, state = at_last, after
         else:
             logits[rows] = at_last
+            state, after = with_equal_room(state, after)
             for whole, part in zip(pytree.tree_leaves(state), pytree.tree_leaves(after), strict=True):
                 whole[rows] = part
         advance(sum(map(len, pieces)))
@@ -258,6 +261,18 @@ def select_state(state: State, rows: Sequence[int]) -> State:
     return pytree.tree_map(lambda s: s.index_select(0, torch.tensor(rows, dtype=torch.int64, device=s.device)), state)
 
 
+def with_equal_room(*states: State) -> list[State]:
+    """The states of one model, with zeros appended where one has less room for tokens than another."""
+    leaves, structures = zip(*(pytree.tree_flatten(state) for state in states), strict=True)
+    equal = [_padded(group) if len({s.shape[1:2] for s in group}) > 1 else group for group in zip(*leaves, strict=True)]
+    return [pytree.tree_unflatten([group[i] for group in equal], s) for i, s in enumerate(structures)]
+
+
+def _padded(group: Sequence[Tensor]) -> list[Tensor]:
+    room = max(s.shape[1] for s in group)
+    return [torch.cat((s, s.new_zeros(len(s), room - s.shape[1], *s.shape[2:])), 1) for s in group]
+
+
 def save_state(path: str | os.PathLike, state: State) -> None:
     """Write a state to a safetensors file, whole or not at all. The model that it belongs to is not written."""
     with written_whole(path) as beside:
@@ -276,7 +291,9 @@ def load_state(path: str | os.PathLike, model: AutoregressiveModel) -> State:
         raise InputError(f"{path}: no state can be read from it ({error})") from None
     wanted = model.init_state(1)
     kinds = {name: (s.shape[1:], s.dtype) for name, s in _named(wanted).items()}
-    if {name: (s.shape[1:], s.dtype) for name, s in saved.items()} != kinds:
+    growing = {name for name, (shape, _) in kinds.items() if shape[:1] == (0,)}
+    found = {name: ((0, *s.shape[2:]) if name in growing else s.shape[1:], s.dtype) for name, s in saved.items()}
+    if found != kinds:
         raise InputError(
             f"{path}: not a state of this model; states are saved from a model of the same shape and dtype"
         )
@@ -301,6 +318,6 @@ def _check(model: AutoregressiveModel, prompts: Sequence[Tensor], state: State |
             raise ValueError(f"prompt {i} is {prompt.dtype} {tuple(prompt.shape)}; it must be integer, (length,)")
         if len(prompt) == 0:
             raise InputError(f"prompt {i} is empty; it needs at least one token to continue from")
-    n_rows = {len(prompts)} if state is None else {len(s) for s in pytree.tree_leaves(state)}
-    if n_rows != {len(prompts)}:
+    n_rows = set() if state is None else {len(s) for s in pytree.tree_leaves(state)}
+    if n_rows - {len(prompts)}:
         raise ValueError(f"the state has {sorted(n_rows)} rows for {len(prompts)} prompts; `select_state` repeats rows")

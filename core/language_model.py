@@ -37,9 +37,9 @@ class LanguageModel(PretrainedModel):
         )
         return (self.lm_head(out[0]), out[1]) if isinstance(out, tuple) else self.lm_head(out)
 
-    def init_state(self, batch_size: int) -> State:
-        """The state before the first token."""
-        return self.backbone.init_state(batch_size)
+    def init_state(self, batch_size: int, max_length: int | None = None) -> State:
+        """The state before the first token. See `Backbone.init_state`."""
+        return self.backbone.init_state(batch_size, max_length)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State) -> Tensor:

@@ -19,6 +19,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 from ..kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
+from .padding import forward_as_pack
 
 
 class MambaState(NamedTuple):
@@ -134,7 +135,10 @@ class Mamba(SelectiveSSM):
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         return self.out_proj(super().step(x, z, state))
 
-    def init_state(self, batch_size: int) -> MambaState:
+    forward_padded = forward_as_pack
+
+    def init_state(self, batch_size: int, max_length: int | None = None) -> MambaState:
+        """The state before the first token; it does not grow, whatever `max_length` is."""
         weight = self.in_proj.weight
         n_channels, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
         ssm_dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -164,3 +168,5 @@ class BiMamba(nn.Module):
         left_to_right, _ = self.forwards(x, z, cu_seqlens=cu_seqlens)
         right_to_left, _ = self.backwards(x, z, cu_seqlens=cu_seqlens, reverse=True)
         return self.out_proj(left_to_right + right_to_left)
+
+    forward_padded = forward_as_pack

@@ -43,6 +43,7 @@ from .generation import (
     prefill,
     read,
     select_state,
+    with_equal_room,
 )
 from .sampling import Draws, next_token_probabilities, recent_tokens, sample, with_token
 
@@ -176,7 +177,8 @@ class _Speculator:
             self.state = after
         elif whole.any():
             self.state = pytree.tree_map(
-                lambda new, old: torch.where(whole.view(-1, *[1] * (new.dim() - 1)), new, old), after, self.state
+                lambda new, old: torch.where(whole.view(-1, *[1] * (new.dim() - 1)), new, old),
+                *with_equal_room(after, self.state),
             )
         rows = zip(whole.tolist(), self.unread, written, strict=True)
         self.unread = [new[-1:] if is_whole else old + new for is_whole, old, new in rows]

@@ -1,0 +1,59 @@
+"""The feed-forward half of a Transformer block, as a mixer of its own: it mixes channels, each token by itself.
+
+    SwiGLU   out_proj(silu(gate) * up),  gate, up = in_proj(hidden)     arXiv 2002.05202
+    GELU     out_proj(gelu(in_proj(hidden)))                            GPT-2's, with the exact GELU and without biases
+
+Letters: B batch, L length, F inner width (d_ff).
+"""
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .padding import Padding
+
+
+class NoState(NamedTuple):
+    """What an MLP remembers of a sequence: nothing."""
+
+
+class MLP(nn.Module):
+    """(.., d_model) -> (.., d_model). `activation` is "swiglu" or "gelu"."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str = "swiglu"):
+        super().__init__()
+        self.gated = activation == "swiglu"
+        self.in_proj = nn.Linear(d_model, 2 * d_ff if self.gated else d_ff, bias=False)
+        self.out_proj = nn.Linear(d_ff, d_model, bias=False)
+        for projection in (self.in_proj, self.out_proj):
+            nn.init.normal_(projection.weight, std=0.02)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: NoState | None = None,
+        *,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,  # nothing to do: tokens do not see each other
+    ) -> Tensor | tuple[Tensor, NoState]:
+        """hidden (B, L, d_model) -> the same shape, or (that, the empty state) iff return_state."""
+        y = self._of_each(hidden)
+        return (y, NoState()) if return_state else y
+
+    def forward_padded(self, hidden: Tensor, padding: Padding, **options: Any) -> Any:
+        return self(hidden, **options)
+
+    def step(self, hidden: Tensor, state: NoState) -> Tensor:
+        """hidden (B, d_model) -> (B, d_model)."""
+        return self._of_each(hidden)
+
+    def init_state(self, batch_size: int, max_length: int | None = None) -> NoState:
+        return NoState()
+
+    def _of_each(self, hidden: Tensor) -> Tensor:
+        inner = self.in_proj(hidden)
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            return self.out_proj(F.silu(gate) * up)
+        return self.out_proj(F.gelu(inner))
