@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, SamplingConfig, SpeculationConfig, TrainConfig
-from .config import Dividing, Preset
+from .config import Dividing, Preset, Windows
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
@@ -34,6 +34,8 @@ class Train:
     """On what each layer adds; 0.1 to 0.3 helps where a large model sees few files many times."""
     context: int = 512
     """Bytes in a training window."""
+    windows: Windows = "packed"
+    """packed: cut from all documents end to end, a mark between two; apart: each holds bytes of one document only."""
     resume: bool = False
     """Continue the run in the output folder where it stopped."""
     train: OmitArgPrefixes[TrainConfig] = TrainConfig(epochs=3, batch_size=8, lr=6e-3, warmup=0.05)

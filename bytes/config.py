@@ -13,6 +13,8 @@ VOCAB_SIZE = 320  # a multiple of 64, which the matrix units of a GPU want
 
 PARTS = ("train", "valid", "test")
 
+Windows = Literal["packed", "apart"]  # how training windows are cut: see training.py
+
 Preset = Literal["tiny", "small", "base", "mambabyte-353m", "mambabyte-972m"]
 PRESETS = {
     "tiny": BackboneConfig(d_model=128, n_layer=4),

@@ -1,9 +1,11 @@
 """Training a byte model: the bytes side of core/train.py.
 
-Windows are cut from the stream of all training documents (documents.py), so none holds padding. Where a document ends
-inside a window, the DOCUMENT mark says so to the model, which learns to forget there. (Cutting the state with
-cu_seqlens instead would do without that, but needs batches of one row; and a model that is to end a document by itself
-has to see the mark anyway.)
+packed  Windows are cut from the stream of all training documents (documents.py), so none holds padding. Where a
+        document ends inside a window, the DOCUMENT mark says so to the model, which learns to forget there. (Cutting
+        the state with cu_seqlens instead would do without that, but needs batches of one row; and a model that is to
+        end a document by itself has to see the mark anyway.)
+apart   Windows are cut from each document alone, whose two marks count as part of it: nothing before a document can be
+        taken for its context. Short documents make short windows, which stand in batches with others of like length.
 
 A few long documents show the mark hardly ever, and a model would read it, before a document's first byte, for the first
 time when it is evaluated or begins to write. So some windows get the mark in place of their first id, as if a document
@@ -17,42 +19,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.batching import pad_right, shuffled_batches
 from ..core.config import TrainConfig
 from ..core.train import Task
-from .config import DOCUMENT
+from .config import DOCUMENT, Windows
 from .documents import Documents
 from .evaluation import check_causality, score
 from .terminal import progress_bar
 
 MARKED = 0.05  # share of an epoch's windows that have a mark, at least
+PADDING = -100  # an id that is no target
 
 
 class TrainBytes(Task):
     """Next-byte prediction in windows of `context` bytes; judged by bits per byte of the validation documents.
 
-    Each epoch reads the stream once, cut at other places than the epoch before. What does not fill a window, before the
-    first cut and after the last one, waits for the next epoch. A corpus shorter than a window makes the window shorter.
+    Each epoch reads every document once, cut at other places than the epoch before (packed: short of what does not fill
+    a window, before the first cut and after the last one). A corpus shorter than a window makes the window shorter.
     """
 
-    def __init__(self, train: Documents, valid: Documents, config: TrainConfig, context: int, seed: int):
-        self.train, self.valid, self.config, self.seed = train, valid, config, seed
+    def __init__(
+        self, train: Documents, valid: Documents, config: TrainConfig, context: int, seed: int, windows: Windows
+    ):
+        self.train, self.valid, self.config, self.seed, self.windows = train, valid, config, seed, windows
         self.context = min(context, train.n_tokens - 1)
-        self.batch_size = max(1, min(config.batch_size, config.max_tokens // self.context))
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """The windows of each batch, int64 (windows, 2): where they begin in the stream, whether with a mark (1, 0)."""
+        """The windows of each batch, int64 (windows, 3): begin in the stream, bytes, whether with a mark (1, 0)."""
         rng = np.random.default_rng((self.seed, epoch))
+        windows = (self._packed if self.windows == "packed" else self._apart)(rng)
+        n_marked = round(MARKED * len(windows)) - len(self.train)  # beside those of the documents
+        windows = np.column_stack((windows, rng.permutation(len(windows)) < n_marked))
+        settings = self.config.batch_size, self.config.max_tokens
+        batches = shuffled_batches(windows[:, 1], *settings, self.seed, epoch)
+        return [windows[batch] for batch in batches]
+
+    def _packed(self, rng: np.random.Generator) -> np.ndarray:
+        """Begins and sizes of an epoch's windows, int64 (windows, 2), from the whole stream."""
         first = rng.integers(min(self.context, self.train.n_tokens - self.context))
-        starts = rng.permutation(np.arange(first, self.train.n_tokens - self.context, self.context))
-        n_marked = round(MARKED * len(starts)) - len(self.train)  # beside those of the documents
-        windows = np.stack((starts, rng.permutation(len(starts)) < n_marked), 1)
-        return [windows[i : i + self.batch_size] for i in range(0, len(windows), self.batch_size)]
+        starts = np.arange(first, self.train.n_tokens - self.context, self.context)
+        return np.column_stack((starts, np.full_like(starts, self.context)))
+
+    def _apart(self, rng: np.random.Generator) -> np.ndarray:
+        """The same from each document, from its mark to the next one; the first window of a long one is shorter."""
+        sizes = np.diff(self.train.marks)  # ids to predict, the document's end included
+        first = np.minimum(sizes, rng.integers(1, self.context + 1, len(sizes)))
+        first = np.where(sizes <= self.context, sizes, first)
+        n_windows = 1 - (first - sizes) // self.context  # rounded up
+        document = np.repeat(np.arange(len(sizes)), n_windows)
+        number = np.arange(len(document)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
+        starts = np.where(number == 0, 0, first[document] + (number - 1) * self.context)
+        stops = np.minimum(first[document] + number * self.context, sizes[document])
+        return np.column_stack((self.train.marks[document] + starts, stops - starts))
 
     def batch(self, description: np.ndarray, epoch: int) -> Tensor:
-        """Ids int64 (B, context + 1): each is both an input and, one place earlier, a target."""
-        windows = np.stack([self.train.read(start, start + self.context + 1) for start, _ in description.tolist()])
-        windows[description[:, 1] == 1, 0] = DOCUMENT
-        return torch.from_numpy(windows)
+        """Ids int64 (B, longest + 1): each is both an input and, one place earlier, a target; padded on the right."""
+        windows = [self.train.read(start, start + size + 1) for start, size, _ in description.tolist()]
+        for ids, has_mark in zip(windows, description[:, 2], strict=True):
+            ids[0] = DOCUMENT if has_mark else ids[0]
+        return pad_right(windows, PADDING)[0]
 
     def loss(self, model: torch.nn.Module, batch: Tensor) -> Tensor:
         return next_byte_loss(model, batch)
@@ -67,6 +92,9 @@ class TrainBytes(Task):
 
 
 def next_byte_loss(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of each id of int (B, L + 1) but the first, given those before it."""
-    logits = model(ids[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    """Mean cross-entropy, in nats, of each id of int (B, L + 1) but the first, given those before it.
+
+    PADDING, which stands on the right only, is no target, and nothing sees it.
+    """
+    logits = model(ids[:, :-1].clamp(min=0))
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=PADDING)

@@ -28,7 +28,7 @@ def train(args: Train) -> None:
     corpus = open_corpus(args.corpus or run / "corpus", pieces)
 
     model = ByteLM(preset_config(args.preset, args.dropout))
-    task = TrainBytes(corpus["train"], corpus["valid"], args.train, args.context, args.compute.seed)
+    task = TrainBytes(corpus["train"], corpus["valid"], args.train, args.context, args.compute.seed, args.windows)
     n_parameters = sum(p.numel() for p in model.parameters())
     say(f"model {args.preset}: {n_parameters:,} parameters; training on {pick_device(args.compute)}")
     if task.context < args.context:
@@ -50,6 +50,7 @@ def _settings(args: Train) -> dict[str, Any]:
         "preset": args.preset,
         "dropout": args.dropout,
         "context": args.context,
+        "windows": args.windows,
         **asdict(args.dividing),
         **asdict(args.train),
         "seed": args.compute.seed,

@@ -6,12 +6,12 @@ import torch
 
 from polymamba.bytes.config import DOCUMENT
 from polymamba.bytes.evaluation import score
-from polymamba.bytes.training import TrainBytes
+from polymamba.bytes.training import PADDING, TrainBytes, next_byte_loss
 from polymamba.core import InputError, TrainConfig
 
 
-def task(documents, context=16, seed=0, **options) -> TrainBytes:
-    return TrainBytes(documents, documents, TrainConfig(**{"batch_size": 5, **options}), context, seed)
+def task(documents, context=16, seed=0, windows="packed", **options) -> TrainBytes:
+    return TrainBytes(documents, documents, TrainConfig(**{"batch_size": 5, **options}), context, seed, windows)
 
 
 @pytest.mark.parametrize("context", [1, 7, 16, 100])
@@ -19,7 +19,7 @@ def task(documents, context=16, seed=0, **options) -> TrainBytes:
 def test_an_epoch_reads_the_stream_once(documents, context, epoch):
     work = task(documents, context)
     ids = torch.cat([work.batch(windows, epoch) for windows in work.plan(epoch)])
-    starts, marked = np.concatenate(work.plan(epoch)).T
+    starts, _, marked = np.concatenate(work.plan(epoch)).T
     stream = documents.read(0, documents.n_tokens)
     for start, has_mark, window in zip(starts, marked, ids, strict=True):
         first = DOCUMENT if has_mark else stream[start]
@@ -30,12 +30,48 @@ def test_an_epoch_reads_the_stream_once(documents, context, epoch):
     assert documents.n_tokens - 1 - predicted[-1] < context
 
 
+@pytest.mark.parametrize("context", [1, 7, 16, 300])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_apart_no_window_holds_two_documents(documents, context, epoch):
+    """Every byte and every end is predicted once, from what stands before it in its document's window."""
+    work = task(documents, context, windows="apart")
+    stream, predicted = documents.read(0, documents.n_tokens).tolist(), []
+    for description in work.plan(epoch):
+        ids = work.batch(description, epoch)
+        assert ids.shape == (len(description), 1 + description[:, 1].max())
+        for (start, size, has_mark), window in zip(description.tolist(), ids.tolist(), strict=True):
+            assert 0 < size <= context
+            assert window[: size + 1] == [
+                DOCUMENT if has_mark else stream[start],
+                *stream[start + 1 : start + size + 1],
+            ]
+            assert set(window[size + 1 :]) <= {PADDING}
+            assert DOCUMENT not in stream[start + 1 : start + size]
+            predicted += range(start + 1, start + size + 1)
+    assert sorted(predicted) == list(range(1, documents.n_tokens))
+
+
+def test_apart_windows_move(documents):
+    def starts(epoch):
+        return {start for start, _, _ in np.concatenate(task(documents, windows="apart").plan(epoch)).tolist()}
+
+    assert starts(0) != starts(1)
+    assert starts(0) == starts(0)
+
+
+def test_windows_of_like_length_stand_together(as_documents, tmp_path):
+    documents = as_documents(tmp_path / "d", [bytes(1 + i % 90) for i in range(400)])
+    plan = task(documents, context=64, windows="apart").plan(0)
+    n_padded = sum(len(batch) * batch[:, 1].max() - batch[:, 1].sum() for batch in plan)
+    assert n_padded < 0.1 * documents.n_tokens
+
+
 @pytest.mark.parametrize("n_documents", [1, 7, 60])
 def test_few_documents_begin_anywhere(as_documents, tmp_path, n_documents):
     """Of a thousand windows a twentieth has a mark, others each epoch; many documents have marks enough themselves."""
     documents = as_documents(tmp_path / "d", [bytes(16_000 // n_documents)] * n_documents)
     marked = [
-        {start for start, has_mark in np.concatenate(task(documents).plan(epoch)) if has_mark} for epoch in (0, 1)
+        {start for start, _, has_mark in np.concatenate(task(documents).plan(epoch)) if has_mark} for epoch in (0, 1)
     ]
     for starts in marked:
         assert len(starts) == max(0, 50 - n_documents)
@@ -48,14 +84,15 @@ def test_the_plan_depends_on_seed_and_epoch_alone(documents):
 
     assert plan(1, 2) == plan(1, 2)
     assert len({str(plan(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    assert all(len(windows) == 5 for windows in plan(0, 0)[:-1])
-    assert len(task(documents, max_tokens=48).plan(0)[0]) == 3
+    n_windows = sum(map(len, plan(0, 0)))
+    assert sorted(map(len, plan(0, 0)), reverse=True) == [5] * (n_windows // 5) + [n_windows % 5] * (n_windows % 5 > 0)
+    assert max(map(len, task(documents, max_tokens=48).plan(0))) == 3
 
 
 def test_a_corpus_shorter_than_a_window(documents):
     work = task(documents, context=100_000)
     (windows,) = work.plan(0)
-    assert windows.tolist() == [[0, 0]]
+    assert windows.tolist() == [[0, documents.n_tokens - 1, 0]]
     assert work.batch(windows, 0)[0].tolist() == documents.read(0, documents.n_tokens).tolist()
 
 
@@ -66,6 +103,12 @@ def test_loss_is_the_mean_over_all_targets(model, documents):
     log_p = model(batch[:, :-1]).double().log_softmax(-1)[0]
     expected = -sum(log_p[i, batch[0, i + 1]].item() for i in range(len(log_p))) / len(log_p)
     assert work.loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_costs_nothing(model, documents):
+    ids = torch.from_numpy(documents.read(3, 20))[None]
+    padded = torch.cat((ids, torch.full((1, 9), PADDING)), 1)
+    assert next_byte_loss(model, padded).item() == pytest.approx(next_byte_loss(model, ids).item(), rel=1e-6)
 
 
 def test_no_validation_figure_of_a_model_that_sees_the_future(model, documents):
@@ -79,13 +122,14 @@ def test_no_validation_figure_of_a_model_that_sees_the_future(model, documents):
         task(documents).evaluate(model)
 
 
-def test_learns(model, documents):
-    work = task(documents, context=64)
+@pytest.mark.parametrize("windows", ["packed", "apart"])
+def test_learns(model, documents, windows):
+    work = task(documents, context=64, windows=windows)
     before = work.evaluate(model.eval())["valid_bits_per_byte"]
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-2)
     for epoch in range(25):
-        for windows in work.plan(epoch):
-            work.loss(model, work.batch(windows, epoch)).backward()
+        for batch in work.plan(epoch):
+            work.loss(model, work.batch(batch, epoch)).backward()
             optimizer.step()
             optimizer.zero_grad()
     figures = work.evaluate(model.eval())
