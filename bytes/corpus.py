@@ -4,7 +4,7 @@
 
 FOLDER/<fingerprint>/           of the documents, their contents and their parts: another corpus gets another folder
     train.bin valid.bin test.bin    the documents of a part, end to end
-    manifest.json                   the documents, and checksums of the .bin files
+    manifest.json                   the layout's version, the documents, and checksums of the .bin files
 """
 
 import csv
@@ -23,6 +23,7 @@ from .documents import Document, Documents, whole_files
 from .terminal import progress_bar
 
 MANIFEST = "manifest.json"
+LAYOUT = 1  # raised whenever the .bin files of the same documents would be others
 
 
 class Piece(NamedTuple):
@@ -174,7 +175,8 @@ def _build(cache: Path, pieces: Sequence[Piece]) -> None:
                         advance(len(block))
                     _require_unchanged(piece, document.hexdigest())
             checksums[part] = whole.hexdigest()
-        write_json(beside / MANIFEST, {"documents": [piece._asdict() for piece in pieces], "sha256": checksums})
+        documents = [piece._asdict() for piece in pieces]
+        write_json(beside / MANIFEST, {"layout": LAYOUT, "documents": documents, "sha256": checksums})
 
 
 def _require_unchanged(piece: Piece, found: str) -> None:
@@ -187,6 +189,8 @@ def _damage(cache: Path, pieces: Sequence[Piece]) -> str | None:
     """What is wrong with a cache, or None."""
     try:
         manifest = json.loads((cache / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["layout"] != LAYOUT:
+            return f"has layout {manifest['layout']}, of another version of polymamba; this one's is {LAYOUT}"
         if manifest["documents"] != [piece._asdict() for piece in pieces]:
             return f"{MANIFEST} lists other documents"
         for part in PARTS:

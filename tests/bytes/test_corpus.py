@@ -1,6 +1,7 @@
 """Which document is of which part, and the corpus on disk: whole, checked, made again when it has to be."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,10 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def change(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -130,7 +135,9 @@ def flip(path: Path) -> None:
         ("valid.bin", lambda path: path.write_bytes(path.read_bytes()[:-1])),
         ("test.bin", Path.unlink),
         ("manifest.json", lambda path: path.write_text('{"documents":')),
-        ("manifest.json", lambda path: path.write_text('{"documents": []}')),
+        ("manifest.json", lambda path: change(path, documents=[])),
+        ("manifest.json", lambda path: change(path, layout=0)),
+        ("manifest.json", lambda path: path.write_text("[]")),
         ("manifest.json", Path.unlink),
     ],
 )
