@@ -56,7 +56,8 @@ def _noise_rows(model: ByteLM, documents: Documents, args: Noise) -> Iterator[li
             spoiled = []
             for i, document in enumerate(documents.documents):
                 path = Path(folder, str(i))
-                path.write_bytes(spoil(document.path.read_bytes(), kind, args.compute.seed))
+                with written_whole(path) as beside:
+                    beside.write_bytes(spoil(document.path.read_bytes(), kind, args.compute.seed))
                 spoiled.append(path)
             result = measure(model, Documents(whole_files(spoiled)), args.compute, str(kind), args.chunk)
         of_words = perplexity(result.bits, clean.n_words)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from polymamba.bytes import ByteLM, training
+from polymamba.bytes import ByteLM
 from polymamba.cli import main
 from polymamba.core import BackboneConfig, InputError, LanguageModel, LanguageModelConfig
 
@@ -113,33 +113,6 @@ def test_generate_with_drafts(run, capfdbinary, draft):
     assert draft[1] == "ngram" or (kept, rate) == (drafted, "100")
     for options in (("--acceptance", "top3"), ("--draft-length", 3), ("--repetition-penalty", 1.2)):
         assert 0 < len(generated(capfdbinary, *words, "--temperature", 0.5, *draft, *options)) <= 40
-
-
-def test_generate_after_a_long_prompt(run, tmp_path, capfdbinary):
-    """In pieces; any bytes."""
-    (tmp_path / "prompt").write_bytes(bytes(range(256)) * 20)
-    assert len(generated(capfdbinary, run, "--prompt-file", tmp_path / "prompt", "--max-new-bytes", 3, "--bytes")) <= 3
-
-
-def test_resume_gives_the_same_bits(texts, run, tmp_path, monkeypatch):
-    """Broken off in the second epoch, after a checkpoint within it."""
-    losses = []
-    loss = training.TrainBytes.loss
-
-    def breaks(self, model, batch):
-        losses.append(1)
-        if len(losses) == 13:
-            raise KeyboardInterrupt
-        return loss(self, model, batch)
-
-    words = ["bytes", "train", str(texts), "-o", str(tmp_path / "run"), *FAST]
-    with monkeypatch.context() as patch:
-        patch.setattr(training.TrainBytes, "loss", breaks)
-        assert main([*words, "--save-every", "5"]) == 1
-    assert not (tmp_path / "run" / "metrics.json").exists()
-    assert main([*words, "--save-every", "5", "--resume"]) == 0
-    for name in ("model.safetensors", "metrics.json", "splits.tsv"):
-        assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes(), name
 
 
 def test_help_does_not_load_torch():
