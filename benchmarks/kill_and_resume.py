@@ -1,14 +1,17 @@
 """Does a training run that is killed go on to the very same results? Kills many, at random moments, and compares.
 
-    python benchmarks/kill_and_resume.py [--kills 20] [--seed 0] [--output benchmarks/results/kill_and_resume.md]
+    python benchmarks/kill_and_resume.py [--domain genomics] [--kills 20] [--seed 0] [--output FILE]
 
-Trains the tiny DNA model on random sequences of two classes, a checkpoint every 3 steps, once undisturbed. Then, for
-each kill anew: the run is killed (SIGKILL, which no program can catch) a random while after it has reached a random
-checkpoint, the first moments and the final test included, and continued with --resume until it ends. Model, metrics
-and predictions have to be those of the undisturbed run, byte for byte. Exits with 1 if any of them is not.
+Trains the tiny DNA model on random sequences of two classes, or the tiny byte model on random words, a checkpoint every
+3 steps, once undisturbed. Then, for each kill anew: the run is killed (SIGKILL, which no program can catch) a random
+while after it has reached a random checkpoint, the first moments and the final test included, and continued with
+--resume until it ends. Model, metrics and predictions (or the division) have to be those of the undisturbed run, byte
+for byte, and so has the logged curve of losses and validation figures, short of the seconds in it. Exits with 1 if any
+of them is not. Recorded in benchmarks/results/kill_and_resume.md.
 """
 
 import argparse
+import json
 import random
 import shutil
 import signal
@@ -20,7 +23,19 @@ from pathlib import Path
 
 from machine import describe
 
-RESULTS = ("model.safetensors", "metrics.json", "predictions.tsv")
+RESULTS = {
+    "genomics": ("model.safetensors", "metrics.json", "predictions.tsv"),
+    "bytes": ("model.safetensors", "metrics.json", "splits.tsv"),
+}
+
+
+def write_texts(folder: Path, rng: random.Random) -> list[str]:
+    """A folder with files of random words."""
+    (folder / "texts").mkdir()
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 9))) for _ in range(50)]
+    for i in range(20):
+        (folder / "texts" / f"{i}.txt").write_text(" ".join(rng.choices(words, k=300)))
+    return [str(folder / "texts"), "--context", "128"]
 
 
 def write_classes(folder: Path, rng: random.Random) -> list[str]:
@@ -34,8 +49,11 @@ def write_classes(folder: Path, rng: random.Random) -> list[str]:
     return flags
 
 
-def command(classes: list[str], output: Path) -> list[str]:
-    train = [sys.executable, "-m", "polymamba", "genomics", "train", *classes, "-o", str(output)]
+WRITE = {"genomics": write_classes, "bytes": write_texts}
+
+
+def command(domain: str, inputs: list[str], output: Path) -> list[str]:
+    train = [sys.executable, "-m", "polymamba", domain, "train", *inputs, "-o", str(output)]
     return [*train, "--epochs", "6", "--batch-size", "16", "--save-every", "3", "--device", "cpu"]
 
 
@@ -70,12 +88,19 @@ def resume(words: list[str], output: Path) -> None:
         raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
 
 
-def unlike(one: Path, other: Path) -> list[str]:
+def unlike(one: Path, other: Path, names: tuple[str, ...]) -> list[str]:
     """The results that differ."""
-    return [name for name in RESULTS if (one / name).read_bytes() != (other / name).read_bytes()]
+    differing = [name for name in names if (one / name).read_bytes() != (other / name).read_bytes()]
+    return differing + ["log.jsonl"] * (curve(one) != curve(other))
 
 
-def report(n_kills: int, seed: int) -> tuple[str, bool]:
+def curve(run: Path) -> list[dict[str, float]]:
+    """What was logged at each step, but how long it took."""
+    records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def report(domain: str, n_kills: int, seed: int) -> tuple[str, bool]:
     """The lines, printed as they come, and whether every run ended as it should."""
     lines: list[str] = []
 
@@ -88,35 +113,36 @@ def report(n_kills: int, seed: int) -> tuple[str, bool]:
         say(line)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        classes = write_classes(folder, rng)
+        inputs = WRITE[domain](folder, rng)
         whole = folder / "whole"
-        seconds = whole_run(command(classes, whole))
+        seconds = whole_run(command(domain, inputs, whole))
         last = last_checkpoint(whole)
-        say(f"undisturbed run: {seconds:.1f} s, {last} steps")
+        say(f"{domain}, undisturbed run: {seconds:.1f} s, {last} steps")
         same = 0
         for number in range(1, n_kills + 1):
             output = folder / f"run{number}"
             step, delay = rng.randrange(0, last + 1, 3), rng.uniform(0, 0.5)
-            while not kill(step, delay, command(classes, output), output):
+            while not kill(step, delay, command(domain, inputs, output), output):
                 shutil.rmtree(output)
                 delay /= 2
             where = f"killed {delay:.3f} s after step {step}, had a checkpoint of step {last_checkpoint(output)}"
-            resume(command(classes, output), output)
-            differing = unlike(whole, output)
+            resume(command(domain, inputs, output), output)
+            differing = unlike(whole, output, RESULTS[domain])
             shutil.rmtree(output)
             same += not differing
             say(f"{number:>3}  {where:<62}  {', '.join(differing) or 'same results'}")
-    say(f"{same} of {n_kills} resumed to the same weights")
+    say(f"{same} of {n_kills} resumed to the same weights, figures and curve")
     return "\n".join(lines) + "\n", same == n_kills
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--domain", choices=tuple(WRITE), default="genomics")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    text, all_same = report(args.kills, args.seed)
+    text, all_same = report(args.domain, args.kills, args.seed)
     if args.output:
         args.output.write_text(text)
     sys.exit(not all_same)
