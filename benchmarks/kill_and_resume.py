@@ -33,9 +33,9 @@ def write_texts(folder: Path, rng: random.Random) -> list[str]:
     """A folder with files of random words."""
     (folder / "texts").mkdir()
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 9))) for _ in range(50)]
-    for i in range(20):
-        (folder / "texts" / f"{i}.txt").write_text(" ".join(rng.choices(words, k=300)))
-    return [str(folder / "texts"), "--context", "128"]
+    for i in range(12):
+        (folder / "texts" / f"{i}.txt").write_text(" ".join(rng.choices(words, k=100)))
+    return [str(folder / "texts"), "--context", "64"]
 
 
 def write_classes(folder: Path, rng: random.Random) -> list[str]:
