@@ -49,5 +49,10 @@ def report(folder: Path | None, result: Score, documents: Documents) -> None:
         write_json(folder / "metrics.json", {**metrics, "by_position": result.by_position()})
         plot_positions(folder / "positions.png", result, order0, xz)
     for name, value in metrics.items():
-        text = f"{value:,}" if isinstance(value, int) else "-" if value is None else f"{value:.4f}"
-        print(f"{name:<22}{text:>16}")
+        print(f"{name:<22}{_text(value):>16}")
+
+
+def _text(value: float | None) -> str:
+    if value is None or isinstance(value, int):
+        return "-" if value is None else f"{value:,}"
+    return f"{value:.4f}" if value < 1e6 else f"{value:.4g}"  # text without spaces is one long word
