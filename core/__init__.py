@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import Attention, KVCache
     from .backbone import Backbone, Block, aux_loss
     from .config import (
         BackboneConfig,
@@ -18,20 +19,24 @@ if TYPE_CHECKING:
     from .hub import PretrainedModel
     from .language_model import LanguageModel
     from .mamba import BiMamba, Mamba, MambaState
+    from .mlp import MLP
     from .run_folder import RunFolder
     from .speculation import speculate
     from .train import Task, train_model
 
 # Lazy, so that the flags of the command line can be read before torch has loaded.
 _MODULE_OF = {
+    "Attention": "attention",
     "Backbone": "backbone",
     "BackboneConfig": "config",
     "BiMamba": "mamba",
     "Block": "backbone",
     "ComputeConfig": "config",
     "InputError": "errors",
+    "KVCache": "attention",
     "LanguageModel": "language_model",
     "LanguageModelConfig": "config",
+    "MLP": "mlp",
     "Mamba": "mamba",
     "MambaState": "mamba",
     "PretrainedModel": "hub",
@@ -52,12 +57,15 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "MLP",
+    "Attention",
     "Backbone",
     "BackboneConfig",
     "BiMamba",
     "Block",
     "ComputeConfig",
     "InputError",
+    "KVCache",
     "LanguageModel",
     "LanguageModelConfig",
     "Mamba",

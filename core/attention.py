@@ -79,7 +79,7 @@ class Attention(nn.Module):
         y = padding.moved_back(self.out_proj(y.flatten(2)))
         if not return_state:
             return y
-        length = padding.n_real if state is None else state.length + padding.n_real
+        length = padding.n_real.clone() if state is None else state.length + padding.n_real
         return y, _in_own_memory(after._replace(length=length))
 
     @torch.no_grad()

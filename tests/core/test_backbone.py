@@ -7,15 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from polymamba.core import Backbone, BackboneConfig, Mamba, aux_loss
+from polymamba.core import Backbone, BackboneConfig, KVCache, Mamba, aux_loss
 
 LENGTHS = (19, 7, 1, 0)
+CAUSAL = [("mamba",), ("attention", "mlp"), ("mamba", "attention", "mlp")]
+PATTERNS = [*CAUSAL, ("attention",), ("mlp",), ("bimamba",), ("bimamba", "mlp")]
 
 
 def backbone(**options) -> Backbone:
     torch.manual_seed(0)
-    return Backbone(BackboneConfig(**{"d_model": 20, "n_layer": 3, "d_state": 5, **options}))
+    return Backbone(BackboneConfig(**{"d_model": 20, "n_layer": 3, "d_state": 5, "n_heads": 2, **options}))
 
 
 def inputs(batch: int = 4, length: int = 19, d_model: int = 20) -> torch.Tensor:
@@ -32,6 +35,24 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-6):
     assert a.shape == b.shape
     if a.numel():
         assert (a - b).abs().max() <= tolerance * b.detach().abs().max().clamp(min=1.0)
+
+
+def remembered(state) -> list[torch.Tensor]:
+    """A state of one row by what it stands for: of a cache what is in it, not the room."""
+    layers = [
+        (layer.keys[:, : layer.length], layer.values[:, : layer.length]) if isinstance(layer, KVCache) else layer
+        for layer in state
+    ]
+    return pytree.tree_leaves(layers)
+
+
+def row_of(state, row: int):
+    return pytree.tree_map(lambda s: s[row : row + 1], state)
+
+
+def close_states(ours, expected):
+    for a, b in zip(remembered(ours), remembered(expected), strict=True):
+        close(a, b)
 
 
 def test_layer_norm_backbone_is_the_stack_of_its_parts():
@@ -54,12 +75,12 @@ def test_layer_norm_backbone_is_the_stack_of_its_parts():
 
 
 @pytest.mark.parametrize("side", ["right", "left", "both"])
-@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba", "bimamba")])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_padding_changes_nothing(side, pattern):
     model, x = backbone(pattern=pattern), inputs()
     lengths = [min(n, 17) for n in LENGTHS] if side == "both" else LENGTHS
     mask = mask_of(lengths, side)
-    causal = pattern == ("mamba",)
+    causal = "bimamba" not in pattern
     out = model(x.masked_fill(~mask[..., None], 1e4), padding_mask=mask, return_state=causal)
     y, state = out if causal else (out, None)
     assert torch.all(y[~mask] == 0)
@@ -68,13 +89,18 @@ def test_padding_changes_nothing(side, pattern):
         y_alone, state_alone = alone if causal else (alone, None)
         close(y[row, mask[row]], y_alone[0])
         if causal:
-            for layer, layer_alone in zip(state, state_alone, strict=True):
-                close(layer.conv[row], layer_alone.conv[0])
-                close(layer.ssm[row], layer_alone.ssm[0])
+            close_states(row_of(state, row), state_alone)
+    if causal:
+        token = x[:, 0]
+        stepped = model.step(token, state)
+        for row in range(len(lengths)):
+            again = torch.cat((x[row, mask[row]], token[row : row + 1]))
+            close(stepped[row], model(again[None])[0, -1])
 
 
-def test_padding_changes_no_gradient():
-    model, x = backbone(), inputs()
+@pytest.mark.parametrize("pattern", CAUSAL)
+def test_padding_changes_no_gradient(pattern):
+    model, x = backbone(pattern=pattern), inputs()
     mask = mask_of(LENGTHS, "left")
 
     weights = torch.randn_like(x[mask])  # a norm of y would not do: norm_f fixes it, whatever the parameters
@@ -90,19 +116,19 @@ def test_padding_changes_no_gradient():
         close(a, b, 2e-5)
 
 
-def test_padding_with_a_state_given():
-    model, x = backbone(), inputs()
-    _, state = model(x[:, :5], return_state=True)
+@pytest.mark.parametrize("pattern", CAUSAL)
+def test_padding_with_a_state_given(pattern):
+    model, x = backbone(pattern=pattern), inputs()
+    _, state = model(x[:, :5], padding_mask=mask_of((5, 2, 0, 3), "right", 5), return_state=True)
     mask = mask_of((14, 3, 0, 9), "left", 14)
     y, after = model(x[:, 5:], state, padding_mask=mask, return_state=True)
     for row in range(4):
-        before = [type(s)(*(part[row : row + 1] for part in s)) for s in state]
-        y_alone, after_alone = model(x[row : row + 1, 5:][:, mask[row]], before, return_state=True)
+        y_alone, after_alone = model(x[row : row + 1, 5:][:, mask[row]], row_of(state, row), return_state=True)
         close(y[row, mask[row]], y_alone[0])
-        close(after[2].ssm[row], after_alone[2].ssm[0])
+        close_states(row_of(after, row), after_alone)
 
 
-@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",)])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_packed_equals_each_alone(pattern):
     model, x = backbone(pattern=pattern), inputs(1, 30)
     ends = [0, 11, 11, 12, 30]
@@ -111,30 +137,33 @@ def test_packed_equals_each_alone(pattern):
         close(y[:, start:end], model(x[:, start:end]))
 
 
-def test_pieces_and_steps_equal_one_shot():
-    model, x = backbone(), inputs()
+@pytest.mark.parametrize("pattern", CAUSAL)
+def test_pieces_and_steps_equal_one_shot(pattern):
+    model, x = backbone(pattern=pattern), inputs()
     whole, final = model(x, return_state=True)
     first, state = model(x[:, :2], return_state=True)  # shorter than the convolution
-    kept = [type(s)(*(part.clone() for part in s)) for s in state]
+    kept = pytree.tree_map(torch.clone, state)
     second, state2 = model(x[:, 2:9], state, return_state=True)
-    for given, before in zip(state, kept, strict=True):
-        assert torch.equal(given.ssm, before.ssm), "forward changed the state it was given"
+    for given, before in zip(pytree.tree_leaves(state), pytree.tree_leaves(kept), strict=True):
+        assert torch.equal(given, before), "forward changed the state it was given"
     steps = torch.stack([model.step(x[:, t], state2) for t in range(9, 19)], dim=1)
     close(torch.cat((first, second, steps), dim=1), whole)
-    for stepped, at_once in zip(state2, final, strict=True):
-        close(stepped.conv, at_once.conv)
-        close(stepped.ssm, at_once.ssm)
+    for row in range(4):
+        close_states(row_of(state2, row), row_of(final, row))
 
 
-def test_steps_from_the_initial_state():
-    model, x = backbone(), inputs()
-    state = model.init_state(4)
+@pytest.mark.parametrize("max_length", [None, 19])
+@pytest.mark.parametrize("pattern", CAUSAL)
+def test_steps_from_the_initial_state(pattern, max_length):
+    model, x = backbone(pattern=pattern), inputs()
+    state = model.init_state(4, max_length)
     steps = torch.stack([model.step(x[:, t], state) for t in range(19)], dim=1)
     close(steps, model(x))
 
 
-def test_checkpointing_changes_neither_keys_nor_gradients():
-    model, x = backbone(dropout=0.2), inputs()
+@pytest.mark.parametrize("pattern", CAUSAL)
+def test_checkpointing_changes_neither_keys_nor_gradients(pattern):
+    model, x = backbone(dropout=0.2, pattern=pattern), inputs()
     twin = copy.deepcopy(model)
     twin.gradient_checkpointing = True
     assert twin.state_dict().keys() == model.state_dict().keys()
@@ -145,14 +174,15 @@ def test_checkpointing_changes_neither_keys_nor_gradients():
         assert torch.equal(a.grad, b.grad)
 
 
-def test_causal():
-    model, x = backbone(), inputs()
+@pytest.mark.parametrize("pattern", CAUSAL)
+def test_causal(pattern):
+    model, x = backbone(pattern=pattern), inputs()
     changed = x.clone()
     changed[:, 12:] += 1
     assert torch.equal(model(x)[:, :12], model(changed)[:, :12])
 
 
-@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",)])
+@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",), ("mamba", "attention", "mlp")])
 def test_compiles_in_one_graph(pattern):
     model, x = backbone(pattern=pattern), inputs()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -188,6 +218,13 @@ def test_initialisation_is_mamba_ssms():
     assert 3.6 < ratio < 4.4
 
 
+def test_initialisation_of_attention_and_mlp():
+    mixers = [block.mixer for block in backbone(d_model=128, n_layer=16, pattern=("attention", "mlp")).layers[:2]]
+    for mixer in mixers:
+        assert 0.019 < mixer.in_proj.weight.std() < 0.021
+        assert 0.019 / 4 < mixer.out_proj.weight.std() < 0.021 / 4
+
+
 def test_residual_stream_stays_float32():
     model = backbone().to(torch.bfloat16)
     seen = []
@@ -217,8 +254,29 @@ def test_says_what_is_wrong():
     ):
         with pytest.raises(ValueError, match="bidirectional"):
             call()
-    with pytest.raises(ValueError, match=r"transformer.*mamba, bimamba"):
-        BackboneConfig(d_model=8, n_layer=1, pattern=("transformer",))
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("transformer.*mamba, bimamba, attention, mlp", {"pattern": ("transformer",)}),
+        ("n_heads is 3; it must divide d_model, which is 20", {"n_heads": 3}),
+        ("n_heads is 3; it must divide d_model, which is 200", {"d_model": 200}),
+        ("n_heads is 4: of d_model 20 each head has 5 channels, and RoPE needs an even number", {"n_heads": 4}),
+        ("n_heads is 0; it must be at least 1", {"n_heads": 0}),
+        ("d_ff is -1; it must be at least 1", {"d_ff": -1}),
+        ("mlp is 'relu'; it must be one of swiglu, gelu", {"mlp": "relu"}),
+        ("rope_theta is 0; it must be above 0 and finite, or None", {"rope_theta": 0}),
+    ],
+)
+def test_says_what_is_wrong_with_a_config(message, options):
+    with pytest.raises(ValueError, match=message):
+        BackboneConfig(**{"d_model": 20, "n_layer": 1, "pattern": ("attention", "mlp"), **options})
+
+
+def test_attentions_settings_bind_attention_alone():
+    BackboneConfig(d_model=20, n_layer=1, n_heads=3)
+    BackboneConfig(d_model=20, n_layer=1, n_heads=4, pattern=("attention",), rope_theta=None)
 
 
 def test_aux_loss_counts_each_module_once():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import polymamba
-from polymamba.core import BackboneConfig, InputError, LanguageModel, LanguageModelConfig
+from polymamba.core import BackboneConfig, InputError, KVCache, LanguageModel, LanguageModelConfig
 from polymamba.core.config import SamplingConfig
 from polymamba.core.generation import (
     StopFilter,
@@ -31,10 +31,13 @@ GREEDY = SamplingConfig(temperature=0)
 SAMPLED = SamplingConfig(temperature=1.5, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.5, repetition_window=6)
 
 
-def language_model(vocab_size: int = 29) -> LanguageModel:
+MAMBA, HYBRID = ("mamba",), ("mamba", "attention", "mlp", "attention")
+
+
+def language_model(pattern=MAMBA, vocab_size: int = 29) -> LanguageModel:
     """In float64, so that the last bits of a matrix product, which depend on the batch, decide no token."""
     torch.manual_seed(0)
-    backbone = BackboneConfig(d_model=20, n_layer=2, d_state=5)
+    backbone = BackboneConfig(d_model=20, n_layer=max(2, len(pattern)), d_state=5, n_heads=2, pattern=pattern)
     model = LanguageModel(LanguageModelConfig(vocab_size=vocab_size, backbone=backbone, tie_embeddings=False))
     model = model.double().eval()
     torch.nn.init.normal_(model.embedding.weight)
@@ -87,14 +90,21 @@ def leaves(state) -> list[torch.Tensor]:
 
 
 def assert_same_state(a, b):
-    for x, y in zip(leaves(a), leaves(b), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+    """Of a cache, what is in it: there may be more room in one than in the other."""
+    for x, y in zip(a, b, strict=True):
+        if isinstance(x, KVCache):
+            assert torch.equal(x.length, y.length)
+            real = [torch.arange(cache.keys.shape[1]) < cache.length[:, None] for cache in (x, y)]
+            x, y = ([cache.keys[mask], cache.values[mask]] for cache, mask in zip((x, y), real, strict=True))
+        for part, expected in zip(x, y, strict=True):
+            torch.testing.assert_close(part, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED, SamplingConfig(repetition_penalty=3)])
 @pytest.mark.parametrize("chunk", [1, 4, 2048])
-def test_uneven_batch_equals_the_plain_twin(config, chunk):
-    model, prompts = language_model(), prompts_of()
+@pytest.mark.parametrize("pattern", [MAMBA, HYBRID])
+def test_uneven_batch_equals_the_plain_twin(config, chunk, pattern):
+    model, prompts = language_model(pattern), prompts_of()
     together = collect(generate(model, prompts, 15, config, seeds=SEEDS, chunk=chunk))
     for prompt, seed, tokens in zip(prompts, SEEDS, together, strict=True):
         assert tokens == read_again_for_each_token(model, prompt, 15, config, seed)
@@ -126,8 +136,9 @@ def test_greedy_tokens_are_the_official_ones(kind, name, key, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7, 12, 100])
-def test_prefill_equals_steps_and_one_shot(chunk):
-    model, prompts = language_model(), prompts_of()
+@pytest.mark.parametrize("pattern", [MAMBA, HYBRID])
+def test_prefill_equals_steps_and_one_shot(chunk, pattern):
+    model, prompts = language_model(pattern), prompts_of()
     logits, state = prefill(model, prompts, chunk=chunk)
     for row, prompt in enumerate(prompts):
         stepped = model.init_state(1)
@@ -143,8 +154,9 @@ def test_prefill_equals_steps_and_one_shot(chunk):
 
 
 @pytest.mark.parametrize("chunk", [2, 100])
-def test_a_state_continues_and_is_not_changed(chunk):
-    model, prompts = language_model(), prompts_of((9, 4, 6))
+@pytest.mark.parametrize("pattern", [MAMBA, HYBRID])
+def test_a_state_continues_and_is_not_changed(chunk, pattern):
+    model, prompts = language_model(pattern), prompts_of((9, 4, 6))
     _, state = prefill(model, [prompt[:3] for prompt in prompts])
     kept = [part.clone() for part in leaves(state)]
     rest = [prompt[3:] for prompt in prompts]
@@ -156,8 +168,9 @@ def test_a_state_continues_and_is_not_changed(chunk):
         assert torch.equal(part, before)
 
 
-def test_fork_and_restore(tmp_path):
-    model, prompt = language_model(), prompts_of((11,))[0]
+@pytest.mark.parametrize("pattern", [MAMBA, HYBRID])
+def test_fork_and_restore(tmp_path, pattern):
+    model, prompt = language_model(pattern), prompts_of((11,))[0]
     whole = collect(generate(model, [prompt] * 4, 8, seeds=[0, 1, 2, 3]))
     assert len({tuple(tokens) for tokens in whole}) > 1
     _, state = prefill(model, [prompt[:-1]])
@@ -171,7 +184,15 @@ def test_fork_and_restore(tmp_path):
     forked = select_state(states, [1, 1])
     model.step(torch.tensor([0, 1]), forked)
     assert not torch.equal(forked[0].ssm[0], forked[0].ssm[1]), "a fork shares memory"
-    assert type(forked[0]) is type(states[0])
+    assert [type(layer) for layer in forked] == [type(layer) for layer in states]
+
+
+def test_a_model_that_remembers_nothing():
+    """A backbone of MLPs alone: its state has no tensors."""
+    model, prompts = language_model(("mlp",)), prompts_of()
+    together = collect(generate(model, prompts, 6, GREEDY, chunk=4))
+    for prompt, tokens in zip(prompts, together, strict=True):
+        assert tokens == read_again_for_each_token(model, prompt, 6, GREEDY, 0)
 
 
 def test_seeds_are_each_rows_own():
@@ -307,6 +328,9 @@ def test_says_what_is_wrong_with_a_state_file(tmp_path):
     with pytest.raises(InputError, match=r"state.safetensors: no state can be read"):
         load_state(path, model)
     save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match=r"state.safetensors: not a state of this model"):
+        load_state(path, model)
+    save_state(path, prefill(language_model(HYBRID), prompts_of())[1])
     with pytest.raises(InputError, match=r"state.safetensors: not a state of this model"):
         load_state(path, model)
     save_state(path, prefill(model, prompts_of())[1])

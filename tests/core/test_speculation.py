@@ -55,10 +55,14 @@ class Opposite(Table):
         self.logits, self.longest = -other.logits, 0
 
 
-def language_model(seed: int = 0, vocab_size: int = 29, n_layer: int = 2) -> LanguageModel:
+MAMBA, HYBRID = ("mamba",), ("attention", "mamba", "mlp", "attention")
+
+
+def language_model(seed: int = 0, vocab_size: int = 29, n_layer: int = 2, pattern=MAMBA) -> LanguageModel:
     """In float64, so that the last bits of a matrix product, which depend on the batch, decide no token."""
     torch.manual_seed(seed)
-    backbone = BackboneConfig(d_model=20, n_layer=n_layer, d_state=5)
+    n_layer = max(n_layer, len(pattern))
+    backbone = BackboneConfig(d_model=20, n_layer=n_layer, d_state=5, n_heads=2, pattern=pattern)
     model = LanguageModel(LanguageModelConfig(vocab_size=vocab_size, backbone=backbone, tie_embeddings=False))
     model = model.double().eval()
     torch.nn.init.normal_(model.embedding.weight)
@@ -68,7 +72,7 @@ def language_model(seed: int = 0, vocab_size: int = 29, n_layer: int = 2) -> Lan
 
 def like(model: LanguageModel, noise: float) -> LanguageModel:
     """A drafter that is often right."""
-    other = language_model()
+    other = language_model(pattern=model.config.backbone.pattern)
     other.load_state_dict(model.state_dict())
     torch.manual_seed(5)
     with torch.no_grad():
@@ -158,8 +162,9 @@ def test_top3_has_another_distribution():
 @pytest.mark.parametrize("config", [GREEDY, replace(GREEDY, repetition_penalty=1.7, repetition_window=3)])
 @pytest.mark.parametrize("draft_length", [1, 4, 9])
 @pytest.mark.parametrize("drafter", ["ngram", "itself", "close", "another"])
-def test_greedy_is_the_very_text(drafter, draft_length, config):
-    model, prompts = language_model(), prompts_of()
+@pytest.mark.parametrize("pattern", [MAMBA, HYBRID])
+def test_greedy_is_the_very_text(drafter, draft_length, config, pattern):
+    model, prompts = language_model(pattern=pattern), prompts_of()
     plain = collect(generate(model, prompts, 25, config))
     assert texts(model, drafters(model)[drafter], prompts, 25, config, drafting(draft_length)) == plain
 
