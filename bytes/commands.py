@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, SamplingConfig, SpeculationConfig, TrainConfig
-from .config import Dividing, Preset, Windows
+from .config import Dividing, Mixer, Preset, Windows
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
@@ -30,6 +30,9 @@ class Train:
     """Folder for the corpus that is made of the files, which several runs may share; in the run folder if left out."""
     preset: Preset = "tiny"
     """Size of the model, parameters: tiny 0.5, small 5.6, base 27 million; mambabyte-353m and -972m as in the paper."""
+    pattern: Annotated[tuple[Mixer, ...], arg(metavar="MIXER ...")] = ("mamba",)
+    """What the layers cycle through, of mamba, attention and mlp: `mamba mamba mamba attention` is a hybrid, `attention
+    mlp` a Transformer. The preset gives width and number of layers."""
     dropout: float = 0.0
     """On what each layer adds; 0.1 to 0.3 helps where a large model sees few files many times."""
     context: int = 512
@@ -45,6 +48,8 @@ class Train:
         _require_files(self.files)
         if self.context < 1:
             raise ValueError(f"context is {self.context}; it must be at least 1")
+        if not self.pattern:
+            raise ValueError("pattern is empty; name at least one mixer")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 

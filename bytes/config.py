@@ -15,6 +15,7 @@ PARTS = ("train", "valid", "test")
 
 Windows = Literal["packed", "apart"]  # how training windows are cut: see training.py
 
+Mixer = Literal["mamba", "attention", "mlp"]  # of core's mixers those that do not see what is to be predicted
 Preset = Literal["tiny", "small", "base", "mambabyte-353m", "mambabyte-972m"]
 PRESETS = {
     "tiny": BackboneConfig(d_model=128, n_layer=4),
@@ -25,9 +26,9 @@ PRESETS = {
 }
 
 
-def preset_config(preset: Preset, dropout: float = 0.0) -> LanguageModelConfig:
+def preset_config(preset: Preset, dropout: float = 0.0, pattern: tuple[Mixer, ...] = ("mamba",)) -> LanguageModelConfig:
     """The configuration of a `ByteLM` of this size. Embedding and head are not tied, as in MambaByte."""
-    backbone = replace(PRESETS[preset], dropout=dropout)
+    backbone = replace(PRESETS[preset], dropout=dropout, pattern=pattern)
     return LanguageModelConfig(backbone=backbone, vocab_size=VOCAB_SIZE, tie_embeddings=False)
 
 

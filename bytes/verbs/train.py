@@ -27,7 +27,7 @@ def train(args: Train) -> None:
     write_splits_tsv(run / "splits.tsv", pieces)
     corpus = open_corpus(args.corpus or run / "corpus", pieces)
 
-    model = ByteLM(preset_config(args.preset, args.dropout))
+    model = ByteLM(preset_config(args.preset, args.dropout, args.pattern))
     task = TrainBytes(corpus["train"], corpus["valid"], args.train, args.context, args.compute.seed, args.windows)
     n_parameters = sum(p.numel() for p in model.parameters())
     say(f"model {args.preset}: {n_parameters:,} parameters; training on {pick_device(args.compute)}")
@@ -48,6 +48,7 @@ def _settings(args: Train) -> dict[str, Any]:
     device = pick_device(args.compute)
     return {
         "preset": args.preset,
+        "pattern": list(args.pattern),
         "dropout": args.dropout,
         "context": args.context,
         "windows": args.windows,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from sklearn.metrics import log_loss
 
-from polymamba.bytes import check_causality, score
+from polymamba.bytes import ByteLM, check_causality, score
 from polymamba.bytes.config import DOCUMENT
 from polymamba.bytes.evaluation import order0_bits_per_byte, xz_bits_per_byte
-from polymamba.core import InputError
+from polymamba.core import BackboneConfig, InputError, LanguageModelConfig
 
 
 def bits_of_each_byte(model, data: bytes) -> list[float]:
@@ -43,6 +43,18 @@ def test_equal_at_any_chunk(model, documents, chunk):
     rows = result.by_position()
     assert [(row["from"], row["bytes"]) for row in rows] == [(2**k, len(o)) for k, o in enumerate(octaves)]
     assert [row["bits_per_byte"] for row in rows] == pytest.approx([np.mean(o) for o in octaves], rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, 37, 8192])
+def test_attention_beside_mamba(documents, chunk):
+    """Its state grows, and ends with the document."""
+    torch.manual_seed(1)
+    backbone = BackboneConfig(d_model=16, n_layer=3, d_state=4, n_heads=2, pattern=("mamba", "attention", "mlp"))
+    model = ByteLM(LanguageModelConfig(backbone=backbone, vocab_size=320, tie_embeddings=False)).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    check_causality(model)
+    expected = sum(sum(bits_of_each_byte(model, data)) for data in bytes_of(documents))
+    assert score(model, documents, chunk=chunk).bits == pytest.approx(expected, rel=1e-5)
 
 
 def test_documents_do_not_know_of_each_other(model, as_documents, tmp_path):

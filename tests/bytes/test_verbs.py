@@ -48,6 +48,19 @@ def test_train_leaves_a_run_that_explains_itself(run, texts):
     assert sum(row["bytes"] for row in metrics["by_position"]) == metrics["bytes"]
 
 
+def test_a_hybrid(texts, tmp_path, capsys):
+    run, pattern = tmp_path / "run", ["mamba", "attention", "mlp"]
+    words = ["bytes", "train", str(texts), "-o", str(run), *FAST, "--epochs", "1", "--pattern", *pattern]
+    assert main(words) == 0
+    assert json.loads((run / "config.json").read_text())["backbone"]["pattern"] == pattern
+    assert json.loads((run / "manifest.json").read_text())["settings"]["pattern"] == pattern
+    assert main([*words, "--resume"]) == 0
+    assert main([*words[:-1], "--resume"]) == 1
+    capsys.readouterr()
+    assert main(["bytes", "generate", str(run), "--prompt", "7 bot", "--max-new-bytes", "5", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out
+
+
 def test_eval_of_the_test_part_is_what_train_said(run, tmp_path, capsys):
     rows = [line.split("\t") for line in (run / "splits.tsv").read_text().splitlines()[1:]]
     files = [row[0] for row in rows if row[1] == "test"]
