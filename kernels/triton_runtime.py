@@ -135,31 +135,62 @@ def piece_of(cu_seqlens, n_seqs, length, number, PIECE: tl.constexpr):
     return s, start, length, begin
 
 
-_SUM_TERMS = tl.constexpr(64)
-_SUM_BLOCK = tl.constexpr(256)
+SUM_TILE = tl.constexpr(2048)  # numbers that a program loads at once
+
+
+def terms_at_once(n_terms: int) -> int:
+    """Rows of the tile of `sum_block`: few let a program take wide rows, many let more programs share long columns."""
+    return 8 if n_terms <= 64 else 64
+
+
+def sum_blocks(n: int, n_terms: int) -> int:
+    """How many blocks `sum_block` cuts n sums into."""
+    return ceil_div(n, SUM_TILE.value // terms_at_once(n_terms))
+
+
+@triton.jit
+def sum_block(shares, total, block, n_terms, n, ROWS: tl.constexpr, TERMS: tl.constexpr):
+    """A block of the n sums of shares (n_terms, ROWS, columns): total (columns, ROWS), which may be of another dtype.
+
+    TERMS terms are loaded at once. The order of a sum follows from their number and from the layout of the tile:
+    so from nothing that Triton may learn of a call (that n divides by 16, say), unless it is the same in all calls.
+    """
+    WIDTH: tl.constexpr = SUM_TILE // TERMS
+    k = tl.arange(0, TERMS)[:, None]
+    at = block.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    inside = at < n
+    sums = tl.zeros((TERMS, WIDTH), tl.float32)
+    for first in range(0, n_terms, TERMS):
+        row = (first + k).to(tl.int64) * n
+        sums += tl.load(shares + (row + at[None, :]), mask=(first + k < n_terms) & inside[None, :], other=0.0)
+    if ROWS > 1:
+        columns = n // ROWS
+        at = at % columns * ROWS + at // columns
+    tl.store(total + at, tl.sum(sums, axis=0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_terms", "n"])
-def _sum_terms(x, out, n_terms, n):
-    first = tl.program_id(1) * _SUM_TERMS
-    at = tl.program_id(0).to(tl.int64) * _SUM_BLOCK + tl.arange(0, _SUM_BLOCK)
-    total = tl.zeros((_SUM_BLOCK,), tl.float32)
-    for k in range(first, tl.minimum(first + _SUM_TERMS, n_terms)):
-        total += tl.load(x + n.to(tl.int64) * k + at, mask=at < n, other=0.0)
-    tl.store(out + n.to(tl.int64) * tl.program_id(1) + at, total, mask=at < n)
+def _sum_terms(x, total, n_terms, n, TERMS: tl.constexpr):
+    sum_block(x, total, tl.program_id(0), n_terms, n, 1, TERMS)
 
 
 def sum_first_axis(x: Tensor) -> Tensor:
     """x.sum(0) in an order that depends on nothing but len(x); torch's own depends on the shape.
 
-    float32, contiguous. Runs of 64 terms each, then the sums of these.
+    float32, contiguous.
     """
-    while len(x) != 1:
-        sums = torch.empty(max(triton.cdiv(len(x), _SUM_TERMS.value), 1), *x.shape[1:], device=x.device)
-        n = sums[0].numel()
-        _sum_terms[(triton.cdiv(n, _SUM_BLOCK.value), len(sums))](x, sums, len(x), n)
-        x = sums
-    return x[0]
+    if len(x) == 1:
+        return x[0]
+    total = torch.empty(x.shape[1:], device=x.device)
+    n = total.numel()
+    if n:
+        _sum_terms[(sum_blocks(n, len(x)),)](x, total, len(x), n, terms_at_once(len(x)))
+    return total
+
+
+def ceil_div(n: int, d: int) -> int:
+    """As triton.cdiv, which takes several microseconds a call on the host."""
+    return -(-n // d)
 
 
 def with_rows(x: Tensor) -> Tensor:

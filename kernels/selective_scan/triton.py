@@ -11,14 +11,16 @@ No atomics: a program writes its own share of the gradients that channels or seq
 kernel adds the shares in a fixed order.
 """
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
 
 from ..sequences import checkpoint_slots
-from ..triton_runtime import sum_first_axis, with_rows
-from .triton_backward import chunk_gradients, scan_backward
-from .triton_chunks import carry
+from ..triton_runtime import ceil_div, sum_blocks, terms_at_once, with_rows
+from .triton_backward import chunk_gradients, scan_backward, sum_shares
+from .triton_chunks import carry, prepare
 from .triton_forward import chunk_ends, scan_forward
 
 CHUNK = 256  # steps
@@ -32,6 +34,7 @@ def checkpoint_every(n_states: int) -> int:
     return 32 if n_states <= 32 else 64
 
 
+@cache
 def _forward_tile(n_states: int, per_group: int) -> tuple[int, int, int, int]:
     """(BLOCK_N, BLOCK_D, warps, steps of a group) of a program: 16 (state, channel) pairs a lane.
 
@@ -44,6 +47,7 @@ def _forward_tile(n_states: int, per_group: int) -> tuple[int, int, int, int]:
     return block_n, block_d, max(1, block_n * block_d // 1024), 4 if block_n * block_d >= 1024 else 8
 
 
+@cache
 def _backward_tile(n_states: int, per_group: int) -> tuple[int, int, int, int]:
     """As the forward's; its groups are short, since a group's states and decays are kept in registers."""
     block_n = triton.next_power_of_2(n_states)
@@ -51,32 +55,39 @@ def _backward_tile(n_states: int, per_group: int) -> tuple[int, int, int, int]:
     return block_n, block_d, max(1, block_n * block_d // 512), 2 if block_n > 32 else 4
 
 
+@cache
+def _names(kernel) -> tuple[str, ...]:
+    return (*kernel.arg_names, "num_warps")
+
+
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
 class _Problem:
-    """Arguments of the kernels, and how many programs there are."""
+    """Arguments of the kernels, and how many programs there are.
+
+    The forward and the backward give A and static B, C as (N, D), a step as (D, N).
+    """
 
     def __init__(self, tile, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse):
         self.n_tokens, self.n_channels = u.shape
-        self.n_states = A.shape[1]
+        self.n_states = A.numel() // self.n_channels
         self.n_seqs = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.length = self.n_tokens // max(batch, 1)  # of each sequence; of all if packed
+        self.several = self.length > CHUNK  # whether a sequence may have more than one chunk
         per_group = self.n_channels // next((x.shape[1] for x in (B, C) if x.dim() == 3), 1)
         self.block_n, self.block_d, self.num_warps, self.steps = tile(self.n_states, per_group)
-        self.tiles_of_group = triton.cdiv(per_group, self.block_d)
+        self.tiles_of_group = ceil_div(per_group, self.block_d)
         self.n_tiles = self.n_channels // per_group * self.tiles_of_group
         if cu_seqlens is None:
-            self.n_chunks = batch * max(triton.cdiv(self.length, CHUNK), 1)
+            self.n_chunks = batch * max(ceil_div(self.length, CHUNK), 1)
         else:
             self.n_chunks = checkpoint_slots(self.n_tokens, self.n_seqs, CHUNK)
         self.every = checkpoint_every(self.n_states)
         u, delta, z = (None if x is None else with_rows(x) for x in (u, delta, z))
-        # B and C, which every tile of channels reads anew, are converted to float32 once.
-        B, C = (x.contiguous() if x.dim() == 2 else with_rows(x.float()) for x in (B, C))
         self.arguments = {
-            "u": u, "delta": delta, "A": A.contiguous(), "B": B, "C": C, "D": _contiguous(D), "z": z,
+            "u": u, "delta": delta, "A": A, "B": B, "C": C, "D": _contiguous(D), "z": z,
             "bias": _contiguous(delta_bias), "cu_seqlens": _contiguous(cu_seqlens),
             "length": self.length, "n_seqs": self.n_seqs, "n_channels": self.n_channels, "per_group": per_group,
             "u_stride": u.stride(0), "delta_stride": delta.stride(0), "z_stride": 0 if z is None else z.stride(0),
@@ -86,16 +97,9 @@ class _Problem:
             "num_warps": self.num_warps, "zero": 0 if self.block_n > 1 else None,
         }  # fmt: skip
 
-    def transpose(self) -> None:
-        """What is (D, N) as (N, D), in which lanes that hold channels read it fastest."""
-        for name in ("A", "B", "C"):
-            x = self.arguments[name]
-            if x.dim() == 2:
-                self.arguments[name] = x.mT.contiguous()
-
     def of(self, kernel, **more) -> dict:
         """Those of the arguments that a kernel takes, and `more`."""
-        return {name: x for name, x in self.arguments.items() if name in (*kernel.arg_names, "num_warps")} | more
+        return {name: self.arguments[name] for name in _names(kernel) if name in self.arguments} | more
 
     def chunk_states(self) -> tuple[Tensor, Tensor]:
         """Room for a state and a sum of dt of each chunk."""
@@ -103,39 +107,39 @@ class _Problem:
         return own, torch.empty(self.n_chunks, self.n_channels, device=self.arguments["u"].device)
 
     def carry(self, own: Tensor, sums: Tensor, first: Tensor | None, *, backwards: bool) -> None:
-        first = None if first is None else first.mT.contiguous()
+        cu_seqlens = self.arguments["cu_seqlens"]
         carry(
-            own, sums, self.arguments["A"], first, self.arguments["cu_seqlens"], self.length, self.n_seqs, CHUNK,
+            own, sums, self.arguments["A"], _contiguous(first), cu_seqlens, self.length, self.n_seqs, CHUNK,
             backwards=backwards,
         )  # fmt: skip
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save):
-    p = _Problem(_forward_tile, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse)
-    p.transpose()
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    final = torch.empty(p.n_seqs, p.n_states, p.n_channels, device=u.device)
-    saved = torch.empty(saved_shape(u.shape[0], p.n_seqs, *A.shape) if save else (0, *A.shape), device=u.device)
-    several = p.length > CHUNK
-    at_once = several and p.n_seqs * p.n_tiles * p.num_warps < _WARPS_A_SM * _multiprocessors(u.device)
-    entering = h0 = None
     with torch.cuda.device_of(u):
+        ready = prepare(A, B, C)
+        p = _Problem(_forward_tile, u, delta, *ready, D, z, delta_bias, cu_seqlens, batch, softplus, reverse)
+        y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        final = torch.empty(p.n_seqs, *A.shape, device=u.device)
+        saved = torch.empty(saved_shape(u.shape[0], p.n_seqs, *A.shape) if save else (0, *A.shape), device=u.device)
+        at_once = p.several and p.n_seqs * p.n_tiles * p.num_warps < _WARPS_A_SM * _multiprocessors(u.device)
+        entering = h0 = None
         if at_once:
             entering, sums = p.chunk_states()
             chunk_ends[(p.n_chunks * p.n_tiles,)](**p.of(chunk_ends, own=entering, sums=sums, K=p.steps))
             p.carry(entering, sums, initial_state, backwards=False)
         elif initial_state is not None:
-            h0 = initial_state.mT.contiguous()
+            h0 = initial_state.contiguous()
         scan_forward[((p.n_chunks if at_once else p.n_seqs) * p.n_tiles,)](
             **p.of(
                 scan_forward, h0=h0, entering=entering, y=y, final=final, saved=saved if save else None,
                 N_STRIDE=p.n_channels, D_STRIDE=1, K=p.steps, TAIL=_TAIL, EVERY=p.every,
-                OWN=several and not at_once,
+                OWN=p.several and not at_once,
             )
         )  # fmt: skip
-    return y, final.mT.contiguous(), saved
+    return y, final, saved
 
 
+@cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -143,54 +147,64 @@ def _multiprocessors(device: torch.device) -> int:
 def backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
 ):
-    p = _Problem(_backward_tile, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse)
-    p.transpose()
+    with torch.cuda.device_of(u):
+        p = _Problem(
+            _backward_tile, u, delta, *prepare(A, B, C), D, z, delta_bias, cu_seqlens, batch, softplus, reverse
+        )
+        du, ddelta, dA, dB, dC, dD, dz, dbias, dh0 = (
+            None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        )
+        own, sums = p.chunk_states()
+        parts = [p.tiles_of_group if x is not None and x.dim() == 3 else p.n_chunks for x in (B, C, D, delta_bias)]
+        shares = [
+            None if x is None else torch.empty(n, x.numel(), device=u.device)
+            for n, x in zip(parts, (B, C, D, delta_bias), strict=True)
+        ]
+        dy = with_rows(dy)
+        if p.several:
+            chunk_gradients[(p.n_chunks * p.n_tiles,)](
+                **p.of(chunk_gradients, dy=dy, dy_stride=dy.stride(0), own=own, sums=sums, K=8)
+            )
+        from_zero = not p.several and dfinal is None
+        if not from_zero:
+            p.carry(own, sums, dfinal, backwards=True)
+        _launch_backward(p, dy, saved, own, from_zero, *shares, du, ddelta, dz, dh0)
+        blocks = sum_blocks(dA.numel(), p.n_chunks)
+        blocks += sum(sum_blocks(x.shape[1], n) for n, x in zip(parts, shares, strict=True) if x is not None)
+        sum_shares[(blocks,)](
+            **p.of(
+                sum_shares, own=own, share_B=shares[0], share_C=shares[1], share_D=shares[2], share_bias=shares[3],
+                dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias, n_chunks=p.n_chunks, n_tokens=p.n_tokens, num_warps=4,
+                CHUNK_TERMS=terms_at_once(p.n_chunks), TILE_TERMS=terms_at_once(p.tiles_of_group),
+            )
+        )  # fmt: skip
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dh0
 
-    def empty(like: Tensor | None) -> Tensor | None:
-        return None if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
-    def shares(like: Tensor | None) -> Tensor | None:
-        """Room for the shares in a gradient: those of a group's tiles if it depends on the token, else of chunks."""
-        if like is None:
-            return None
-        if like.dim() == 3:
-            return torch.empty(p.tiles_of_group, *like.shape, device=like.device)
-        return torch.empty(p.n_chunks, *like.mT.shape if like.dim() == 2 else like.shape, device=like.device)
-
-    du, ddelta, dz = empty(u), empty(delta), empty(z)
-    dB, dC, dD, dbias = shares(B), shares(C), shares(D), shares(delta_bias)
-    dh0 = None if initial_state is None else torch.empty(p.n_seqs, p.n_states, p.n_channels, device=u.device)
-    dy = with_rows(dy)
+def _launch_backward(p, dy, saved, own, from_zero, share_B, share_C, share_D, share_bias, du, ddelta, dz, dh0):
+    """`scan_backward` on all programs, by as many at a time as _SCRATCH allows."""
     n_programs = p.n_chunks * p.n_tiles
     states = (p.every // p.steps - 1) * p.block_n * p.block_d  # that a program leaves in its scratch
     most = min(n_programs, _SCRATCH // (4 * states))
-    scratch = torch.empty(most, states, device=u.device)
-    with torch.cuda.device_of(u):
-        entering, sums = p.chunk_states()
-        if p.length > CHUNK:
-            chunk_gradients[(n_programs,)](
-                **p.of(chunk_gradients, dy=dy, dy_stride=dy.stride(0), own=entering, sums=sums, K=8)
+    scratch = torch.empty(most, states, device=dy.device)
+    for first in range(0, n_programs, max(most, 1)):
+        scan_backward[(min(n_programs - first, most),)](
+            **p.of(
+                scan_backward, dy=dy, dy_stride=dy.stride(0), saved=saved, scratch=scratch, own=own,
+                du=du, ddelta=ddelta, dB=share_B, dC=share_C, dD=share_D, dz=dz, dbias=share_bias, dh0=dh0,
+                n_tokens=p.n_tokens, first_program=first, K=p.steps, EVERY=p.every, FROM_ZERO=from_zero,
             )
-        p.carry(entering, sums, dfinal, backwards=True)
-        for first in range(0, n_programs, max(most, 1)):
-            scan_backward[(min(n_programs - first, most),)](
-                **p.of(
-                    scan_backward, dy=dy, dy_stride=dy.stride(0), entering=entering, saved=saved, scratch=scratch,
-                    du=du, ddelta=ddelta, dB=dB, dC=dC, dD=dD, dz=dz, dbias=dbias, dh0=dh0, n_tokens=p.n_tokens,
-                    first_program=first, K=p.steps, EVERY=p.every,
-                )
-            )  # fmt: skip
-        dA, dB, dC, dD, dbias = (None if x is None else sum_first_axis(x) for x in (entering, dB, dC, dD, dbias))
-    dB, dC = (d.mT if d.dim() == 2 else d for d in (dB, dC))
-    return du, ddelta, dA.mT, dB, dC, dD, dz, dbias, None if dh0 is None else dh0.mT
+        )  # fmt: skip
 
 
 def step(state, u, delta, A, B, C, D, z, delta_bias, softplus):
     """A batch of sequences of one token each, their final state written over the initial one."""
-    p = _Problem(_forward_tile, u, delta, A, B, C, D, z, delta_bias, None, u.shape[0], softplus, False)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     h = state.contiguous()
     with torch.cuda.device_of(u):
+        A, B, C = (x.contiguous() if x.dim() == 2 else with_rows(x) for x in (A, B, C))
+        p = _Problem(_forward_tile, u, delta, A, B, C, D, z, delta_bias, None, u.shape[0], softplus, False)
+        y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         scan_forward[(p.n_seqs * p.n_tiles,)](
             **p.of(
                 scan_forward, h0=h, entering=None, y=y, final=h, saved=None, N_STRIDE=1, D_STRIDE=p.n_states, K=1,

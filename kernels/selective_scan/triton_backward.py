@@ -14,7 +14,18 @@ Letters: T tokens of all sequences laid end to end, S sequences, D channels, N s
 import triton
 import triton.language as tl
 
-from ..triton_runtime import LN2, LOG2E, load_float, load_rows, piece_of, sigmoid, softplus_and_slope, token_of
+from ..triton_runtime import (
+    LN2,
+    LOG2E,
+    SUM_TILE,
+    load_float,
+    load_rows,
+    piece_of,
+    sigmoid,
+    softplus_and_slope,
+    sum_block,
+    token_of,
+)
 from .triton_chunks import pairs_at, states_of, step_size, tile_of
 
 
@@ -88,16 +99,17 @@ def chunk_gradients(
 
 @triton.jit(do_not_specialize=["length", "n_seqs", "n_tokens", "first_program"])
 def scan_backward(
-    dy, entering, u, delta, A, B, C, D, z, bias, cu_seqlens, saved, scratch,
-    du, ddelta, dB, dC, dD, dz, dbias, dh0, length, n_seqs, n_tokens, first_program,
+    dy, u, delta, A, B, C, D, z, bias, cu_seqlens, saved, scratch,
+    own, du, ddelta, dB, dC, dD, dz, dbias, dh0, length, n_seqs, n_tokens, first_program,
     dy_stride: tl.constexpr, u_stride: tl.constexpr, delta_stride: tl.constexpr, z_stride: tl.constexpr,
     B_stride: tl.constexpr, B_group: tl.constexpr, C_stride: tl.constexpr, C_group: tl.constexpr,
     n_channels: tl.constexpr, per_group: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STATIC_B: tl.constexpr, STATIC_C: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    K: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr,
+    K: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, FROM_ZERO: tl.constexpr,
 ):  # fmt: skip
-    """A tile of channels of one chunk. entering (chunk, N, D): dL/dh after it; its share of dA takes the place.
+    """A tile of channels of one chunk. own (chunk, N, D): dL/dh after it; its share of dA takes the place.
 
+    FROM_ZERO: dL/dh is 0 after every chunk, whatever own holds.
     Shares of dB and dC: (tile of the group, T, G, N), or (chunk, N, D) if static; of dD and dbias: (chunk, D).
     """
     n_groups: tl.constexpr = n_channels // per_group
@@ -115,7 +127,7 @@ def scan_backward(
 
     A2 = load_float(A, at, inside) * LOG2E
     skip, bias_row = load_float(D, d, in_d), load_float(bias, d, in_d)
-    grad = tl.load(entering + chunk_at, mask=inside, other=0.0)  # dL/dh after the step at hand
+    grad = load_float(None if FROM_ZERO else own, chunk_at, inside)  # dL/dh after the step at hand
     sum_dA = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sum_dD, sum_dbias = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     share_at = (tile.to(tl.int64) * n_tokens * n_groups + group) * N + n
@@ -225,8 +237,9 @@ def scan_backward(
     # Also a number that no chunk has (piece_of) has its shares: zeros.
     if dh0 is not None:
         if begin == 0:
-            tl.store(dh0 + s.to(tl.int64) * n_channels * N + at, grad, mask=inside)
-    tl.store(entering + chunk_at, sum_dA, mask=inside)
+            of_state = s.to(tl.int64) * n_channels * N + (n[:, None] + d[None, :] * N)
+            tl.store(dh0 + of_state, grad, mask=inside)
+    tl.store(own + chunk_at, sum_dA, mask=inside)
     if STATIC_B:
         tl.store(dB + chunk_at, sum_dB, mask=inside)
     if STATIC_C:
@@ -235,3 +248,38 @@ def scan_backward(
         tl.store(dD + number.to(tl.int64) * n_channels + d, sum_dD, mask=in_d)
     if dbias is not None:
         tl.store(dbias + number.to(tl.int64) * n_channels + d, sum_dbias, mask=in_d)
+
+
+@triton.jit(do_not_specialize=["n_chunks", "n_tokens"])
+def sum_shares(
+    own, share_B, share_C, share_D, share_bias, dA, dB, dC, dD, dbias, n_chunks, n_tokens,
+    n_channels: tl.constexpr, per_group: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STATIC_B: tl.constexpr, STATIC_C: tl.constexpr, CHUNK_TERMS: tl.constexpr, TILE_TERMS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of all that programs of `scan_backward` have in common, one sum after another."""
+    n_tiles: tl.constexpr = (per_group + BLOCK_D - 1) // BLOCK_D
+    pairs: tl.constexpr = N * n_channels
+    block = tl.program_id(0)
+    block = _sum(own, dA, block, n_chunks, pairs, N, CHUNK_TERMS)
+    block = _sum(share_D, dD, block, n_chunks, n_channels, 1, CHUNK_TERMS)
+    block = _sum(share_bias, dbias, block, n_chunks, n_channels, 1, CHUNK_TERMS)
+    n = n_tokens.to(tl.int64) * (n_channels // per_group * N)
+    if STATIC_B:
+        block = _sum(share_B, dB, block, n_chunks, pairs, N, CHUNK_TERMS)
+    else:
+        block = _sum(share_B, dB, block, n_tiles, n, 1, TILE_TERMS)
+    if STATIC_C:
+        block = _sum(share_C, dC, block, n_chunks, pairs, N, CHUNK_TERMS)
+    else:
+        block = _sum(share_C, dC, block, n_tiles, n, 1, TILE_TERMS)
+
+
+@triton.jit
+def _sum(shares, total, block, n_terms, n, ROWS: tl.constexpr, TERMS: tl.constexpr):
+    """`sum_block` if the block is one of this sum's; the block's number counted from the end of this sum."""
+    if shares is not None:
+        blocks = tl.cdiv(n, SUM_TILE // TERMS)
+        if (block >= 0) & (block < blocks):
+            sum_block(shares, total, block, n_terms, n, ROWS, TERMS)
+        block -= blocks
+    return block

@@ -12,12 +12,15 @@ For that it keeps a second state, which starts each chunk from 0: one fused mult
 state. `tl.fma` is spelled out wherever states are computed, so that no compiler's choice tells the two apart.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..triton_runtime import LOG2E, load_float, softplus
+from ..triton_runtime import LOG2E, ceil_div, load_float, softplus, with_rows
 
 _AHEAD = 16  # chunks whose states `pass_states` loads at once
+_BLOCK = 1024  # numbers of each tensor that a program of `_prepare` takes
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def pass_states(
 ):  # fmt: skip
     """Over a sequence's chunks, in the order of the scan or BACKWARDS: own[chunk] becomes what enters the chunk.
 
-    own (chunk, N, D): what a chunk arrives at from 0. sums (chunk, D): of dt. A (N, D). first (S, N, D): what enters
+    own (chunk, N, D): what a chunk arrives at from 0. sums (chunk, D): of dt. A (N, D). first (S, D, N): what enters
     the first chunk.
     """
     per_state = tl.cdiv(n_channels, BLOCK)
@@ -87,7 +90,7 @@ def pass_states(
         chunks = tl.maximum(tl.cdiv((tl.load(cu_seqlens + s + 1) - start).to(tl.int32), CHUNK), 1)
         slot = start // CHUNK + s
     A2 = load_float(A, n * n_channels + d, in_d) * LOG2E
-    h = load_float(first, (s.to(tl.int64) * N + n) * n_channels + d, in_d)
+    h = load_float(first, (s.to(tl.int64) * n_channels + d) * N + n, in_d)
     at = slot * N * n_channels + n * n_channels + d
     for i in range(0, chunks, AHEAD):
         ends, decays = (), ()
@@ -105,8 +108,62 @@ def pass_states(
 def carry(own, sums, A, first, cu_seqlens, length: int, n_seqs: int, chunk: int, *, backwards: bool) -> None:
     """Launch `pass_states`."""
     n_states, n_channels = A.shape
-    block = min(triton.next_power_of_2(n_channels), 32)
-    pass_states[(n_seqs * n_states * triton.cdiv(n_channels, block),)](
+    block = 32  # channels of a program
+    pass_states[(n_seqs * n_states * ceil_div(n_channels, block),)](
         own, sums, A, first, cu_seqlens, length, n_channels, n_states, BLOCK=block, AHEAD=_AHEAD, CHUNK=chunk,
         BACKWARDS=backwards, num_warps=1,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tokens", "B_stride", "B_group", "C_stride", "C_group"])
+def _prepare(
+    A, B, C, to_A, to_B, to_C, n_tokens, B_stride, B_group, C_stride, C_group,
+    n_channels: tl.constexpr, G: tl.constexpr, N: tl.constexpr, STATIC_B: tl.constexpr, STATIC_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What `prepare` returns: as many programs as the parameters have blocks, then those for the tokens' matrices."""
+    program = tl.program_id(0)
+    matrix_blocks: tl.constexpr = (n_channels * N + BLOCK - 1) // BLOCK
+    if program < matrix_blocks:
+        at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < n_channels * N
+        source = at % n_channels * N + at // n_channels
+        tl.store(to_A + at, load_float(A, source, inside), mask=inside)
+        if STATIC_B:
+            tl.store(to_B + at, load_float(B, source, inside), mask=inside)
+        if STATIC_C:
+            tl.store(to_C + at, load_float(C, source, inside), mask=inside)
+    else:
+        at = (program - matrix_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        token, group, n = at // (G * N), at // N % G, at % N
+        inside = token < n_tokens
+        if (to_B is not None) and (not STATIC_B):
+            tl.store(to_B + at, load_float(B, token * B_stride + group * B_group + n, inside), mask=inside)
+        if (to_C is not None) and (not STATIC_C):
+            tl.store(to_C + at, load_float(C, token * C_stride + group * C_group + n, inside), mask=inside)
+
+
+def prepare(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and C as the kernels read them fastest, in float32, by one launch.
+
+    (D, N) becomes (N, D), for lanes that hold channels; (T, G, N), which every tile of channels reads anew, is
+    converted once unless it is float32.
+    """
+    n_channels, n_states = A.shape
+
+    def made(x: Tensor) -> Tensor | None:
+        if x.dim() == 3:
+            return None if x.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        return torch.empty(n_states, n_channels, device=x.device)
+
+    given = [x.contiguous() if x.dim() == 2 else with_rows(x) for x in (A, B, C)]
+    new = [made(x) for x in given]
+    by_token = next((x for x in new if x is not None and x.dim() == 3), None)
+    n_tokens, groups = (0, 1) if by_token is None else by_token.shape[:2]
+    blocks = ceil_div(n_channels * n_states, _BLOCK) + ceil_div(n_tokens * groups * n_states, _BLOCK)
+    _prepare[(blocks,)](
+        *given, *new, n_tokens, *(stride for x in given[1:] for stride in x.stride()[:2]), n_channels, groups, n_states,
+        STATIC_B=B.dim() == 2, STATIC_C=C.dim() == 2, BLOCK=_BLOCK,
+    )  # fmt: skip
+    A, B, C = (x if y is None else y for x, y in zip(given, new, strict=True))
+    return A, B, C

@@ -70,7 +70,8 @@ def scan_forward(
     group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
-    parameter_at, _ = pairs_at(n, d, in_n, in_d, N_STRIDE, D_STRIDE, zero)
+    of_parameter, _ = pairs_at(n, d, in_n, in_d, N_STRIDE, D_STRIDE, zero)
+    of_state = n[:, None] + d[None, :] * N
     if entering is None:
         s, begin = number, 0
         start = s.to(tl.int64) * length
@@ -78,7 +79,7 @@ def scan_forward(
             start = tl.load(cu_seqlens + s).to(tl.int64)
             length = (tl.load(cu_seqlens + s + 1) - start).to(tl.int32)
         stop = length
-        h = load_float(h0, s.to(tl.int64) * n_channels * N + parameter_at, inside)
+        h = load_float(h0, s.to(tl.int64) * n_channels * N + of_state, inside)
     else:
         s, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, CHUNK)
         if (begin >= length) & (begin > 0):
@@ -86,10 +87,10 @@ def scan_forward(
         stop = tl.minimum(begin + CHUNK, length)
         h = tl.load(entering + number.to(tl.int64) * N * n_channels + at, mask=inside, other=0.0)
 
-    A2 = load_float(A, parameter_at, inside) * LOG2E
+    A2 = load_float(A, of_parameter, inside) * LOG2E
     skip, bias_row = load_float(D, d, in_d), load_float(bias, d, in_d)
-    b = load_float(B, parameter_at, inside) if STATIC_B else None
-    c = load_float(C, parameter_at, inside) if STATIC_C else None
+    b = load_float(B, of_parameter, inside) if STATIC_B else None
+    c = load_float(C, of_parameter, inside) if STATIC_C else None
     if not STATIC_B:
         B += group * B_group
     if not STATIC_C:
@@ -144,7 +145,7 @@ def scan_forward(
             if end < length:
                 h = tl.fma(tl.exp2(total[None, :] * A2), before, own)
     if stop == length:
-        tl.store(final + s.to(tl.int64) * n_channels * N + parameter_at, h, mask=inside)
+        tl.store(final + s.to(tl.int64) * n_channels * N + of_state, h, mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "n_seqs", "zero"])
