@@ -54,12 +54,14 @@ def watched(*tensors: Tensor | None) -> bool:
     Where nothing watches, an implementation is called by itself, without the operator around it, which costs about
     0.1 ms a call: much of a small model's time.
     """
+    return traced(*tensors) or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None))
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether a compiler or another tracer is to see the operation on these tensors; autograd alone does not count."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return True
-    with_grad = torch.is_grad_enabled()
-    return any(
-        type(x) not in (Tensor, torch.nn.Parameter) or (with_grad and x.requires_grad) for x in tensors if x is not None
-    )
+    return any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
 
 
 def info() -> dict[str, str]:

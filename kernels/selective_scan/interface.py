@@ -6,7 +6,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..backends import choose, watched
+from ..backends import choose, traced, watched
 from .reference import selective_scan_reference, selective_scan_step_reference
 
 _MODULES = {"torch": "chunked", "numba": "cpu", "triton": "triton"}
@@ -58,7 +58,7 @@ def selective_scan(
     flat_u, flat_delta, flat_z = u.flatten(0, 1), delta.flatten(0, 1), None if z is None else z.flatten(0, 1)
     flat_B, flat_C = _flat_matrix(B), _flat_matrix(C)
     tensors = (flat_u, flat_delta, A, flat_B, flat_C, D, flat_z, delta_bias, initial_state, cu_seqlens)
-    run = _scan if watched(*tensors) else _unwatched_scan
+    run = _scan if traced(*tensors) else _EagerScan.apply if save else _unwatched_scan
     y, final, _ = run(*tensors, u.shape[0], delta_softplus, reverse, save, backend)
     return (y.view(u.shape), final) if return_final_state else y.view(u.shape)
 
@@ -165,8 +165,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, sof
     return u.new_empty(u.shape), final, final.new_empty(saved)
 
 
-@torch.library.custom_op("polymamba::selective_scan_backward", mutates_args=())
-def _scan_backward(
+def _unwatched_scan_backward(
     dy: Tensor, dfinal: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     saved: Tensor, batch: int, softplus: bool, reverse: bool, backend: str,
@@ -180,6 +179,11 @@ def _scan_backward(
     return tuple(  # pyright: ignore[reportReturnType] - nine, by construction
         u.new_empty(0) if x is None else g.to(x.dtype).contiguous() for x, g in zip(inputs, grads, strict=True)
     )
+
+
+_scan_backward = torch.library.custom_op(
+    "polymamba::selective_scan_backward", _unwatched_scan_backward, mutates_args=()
+)
 
 
 @_scan_backward.register_fake
@@ -199,12 +203,24 @@ def _backward(ctx, dy, dfinal, _):
     *tensors, saved = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(tensors[0])
-    grads = _scan_backward(dy, dfinal, *tensors, saved, *ctx.options)
+    run = _scan_backward if watched(dy, dfinal, *tensors) else _unwatched_scan_backward
+    grads = run(*(dy, dfinal, *tensors, saved, *ctx.options))
     present = (None if x is None else g for x, g in zip(tensors[:9], grads, strict=True))
     return *present, None, None, None, None, None, None
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _EagerScan(torch.autograd.Function):
+    """The operator where only autograd watches: it spares about 0.05 ms a call of the operator's own time."""
+
+    forward = staticmethod(_unwatched_scan)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads)
 
 
 def _unwatched_step(
