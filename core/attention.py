@@ -9,7 +9,8 @@ RoPE turns channels j and j + K/2 of a head by the angle place * theta^(-2j/K): 
 paper's neighbours. No biases, no dropout of weights.
 
 Nothing is ever held for all pairs of tokens: without a state the fused kernels know what is causal, with one the mask
-is made for so many queries at a time that it stays small, and packed sequences are read one after another.
+is made for so many queries at a time that it stays small, and packed sequences are read one after another. On a GPU the
+fused kernels' backward adds in no fixed order, unless torch.use_deterministic_algorithms says so.
 Letters: B batch, L length, H heads, K channels of a head, C room in the cache.
 """
 
@@ -90,8 +91,7 @@ class Attention(nn.Module):
         (`init_state`'s max_length), and all of it is looked at.
         """
         keys, values, length = state
-        q, k, v = self._project(hidden[:, None]).unbind(2)
-        q, k = self._rotated(q, length[:, None]), self._rotated(k, length[:, None])
+        q, k, v = self._rotated(self._project(hidden[:, None]), length[:, None])
         if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
             n = keys.shape[1]
         else:
@@ -123,34 +123,34 @@ class Attention(nn.Module):
 
     def _attend(self, qkv: Tensor, state: KVCache | None) -> tuple[Tensor, KVCache]:
         """(B, L, 3, H, K) -> (y (B, L, H, K), keys and values of all tokens so far)."""
-        q, k, v = qkv.unbind(2)
-        batch, n_new = q.shape[:2]
-        places = torch.arange(n_new, device=q.device)
+        batch, n_new = qkv.shape[:2]
+        places = torch.arange(n_new, device=qkv.device)
         if state is None:
-            q, k = self._rotated(q, places), self._rotated(k, places)
+            q, k, v = self._rotated(qkv, places)
             q, keys, values = (x.transpose(1, 2) for x in (q, k, v))
             y = F.scaled_dot_product_attention(q, keys, values, is_causal=True)
             return y.transpose(1, 2), KVCache(k, v, places.new_full((batch,), n_new))
         places = state.length[:, None] + places
-        q, k = self._rotated(q, places), self._rotated(k, places)
+        q, k, v = self._rotated(qkv, places)
         n = int(state.length.max()) + n_new
         index = places[..., None, None].expand_as(k)
         keys, values = (
-            _with_room(old, max(n, old.shape[1])).scatter(1, index, new.to(old.dtype))
+            _with_room(old, max(n, old.shape[1])).scatter_(1, index, new.to(old.dtype))
             for old, new in ((state.keys, k), (state.values, v))
         )
         return attention_from(q, keys[:, :n], values[:, :n], state.length), KVCache(keys, values, state.length + n_new)
 
-    def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
-        """x (B, L, H, K) turned by its places (L,) or (B, L)."""
+    def _rotated(self, qkv: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, 3, H, K) -> q, k, v (B, L, H, K), q and k turned by their places (L,) or (B, L)."""
         if self.rope_theta is None:
-            return x
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        exponents = torch.arange(0, self.d_head, 2, device=x.device, dtype=dtype) / self.d_head
-        angle = (places[..., None] * self.rope_theta**-exponents)[..., None, :]
+            return qkv.unbind(2)  # pyright: ignore[reportReturnType]
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+        exponents = torch.arange(0, self.d_head, 2, device=qkv.device, dtype=dtype) / self.d_head
+        angle = (places[..., None] * self.rope_theta**-exponents)[..., None, None, :]
         cos, sin = angle.cos(), angle.sin()
-        a, b = x.to(dtype).chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        a, b = qkv[:, :, :2].to(dtype).chunk(2, dim=-1)
+        q, k = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(qkv.dtype).unbind(2)
+        return q, k, qkv[:, :, 2]
 
 
 def attention_from(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def _in_own_memory(cache: KVCache) -> KVCache:
 
 
 def _with_room(cache: Tensor, room: int) -> Tensor:
-    """(B, C, H, K) -> (B, room, H, K), with zeros at the end."""
+    """(B, C, H, K) -> (B, room, H, K), a copy with zeros at the end."""
     batch, n, *rest = cache.shape
     return torch.cat((cache, cache.new_zeros(batch, room - n, *rest)), 1)
 

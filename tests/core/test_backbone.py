@@ -184,6 +184,7 @@ def test_causal(pattern):
 
 @pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",), ("mamba", "attention", "mlp")])
 def test_compiles_in_one_graph(pattern):
+    torch.compiler.reset()  # it compiles the same code for so many models only
     model, x = backbone(pattern=pattern), inputs()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     mask = mask_of(LENGTHS, "right")

@@ -49,10 +49,14 @@ def test_golden_decode(golden):
     close(state[2].ssm, io["out.decode_p5.ssm_state_final.2"])
 
 
-@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",)])
+HYBRID = ("mamba", "attention", "mlp")
+
+
+@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",), HYBRID])
 def test_compiles_in_one_graph(pattern):
+    torch.compiler.reset()  # it compiles the same code for so many models only
     torch.manual_seed(0)
-    model = Backbone(BackboneConfig(d_model=72, n_layer=2, pattern=pattern)).cuda()
+    model = Backbone(BackboneConfig(d_model=72, n_layer=len(pattern) + 1, n_heads=3, pattern=pattern)).cuda()
     x = torch.randn(3, 131, 72, device="cuda")
     mask = (torch.arange(131) < torch.tensor([131, 64, 1])[:, None]).cuda()
     compiled = torch.compile(model, fullgraph=True)
@@ -66,9 +70,10 @@ def test_compiles_in_one_graph(pattern):
         close(ours, truth, 1e-4)
 
 
-def test_padding_and_bf16():
+@pytest.mark.parametrize("pattern", [("mamba",), HYBRID])
+def test_padding_and_bf16(pattern):
     torch.manual_seed(0)
-    model = Backbone(BackboneConfig(d_model=64, n_layer=2)).cuda()
+    model = Backbone(BackboneConfig(d_model=64, n_layer=3, n_heads=2, pattern=pattern)).cuda()
     x = torch.randn(3, 70, 64, device="cuda")
     mask = (torch.arange(70) >= torch.tensor([0, 30, 69])[:, None]).cuda()
     y = model(x, padding_mask=mask)
@@ -77,6 +82,24 @@ def test_padding_and_bf16():
     with torch.autocast("cuda", torch.bfloat16):
         half = model(x, padding_mask=mask)
     close(half, y, 5e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bf16", [False, True])
+def test_hybrid_in_pieces_and_steps(bf16):
+    torch.manual_seed(0)
+    model = Backbone(BackboneConfig(d_model=64, n_layer=3, n_heads=2, pattern=HYBRID)).cuda()
+    x = torch.randn(3, 90, 64, device="cuda")
+    whole, tolerance = model(x), 5e-2 if bf16 else 2e-5
+    with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        first, state = model(x[:, :33], return_state=True)
+        second, state = model(x[:, 33:70], state, return_state=True)
+        steps = torch.stack([model.step(x[:, t], state) for t in range(70, 90)], 1)
+        close(torch.cat((first, second, steps), 1), whole, tolerance)
+        ends = torch.tensor([0, 40, 41, 90], dtype=torch.int32, device="cuda")
+        packed = model(x[:1], cu_seqlens=ends)
+        alone = [model(x[:1, a:b]) for a, b in ((0, 40), (40, 41), (41, 90))]
+        close(packed, torch.cat(alone, 1), tolerance)
 
 
 def test_two_backwards_are_bitwise_equal():
