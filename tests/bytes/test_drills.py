@@ -18,7 +18,7 @@ from polymamba.cli import main
 from polymamba.core.generation import CHUNK
 
 FLAGS = [
-    *("--epochs", "3", "--context", "64", "--batch-size", "4", "--windows", "apart"),
+    *("--epochs", "3", "--context", "128", "--batch-size", "8", "--windows", "apart"),
     *("--dropout", "0.1", "--save-every", "4", "--device", "cpu"),
 ]
 RESULTS = ("model.safetensors", "config.json", "metrics.json", "splits.tsv")
@@ -28,7 +28,7 @@ RESULTS = ("model.safetensors", "config.json", "metrics.json", "splits.tsv")
 def texts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     for i in range(12):
-        (folder / f"{i}.txt").write_text(f"{i} bottles of béer on the wall, " * (3 + i))
+        (folder / f"{i}.txt").write_text(f"{i} bottles of béer on the wall, " * (10 + 3 * i))
     return folder
 
 
@@ -115,7 +115,8 @@ def full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(("limit", "file"), [(64, "manifest.json"), (2500, "train.bin")])
+# 5000: the manifest of the run fits, the corpus does not
+@pytest.mark.parametrize(("limit", "file"), [(64, "manifest.json"), (5000, "train.bin")])
 def test_a_disk_too_full_for_the_corpus(limit, file, texts, whole, tmp_path, capsys):
     corpus = tmp_path / "corpus"
     with full_disk(limit):
