@@ -1,8 +1,8 @@
 """The Triton scan forwards: lanes over channels, the states of a channel in its lane's registers, time in a loop.
 
-Steps are taken in unrolled groups of K. The rows of the next group are loaded while one is computed, and nothing is
-stored before a group's end: a store would hold up every load after it. A group that the sequence ends in is run in
-smaller ones whose loads are masked.
+Steps are taken in unrolled groups of K. The rows of the next group are loaded while one is computed (B and C, of which
+every lane needs all, only into the cache: `_touch`), and nothing is stored before a group's end: a store would hold up
+every load after it. A group that the sequence ends in is run in smaller ones whose loads are masked.
 
 Letters: T tokens of all sequences laid end to end, S sequences, D channels, N states, G groups. What is absent is None.
 """
@@ -12,6 +12,24 @@ import triton.language as tl
 
 from ..triton_runtime import LOG2E, load_float, load_rows, piece_of, sigmoid, token_of
 from .triton_chunks import pairs_at, states_of, step_size, tile_of
+
+
+@triton.jit
+def _touch(x, token, stride: tl.constexpr, n, in_n, there, K: tl.constexpr, REVERSE: tl.constexpr):
+    """The rows of a group's K steps, a number to a lane: so that they are in the cache when every lane loads them all.
+
+    Those loads wait for the second-level cache otherwise: there are no registers to issue them long before.
+    """
+    step = tl.arange(0, K)[:, None]
+    token = token - step if REVERSE else token + step
+    return tl.load(x + token * stride + n[None, :], mask=in_n[None, :] & there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _keep(touched, room, n, in_n, zero, K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store what was touched if `zero` is not 0: never, but the compiler does not know and so keeps the loads."""
+    at = tl.arange(0, K)[:, None] * BLOCK_N + n[None, :]
+    tl.store(room + at, touched, mask=in_n[None, :] & (zero != 0))
 
 
 @triton.jit
@@ -96,6 +114,7 @@ def scan_forward(
     if not STATIC_C:
         C += group * C_group
 
+    TOUCH: tl.constexpr = K > 1 and zero is not None
     for chunk in range(begin, stop, CHUNK):
         end = tl.minimum(chunk + CHUNK, stop)
         whole = end - (end - chunk) % K
@@ -122,10 +141,17 @@ def scan_forward(
                 next_z = load_rows(z, after, z_stride, d, in_d & ready, 0, 0, K, REVERSE, True)
             else:
                 next_z = next_u
+            touched = tl.zeros((K, BLOCK_N), tl.float32)
+            if TOUCH and not STATIC_B:
+                touched += _touch(B, after, B_stride, n, in_n, ready, K, REVERSE)
+            if TOUCH and not STATIC_C:
+                touched += _touch(C, after, C_stride, n, in_n, ready, K, REVERSE)
             h, own, total = _steps(
                 h, own, total, A2, skip, bias_row, b, c, us, deltas, zs, B, C, y, token, step, end, d, in_d, n, in_n,
                 B_stride, C_stride, n_channels, STATIC_B, STATIC_C, SOFTPLUS, REVERSE, z is not None, OWN, K, True,
             )  # fmt: skip
+            if TOUCH:
+                _keep(touched, final, n, in_n, zero, K, BLOCK_N)
         for step in range(whole, end, TAIL):
             if saved is not None:
                 if step % EVERY == 0:
