@@ -59,6 +59,9 @@ class Block(nn.Module):
         return self.dropout(out), residual, state
 
     def step(self, x: Tensor, stream: Tensor | None, state: Any) -> tuple[Tensor, Tensor]:
+        at_once = self.mixer.step_with(self.norm, x, stream, state) if hasattr(self.mixer, "step_with") else None
+        if at_once is not None:
+            return at_once
         normed, residual = self.norm.step(x, stream)
         return self.mixer.step(normed, state), residual
 

@@ -25,9 +25,11 @@ from torch.utils import _pytree as pytree
 from .config import SamplingConfig
 from .errors import InputError
 from .files import written_whole
+from .graphed import GraphedDecoder
 from .sampling import Draws, recent_tokens
 
 CHUNK = 2048  # tokens of each prompt in one forward: enough to fill a GPU, few enough for any memory
+GRAPHED = 16  # new tokens from which a CUDA graph pays
 AS_THE_MODEL_SAYS = SamplingConfig()  # nothing filtered
 
 # What the model says: lists, tuples and dicts of tensors whose first axis is the batch. Of those that grow with the
@@ -54,7 +56,10 @@ class AutoregressiveModel(Protocol):
         ...
 
     def step(self, tokens: Tensor, state: State) -> Tensor:
-        """One token for each sequence: int64 (B,) -> logits (B, V); `state` updated in place."""
+        """One token for each sequence: int64 (B,) -> logits (B, V); `state` updated in place.
+
+        On a GPU it is captured in a CUDA graph (graphed.py), so it may not wait for the GPU while that is done.
+        """
         ...
 
     def init_state(self, batch_size: int) -> State:
@@ -72,6 +77,9 @@ class Decoder(Protocol):
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences of the batch alone."""
         ...
+
+    def close(self) -> None:
+        """Nothing more is asked."""
 
 
 class Step(NamedTuple):
@@ -113,7 +121,11 @@ def generate(
     generators, filters = begin(prompts, max_new_tokens, seeds, stop)
     logits, state = prefill(model, prompts, state, chunk=chunk, advance=advance)
     draws = Draws(config, generators, recent_tokens(prompts, max_new_tokens, config, logits))
-    return decode(_OneByOne(model, logits, state, draws), filters, max_new_tokens)
+    if logits.is_cuda and max_new_tokens >= GRAPHED and isinstance(model, torch.nn.Module):
+        decoder: Decoder = GraphedDecoder(model, logits, state, draws, max_new_tokens)
+    else:
+        decoder = _OneByOne(model, logits, state, draws)
+    return decode(decoder, filters, max_new_tokens)
 
 
 def collect(steps: Iterable[Step]) -> list[list[int]]:
@@ -193,6 +205,13 @@ def begin(
 @torch.no_grad()
 def decode(decoder: Decoder, filters: list["StopFilter"], max_new_tokens: int) -> Iterator[Step]:
     """The loop of `generate`, by any decoder. Rows that have finished leave the batch."""
+    try:
+        yield from _decode(decoder, filters, max_new_tokens)
+    finally:
+        decoder.close()
+
+
+def _decode(decoder: Decoder, filters: list["StopFilter"], max_new_tokens: int) -> Iterator[Step]:
     running = list(range(len(filters)))  # the prompt that each row of the batch belongs to
     n_left = [max_new_tokens] * len(filters)
     finished: list[FinishReason | None] = [None] * len(filters)
@@ -216,7 +235,7 @@ def decode(decoder: Decoder, filters: list["StopFilter"], max_new_tokens: int) -
         running = [running[row] for row in kept]
 
 
-class _OneByOne:
+class _OneByOne(Decoder):
     """A decoder that draws a token for each sequence, and then lets the model read it."""
 
     def __init__(self, model: AutoregressiveModel, logits: Tensor, state: State, draws: Draws):
@@ -245,6 +264,8 @@ class StopFilter:
 
     def push(self, token: int) -> tuple[list[int], bool]:
         """(tokens that no stop sequence can claim any more, whether one ends with this token)."""
+        if not self.stop:
+            return [token], False
         tokens = [*self.held, token]
         suffixes = [tuple(tokens[start:]) for start in range(len(tokens))]  # the longest first
         for start, suffix in enumerate(suffixes):

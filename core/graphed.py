@@ -60,7 +60,7 @@ class _StepGraph:
         """Stand before the next step of other sequences."""
         self.tokens.copy_(tokens)
         self.row.zero_()
-        if self.recent is not None:
+        if self.recent is not None and recent is not None:
             self.recent.copy_(recent)
         for here, given in zip(pytree.tree_leaves(self.state), pytree.tree_leaves(state), strict=True):
             here[tuple(map(slice, given.shape))].copy_(given)  # a state that grows may have less room

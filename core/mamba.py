@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from ..kernels import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
+from ..kernels import (
+    MambaWeights,
+    causal_conv1d,
+    causal_conv1d_step,
+    mamba_step,
+    selective_scan,
+    selective_scan_step,
+)
+from ..kernels.backends import watched
+from .norm import AddLayerNorm, AddRMSNorm
 from .padding import forward_as_pack
 
 
@@ -108,6 +117,10 @@ class SelectiveSSM(nn.Module):
         )
 
 
+_PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+_FUSED = (nn.Linear, nn.Conv1d, AddRMSNorm, AddLayerNorm)
+
+
 class Mamba(SelectiveSSM):
     """The Mamba block alone: (B, L, d_model) -> (B, L, d_model), causal."""
 
@@ -134,6 +147,36 @@ class Mamba(SelectiveSSM):
         """hidden (B, d_model) -> (B, d_model); `state` updated in place."""
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         return self.out_proj(super().step(x, z, state))
+
+    def step_with(
+        self, norm: AddRMSNorm, x: Tensor, stream: Tensor | None, state: MambaState
+    ) -> tuple[Tensor, Tensor] | None:
+        """A step of the norm and then of this block as one kernel: (out, stream).
+
+        None where the parts have to be run one after another: if one is not what it was made as (an adapter, a
+        quantised layer) or has a hook, if autocast computes in another dtype, if autograd or a compiler looks on.
+        """
+        # Not by attribute: what nn.Module does to find one, for all of these, takes a third of a small block's step.
+        parts: list[Any] = [norm, *(self._modules[name] for name in _PARTS)]
+        own: dict[str, Any] = self._parameters
+        device = x.device.type
+        if (
+            device not in ("cpu", "cuda")
+            or type(self) is not Mamba
+            or any(type(part) not in _FUSED or part._forward_hooks or part._forward_pre_hooks for part in parts)
+            or torch.is_autocast_enabled(device)
+        ):
+            return None
+        norm_weight, in_proj, conv, x_proj, dt_proj, out_proj = (part._parameters["weight"] for part in parts)
+        norm_bias, in_bias, conv_bias, x_bias, dt_bias, out_bias = (part._parameters.get("bias") for part in parts)
+        weights = MambaWeights(
+            *(norm_weight, norm_bias, in_proj, conv[:, 0], conv_bias, x_proj, dt_proj, dt_bias),
+            *(own["A_log"], own["D"], out_proj),
+        )
+        biased = any(bias is not None for bias in (in_bias, x_bias, out_bias))
+        if biased or x.dtype != in_proj.dtype or x.dtype == torch.float64 or watched(x, *state, *weights):
+            return None
+        return mamba_step(x, stream, *state, weights, norm.eps, centred=norm_bias is not None)
 
     forward_padded = forward_as_pack
 

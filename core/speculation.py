@@ -36,6 +36,7 @@ from .generation import (
     AS_THE_MODEL_SAYS,
     CHUNK,
     AutoregressiveModel,
+    Decoder,
     State,
     Step,
     begin,
@@ -107,7 +108,7 @@ def speculate(
     return decode(_Speculator(model, logits, state, drafts, draws, speculation, tally), filters, max_new_tokens)
 
 
-class _Speculator:
+class _Speculator(Decoder):
     """A `Decoder` that has its drafts read; see the top of this file."""
 
     def __init__(

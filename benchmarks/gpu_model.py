@@ -1,0 +1,137 @@
+"""Language models on a GPU: generation with and without a CUDA graph, a Transformer of equal size, a training step.
+
+    python benchmarks/gpu_model.py [--only generation|transformer|training] [--output benchmarks/results/gpu_model.md]
+
+bf16, untrained weights, greedy, prompts of random tokens. A generation counts from the prompts to the last token, as
+the official benchmark_generation_mamba_simple.py does; medians of 3 after one that captures the graph. "step": the time
+of one more token, from two lengths. Limit of a step: weights read once, states read and written, at the copy bandwidth
+of the same run. The training step (forward, cross-entropy, backward, no optimizer) is under autocast, medians of 5.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from machine import describe
+from scan import copy_bandwidth
+from torch.utils import _pytree as pytree
+
+import polymamba.core.generation as generation
+from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig
+from polymamba.core.config import SamplingConfig
+
+GREEDY = SamplingConfig(temperature=0)
+SHAPES = {  # name: backbone, vocabulary, batches
+    "130M": (BackboneConfig(d_model=768, n_layer=24), 50288, (1, 64, 256)),
+    "1.4B": (BackboneConfig(d_model=2048, n_layer=48), 50288, (1, 64, 256)),
+    "MambaByte-972M": (BackboneConfig(d_model=1792, n_layer=48, norm="layer"), 320, (1, 64)),
+}
+TRANSFORMER = BackboneConfig(d_model=2048, n_layer=48, pattern=("attention", "mlp"))  # as large as "1.4B"
+
+
+def build(backbone: BackboneConfig, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> LanguageModel:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=vocab_size))
+    return model.to(dtype).eval()
+
+
+def seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    work()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def write_on(model: LanguageModel, batch: int, prompt: int, n_new: int) -> None:
+    prompts = list(torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)))
+    for _ in generation.generate(model, prompts, n_new, GREEDY):
+        pass
+
+
+def generations(model: LanguageModel, name: str, batch: int, bandwidth: float, prompt: int = 128, n_new: int = 256):
+    whole = seconds(lambda: write_on(model, batch, prompt, n_new))
+    step = (whole - seconds(lambda: write_on(model, batch, prompt, n_new // 2))) / (n_new - n_new // 2)
+    graphed, generation.GRAPHED = generation.GRAPHED, 10**9
+    plain = seconds(lambda: write_on(model, batch, prompt, n_new), 1)
+    generation.GRAPHED = graphed
+    moved = sum(p.nbytes for p in model.parameters()) + 2 * sum(
+        s.nbytes for s in pytree.tree_leaves(model.init_state(batch))
+    )
+    limit = moved / bandwidth
+    return (
+        f"| {name} | {batch} | {prompt} + {n_new} | {batch * n_new / whole:,.0f} | {batch * n_new / plain:,.0f} "
+        f"| {step * 1e3:.3f} | {limit * 1e3:.3f} | {limit / step:.0%} |"
+    )
+
+
+def report_generation(bandwidth: float) -> list[str]:
+    lines = [
+        "| model | batch | prompt + new | tokens/s | without a graph | step ms | limit | share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (backbone, vocab_size, batches) in SHAPES.items():
+        model = build(backbone, vocab_size)
+        lines += [generations(model, name, batch, bandwidth) for batch in batches]
+        print(*lines[-len(batches) :], sep="\n", flush=True)
+    return [*lines, ""]
+
+
+def report_transformer(bandwidth: float) -> list[str]:
+    lines = ["| batch 128, prompt 2048 + 128 | parameters | tokens/s | seconds |", "|---|---|---|---|"]
+    for name, backbone in (("Mamba", SHAPES["1.4B"][0]), ("Transformer", TRANSFORMER)):
+        model = build(backbone, 50288)
+        taken = seconds(lambda model=model: write_on(model, 128, 2048, 128), 2)
+        size = sum(p.numel() for p in model.parameters())
+        lines.append(f"| {name} | {size / 1e9:.2f}e9 | {128 * 128 / taken:,.0f} | {taken:.2f} |")
+        print(lines[-1], flush=True)
+        del model
+        torch.cuda.empty_cache()
+    return [*lines, ""]
+
+
+def report_training(bandwidth: float) -> list[str]:
+    model = build(*SHAPES["130M"][:2], dtype=torch.float32).train()
+    tokens = torch.randint(50288, (8, 2049), device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(tokens[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        model.zero_grad()
+
+    taken = seconds(step, 5)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    line = (
+        f"Training step of 130M, 8 x 2048: {taken * 1e3:.1f} ms, {8 * 2048 / taken:,.0f} tokens/s, "
+        f"{peak:.1f} GiB beside {before / 2**30:.1f} of weights and data"
+    )
+    print(line, flush=True)
+    return [line, ""]
+
+
+REPORTS = {"generation": report_generation, "transformer": report_transformer, "training": report_training}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=REPORTS)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    text = ["# Language models on a GPU", "", *describe(), f"copy: {bandwidth / 1e12:.2f} TB/s", ""]
+    for name in [args.only] if args.only else REPORTS:
+        text += REPORTS[name](bandwidth)
+    if args.output:
+        args.output.write_text("\n".join(text))

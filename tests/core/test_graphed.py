@@ -1,0 +1,91 @@
+"""Decoding by CUDA graph against decoding step by step."""
+
+import pytest
+import torch
+
+from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, generation, graphed
+from polymamba.core.config import SamplingConfig
+from polymamba.core.errors import InputError
+from polymamba.core.generation import collect, generate, prefill
+
+pytestmark = pytest.mark.gpu
+PATTERNS = [("mamba",), ("mamba", "attention", "mlp")]
+CONFIGS = [
+    SamplingConfig(temperature=0),
+    SamplingConfig(),
+    SamplingConfig(temperature=0.8, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.3, repetition_window=5),
+    SamplingConfig(repetition_penalty=1.2),
+]
+
+
+def model_of(pattern=("mamba",), vocab_size=29) -> LanguageModel:
+    torch.manual_seed(0)
+    backbone = BackboneConfig(d_model=48, n_layer=3, pattern=pattern, n_heads=3)
+    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=vocab_size)).cuda().eval()
+    model.embedding.weight.data *= 40  # logits with a spread
+    return model
+
+
+def prompts_of(n=3):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(29, (length,), generator=generator) for length in (5, 1, 13, 2, 7)[:n]]
+
+
+def both(monkeypatch, model, *args, **options):
+    """The same call by graph and without."""
+    by_graph = collect(generate(model, *args, **options))
+    monkeypatch.setattr(generation, "GRAPHED", 10**9)
+    plain = collect(generate(model, *args, **options))
+    monkeypatch.undo()
+    return by_graph, plain
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["greedy", "plain", "filtered", "penalised"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["mamba", "hybrid"])
+def test_same_tokens(pattern, config, monkeypatch):
+    """More tokens than there are uniform numbers in a block; sequences that stop at different times."""
+    model = model_of(pattern)
+    for stop in ([], [(3,), (7, 1)]):
+        by_graph, plain = both(monkeypatch, model, prompts_of(), 150, config, seeds=range(3), stop=stop)
+        assert by_graph == plain
+
+
+def test_graph_is_used_again_and_not_by_two(monkeypatch):
+    model, config = model_of(), SamplingConfig()
+    made = []
+    capture = graphed._StepGraph
+    monkeypatch.setattr(graphed, "_StepGraph", lambda *args: made.append(capture(*args)) or made[-1])
+    alone = [collect(generate(model, prompts_of(), 40, config, seeds=range(s, s + 3))) for s in (0, 10)]
+    assert len(made) == 1
+    streams = [generate(model, prompts_of(), 40, config, seeds=range(s, s + 3)) for s in (0, 10)]
+    assert [collect(steps) for steps in zip(*zip(*streams, strict=True), strict=True)] == alone
+    assert len(made) == 2
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0).clone())  # in place: the graph sees it
+    assert collect(generate(model, prompts_of(), 40, config, seeds=range(3))) != alone[0]
+    assert len(made) == 2
+    model.double().float()  # other memory
+    collect(generate(model, prompts_of(), 40, config, seeds=range(3)))
+    assert len(made) == 3
+
+
+def test_from_a_state(monkeypatch):
+    model = model_of(PATTERNS[1])
+    _, state = prefill(model, prompts_of())
+    more = [torch.tensor([4, 8]), torch.tensor([1]), torch.tensor([2, 2, 2])]
+    by_graph, plain = both(monkeypatch, model, more, 30, seeds=range(3), state=state)
+    assert by_graph == plain
+
+
+def test_refuses_what_cannot_be_sampled_from():
+    """Row 1 alone comes, after some steps, to a token whose embedding is bad."""
+    model, prompts = model_of(vocab_size=500), prompts_of(2)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # no longer the embedding
+    first, second = collect(generate(model, prompts, 40, seeds=range(2)))
+    harmless = {*torch.cat(prompts).tolist(), *first, *second[:3]}
+    bad = next(token for token in second if token not in harmless)
+    with torch.no_grad():
+        model.embedding.weight[bad] = torch.nan
+    steps = generate(model, prompts, 40, seeds=range(2))
+    with pytest.raises(InputError, match="row 1 of the batch: the model's logits are not finite"):
+        collect(steps)
