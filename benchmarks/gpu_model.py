@@ -87,13 +87,19 @@ def report_generation(bandwidth: float) -> list[str]:
 
 
 def report_transformer(bandwidth: float) -> list[str]:
-    lines = ["| batch 128, prompt 2048 + 128 | parameters | tokens/s | seconds |", "|---|---|---|---|"]
+    lines = ["| prompt 2048 + 128 | parameters | batch | tokens/s | seconds |", "|---|---|---|---|---|"]
     for name, backbone in (("Mamba", SHAPES["1.4B"][0]), ("Transformer", TRANSFORMER)):
         model = build(backbone, 50288)
-        taken = seconds(lambda model=model: write_on(model, 128, 2048, 128), 2)
         size = sum(p.numel() for p in model.parameters())
-        lines.append(f"| {name} | {size / 1e9:.2f}e9 | {128 * 128 / taken:,.0f} | {taken:.2f} |")
-        print(lines[-1], flush=True)
+        for batch in (32, 64, 128):
+            try:
+                taken = seconds(lambda model=model, batch=batch: write_on(model, batch, 2048, 128), 2)
+                speed = f"{batch * 128 / taken:,.0f} | {taken:.2f}"
+            except torch.OutOfMemoryError:
+                speed = "out of memory | "
+            lines.append(f"| {name} | {size / 1e9:.2f}e9 | {batch} | {speed} |")
+            print(lines[-1], flush=True)
+            torch.cuda.empty_cache()
         del model
         torch.cuda.empty_cache()
     return [*lines, ""]

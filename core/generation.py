@@ -150,7 +150,8 @@ def prefill(
     `advance` is told of the tokens that were read.
     """
     _check(model, prompts, state, chunk)
-    device = next((s.device for s in pytree.tree_leaves(model.init_state(1))), None)
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    device = next((p.device for p in parameters), None)
     logits = None
     for start in range(0, max(len(prompt) for prompt in prompts), chunk):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
@@ -171,11 +172,11 @@ def prefill(
 
 def read(model: AutoregressiveModel, pieces: list[Tensor], state: State | None) -> tuple[Tensor, State]:
     """One forward over pieces of any lengths, int64 (l,) each: (logits (B, L, V), the state after each piece)."""
-    lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
-    tokens = pad_sequence(pieces, batch_first=True)
-    mask = torch.arange(tokens.shape[1], device=lengths.device) < lengths[:, None]
-    uneven = len({len(piece) for piece in pieces}) > 1
-    logits, state = model(tokens, state, return_state=True, padding_mask=mask if uneven else None)
+    tokens, mask = pad_sequence(pieces, batch_first=True), None
+    if len({len(piece) for piece in pieces}) > 1:
+        lengths = torch.tensor([len(piece) for piece in pieces], device=tokens.device)
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    logits, state = model(tokens, state, return_state=True, padding_mask=mask)
     # A padded forward may hand out views of larger tensors: free those, and let `step` work in one piece of memory.
     return logits, pytree.tree_map(Tensor.contiguous, state)
 

@@ -62,8 +62,10 @@ class _StepGraph:
         self.row.zero_()
         if self.recent is not None and recent is not None:
             self.recent.copy_(recent)
-        for here, given in zip(pytree.tree_leaves(self.state), pytree.tree_leaves(state), strict=True):
-            here[tuple(map(slice, given.shape))].copy_(given)  # a state that grows may have less room
+        given = pytree.tree_leaves(state)
+        # A state that grows may have less room than here.
+        here = [x[tuple(map(slice, g.shape))] for x, g in zip(pytree.tree_leaves(self.state), given, strict=True)]
+        torch._foreach_copy_(here, given)
 
 
 def _tokens_in(state: Any, model: Any) -> int:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import interpreting
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in two parts (Cody and Waite): few bits, so that k * high is exact,
@@ -71,6 +73,17 @@ def softplus_and_slope(x):
     e = exp_negative(-tl.abs(x))
     root = tl.rsqrt(1.0 + e)
     return _softplus_of(x, e), tl.where(x < 0.0, e, 1.0) * (root * root)
+
+
+_INTERPRETED = tl.constexpr(interpreting())
+
+
+@triton.jit
+def multiply_add(a, b, total):
+    """total + a b for matrices, products of float32 in float32."""
+    if _INTERPRETED:  # it would multiply the bits of bf16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit

@@ -44,6 +44,7 @@ def mamba_step(
     """
     _check(x, stream, conv_state, ssm_state, weights)
     backend = choose(backend, x.device, x.dtype)
+    x, stream = x.contiguous(), None if stream is None else stream.contiguous()
     with torch.no_grad():
         if backend in ("numba", "triton"):
             module = import_module(f".{'cpu' if backend == 'numba' else 'triton'}", __package__)
@@ -68,5 +69,7 @@ def _check(x: Tensor, stream: Tensor | None, conv_state: Tensor, ssm_state: Tens
         ("conv_state", conv_state, (n_rows, n_channels, taps - 1)),
         ("ssm_state", ssm_state, (n_rows, n_channels, n_states)),
     ):
-        if state.shape != shape or not state.is_contiguous():
-            raise ValueError(f"{name} has shape {tuple(state.shape)}; expected {shape}, contiguous")
+        if state.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(state.shape)}; expected {shape}")
+        if name.endswith("state") and not state.is_contiguous():
+            raise ValueError(f"{name} has strides {state.stride()}; it must be contiguous, as it is updated in place")

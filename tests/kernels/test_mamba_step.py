@@ -76,7 +76,7 @@ def test_bf16(backend, n_rows, device_of, assert_close):
     weights = MambaWeights(*weights)
     expected = results(tensors, weights, centred, "reference", torch.float64)
     actual = results(tensors, weights, centred, backend, torch.bfloat16, device)
-    assert_close({name: x.cpu() for name, x in actual.items()}, expected, 2e-2)
+    assert_close({name: x.cpu() for name, x in actual.items()}, expected, 3e-2)
 
 
 @pytest.mark.gpu
@@ -95,3 +95,5 @@ def test_says_what_is_wrong():
         mamba_step(x, stream, conv, ssm, weights._replace(out_proj=weights.out_proj.T))
     with pytest.raises(ValueError, match=r"ssm_state has shape \(1, 66, 15\); expected \(1, 66, 16\)"):
         mamba_step(x, stream, conv, ssm[..., 1:], weights)
+    with pytest.raises(ValueError, match=r"ssm_state has strides .* it must be contiguous"):
+        mamba_step(x, stream, conv, ssm.mT.contiguous().mT, weights)
