@@ -15,19 +15,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..backends import interpreting
 from ..triton_runtime import LOG2E, ceil_div, load_float, sigmoid, softplus
 
-ELEMENTS = 4096  # of a matrix, a program has at most
+ELEMENTS = 4096  # of a matrix, a program has at most; more, or several such tiles one after another, gain nothing
 PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor of an H100
 
 
 @triton.jit
-def _after_the_kernel_before(EARLY: tl.constexpr):
-    """Wait for the end of the kernel before; then let the next one begin.
-
-    What is read before this may not be written by the kernel before. It may by the one before that: that one has ended
-    when this kernel begins, since the kernel between lets it begin only after its own wait.
-    """
+def _wait(EARLY: tl.constexpr):
+    """Until the kernel before has ended. What it writes may be read after this only."""
     if EARLY:
         gdc_wait()
+
+
+@triton.jit
+def _let_the_next_begin(EARLY: tl.constexpr):
+    """The next kernel may begin, up to its own wait, once all programs of this one have come here.
+
+    `_enter` comes here after its wait, when all that was launched before it has ended: so the kernels between two
+    `_enter` may read ahead of their waits whatever was written before the first of the two, the state for one.
+    """
+    if EARLY:
         gdc_launch_dependents()
 
 
@@ -43,7 +49,8 @@ def _enter(
     tile = tl.load(weight + e[:, None] * M + m[None, :], mask=in_e[:, None] & in_m[None, :], other=0.0)
     norm_row, norm_shift = load_float(norm, m, in_m), load_float(norm_bias, m, in_m)
     shift = load_float(conv_bias, e, is_u)
-    _after_the_kernel_before(EARLY)
+    _wait(EARLY)
+    _let_the_next_begin(EARLY)
     for b in range(n_rows):
         row = load_float(x, b * M + m, in_m) + load_float(stream, b * M + m, in_m)
         if stream is not None:
@@ -77,7 +84,8 @@ def _multiply(
     tile = tl.load(
         weight + o[:, None] * WIDTH + k[None, :], mask=(o < n_out)[:, None] & (k < WIDTH)[None, :], other=0.0
     )
-    _after_the_kernel_before(EARLY)
+    _let_the_next_begin(EARLY)
+    _wait(EARLY)
     for b in range(n_rows):
         row = load_float(x, b * x_stride + k, k < WIDTH)
         tl.store(out + b * n_out + o, tl.sum(tile.to(tl.float32) * row[None, :], axis=1), mask=o < n_out)
@@ -97,10 +105,11 @@ def _scan(
     row = b * E + e.to(tl.int64)
     state_at = row[:, None] * N + n[None, :]
     widen = tl.load(dt_proj + e[:, None] * R + r[None, :], mask=in_e[:, None] & in_r[None, :], other=0.0)
-    h = tl.load(state + state_at, mask=inside, other=0.0)  # its last writer ended before the kernel before began
+    h = tl.load(state + state_at, mask=inside, other=0.0)
     A2 = -tl.exp2(load_float(A_log, e[:, None] * N + n[None, :], inside) * LOG2E) * LOG2E
     bias, skip = load_float(dt_bias, e, in_e), load_float(D, e, in_e)
-    _after_the_kernel_before(EARLY)
+    _let_the_next_begin(EARLY)
+    _wait(EARLY)
     at = projected + b * (R + 2 * N)
     low = load_float(at, r, in_r)
     drive, readout = load_float(at, R + n, in_n), load_float(at, R + N + n, in_n)
@@ -141,7 +150,6 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
     early = _early_launch(x.device)
     (n_rows, width), (n_channels, n_states) = x.shape, w.A_log.shape
     rank, dtype = w.dt_proj.shape[1], w.in_proj.dtype
-
     new_stream = x.float() if stream is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     uz = torch.empty(n_rows, 2 * n_channels, dtype=dtype, device=x.device)
     tile = _tile(2 * n_channels, width)
