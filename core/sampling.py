@@ -88,7 +88,7 @@ def choose(logits: Tensor, config: SamplingConfig, recent: Tensor | None, unifor
     logits, recent as in `next_token_probabilities`; uniform (B,) in [0, 1).
     """
     if config.temperature == 0:
-        likeliest = _with_penalty(logits, config, recent).max(-1)
+        likeliest = (logits if recent is None else _with_penalty(logits, config, recent)).max(-1)
         return likeliest.indices, ~likeliest.values.isfinite()
     return _at_quantile(next_token_probabilities(logits, config, recent), uniform)
 
