@@ -20,20 +20,14 @@ PROGRAMS = 264  # that a product is cut into at least: two for each multiprocess
 
 
 @triton.jit
-def _wait(EARLY: tl.constexpr):
-    """Until the kernel before has ended. What it writes may be read after this only."""
-    if EARLY:
-        gdc_wait()
+def _after_the_kernel_before(EARLY: tl.constexpr):
+    """Wait for the end of the kernel before; then let the next one begin.
 
-
-@triton.jit
-def _let_the_next_begin(EARLY: tl.constexpr):
-    """The next kernel may begin, up to its own wait, once all programs of this one have come here.
-
-    `_enter` comes here after its wait, when all that was launched before it has ended: so the kernels between two
-    `_enter` may read ahead of their waits whatever was written before the first of the two, the state for one.
+    What is read before this may not be written by the kernel before. It may by the one before that: that one has ended
+    when this kernel begins, since the kernel between lets it begin only after its own wait.
     """
     if EARLY:
+        gdc_wait()
         gdc_launch_dependents()
 
 
@@ -49,8 +43,7 @@ def _enter(
     tile = tl.load(weight + e[:, None] * M + m[None, :], mask=in_e[:, None] & in_m[None, :], other=0.0)
     norm_row, norm_shift = load_float(norm, m, in_m), load_float(norm_bias, m, in_m)
     shift = load_float(conv_bias, e, is_u)
-    _wait(EARLY)
-    _let_the_next_begin(EARLY)
+    _after_the_kernel_before(EARLY)
     for b in range(n_rows):
         row = load_float(x, b * M + m, in_m) + load_float(stream, b * M + m, in_m)
         if stream is not None:
@@ -84,8 +77,7 @@ def _multiply(
     tile = tl.load(
         weight + o[:, None] * WIDTH + k[None, :], mask=(o < n_out)[:, None] & (k < WIDTH)[None, :], other=0.0
     )
-    _let_the_next_begin(EARLY)
-    _wait(EARLY)
+    _after_the_kernel_before(EARLY)
     for b in range(n_rows):
         row = load_float(x, b * x_stride + k, k < WIDTH)
         tl.store(out + b * n_out + o, tl.sum(tile.to(tl.float32) * row[None, :], axis=1), mask=o < n_out)
@@ -108,8 +100,7 @@ def _scan(
     h = tl.load(state + state_at, mask=inside, other=0.0)
     A2 = -tl.exp2(load_float(A_log, e[:, None] * N + n[None, :], inside) * LOG2E) * LOG2E
     bias, skip = load_float(dt_bias, e, in_e), load_float(D, e, in_e)
-    _let_the_next_begin(EARLY)
-    _wait(EARLY)
+    _after_the_kernel_before(EARLY)
     at = projected + b * (R + 2 * N)
     low = load_float(at, r, in_r)
     drive, readout = load_float(at, R + n, in_n), load_float(at, R + N + n, in_n)
