@@ -7,10 +7,10 @@
 Parameter names are minimal-LRU's; its `out1` is out_proj, its `out2` gate_proj. The factor gamma keeps the size of h
 alike for all lambda; it is learnt, independently of lambda.
 
-`kernels.selective_scan` does not fit. Its states belong to one channel each, which reads 2 Re(C_d h_d) of its own; here C
-mixes all states into all channels, so that h itself is needed, and to get both of its parts the scan would have to run
-twice. And as lambda never changes, its powers are known beforehand: the scan below is recursive doubling over the whole
-sequence, log2(L) products with them.
+`kernels.selective_scan` does not fit. Its states belong to one channel each, which reads 2 Re(C_d h_d) of its own; here
+C mixes all states into all channels, so that h itself is needed, and to get both of its parts the scan would have to
+run twice. And as lambda never changes, its powers are known beforehand: the scan below is recursive doubling over the
+whole sequence, log2(L) products with them.
 
 Letters: B batch, L length, D d_model, N states, S sequences.
 """

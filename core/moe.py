@@ -240,7 +240,7 @@ def _repeated(x: Tensor, n: int) -> Tensor:
 
 def _weighted(y: Tensor, gates: Tensor) -> Tensor:
     """y (T K, D), gates (T, K) -> (T, D): the sum over K of y by its gate."""
-    y = y.view(*gates.shape, -1) * gates[..., None].to(y.dtype)
+    y = y.unflatten(0, gates.shape) * gates[..., None].to(y.dtype)
     return y[:, 0] if gates.shape[1] == 1 else y.sum(1)
 
 
