@@ -11,14 +11,15 @@ MLPS = ("swiglu", "gelu")
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Mixture-of-experts layers. On the command line every field is a flag; `moe.py` gives the formulas."""
+    """Mixture-of-experts layers, by default MoE-Mamba's. On the command line every field is a flag; `moe.py` gives the
+    formulas."""
 
-    n_experts: int = 8
-    """Experts of a moe layer."""
+    n_experts: int = 42
+    """Experts of each moe layer."""
     top_k: int = 1
     """Experts that a token goes to: those that its router finds likeliest."""
     d_expert: int | None = None
-    """Inner width of an expert; 3 times the model's width if left out, as in MoE-Mamba."""
+    """Inner width of an expert; 3 times the model's width if left out."""
     expert: Literal["relu", "gelu", "swiglu"] = "relu"
     """What stands between an expert's two matrices; swiglu has a third one, which gates."""
     capacity_factor: float | None = None

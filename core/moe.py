@@ -244,12 +244,13 @@ def _weighted(y: Tensor, gates: Tensor) -> Tensor:
     return y[:, 0] if gates.shape[1] == 1 else y.sum(1)
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, the active ones: those that one token is computed with, of each MoE top_k experts' only)."""
+def parameter_counts(model: nn.Module, n_tokens: int = 1) -> tuple[int, int]:
+    """(all parameters, the active ones: those that so many tokens are computed with, if no two share an expert)."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for module in model.modules():
         if isinstance(module, MoE):
-            n_experts, top_k = module.config.n_experts, module.config.top_k
-            idle += sum(p.weight.numel() * (n_experts - top_k) // n_experts for p in (module.in_proj, module.out_proj))
+            n_experts = module.config.n_experts
+            n_idle = max(0, n_experts - n_tokens * module.config.top_k)
+            idle += sum(p.weight.numel() // n_experts * n_idle for p in (module.in_proj, module.out_proj))
     return total, total - idle

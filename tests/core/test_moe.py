@@ -369,7 +369,7 @@ PUBLISHED = {  # arXiv 2401.04081, tables 2 and 9, millions: total, active; with
     "Mamba100M": (BackboneConfig(d_model=768, n_layer=32), 121, 121),
 }
 for _name, _d, _n, _total, _active in (("25M", 512, 16, 542, 26), ("100M", 768, 32, 2439, 117)):
-    _config = BackboneConfig(d_model=_d, n_layer=_n, pattern=("mamba", "moe"), moe=MoEConfig(n_experts=42))
+    _config = BackboneConfig(d_model=_d, n_layer=_n, pattern=("mamba", "moe"))
     PUBLISHED[f"MoE-Mamba{_name}"] = (_config, _total, _active)
 
 
@@ -391,6 +391,13 @@ def test_active_parameters_are_those_that_a_token_reaches():
     total, active = parameter_counts(module)
     assert total == sum(p.numel() for p in module.parameters())
     assert active == int(sum(reached))
+    router = module.router.weight.numel()
+    of_one = (total - router) // 5
+    assert [parameter_counts(module, n)[1] - router for n in (1, 2, 3, 9)] == [
+        2 * of_one,
+        4 * of_one,
+        *[5 * of_one] * 2,
+    ]
 
 
 def test_initialisation():
@@ -405,7 +412,7 @@ def test_initialisation():
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        ("top_k is 9; it must be between 1 and n_experts, which is 8", {"top_k": 9}),
+        ("top_k is 9; it must be between 1 and n_experts, which is 8", {"top_k": 9, "n_experts": 8}),
         ("top_k is 0; it must be between 1 and n_experts", {"top_k": 0}),
         ("n_experts is 0; it must be at least 1", {"n_experts": 0}),
         ("expert is 'silu'; it must be one of relu, gelu, swiglu", {"expert": "silu"}),
