@@ -18,8 +18,15 @@ Windows = Literal["packed", "apart"]  # how training windows are cut: see traini
 # Of core's mixers those that do not see what is to be predicted.
 Mixer = Literal["mamba", "attention", "mlp", "moe", "lru", "mamba+moe"]
 Preset = Literal[
-    *("tiny", "small", "base", "mambabyte-353m", "mambabyte-972m"),
-    *("mamba-25m", "mamba-100m", "moe-mamba-25m", "moe-mamba-100m"),
+    "tiny",
+    "small",
+    "base",
+    "mambabyte-353m",
+    "mambabyte-972m",
+    "mamba-25m",
+    "mamba-100m",
+    "moe-mamba-25m",
+    "moe-mamba-100m",
 ]
 PRESETS = {
     "tiny": BackboneConfig(d_model=128, n_layer=4),

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 MIXERS = ("mamba", "bimamba", "attention", "mlp", "moe", "lru")
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "gelu")
+Expert = Literal["relu", "gelu", "swiglu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class MoEConfig:
     """Experts that a token goes to: those that its router finds likeliest."""
     d_expert: int | None = None
     """Inner width of an expert; 3 times the model's width if left out."""
-    expert: Literal["relu", "gelu", "swiglu"] = "relu"
+    expert: Expert = "relu"
     """What stands between an expert's two matrices; swiglu has a third one, which gates."""
     capacity_factor: float | None = None
     """In training, an expert takes at most so many times its even share of a batch's tokens, the first ones, and what
@@ -35,8 +36,8 @@ class MoEConfig:
             raise ValueError(f"n_experts is {self.n_experts}; it must be at least 1")
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k is {self.top_k}; it must be between 1 and n_experts, which is {self.n_experts}")
-        if self.expert not in ("relu", "gelu", "swiglu"):
-            raise ValueError(f"expert is {self.expert!r}; it must be one of relu, gelu, swiglu")
+        if self.expert not in get_args(Expert):
+            raise ValueError(f"expert is {self.expert!r}; it must be one of {', '.join(get_args(Expert))}")
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise ValueError(
                 f"capacity_factor is {self.capacity_factor}; it must be above 0 and finite, or None for no limit"

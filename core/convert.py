@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import BackboneConfig, LanguageModelConfig, MoEConfig
+from .config import BackboneConfig, Expert, LanguageModelConfig, MoEConfig
 from .errors import InputError
 from .language_model import LanguageModel
 
@@ -82,7 +82,7 @@ def from_moe_mamba(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
         ("moe_values_exp", "1.0"),
     ):
         _require(str(args.get(name, supported)) == supported, f"{name} is {args.get(name)!r}, not {supported!r}")
-    experts = {"ff relu": "relu", "ff gelu": "gelu", "ff_gated silu": "swiglu"}
+    experts: dict[str, Expert] = {"ff relu": "relu", "ff gelu": "gelu", "ff_gated silu": "swiglu"}
     kind = f"{args.get('moe_inner_expert', 'ff')} {args.get('activation_type', 'relu')}"
     _require(kind in experts, f"moe_inner_expert, activation_type are {kind}; supported are {', '.join(experts)}")
     moe = MoEConfig(

@@ -1,6 +1,8 @@
 """Several mixers side by side: a layer that adds what each makes of the same input (MoE-Mamba's parallel form)."""
 
 from collections.abc import Callable, Collection, Iterable
+from functools import reduce
+from operator import add
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,8 +24,7 @@ class Parallel(nn.Module):
         return self._added([mixer.forward_padded for mixer in self.mixers], hidden, padding, **options)
 
     def step(self, hidden: Tensor, state: tuple[Any, ...]) -> Tensor:
-        outs = [mixer.step(hidden, own) for mixer, own in zip(self.mixers, state, strict=True)]
-        return sum(outs[1:], start=outs[0])
+        return reduce(add, (mixer.step(hidden, own) for mixer, own in zip(self.mixers, state, strict=True)))
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> tuple[Any, ...]:
         return tuple(mixer.init_state(batch_size, max_length) for mixer in self.mixers)
@@ -33,6 +34,5 @@ class Parallel(nn.Module):
         given = [{}] * len(runs) if state is None else [{"state": own} for own in state]
         outs = [run(*inputs, **own, **options) for run, own in zip(runs, given, strict=True)]
         if not options.get("return_state"):
-            return sum(outs[1:], start=outs[0])
-        ys = [y for y, _ in outs]
-        return sum(ys[1:], start=ys[0]), tuple(after for _, after in outs)
+            return reduce(add, outs)
+        return reduce(add, (y for y, _ in outs)), tuple(after for _, after in outs)

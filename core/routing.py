@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,10 @@ class Routing:
             )
         return found
 
-    def _add(self, layer: int, routes: Routes) -> None:
+    def _begin(self, embedding: Any, args: tuple[Tensor], output: Tensor) -> None:
+        self._tokens = args[0].flatten()
+
+    def _add(self, layer: int, router: Router, args: tuple[Tensor], routes: Routes) -> None:
         counts, probability, entropy = self._sums[layer]
         n_experts = len(probability)
         assert self._tokens is not None  # the embedding comes first
@@ -121,12 +125,9 @@ def recorded_routing(model: LanguageModel) -> Iterator[Routing]:
     """Count where tokens go while the context lasts."""
     routing = Routing(model)
 
-    def begin(module: Any, args: tuple[Tensor], output: Tensor) -> None:
-        routing._tokens = args[0].flatten()
-
-    hooks = [model.embedding.register_forward_hook(begin)] if routing._routers else []
+    hooks = [model.embedding.register_forward_hook(routing._begin)] if routing._routers else []
     for layer, router in routing._routers.items():
-        hooks.append(router.register_forward_hook(lambda module, args, out, layer=layer: routing._add(layer, out)))
+        hooks.append(router.register_forward_hook(partial(routing._add, layer)))
     try:
         yield routing
     finally:
