@@ -13,9 +13,9 @@ and, in training, the auxiliary loss of a layer, which `core.aux_loss` collects:
 No token is dropped, unless a capacity is set, and then in training only: so a token's result depends on no other token,
 and a batch, a row alone and a step by step run agree. Padding neither routes nor counts.
 
-The tokens are sorted by expert, and each projection is one grouped matrix product; a step of few tokens gathers the
-matrices of its experts instead. The gradient of a permutation is the inverse permutation: nothing is added in an order
-that may vary. Letters: T tokens, K = top_k, E experts, D d_model, F inner width of an expert.
+The tokens are sorted by expert, and each projection is one grouped matrix product; on a GPU a step of few tokens
+gathers the matrices of its experts instead. The gradient of a permutation is the inverse permutation: nothing is added
+in an order that may vary. Letters: T tokens, K = top_k, E experts, D d_model, F inner width of an expert.
 """
 
 import math
@@ -151,15 +151,12 @@ class MoE(nn.Module):
 
     def step(self, hidden: Tensor, state: NoState) -> Tensor:
         """hidden (B, d_model) -> (B, d_model)."""
-        n_experts = self.config.n_experts
-        x = _as_autocast(hidden)
-        # Of more assignments than experts the gathered matrices are more than there are; but a CUDA graph cannot wait.
-        if len(x) * self.config.top_k > n_experts and not (x.is_cuda and waits_for_host(x)):
-            return self._mixed(hidden, None)
-        routes = self.router(hidden)
-        experts = routes.experts.flatten()
-        y = self._activated(self.in_proj.gathered(_repeated(x, self.config.top_k), experts))
-        return _weighted(self.out_proj.gathered(y, experts), routes.gates)
+        # To gather is to copy matrices: no gain on a CPU, nor for more assignments than experts. But sorted ones may
+        # have to wait for the host, which a CUDA graph cannot.
+        few = len(hidden) * self.config.top_k <= self.config.n_experts
+        if hidden.device.type != "cpu" and (few or waits_for_host(_as_autocast(hidden))):
+            return self._gathered(hidden)
+        return self._mixed(hidden, None)
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> NoState:
         return NoState()
@@ -194,6 +191,13 @@ class MoE(nn.Module):
         y = self.out_proj(self._activated(self.in_proj(rows, sorted_.ends)), sorted_.ends)
         y = _Permuted.apply(y, sorted_.places, sorted_.order)
         return _weighted(y if lost is None else y.masked_fill(lost, 0), routes.gates)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        """The same for few tokens, and no gradients."""
+        routes = self.router(x)
+        experts = routes.experts.flatten()
+        inner = self.in_proj.gathered(_repeated(_as_autocast(x), self.config.top_k), experts)
+        return _weighted(self.out_proj.gathered(self._activated(inner), experts), routes.gates)
 
     def _activated(self, inner: Tensor) -> Tensor:
         if self.config.expert == "swiglu":
