@@ -21,6 +21,7 @@ from polymamba.core.padding import Padding
 GOLDEN = Path(__file__).parents[1] / "golden" / "moe_layer"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
 CASES = ["switch_nodrop", "switch_cap1.first", "top2_gated", "old_relu_nodrop"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EXPERTS = ["relu", "gelu", "swiglu"]
 
 
@@ -96,11 +97,14 @@ def test_golden_outputs_and_losses(case, dtype, prefix, tolerance):
     assert torch.equal(routes.experts, io["out.expert_index"])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-9)])
-def test_golden_gradients(case, dtype, tolerance):
+def test_golden_gradients(case, dtype, tolerance, device):
     module, io = official(case)
-    module, x = module.to(dtype), io["input"].to(dtype).requires_grad_()
+    module, io = module.to(device, dtype), {key: tensor.to(device) for key, tensor in io.items()}
+    x = io["input"].to(dtype).requires_grad_()
+    close(module(x), io["out64.y"], tolerance)
     (module(x).square().mean() + aux_loss(module)).backward()
     close(x.grad, io["grad64.x"], tolerance)
     in_proj = io["grad64.expert_inner_function.lin1_weight"]
@@ -176,6 +180,27 @@ def test_gathered_matrices_are_the_sorted_ones(expert, top_k):
     close(module._gathered(x), module(x[None])[0], 2e-6)
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [3, 5, 70])  # few tokens gather matrices, many are sorted where that needs no host
+def test_steps_in_a_cuda_graph(batch, dtype):
+    module, x = layer(expert="swiglu").to("cuda", dtype), inputs(batch, 16, dtype=dtype).cuda()
+    state, given = module.init_state(batch), x.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        module.step(given, state)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module.step(given, state)
+    for other in (x, x.flip(0)):  # other experts get other numbers of tokens
+        given.copy_(other)
+        graph.replay()
+        close(y, module(other[None])[0], 2e-5 if dtype == torch.float32 else 2e-2)
+
+
 # What else a batch may hold
 
 
@@ -248,12 +273,13 @@ def test_capacity_keeps_the_first(experts, n_experts, factor):
     assert ours.tolist() == expected
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("counts", [(3, 0, 7, 1), (0, 0, 0, 5), (0, 0, 0, 0), (11, 1, 0, 0)])
-def test_grouped_matmul(dtype, counts):
-    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
-    x, weight = inputs(sum(counts) + 2, 16, dtype=dtype), inputs(4, 16, 8, dtype=dtype)
-    dy, n = inputs(len(x), 8, dtype=dtype), sum(counts)
+def test_grouped_matmul(dtype, counts, device):
+    ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    x, weight = inputs(sum(counts) + 2, 16, dtype=dtype).to(device), inputs(4, 16, 8, dtype=dtype).to(device)
+    dy, n = inputs(len(x), 8, dtype=dtype).to(device), sum(counts)
     ours, truth = ((x.clone().requires_grad_(), weight.clone().requires_grad_()) for _ in range(2))
     y = grouped_matmul(*ours, ends)
     y.backward(dy)
