@@ -206,8 +206,8 @@ def report(s: Setting, folder: Path, results: list[dict], rates: dict[str, float
     lines += [
         f"d_model {s.d_model}, {s.n_layer} layers, {s.n_experts} experts, top-1, lr {s.lr}; {last} steps of {s.batch} "
         f"x {s.context} bytes, {passes:.2f} passes over {n_bytes / 1e6:.1f} MB. Bits per byte, means of {len(seeds)} "
-        "seeds (smallest to largest). Ratio: the steps of Mamba of the same seed to its own last loss, divided by those "
-        "of the model to the same loss.",
+        "seeds (smallest to largest). Ratio: the steps of Mamba of the same seed to its own last loss, divided by "
+        "those of the model to the same loss.",
         "",
         "| | parameters, active, millions | held out | ratio | training | ratio | least used expert | bytes/s alone |",
         "|---|---|---|---|---|---|---|---|",

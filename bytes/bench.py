@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..core.backbone import aux_loss
 from ..core.generation import generate, prefill
 from ..core.moe import parameter_counts
 from ..core.optim import averaged, parameter_groups
@@ -60,7 +61,7 @@ def measure_training(model: ByteLM, batch: int, context: int, repeats: int) -> S
         average = averaged(model, 0.99).to(device)
 
         def step() -> None:
-            next_byte_loss(model, windows).backward()
+            (next_byte_loss(model, windows) + aux_loss(model)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
