@@ -12,8 +12,7 @@ Expert = Literal["relu", "gelu", "swiglu"]
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Mixture-of-experts layers, by default MoE-Mamba's. On the command line every field is a flag; `moe.py` gives the
-    formulas."""
+    """Mixtures of experts, by default MoE-Mamba's; formulas in moe.py. On the command line every field is a flag."""
 
     n_experts: int = 42
     """Experts of each moe layer."""

@@ -110,9 +110,7 @@ def from_moe_mamba(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     def rename(key: str) -> str:
         found = re.fullmatch(r"encoder\.blocks\.block_(\d+)\.block\.residual_(\w+)\.layer\.(\w+)\.(.+)", key)
         if found is None or found[2] not in modules:
-            return {"embedding_layer.layers.0.weight": "embedding.weight", "head.weight": "lm_head.weight"}.get(
-                key, key
-            )
+            return _OF_MOE_MAMBA.get(key, key)
         layer = f"backbone.layers.{int(found[1]) * len(modules) + modules.index(found[2])}"
         part = "norm" if found[3] == "pre_norm" else "mixer"
         return f"{layer}.{part}.{_OF_MOE_MAMBA.get(found[4], found[4])}"

@@ -32,10 +32,12 @@ def waits_for_host(x: Tensor) -> bool:
 
 
 def _in_one_call(x: Tensor) -> bool:
-    if x.device.type not in ("cpu", "cuda") or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
+    if x.device.type not in ("cpu", "cuda"):
         return False
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which knows the operator for bf16 only
         return x.dtype == torch.bfloat16
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -139,14 +139,15 @@ class MoE(nn.Module):
         cu_seqlens: Tensor | None = None,  # nothing to do: tokens do not see each other
     ) -> Tensor | tuple[Tensor, NoState]:
         """hidden (B, L, d_model) -> the same shape, or (that, the empty state) iff return_state."""
-        y = self._mixed(hidden.flatten(0, 1), None).view(hidden.shape)
+        y = self._mixed(hidden.flatten(0, 1), None, self.training).view(hidden.shape)
         return (y, NoState()) if return_state else y
 
     def forward_padded(
         self, hidden: Tensor, padding: Padding, *, state: NoState | None = None, return_state: bool = False
     ) -> Tensor | tuple[Tensor, NoState]:
         """`forward` of rows that hold padding, which no expert sees; it comes out as 0."""
-        y = self._mixed(hidden.flatten(0, 1), padding.real(hidden.shape[1]).flatten()).view(hidden.shape)
+        real = padding.real(hidden.shape[1]).flatten()
+        y = self._mixed(hidden.flatten(0, 1), real, self.training).view(hidden.shape)
         return (y, NoState()) if return_state else y
 
     def step(self, hidden: Tensor, state: NoState) -> Tensor:
@@ -156,7 +157,7 @@ class MoE(nn.Module):
         few = len(hidden) * self.config.top_k <= self.config.n_experts
         if hidden.device.type != "cpu" and (few or waits_for_host(_as_autocast(hidden))):
             return self._gathered(hidden)
-        return self._mixed(hidden, None)
+        return self._mixed(hidden, None, training=False)
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> NoState:
         return NoState()
@@ -164,32 +165,29 @@ class MoE(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "aux_loss": None}  # a copy has had no forward; and no graph of autograd can be copied
 
-    def _mixed(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """x (T, D), real bool (T,) -> (T, D)."""
+    def _mixed(self, x: Tensor, real: Tensor | None, training: bool) -> Tensor:
+        """x (T, D), real bool (T,) -> (T, D). In training with an auxiliary loss, and within the capacity."""
         c = self.config
         routes = self.router(x)
         experts = routes.experts.flatten()
         if real is not None:
             experts = torch.where(real.repeat_interleave(c.top_k), experts, c.n_experts)
-        sorted_ = sort_by_expert(experts, c.n_experts)
         n_tokens = len(x) if real is None else real.sum()
-        self.aux_loss = None
-        if self.training:
-            if torch.is_grad_enabled() and (c.balance_weight or c.z_weight):
-                self.aux_loss = self._auxiliary(routes, sorted_.ends, real, n_tokens)
-            if c.capacity_factor is not None:
-                experts = within_capacity(experts, sorted_, n_tokens * c.capacity_factor * c.top_k / c.n_experts)
-                sorted_ = sort_by_expert(experts, c.n_experts)
+        order, places, ends = sorted_ = sort_by_expert(experts, c.n_experts)
+        weighted = training and torch.is_grad_enabled() and (c.balance_weight or c.z_weight)
+        self.aux_loss = self._auxiliary(routes, ends, real, n_tokens) if weighted else None
+        limited = training and c.capacity_factor is not None
+        if limited:
+            experts = within_capacity(experts, sorted_, n_tokens * c.capacity_factor * c.top_k / c.n_experts)
+            order, places, ends = sort_by_expert(experts, c.n_experts)
         rows = _repeated(_as_autocast(x), c.top_k)
-        lost = None
-        if real is not None or (self.training and c.capacity_factor is not None):
-            # What belongs to no expert comes out of the grouped products undefined, and so does its gradient: both end
-            # here.
-            lost = (experts == c.n_experts)[:, None]
+        # What belongs to no expert comes out of the grouped products undefined, and so does its gradient: both end
+        # here.
+        lost = (experts == c.n_experts)[:, None] if limited or real is not None else None
+        if lost is not None:
             rows = rows.masked_fill(lost, 0)
-        rows = _Permuted.apply(rows, sorted_.order, sorted_.places)
-        y = self.out_proj(self._activated(self.in_proj(rows, sorted_.ends)), sorted_.ends)
-        y = _Permuted.apply(y, sorted_.places, sorted_.order)
+        inner = self._activated(self.in_proj(_Permuted.apply(rows, order, places), ends))
+        y = _Permuted.apply(self.out_proj(inner, ends), places, order)
         return _weighted(y if lost is None else y.masked_fill(lost, 0), routes.gates)
 
     def _gathered(self, x: Tensor) -> Tensor:
