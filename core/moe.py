@@ -176,14 +176,14 @@ class MoE(nn.Module):
         order, places, ends = sorted_ = sort_by_expert(experts, c.n_experts)
         weighted = training and torch.is_grad_enabled() and (c.balance_weight or c.z_weight)
         self.aux_loss = self._auxiliary(routes, ends, real, n_tokens) if weighted else None
-        limited = training and c.capacity_factor is not None
-        if limited:
-            experts = within_capacity(experts, sorted_, n_tokens * c.capacity_factor * c.top_k / c.n_experts)
+        factor = c.capacity_factor if training else None
+        if factor is not None:
+            experts = within_capacity(experts, sorted_, n_tokens * factor * c.top_k / c.n_experts)
             order, places, ends = sort_by_expert(experts, c.n_experts)
         rows = _repeated(_as_autocast(x), c.top_k)
         # What belongs to no expert comes out of the grouped products undefined, and so does its gradient: both end
         # here.
-        lost = (experts == c.n_experts)[:, None] if limited or real is not None else None
+        lost = (experts == c.n_experts)[:, None] if factor is not None or real is not None else None
         if lost is not None:
             rows = rows.masked_fill(lost, 0)
         inner = self._activated(self.in_proj(_Permuted.apply(rows, order, places), ends))
