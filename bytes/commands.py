@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, MoEConfig, SamplingConfig, SpeculationConfig, TrainConfig
-from .config import PRESETS, Dividing, Mixer, Preset, Windows
+from .config import Dividing, Mixer, Preset, Windows, preset_config
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
@@ -53,12 +53,11 @@ class Train:
             raise ValueError(f"context is {self.context}; it must be at least 1")
         if self.pattern is not None and not self.pattern:
             raise ValueError("pattern is empty; name at least one mixer")
-        if self.moe != MoEConfig() and not any(
-            "moe" in entry for entry in self.pattern or PRESETS[self.preset].pattern
-        ):
-            raise ValueError("settings of experts are given, but no layer has any; name moe in the pattern, too")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        backbone = preset_config(self.preset, self.dropout, self.pattern, self.moe).backbone
+        if self.moe != MoEConfig() and "moe" not in backbone.mixers:
+            raise ValueError("settings of experts are given, but no layer has any; name moe in the pattern, too")
 
 
 @dataclass(frozen=True, kw_only=True)
