@@ -8,9 +8,10 @@ Then FOLDER/moe_mamba.md and moe_mamba.png say: loss against steps; how many tim
 loss, compared with each other model for the same loss; how evenly experts are used; and speed, each model alone.
 
 As in the paper a MoE-Mamba has half of Mamba's layers and, between them, as many layers of experts 3 d_model wide; a
-Transformer-MoE attention instead and experts 4 d_model wide. Unlike there, the learning rate stays constant after the
-warm-up, and held-out loss is that of averaged weights: so the loss at each step is that of a run which could have ended
-there, and runs that --seconds cuts short can be compared as far as all of them came.
+Transformer-MoE attention instead and experts 4 d_model wide; with --top-k, experts are narrower by as much. Unlike
+there, the learning rate stays constant after the warm-up, and held-out loss is that of averaged weights: so the loss at
+each step is that of a run which could have ended there, and runs that --seconds cuts short can be compared as far as
+all of them came.
 """
 
 import argparse
@@ -51,6 +52,8 @@ class Setting:
     d_model: int
     n_layer: int
     n_experts: int
+    top_k: int
+    normalise: bool
     batch: int
     context: int
     lr: float
@@ -61,7 +64,8 @@ class Setting:
 
 def build(name: str, s: Setting) -> ByteLM:
     pattern = {"Mamba": ("mamba",), "MoE-Mamba": ("mamba", "moe"), "Transformer-MoE": ("attention", "moe")}[name]
-    moe = MoEConfig(n_experts=s.n_experts, d_expert=(4 if "attention" in pattern else 3) * s.d_model)
+    width = (4 if "attention" in pattern else 3) * s.d_model // s.top_k
+    moe = MoEConfig(n_experts=s.n_experts, top_k=s.top_k, normalise=s.normalise, d_expert=width)
     backbone = BackboneConfig(d_model=s.d_model, n_layer=s.n_layer, pattern=pattern, moe=moe)
     model = ByteLM(LanguageModelConfig(backbone=backbone, vocab_size=VOCAB_SIZE, tie_embeddings=False))
     return model.to(s.device)
@@ -204,8 +208,8 @@ def report(s: Setting, folder: Path, results: list[dict], rates: dict[str, float
     lines = ["# MoE-Mamba, Mamba and Transformer-MoE on bytes", "", *describe(), ""]
     passes, seeds = last * s.batch * s.context / n_bytes, {result["seed"] for result in results}
     lines += [
-        f"d_model {s.d_model}, {s.n_layer} layers, {s.n_experts} experts, top-1, lr {s.lr}; {last} steps of {s.batch} "
-        f"x {s.context} bytes, {passes:.2f} passes over {n_bytes / 1e6:.1f} MB. Bits per byte, means of {len(seeds)} "
+        f"d_model {s.d_model}, {s.n_layer} layers, {s.n_experts} experts, {_choice(s)}, lr {s.lr}; {last} steps of "
+        f"{s.batch} x {s.context} bytes, {passes:.2f} passes over {n_bytes / 1e6:.1f} MB. Bits per byte, means of {len(seeds)} "
         "seeds (smallest to largest). Ratio: the steps of Mamba of the same seed to its own last loss, divided by "
         "those of the model to the same loss.",
         "",
@@ -231,6 +235,10 @@ def report(s: Setting, folder: Path, results: list[dict], rates: dict[str, float
     (folder / "moe_mamba.md").write_text(text)
     print(text)
     plot(folder / "moe_mamba.png", results, of)
+
+
+def _choice(s: Setting) -> str:
+    return f"top-{s.top_k}{', normalised' if s.normalise else ''}"
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -299,6 +307,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, default in (("steps", 2500), ("d-model", 256), ("n-layer", 8), ("n-experts", 32), ("batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--top-k", type=int, default=1)
+    parser.add_argument("--normalise", action="store_true")
     for name, default in (("context", 512), ("warmup", 100), ("every", 50)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -18,6 +18,8 @@ class MoEConfig:
     """Experts of each moe layer."""
     top_k: int = 1
     """Experts that a token goes to: those that its router finds likeliest."""
+    normalise: bool = False
+    """Divide the weights of a token's experts by their sum, as GShard and Mixtral do: for top_k of at least 2."""
     d_expert: int | None = None
     """Inner width of an expert; 3 times the model's width if left out."""
     expert: Expert = "relu"
@@ -35,6 +37,10 @@ class MoEConfig:
             raise ValueError(f"n_experts is {self.n_experts}; it must be at least 1")
         if not 1 <= self.top_k <= self.n_experts:
             raise ValueError(f"top_k is {self.top_k}; it must be between 1 and n_experts, which is {self.n_experts}")
+        if self.normalise and self.top_k == 1:
+            raise ValueError(
+                "normalise is set with top_k 1: its one weight would always be 1, and the router not learn"
+            )
         if self.expert not in get_args(Expert):
             raise ValueError(f"expert is {self.expert!r}; it must be one of {', '.join(get_args(Expert))}")
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:

@@ -1,7 +1,7 @@
 """A mixture of experts by token choice (Switch Transformer, arXiv 2101.03961; in MoE-Mamba, arXiv 2401.04081).
 
     logits = router(x);  p = softmax(logits)                     in float32, over all E experts
-    out    = sum over the top_k experts e of x:  p_e expert_e(x)           the p_e are not made to sum to 1
+    out    = sum over the top_k experts e of x:  p_e expert_e(x)           with `normalise`, of p_e / their sum
     expert_e(x) = act(x in_e) out_e;  for swiglu  (silu(x gate_e) * (x up_e)) out_e,  in_e = (gate_e, up_e)
 
 and, in training, the auxiliary loss of a layer, which `core.aux_loss` collects:
@@ -38,17 +38,17 @@ class Routes(NamedTuple):
 
     logits: Tensor  # (T, E), float32
     probabilities: Tensor  # (T, E), their softmax
-    gates: Tensor  # (T, K): the probabilities of the chosen ones, largest first
+    gates: Tensor  # (T, K): the probabilities of the chosen ones, largest first; normalised, if that is asked for
     experts: Tensor  # (T, K) int64
 
 
 class Router(nn.Module):
     """(T, D) -> Routes, in float32 at least, whatever autocast says."""
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int):
+    def __init__(self, d_model: int, n_experts: int, top_k: int, normalise: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
-        self.top_k = top_k
+        self.top_k, self.normalise = top_k, normalise
 
     def forward(self, x: Tensor) -> Routes:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -59,6 +59,8 @@ class Router(nn.Module):
                 gates, experts = probabilities.max(dim=-1, keepdim=True)
             else:
                 gates, experts = probabilities.topk(self.top_k, dim=-1)
+            if self.normalise:
+                gates = gates / gates.sum(-1, keepdim=True)
         return Routes(logits, probabilities, gates, experts)
 
 
@@ -116,7 +118,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = c = config or MoEConfig()
         width = c.width(d_model)
-        self.router = Router(d_model, c.n_experts, c.top_k)
+        self.router = Router(d_model, c.n_experts, c.top_k, c.normalise)
         self.in_proj = ExpertLinear(c.n_experts, d_model, 2 * width if c.expert == "swiglu" else width)
         self.out_proj = ExpertLinear(c.n_experts, width, d_model)
         self.aux_loss: Tensor | None = None  # of the last forward in training, read by core.aux_loss

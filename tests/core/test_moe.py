@@ -44,7 +44,10 @@ def of_token(module: MoE, x: Tensor) -> Tensor:
     """x (D,) -> (D,), by the formula."""
     p = torch.softmax(module.router.weight @ x, 0)
     y = torch.zeros_like(x)
-    for e in p.argsort(descending=True)[: module.config.top_k]:
+    chosen = p.argsort(descending=True)[: module.config.top_k]
+    if module.config.normalise:
+        p = p / sum(p[e] for e in chosen)
+    for e in chosen:
         inner = x @ module.in_proj.weight[e]
         if module.config.expert == "swiglu":
             gate, up = inner.chunk(2)
@@ -56,9 +59,9 @@ def of_token(module: MoE, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
-@pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_is_its_formula(expert, top_k):
-    module, x = layer(expert=expert, top_k=top_k).double(), inputs(3, 7, 16, dtype=torch.float64)
+@pytest.mark.parametrize(("top_k", "normalise"), [(1, False), (2, False), (2, True), (5, False)])
+def test_is_its_formula(expert, top_k, normalise):
+    module, x = layer(expert=expert, top_k=top_k, normalise=normalise).double(), inputs(3, 7, 16, dtype=torch.float64)
     weights, gradients = inputs(3, 7, 16, dtype=torch.float64) + 1, []
     for run in (module, lambda x: torch.stack([of_token(module, row) for row in x.flatten(0, 1)]).view(x.shape)):
         module.zero_grad()
@@ -332,6 +335,7 @@ def test_initialisation():
         ("top_k is 9; it must be between 1 and n_experts, which is 8", {"top_k": 9, "n_experts": 8}),
         ("top_k is 0; it must be between 1 and n_experts", {"top_k": 0}),
         ("n_experts is 0; it must be at least 1", {"n_experts": 0}),
+        ("normalise is set with top_k 1: its one weight would always be 1", {"normalise": True}),
         ("expert is 'silu'; it must be one of relu, gelu, swiglu", {"expert": "silu"}),
         ("capacity_factor is 0; it must be above 0 and finite, or None", {"capacity_factor": 0}),
         ("balance_weight is -1; it must be a number of at least 0", {"balance_weight": -1}),
