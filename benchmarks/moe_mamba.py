@@ -209,9 +209,9 @@ def report(s: Setting, folder: Path, results: list[dict], rates: dict[str, float
     passes, seeds = last * s.batch * s.context / n_bytes, {result["seed"] for result in results}
     lines += [
         f"d_model {s.d_model}, {s.n_layer} layers, {s.n_experts} experts, {_choice(s)}, lr {s.lr}; {last} steps of "
-        f"{s.batch} x {s.context} bytes, {passes:.2f} passes over {n_bytes / 1e6:.1f} MB. Bits per byte, means of {len(seeds)} "
-        "seeds (smallest to largest). Ratio: the steps of Mamba of the same seed to its own last loss, divided by "
-        "those of the model to the same loss.",
+        f"{s.batch} x {s.context} bytes, {passes:.2f} passes over {n_bytes / 1e6:.1f} MB. Bits per byte, means of "
+        f"{len(seeds)} seeds (smallest to largest). Ratio: the steps of Mamba of the same seed to its own last loss, "
+        "divided by those of the model to the same loss.",
         "",
         "| | parameters, active, millions | held out | ratio | training | ratio | least used expert | bytes/s alone |",
         "|---|---|---|---|---|---|---|---|",
