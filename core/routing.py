@@ -80,15 +80,14 @@ class Routing:
     def __init__(self, model: LanguageModel):
         vocab_size = model.config.vocab_size
         self._tokens: Tensor | None = None  # of the forward that is under way
-        self._sums: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # counts, probabilities, entropy; on the device
+        self._sums: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # counts, on the device; probabilities, entropy
         self._routers: dict[int, Router] = {}
         for name, module in model.named_modules():
             if isinstance(module, MoE) and (found := re.search(r"\blayers\.(\d+)\b", name)):
                 layer, n_experts, device = int(found[1]), module.config.n_experts, module.router.weight.device
                 self._routers[layer] = module.router
                 counts = torch.zeros(vocab_size * n_experts, dtype=torch.int64, device=device)
-                sums = torch.zeros(n_experts + 1, dtype=torch.float64, device=device)
-                self._sums[layer] = counts, sums[:-1], sums[-1:]
+                self._sums[layer] = counts, torch.zeros(n_experts).double(), torch.zeros(()).double()
 
     @property
     def layers(self) -> list[LayerRouting]:
@@ -116,8 +115,8 @@ class Routing:
         pairs = (self._tokens[:, None] * n_experts + routes.experts).flatten()
         counts.index_add_(0, pairs, torch.ones_like(pairs))
         p = routes.probabilities.detach()
-        probability += p.sum(0)
-        entropy -= torch.xlogy(p, p).sum().double() / np.log(2)
+        probability += p.sum(0).cpu()
+        entropy -= torch.xlogy(p, p).sum().cpu() / np.log(2)
 
 
 @contextmanager
