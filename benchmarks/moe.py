@@ -26,7 +26,7 @@ from polymamba.core import MoE, MoEConfig
 N_EXPERTS, D_MODEL, WIDTH = 32, 512, 1536
 N_TOKENS = {"cpu": 1024, "cuda": 16384}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-REPEATS = {"cpu": 5, "cuda": 30}
+REPEATS = {"cpu": 3, "cuda": 30}
 
 
 class LoopOverExperts(nn.Module):
