@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..core.backbone import aux_loss
 from ..core.generation import generate, prefill
+from ..core.moe import parameter_counts
 from ..core.optim import averaged, parameter_groups
 from .config import N_BYTES
 from .model import ByteLM
@@ -59,7 +61,7 @@ def measure_training(model: ByteLM, batch: int, context: int, repeats: int) -> S
         average = averaged(model, 0.99).to(device)
 
         def step() -> None:
-            next_byte_loss(model, windows).backward()
+            (next_byte_loss(model, windows) + aux_loss(model)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -102,11 +104,14 @@ def measure_decode(model: ByteLM, batch: int, repeats: int, moved: int, bandwidt
 def bytes_per_step(model: ByteLM, batch: int, bf16: bool) -> int:
     """What a decoding step has to move at least: weights (2 bytes each in bf16, else as stored), and states twice.
 
-    Of the embedding it reads a row for each sequence, which is not counted.
+    Of the embedding it reads a row for each sequence, which is not counted; of a mixture's experts as many as the
+    sequences can reach.
     """
     tables = () if model.config.tie_embeddings else tuple(model.embedding.parameters())
     weights = [p for p in model.parameters() if not any(p is table for table in tables)]
-    n_weights = sum(p.numel() * (2 if bf16 else p.element_size()) for p in weights)
+    total, active = parameter_counts(model, batch)
+    size = 2 if bf16 else weights[0].element_size()
+    n_weights = (sum(p.numel() for p in weights) - (total - active)) * size
     state = sum(s.numel() * s.element_size() for s in pytree.tree_leaves(model.init_state(1)))
     return n_weights + 2 * batch * state
 

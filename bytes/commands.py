@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from ..core.config import ComputeConfig, SamplingConfig, SpeculationConfig, TrainConfig
-from .config import Dividing, Mixer, Preset, Windows
+from ..core.config import ComputeConfig, MoEConfig, SamplingConfig, SpeculationConfig, TrainConfig
+from .config import Dividing, Mixer, Preset, Windows, preset_config
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
@@ -29,10 +29,13 @@ class Train:
     corpus: Path | None = None
     """Folder for the corpus that is made of the files, which several runs may share; in the run folder if left out."""
     preset: Preset = "tiny"
-    """Size of the model, parameters: tiny 0.5, small 5.6, base 27 million; mambabyte-353m and -972m as in the paper."""
-    pattern: Annotated[tuple[Mixer, ...], arg(metavar="MIXER ...")] = ("mamba",)
-    """What the layers cycle through, of mamba, attention and mlp: `mamba mamba mamba attention` is a hybrid, `attention
-    mlp` a Transformer. The preset gives width and number of layers."""
+    """Size of the model, parameters: tiny 0.5, small 5.6, base 27 million; the others as in their papers: moe-mamba-25m
+    has 542 million, of which 26 are active for a byte."""
+    pattern: Annotated[tuple[Mixer, ...] | None, arg(metavar="MIXER ...")] = None
+    """What the layers cycle through: `mamba mamba mamba attention` is a hybrid, `attention mlp` a Transformer, `mamba
+    moe` MoE-Mamba and `mamba+moe` its parallel form. The preset gives width and number of layers, and, if this is left
+    out, the pattern: mamba, or that of moe-mamba-25m and -100m."""
+    moe: OmitArgPrefixes[MoEConfig] = MoEConfig()
     dropout: float = 0.0
     """On what each layer adds; 0.1 to 0.3 helps where a large model sees few files many times."""
     context: int = 512
@@ -48,10 +51,13 @@ class Train:
         _require_files(self.files)
         if self.context < 1:
             raise ValueError(f"context is {self.context}; it must be at least 1")
-        if not self.pattern:
+        if self.pattern is not None and not self.pattern:
             raise ValueError("pattern is empty; name at least one mixer")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        backbone = preset_config(self.preset, self.dropout, self.pattern, self.moe).backbone
+        if self.moe != MoEConfig() and "moe" not in backbone.mixers:
+            raise ValueError("settings of experts are given, but no layer has any; name moe in the pattern, too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,8 @@ class Eval(_OnFiles):
     """Measure a trained model on files: bits per byte and word perplexity, beside order-0 entropy and xz."""
 
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
-    """Folder to make, for metrics.json and positions.png, bits per byte against the position in the document."""
+    """Folder to make, for metrics.json and positions.png, bits per byte against the position in the document; of a
+    mixture of experts also routing.tsv, routing_bytes.tsv and routing.png: which expert takes how much, and what."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..core.config import BackboneConfig, LanguageModelConfig
+from ..core.config import BackboneConfig, LanguageModelConfig, MoEConfig
 
 # Ids 0 to 255 are the bytes themselves, so that any file can be read and written.
 N_BYTES, LINE_FEED = 256, 10
@@ -15,21 +15,53 @@ PARTS = ("train", "valid", "test")
 
 Windows = Literal["packed", "apart"]  # how training windows are cut: see training.py
 
-Mixer = Literal["mamba", "attention", "mlp"]  # of core's mixers those that do not see what is to be predicted
-Preset = Literal["tiny", "small", "base", "mambabyte-353m", "mambabyte-972m"]
+# Of core's mixers those that do not see what is to be predicted.
+Mixer = Literal["mamba", "attention", "mlp", "moe", "lru", "mamba+moe"]
+Preset = Literal[
+    "tiny",
+    "small",
+    "base",
+    "mambabyte-353m",
+    "mambabyte-972m",
+    "mamba-25m",
+    "mamba-100m",
+    "moe-mamba-25m",
+    "moe-mamba-100m",
+]
 PRESETS = {
     "tiny": BackboneConfig(d_model=128, n_layer=4),
     "small": BackboneConfig(d_model=320, n_layer=8),
     "base": BackboneConfig(d_model=512, n_layer=16),
     "mambabyte-353m": BackboneConfig(d_model=1024, n_layer=53, norm="layer"),  # arXiv 2401.13660, table 1
     "mambabyte-972m": BackboneConfig(d_model=1792, n_layer=48, norm="layer"),
+    "mamba-25m": BackboneConfig(d_model=512, n_layer=16),  # arXiv 2401.04081, table 9
+    "mamba-100m": BackboneConfig(d_model=768, n_layer=32),
+    "moe-mamba-25m": BackboneConfig(d_model=512, n_layer=16, pattern=("mamba", "moe")),
+    "moe-mamba-100m": BackboneConfig(d_model=768, n_layer=32, pattern=("mamba", "moe")),
 }
 
 
-def preset_config(preset: Preset, dropout: float = 0.0, pattern: tuple[Mixer, ...] = ("mamba",)) -> LanguageModelConfig:
-    """The configuration of a `ByteLM` of this size. Embedding and head are not tied, as in MambaByte."""
-    backbone = replace(PRESETS[preset], dropout=dropout, pattern=pattern)
+def preset_config(
+    preset: Preset,
+    dropout: float = 0.0,
+    pattern: tuple[Mixer, ...] | None = None,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 - frozen
+) -> LanguageModelConfig:
+    """The configuration of a `ByteLM` of this size. Embedding and head are not tied, as in MambaByte.
+
+    pattern  None: the preset's own, which most often is ("mamba",)
+    """
+    backbone = PRESETS[preset]
+    backbone = replace(backbone, dropout=dropout, pattern=pattern or backbone.pattern, moe=moe)
     return LanguageModelConfig(backbone=backbone, vocab_size=VOCAB_SIZE, tie_embeddings=False)
+
+
+def name_of(id: int) -> str:
+    """How an id is written in tables and pictures: a visible character of ASCII as it is, others by name or number."""
+    if id == DOCUMENT:
+        return "document"
+    names = {9: "\\t", 10: "\\n", 13: "\\r", 32: "space"}
+    return names.get(id) or (chr(id) if 33 <= id < 127 else f"0x{id:02x}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
         BackboneConfig,
         ComputeConfig,
         LanguageModelConfig,
+        LRUConfig,
+        MoEConfig,
         SamplingConfig,
         SpeculationConfig,
         TrainConfig,
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
     from .generation import collect, generate, load_state, prefill, save_state, select_state
     from .hub import PretrainedModel
     from .language_model import LanguageModel
+    from .lru import LRU, LRUState
     from .mamba import BiMamba, Mamba, MambaState
     from .mlp import MLP
+    from .moe import MoE, parameter_counts
     from .run_folder import RunFolder
     from .speculation import speculate
     from .train import Task, train_model
@@ -36,9 +40,14 @@ _MODULE_OF = {
     "KVCache": "attention",
     "LanguageModel": "language_model",
     "LanguageModelConfig": "config",
+    "LRU": "lru",
+    "LRUConfig": "config",
+    "LRUState": "lru",
     "MLP": "mlp",
     "Mamba": "mamba",
     "MambaState": "mamba",
+    "MoE": "moe",
+    "MoEConfig": "config",
     "PretrainedModel": "hub",
     "RunFolder": "run_folder",
     "SamplingConfig": "config",
@@ -49,6 +58,7 @@ _MODULE_OF = {
     "collect": "generation",
     "generate": "generation",
     "load_state": "generation",
+    "parameter_counts": "moe",
     "prefill": "generation",
     "save_state": "generation",
     "select_state": "generation",
@@ -57,6 +67,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "LRU",
     "MLP",
     "Attention",
     "Backbone",
@@ -66,10 +77,14 @@ __all__ = [
     "ComputeConfig",
     "InputError",
     "KVCache",
+    "LRUConfig",
+    "LRUState",
     "LanguageModel",
     "LanguageModelConfig",
     "Mamba",
     "MambaState",
+    "MoE",
+    "MoEConfig",
     "PretrainedModel",
     "RunFolder",
     "SamplingConfig",
@@ -80,6 +95,7 @@ __all__ = [
     "collect",
     "generate",
     "load_state",
+    "parameter_counts",
     "prefill",
     "save_state",
     "select_state",

@@ -17,12 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention
 from .config import BackboneConfig
+from .lru import LRU
 from .mamba import BiMamba, Mamba
 from .mlp import MLP
-from .norm import NORM_CLASSES
+from .moe import MoE
+from .norm import NORM_CLASSES, AddNoNorm
 from .padding import Padding
+from .parallel import Parallel
 
-State = list[Any]  # one entry a layer: its mixer's NamedTuple of tensors whose first axis is the batch
+State = list[Any]  # one entry a layer: its mixer's NamedTuple of tensors whose first axis is the batch, or several
 
 
 def mixer_of(name: str, c: BackboneConfig) -> nn.Module:
@@ -30,10 +33,16 @@ def mixer_of(name: str, c: BackboneConfig) -> nn.Module:
 
     The last projection, which writes to the residual stream, is called out_proj.
     """
+    if "+" in name:
+        return Parallel(mixer_of(part, c) for part in name.split("+"))
     if name == "attention":
         return Attention(c.d_model, c.heads, c.rope_theta)
     if name == "mlp":
         return MLP(c.d_model, c.ff_width, c.mlp)
+    if name == "moe":
+        return MoE(c.d_model, c.moe)
+    if name == "lru":
+        return LRU(c.d_model, c.lru)
     mamba = {"mamba": Mamba, "bimamba": BiMamba}[name]
     return mamba(c.d_model, c.d_state, c.d_conv, c.expand, dt_rank=c.dt_rank)
 
@@ -74,7 +83,7 @@ class Backbone(nn.Module):
         self.config = config
         names = (config.pattern[i % len(config.pattern)] for i in range(config.n_layer))
         self.layers: Any = nn.ModuleList(Block(config, name) for name in names)
-        self.norm_f = NORM_CLASSES[config.norm](config.d_model, config.norm_eps)
+        self.norm_f = NORM_CLASSES[config.norm](config.d_model, config.norm_eps) if config.final_norm else AddNoNorm()
         self.gradient_checkpointing = False  # trade one more forward for not keeping each block's activations
         self.init_weights()
 
@@ -85,8 +94,9 @@ class Backbone(nn.Module):
         out_proj.weight   divided by sqrt(n_layer): the residual stream's variance then does not grow with depth
                           (GPT-2's scheme)
         """
-        for block in self.layers:
-            block.mixer.out_proj.weight /= math.sqrt(self.config.n_layer)
+        for mixer in self.layers.modules():
+            if hasattr(mixer, "out_proj"):
+                mixer.out_proj.weight /= math.sqrt(self.config.n_layer)
 
     def forward(
         self,

@@ -2,23 +2,96 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-MIXERS = ("mamba", "bimamba", "attention", "mlp")
+MIXERS = ("mamba", "bimamba", "attention", "mlp", "moe", "lru")
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "gelu")
+Expert = Literal["relu", "gelu", "swiglu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixtures of experts, by default MoE-Mamba's; formulas in moe.py. On the command line every field is a flag."""
+
+    n_experts: int = 42
+    """Experts of each moe layer."""
+    top_k: int = 1
+    """Experts that a token goes to: those that its router finds likeliest."""
+    normalise: bool = False
+    """Divide the weights of a token's experts by their sum, as GShard and Mixtral do: for top_k of at least 2."""
+    d_expert: int | None = None
+    """Inner width of an expert; 3 times the model's width if left out."""
+    expert: Expert = "relu"
+    """What stands between an expert's two matrices; swiglu has a third one, which gates."""
+    capacity_factor: float | None = None
+    """In training, an expert takes at most so many times its even share of a batch's tokens, the first ones, and what
+    comes later passes it by; no limit if left out. Never in evaluation."""
+    balance_weight: float = 0.01
+    """Of the load-balancing loss, which is 1 (times top_k) where all experts get equally many tokens."""
+    z_weight: float = 0.0
+    """Of the router's z-loss, which keeps its logits small; 0.001 is usual."""
+
+    def __post_init__(self) -> None:
+        if self.n_experts < 1:
+            raise ValueError(f"n_experts is {self.n_experts}; it must be at least 1")
+        if not 1 <= self.top_k <= self.n_experts:
+            raise ValueError(f"top_k is {self.top_k}; it must be between 1 and n_experts, which is {self.n_experts}")
+        if self.normalise and self.top_k == 1:
+            raise ValueError(
+                "normalise is set with top_k 1: its one weight would always be 1, and the router not learn"
+            )
+        if self.expert not in get_args(Expert):
+            raise ValueError(f"expert is {self.expert!r}; it must be one of {', '.join(get_args(Expert))}")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(
+                f"capacity_factor is {self.capacity_factor}; it must be above 0 and finite, or None for no limit"
+            )
+        for name in ("balance_weight", "z_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number of at least 0")
+
+    def width(self, d_model: int) -> int:
+        """Inner width of an expert. Raises ValueError for widths that a grouped matrix product cannot take."""
+        width = 3 * d_model if self.d_expert is None else self.d_expert
+        for name, value in (("d_model", d_model), ("d_expert", width)):
+            if value < 1 or value % 8:
+                raise ValueError(
+                    f"{name} is {value}; of a moe layer it must be a multiple of 8: the grouped matrix product reads "
+                    "rows of whole 16 bytes"
+                )
+        return width
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRUConfig:
+    """Where the eigenvalues of an lru layer begin: in a ring of the complex plane (arXiv 2303.06349, section 3)."""
+
+    n_states: int | None = None  # complex states of a layer; None: as many as d_model
+    r_min: float = 0.0  # the ring's radii: near 1 remembers long
+    r_max: float = 1.0
+    max_phase: float = 2 * math.pi  # the largest angle: a small one (pi / 10) suits very long sequences
+
+    def __post_init__(self) -> None:
+        if self.n_states is not None and self.n_states < 1:
+            raise ValueError(f"n_states is {self.n_states}; it must be at least 1, or None for d_model")
+        if not 0 <= self.r_min < self.r_max <= 1:
+            raise ValueError(f"r_min is {self.r_min}, r_max {self.r_max}; it must be 0 <= r_min < r_max <= 1")
+        if not 0 < self.max_phase <= 2 * math.pi:
+            raise ValueError(f"max_phase is {self.max_phase}; it must be above 0 and at most 2 pi")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """Shape of a stack of residual blocks around mixers.
 
-    ("mamba",) is Mamba, ("attention", "mlp") a Transformer, ("mamba", "mamba", "mamba", "attention") a hybrid.
+    ("mamba",) is Mamba, ("attention", "mlp") a Transformer, ("mamba", "mamba", "mamba", "attention") a hybrid,
+    ("mamba", "moe") MoE-Mamba, ("mamba+moe",) its parallel form: a layer that adds what both make of the same input.
     """
 
     d_model: int
     n_layer: int
-    pattern: tuple[str, ...] = ("mamba",)  # layers cycle through it; each entry one of MIXERS
+    pattern: tuple[str, ...] = ("mamba",)  # layers cycle through it; each entry one of MIXERS, or several joined by +
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2  # inner width / d_model
@@ -27,16 +100,20 @@ class BackboneConfig:
     rope_theta: float | None = 10000.0  # the base of attention's rotary positions (RoPE); None: no positions (NoPE)
     mlp: str = "swiglu"  # one of MLPS
     d_ff: int | None = None  # inner width of mlp; None: 4 d_model for gelu, as many parameters for swiglu
+    moe: MoEConfig = MoEConfig()
+    lru: LRUConfig = LRUConfig()
     dropout: float = 0.0  # on what each mixer adds to the residual stream
     norm: str = "rms"  # one of NORMS: RMSNorm, or LayerNorm with a bias
     norm_eps: float = 1e-5
+    final_norm: bool = True  # one more norm, after the last block
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", tuple(self.pattern))  # JSON gives a list
-        unknown = [name for name in self.pattern if name not in MIXERS]
+        unknown = [name for entry in self.pattern for name in entry.split("+") if name not in MIXERS]
         if unknown or not self.pattern:
             raise ValueError(
-                f"pattern {self.pattern} names {unknown or 'nothing'}; its entries are {', '.join(MIXERS)}"
+                f"pattern {self.pattern} names {unknown or 'nothing'}; its entries are {', '.join(MIXERS)}, or several "
+                "of them joined by +"
             )
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; it must be one of {', '.join(NORMS)}")
@@ -52,7 +129,9 @@ class BackboneConfig:
             raise ValueError(
                 f"rope_theta is {self.rope_theta}; it must be above 0 and finite, or None for no positions"
             )
-        if "attention" in self.pattern:
+        if "moe" in self.mixers:
+            self.moe.width(self.d_model)
+        if "attention" in self.mixers:
             if self.d_model % self.heads:
                 raise ValueError(f"n_heads is {self.heads}; it must divide d_model, which is {self.d_model}")
             if self.rope_theta is not None and self.d_model // self.heads % 2:
@@ -60,6 +139,11 @@ class BackboneConfig:
                     f"n_heads is {self.heads}: of d_model {self.d_model} each head has {self.d_model // self.heads} "
                     "channels, and RoPE needs an even number; choose other n_heads, or rope_theta None"
                 )
+
+    @property
+    def mixers(self) -> set[str]:
+        """The mixers that occur in the pattern."""
+        return {name for entry in self.pattern for name in entry.split("+")}
 
     @property
     def d_inner(self) -> int:
@@ -84,7 +168,7 @@ class BackboneConfig:
 
     @property
     def bidirectional(self) -> bool:
-        return "bimamba" in self.pattern
+        return "bimamba" in self.mixers
 
 
 @dataclass(frozen=True, kw_only=True)

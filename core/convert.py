@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import BackboneConfig, LanguageModelConfig
+from .config import BackboneConfig, Expert, LanguageModelConfig, MoEConfig
 from .errors import InputError
 from .language_model import LanguageModel
 
@@ -61,6 +61,82 @@ def from_hf_mamba(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -
     tied = config.get("tie_word_embeddings", True)
     lm = LanguageModelConfig(backbone=backbone, vocab_size=config["vocab_size"], tie_embeddings=tied)
     return _load(LanguageModel(lm), state_dict, lambda key: re.sub(r"^backbone\.embeddings\.", "embedding.", key))
+
+
+def from_moe_mamba(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> LanguageModel:
+    """MoE-Mamba (llm-random/llm-random): blocks of Mamba and token-choice experts, without a final norm.
+
+    `config` holds vocab_size and `args`, the training arguments that shape the model, by their names there.
+    """
+    args = config["args"]
+    mixers = {"mamba": "mamba", "feedforward": "moe"}
+    modules = tuple(args["block_modules"])
+    allowed = 0 < len(modules) == len(set(modules)) and set(modules) <= mixers.keys()
+    _require(allowed, f"block_modules is {list(modules)}; supported are {', '.join(mixers)}")
+    for name, supported in (
+        ("ff_mode", "token_choice"),
+        ("mamba_mode", "vanilla"),
+        ("residual_mode", "pre_norm"),
+        ("norm_class", "layer_norm"),
+        ("get_router_values_from", "weights"),
+        ("moe_values_exp", "1.0"),
+    ):
+        _require(str(args.get(name, supported)) == supported, f"{name} is {args.get(name)!r}, not {supported!r}")
+    experts: dict[str, Expert] = {"ff relu": "relu", "ff gelu": "gelu", "ff_gated silu": "swiglu"}
+    kind = f"{args.get('moe_inner_expert', 'ff')} {args.get('activation_type', 'relu')}"
+    _require(kind in experts, f"moe_inner_expert, activation_type are {kind}; supported are {', '.join(experts)}")
+    moe = MoEConfig(
+        n_experts=args["n_experts"],
+        top_k=args["routing_top_k"],
+        d_expert=args["expert_size"],
+        expert=experts[kind],
+        capacity_factor=args["capacity_factor"],
+        balance_weight=args["load_balancing_loss_weight"],
+        z_weight=args["zloss_weight"],
+    )
+    expand = args["mamba_expansion"]
+    _require(expand == int(expand), f"mamba_expansion is {expand}; only whole numbers are supported")
+    backbone = BackboneConfig(
+        d_model=args["dmodel"],
+        n_layer=args["n_blocks"] * len(modules),
+        pattern=tuple(mixers[name] for name in modules),
+        expand=int(expand),
+        moe=moe,
+        norm="layer",
+        final_norm=False,
+    )
+    lm = LanguageModelConfig(backbone=backbone, vocab_size=config["vocab_size"], tie_embeddings=False)
+
+    def rename(key: str) -> str:
+        found = re.fullmatch(r"encoder\.blocks\.block_(\d+)\.block\.residual_(\w+)\.layer\.(\w+)\.(.+)", key)
+        if found is None or found[2] not in modules:
+            return _OF_MOE_MAMBA.get(key, key)
+        layer = f"backbone.layers.{int(found[1]) * len(modules) + modules.index(found[2])}"
+        part = "norm" if found[3] == "pre_norm" else "mixer"
+        return f"{layer}.{part}.{_OF_MOE_MAMBA.get(found[4], found[4])}"
+
+    return _load(LanguageModel(lm), _in_our_layout(state_dict), rename)
+
+
+_OF_MOE_MAMBA = {
+    "embedding_layer.layers.0.weight": "embedding.weight",
+    "head.weight": "lm_head.weight",
+    "gating.gate": "router.weight",
+    "expert_inner_function.lin1_weight": "in_proj.weight",
+    "expert_inner_function.lin2_weight": "out_proj.weight",
+}
+
+
+def _in_our_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MoE-Mamba's tensors with the router's weight (experts, d_model), and with gate and up of an expert in one."""
+    tensors = dict(state_dict)
+    for key, tensor in state_dict.items():
+        if key.endswith(".gating.gate"):
+            tensors[key] = tensor.T
+        up = key.replace(".gate_weight", ".lin1_weight")
+        if up != key and up in state_dict:
+            tensors[up] = torch.cat((tensors.pop(key), state_dict[up]), -1)
+    return tensors
 
 
 def _same(state_dict: Mapping[str, Tensor], one: str, other: str) -> bool:

@@ -34,4 +34,14 @@ class AddLayerNorm(AddRMSNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, residual=stream, backend=backend)
 
 
+class AddNoNorm(nn.Module):
+    """The sum alone: what stands last in a backbone without a final norm."""
+
+    def forward(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = x if stream is None else stream + x
+        return total.to(x.dtype), total
+
+    step = forward
+
+
 NORM_CLASSES = {"rms": AddRMSNorm, "layer": AddLayerNorm}

@@ -33,6 +33,11 @@ class Padding(NamedTuple):
         starts = torch.stack((row_start, row_start + first, row_start + first + n_real), dim=1).flatten()
         return cls(first, n_real, torch.cat((starts, starts.new_full((1,), batch * length))).to(torch.int32))
 
+    def real(self, length: int) -> Tensor:
+        """The mask: bool (B, L), True = real token."""
+        places = torch.arange(length, device=self.first.device)
+        return (places >= self.first[:, None]) & (places < (self.first + self.n_real)[:, None])
+
     def moved_left(self, x: Tensor) -> Tensor:
         """x (B, L, D) with the real tokens of each row at its beginning; what stood before them comes last."""
         return _rolled(x, self.first)

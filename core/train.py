@@ -71,7 +71,7 @@ class _Position:
     step: int = 0
     best_score: float = -math.inf
     best_epoch: int = -1
-    loss_sum: float = 0.0  # of this epoch's steps so far
+    loss_sum: float = 0.0  # of this epoch's steps so far, without auxiliary losses
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)  # of the best epoch
 
@@ -212,21 +212,26 @@ class _Trainer:
             raise KeyboardInterrupt(f"step {self.position.step} is saved; the same command with --resume goes on")
 
     def step(self, batches: list[Any], progress: float) -> Tensor:
-        """One optimizer step over the accumulated batches. Returns the mean loss, still on the device."""
+        """One optimizer step over the accumulated batches.
+
+        Returns the mean loss and the mean of the model's auxiliary losses, (2,), still on the device.
+        """
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * warmup_cosine(progress, self.config.warmup)
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros(2, device=self.accelerator.device)
         for i, batch in enumerate(batches):
             batch = send_to_device(batch, self.accelerator.device)
             with self.accelerator.autocast():
-                loss = (self.task.loss(self.model, batch) + aux_loss(self.model)) / len(batches)
+                loss = self.task.loss(self.model, batch)
+                parts = torch.stack((loss, loss.new_zeros(()) + aux_loss(self.model))) / len(batches)
+                loss = parts.sum()
             if i + 1 < len(batches):
                 with self.accelerator.no_sync(self.model):
                     self.accelerator.backward(loss)
             else:
                 self.accelerator.backward(loss)
-            total += loss.detach()
+            total += parts.detach()
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -244,12 +249,14 @@ class _Trainer:
     # What is left behind
 
     def log_losses(self, recent: list[Tensor], progress: float) -> None:
-        losses = torch.stack(recent).tolist()
-        if not all(map(math.isfinite, losses)):
+        losses, auxiliary = torch.stack(recent).T.tolist()
+        if not all(map(math.isfinite, losses + auxiliary)):
             raise InputError(f"the loss is not finite at step {self.position.step}; try a lower --lr")
         self.position.loss_sum += math.fsum(losses)
-        lr = self.config.lr * warmup_cosine(progress, self.config.warmup)
-        self.log({"train_loss": math.fsum(losses) / len(losses), "lr": lr})
+        figures = {"train_loss": math.fsum(losses) / len(losses)}
+        if any(auxiliary):
+            figures["aux_loss"] = math.fsum(auxiliary) / len(auxiliary)
+        self.log({**figures, "lr": self.config.lr * warmup_cosine(progress, self.config.warmup)})
 
     def finish_epoch(self, metrics: dict[str, float], train_loss: float, began: float) -> None:
         position, score = self.position, self.task.score(metrics)

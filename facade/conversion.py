@@ -20,6 +20,7 @@ from polymamba.flags import Convert
 KINDS = {
     "mamba-ssm": "polymamba.core.convert:from_mamba_ssm",
     "hf-mamba": "polymamba.core.convert:from_hf_mamba",
+    "moe-mamba": "polymamba.core.convert:from_moe_mamba",
     "mambabyte": "polymamba.bytes.model:from_mambabyte",
 }
 

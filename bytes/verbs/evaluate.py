@@ -14,7 +14,7 @@ from ..documents import Documents, find_files, whole_files
 from ..evaluation import perplexity
 from ..model import ByteLM
 from ..noise import TABLE, spoil
-from .common import load_causal_model, measure, report
+from .common import load_causal_model, measure, measure_routing, report
 
 
 def evaluate(args: Eval) -> None:
@@ -23,12 +23,12 @@ def evaluate(args: Eval) -> None:
         require_new_folder(args.output)
     documents = _documents(args.files)
     model = load_causal_model(args.run, args.compute)
-    result = measure(model, documents, args.compute, "eval", args.chunk)
+    result, routing = measure_routing(model, documents, args.compute, "eval", args.chunk)
     if args.output is None:
-        report(None, result, documents)
+        report(None, result, documents, routing)
         return
     with new_folder(args.output) as beside:
-        report(beside, result, documents)
+        report(beside, result, documents, routing)
 
 
 def noise(args: Noise) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ...core.moe import parameter_counts
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.train import pick_device, train_model, uses_bf16
@@ -14,7 +15,7 @@ from ..corpus import describe, divide, open_corpus, write_splits_tsv
 from ..documents import find_files
 from ..model import ByteLM
 from ..training import TrainBytes
-from .common import load_causal_model, measure, report
+from .common import load_causal_model, measure_routing, report
 
 
 def train(args: Train) -> None:
@@ -27,10 +28,11 @@ def train(args: Train) -> None:
     write_splits_tsv(run / "splits.tsv", pieces)
     corpus = open_corpus(args.corpus or run / "corpus", pieces)
 
-    model = ByteLM(preset_config(args.preset, args.dropout, args.pattern))
+    model = ByteLM(preset_config(args.preset, args.dropout, args.pattern, args.moe))
     task = TrainBytes(corpus["train"], corpus["valid"], args.train, args.context, args.compute.seed, args.windows)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    say(f"model {args.preset}: {n_parameters:,} parameters; training on {pick_device(args.compute)}")
+    total, active = parameter_counts(model)
+    size = f"{total:,} parameters" + (f", {active:,} active for a byte" if active < total else "")
+    say(f"model {args.preset}: {size}; training on {pick_device(args.compute)}")
     if task.context < args.context:
         say(f"the training documents are shorter than a window: windows of {task.context} bytes")
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
@@ -39,16 +41,18 @@ def train(args: Train) -> None:
         say("no test part: nothing is held out to measure the model on")
         return
     model = load_causal_model(run.path, args.compute)  # the best epoch's
-    result = measure(model, corpus["test"], args.compute, "test")
-    report(run.path, result, corpus["test"])
+    result, routing = measure_routing(model, corpus["test"], args.compute, "test")
+    report(run.path, result, corpus["test"], routing)
 
 
 def _settings(args: Train) -> dict[str, Any]:
     """What determines the result, beside the files."""
     device = pick_device(args.compute)
+    backbone = preset_config(args.preset, args.dropout, args.pattern, args.moe).backbone
     return {
         "preset": args.preset,
-        "pattern": list(args.pattern),
+        "pattern": list(backbone.pattern),
+        **({"moe": asdict(backbone.moe)} if "moe" in backbone.mixers else {}),
         "dropout": args.dropout,
         "context": args.context,
         "windows": args.windows,

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from polymamba.bytes import bench
+from polymamba.bytes import ByteLM, bench
 from polymamba.bytes.verbs.bench import COLUMNS
 from polymamba.cli import main
+from polymamba.core import BackboneConfig, LanguageModelConfig, MoEConfig
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,15 @@ def test_what_a_decoding_step_moves(model):
     state = 2 * 4 * (32 * 3 + 32 * 4)  # float32: the convolution's last 3 inputs, and 4 states, of each channel
     assert bench.bytes_per_step(model, 1, bf16=False) == 4 * weights + 2 * state
     assert bench.bytes_per_step(model, 7, bf16=True) == 2 * weights + 2 * 7 * state
+
+
+def test_limit_of_a_mixture_of_experts():
+    moe = MoEConfig(n_experts=5, d_expert=24)
+    backbone = BackboneConfig(d_model=16, n_layer=1, pattern=("moe",), moe=moe)
+    model = ByteLM(LanguageModelConfig(backbone=backbone, vocab_size=320, tie_embeddings=False))
+    rest, expert = 5 * 16 + 16 + 16 + 320 * 16, 2 * 16 * 24  # router, two norms, head
+    read = [bench.bytes_per_step(model, batch, bf16=False) / 4 - rest for batch in (1, 3, 64)]
+    assert read == [expert, 3 * expert, 5 * expert]
 
 
 def test_training_leaves_the_model_as_it_was(model):

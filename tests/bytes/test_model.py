@@ -9,7 +9,7 @@ import polymamba
 from polymamba.bytes import ByteLM, preset_config
 from polymamba.bytes.config import DOCUMENT, N_IDS, VOCAB_SIZE
 from polymamba.cli import main
-from polymamba.core import BackboneConfig, InputError, LanguageModel, LanguageModelConfig
+from polymamba.core import BackboneConfig, InputError, LanguageModel, LanguageModelConfig, parameter_counts
 from polymamba.core.config import SamplingConfig
 from polymamba.core.generation import collect, generate
 
@@ -21,6 +21,17 @@ def test_published_sizes(preset, millions):
         backbone = ByteLM(preset_config(preset)).backbone
     n_parameters = sum(p.numel() for p in backbone.parameters())
     assert n_parameters / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"),
+    [("mamba-25m", 27, 27), ("mamba-100m", 121, 121), ("moe-mamba-25m", 542, 26), ("moe-mamba-100m", 2439, 117)],
+)
+def test_published_sizes_of_moe_mamba(preset, total, active):
+    """Parameters outside embedding and head in whole millions, as arXiv 2401.04081, table 9, counts."""
+    with torch.device("meta"):
+        counts = parameter_counts(ByteLM(preset_config(preset)).backbone)
+    assert [round(n / 1e6) for n in counts] == [total, active]
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 0.5), ("small", 5.6), ("base", 27)])

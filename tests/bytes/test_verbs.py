@@ -61,6 +61,46 @@ def test_a_hybrid(texts, tmp_path, capsys):
     assert capsys.readouterr().out
 
 
+def test_a_mixture_of_experts(texts, tmp_path, capsys):
+    run, pattern = tmp_path / "run", ["mamba", "moe"]
+    experts = ["--n-experts", "4", "--top-k", "2", "--d-expert", "16", "--balance-weight", "0.5"]
+    words = ["bytes", "train", str(texts), "-o", str(run), *FAST, "--pattern", *pattern, *experts]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    total, active = re.search(r"model tiny: ([\d,]+) parameters, ([\d,]+) active for a byte;", err).groups()
+    idle = 2 * 2 * (2 * 128 * 16)  # layers, experts that a byte does not reach, their weights
+    assert int(total.replace(",", "")) - int(active.replace(",", "")) == idle
+    assert "least_used_expert" in out
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = [(r["train_loss"], r["aux_loss"]) for r in log if "train_loss" in r]
+    assert losses
+    assert all(0.95 <= aux / (2 * 0.5 * 2) < 4 for _, aux in losses), "of two layers, top_k each where balanced"
+    settings = json.loads((run / "manifest.json").read_text())["settings"]
+    assert settings["moe"]["n_experts"] == 4
+    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--resume", "--n-experts", "5"]) == 1
+    assert "cannot resume: setting moe" in capsys.readouterr().err
+
+    rows = [line.split("\t") for line in (run / "splits.tsv").read_text().splitlines()[1:]]
+    files = [row[0] for row in rows if row[1] == "test"]
+    assert main(["bytes", "eval", str(run), *files, "-o", str(tmp_path / "e"), "--chunk", "50", "--device", "cpu"]) == 0
+    summaries = json.loads((tmp_path / "e" / "metrics.json").read_text())["routing"]
+    assert [summary["layer"] for summary in summaries] == [1, 3]
+    n_read = sum(len(Path(file).read_bytes()) + 1 for file in files)  # a document's mark is routed, too
+    by_expert = [line.split("\t") for line in (tmp_path / "e" / "routing.tsv").read_text().splitlines()]
+    assert sum(int(row[2]) for row in by_expert[1:]) == 2 * 2 * n_read
+    by_byte = [line.split("\t") for line in (tmp_path / "e" / "routing_bytes.tsv").read_text().splitlines()]
+    wanted = b"".join(Path(file).read_bytes() for file in files).count(b"b")
+    assert [int(row[3]) for row in by_byte[1:] if row[2] == "b"] == [2 * wanted] * 2
+    assert (tmp_path / "e" / "routing.png").stat().st_size > 1000
+    assert main(["bytes", "generate", str(run), "--prompt", "7 bot", "--max-new-bytes", "5", "--device", "cpu"]) == 0
+
+
+def test_no_routing_without_experts(run):
+    assert not list(run.glob("routing*"))
+    assert "routing" not in json.loads((run / "metrics.json").read_text())
+
+
 def test_eval_of_the_test_part_is_what_train_said(run, tmp_path, capsys):
     rows = [line.split("\t") for line in (run / "splits.tsv").read_text().splitlines()[1:]]
     files = [row[0] for row in rows if row[1] == "test"]
@@ -202,6 +242,10 @@ def test_no_figures_of_a_model_that_sees_the_future(error, run, texts, tmp_path,
         ["train", "f", "-o", "x", "--dropout", "1"],
         ["train", "f", "-o", "x", "--valid-fraction", "0"],
         ["train", "f", "-o", "x", "--preset", "huge"],
+        ["train", "f", "-o", "x", "--pattern", "bimamba"],
+        ["train", "f", "-o", "x", "--n-experts", "4"],
+        ["train", "f", "-o", "x", "--pattern", "mamba", "moe", "--n-experts", "2", "--top-k", "3"],
+        ["train", "f", "-o", "x", "--pattern", "mamba+moe", "--d-expert", "20"],
         ["eval", "run"],
         ["eval", "run", "f", "--chunk", "0"],
         ["generate", "run", "--max-new-bytes", "0"],

@@ -1,14 +1,16 @@
 """Official checkpoints through polymamba.convert against what the official code computed (tests/golden)."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import polymamba
-from polymamba.core import InputError
+from polymamba.core import InputError, aux_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS = {"mamba1_lm": "mamba-ssm", "mamba_hf": "hf-mamba"}
@@ -138,3 +140,92 @@ def test_report_of_what_does_not_fit():
         polymamba.convert("gpt", weights, config)
     with pytest.raises(InputError, match="Mamba2"):
         polymamba.convert("mamba-ssm", weights, {**config, "ssm_cfg": {"layer": "Mamba2"}})
+
+
+# MoE-Mamba: its golden's loss is the training loss, auxiliary losses included
+
+OF_BLOCK = {"residual_mamba": 0, "residual_feedforward": 1}
+OF_PART = {
+    "pre_norm.weight": "norm.weight",
+    "mamba.": "mixer.",
+    "feedforward.gating.gate": "mixer.router.weight",
+    "feedforward.expert_inner_function.lin1_weight": "mixer.in_proj.weight",
+}
+
+
+def moe_mamba():
+    config, weights, io = load("moe_mamba")
+    return polymamba.convert("moe-mamba", weights, config), io
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("dtype", "prefix", "tolerance"), [(torch.float32, "out", 2e-5), (torch.float64, "out64", 1e-9)]
+)
+def test_moe_mamba_logits(dtype, prefix, tolerance):
+    model, io = moe_mamba()
+    model = model.to(dtype)
+    logits, state = model(io["input_ids"], return_state=True)
+    assert_close("logits", logits, io[f"{prefix}.logits"], tolerance)
+    state = model.init_state(2)
+    steps = [model.step(io["input_ids"][:, t], state) for t in range(24)]
+    assert_close("steps", torch.stack(steps, 1), io[f"{prefix}.logits"], tolerance)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-9)])
+def test_moe_mamba_gradients(dtype, tolerance, gradient_checkpointing):
+    model, io = moe_mamba()
+    model = model.to(dtype).train()
+    model.backbone.gradient_checkpointing = gradient_checkpointing
+    loss = F.cross_entropy(model(io["input_ids"]).flatten(0, 1), io["target_ids"].flatten())
+    assert_close("cross-entropy", loss, io["ce64"][0], tolerance)
+    assert_close("balance", aux_loss(model), io["out64.lb_loss"][0], 1e-6)  # the official sums are in float32
+    loss = loss + aux_loss(model)
+    assert_close("loss", loss, io["loss64"][0], max(tolerance, 1e-8))
+    loss.backward()
+    names = [key for key in io if key.startswith("grad64.")]
+    assert len(names) == 6
+    for key in names:
+        name = key.removeprefix("grad64.")
+        if name == "embedding_layer.layers.0.weight":
+            gradient = model.embedding.weight.grad
+        else:
+            block, half, part = re.fullmatch(r"encoder\.blocks\.block_(\d)\.block\.(\w+)\.layer\.(.+)", name).groups()
+            for theirs, ours in OF_PART.items():
+                part = part.replace(theirs, ours)
+            gradient = model.backbone.layers[2 * int(block) + OF_BLOCK[half]].get_parameter(part).grad
+            gradient = gradient.T if "router" in part else gradient
+        assert_close(name, gradient, io[key], tolerance)
+
+
+def test_moe_mamba_with_gated_experts():
+    """llm-random's ff_gated: activation(x gate) (x lin1), whose two matrices are one of ours."""
+    config, weights, _ = load("moe_mamba")
+    args = {**config["args"], "moe_inner_expert": "ff_gated", "activation_type": "silu"}
+    prefix = "encoder.blocks.block_{}.block.residual_feedforward.layer.feedforward.expert_inner_function."
+    gates = {f"{prefix.format(i)}gate_weight": torch.randn(4, 32, 40) for i in range(2)}
+    model = polymamba.convert("moe-mamba", {**weights, **gates}, {**config, "args": args})
+    for i, (key, gate) in enumerate(gates.items()):
+        in_proj = model.backbone.layers[2 * i + 1].mixer.in_proj.weight
+        assert torch.equal(in_proj[..., :40], gate)
+        assert torch.equal(in_proj[..., 40:], weights[key.replace("gate_weight", "lin1_weight")])
+    with pytest.raises(InputError, match=r"lin1_weight is \(4, 32, 80\), not \(4, 32, 40\)"):
+        polymamba.convert("moe-mamba", {**weights, **gates}, config)
+
+
+def test_moe_mamba_that_is_not_supported():
+    config, weights, _ = load("moe_mamba")
+    for change, message in (
+        ({"norm_class": "rms_norm"}, "norm_class is 'rms_norm', not 'layer_norm'"),
+        ({"ff_mode": "expert_choice"}, "ff_mode is 'expert_choice', not 'token_choice'"),
+        ({"block_modules": ["mamba", "attention"]}, "supported are mamba, feedforward"),
+        ({"block_modules": ["mamba", "mamba"]}, "supported are mamba, feedforward"),
+        ({"mamba_expansion": 1.5}, "mamba_expansion is 1.5"),
+        ({"activation_type": "silu"}, "are ff silu; supported are ff relu"),
+        ({"n_blocks": 3}, "no tensor for backbone.layers.4.mixer.A_log"),
+    ):
+        with pytest.raises(InputError, match=message):
+            polymamba.convert("moe-mamba", weights, {**config, "args": {**config["args"], **change}})
+    with pytest.raises(InputError, match="the moe-mamba config has no 'args'"):
+        polymamba.convert("moe-mamba", weights, {"vocab_size": 67})

@@ -49,10 +49,10 @@ def test_golden_decode(golden):
     close(state[2].ssm, io["out.decode_p5.ssm_state_final.2"])
 
 
-HYBRID = ("mamba", "attention", "mlp")
+HYBRID, OTHERS = ("mamba", "attention", "mlp"), ("mamba", "moe", "lru")
 
 
-@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",), HYBRID])
+@pytest.mark.parametrize("pattern", [("mamba",), ("bimamba",), HYBRID, OTHERS])
 def test_compiles_in_one_graph(pattern):
     torch.compiler.reset()  # it compiles the same code for so many models only
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_compiles_in_one_graph(pattern):
         close(ours, truth, 1e-4)
 
 
-@pytest.mark.parametrize("pattern", [("mamba",), HYBRID])
+@pytest.mark.parametrize("pattern", [("mamba",), HYBRID, ("lru",)])
 def test_padding_and_bf16(pattern):
     torch.manual_seed(0)
     model = Backbone(BackboneConfig(d_model=64, n_layer=3, n_heads=2, pattern=pattern)).cuda()
@@ -85,10 +85,13 @@ def test_padding_and_bf16(pattern):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bf16", [False, True])
-def test_hybrid_in_pieces_and_steps(bf16):
+@pytest.mark.parametrize(
+    ("pattern", "bf16"),
+    [(HYBRID, False), (HYBRID, True), (OTHERS, False), (("mamba+moe",), False)],  # in bf16 a token may go elsewhere
+)
+def test_hybrid_in_pieces_and_steps(pattern, bf16):
     torch.manual_seed(0)
-    model = Backbone(BackboneConfig(d_model=64, n_layer=3, n_heads=2, pattern=HYBRID)).cuda()
+    model = Backbone(BackboneConfig(d_model=64, n_layer=3, n_heads=2, pattern=pattern)).cuda()
     x = torch.randn(3, 90, 64, device="cuda")
     whole, tolerance = model(x), 5e-2 if bf16 else 2e-5
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):

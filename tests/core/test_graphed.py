@@ -9,7 +9,7 @@ from polymamba.core.errors import InputError
 from polymamba.core.generation import collect, generate, prefill
 
 pytestmark = pytest.mark.gpu
-PATTERNS = [("mamba",), ("mamba", "attention", "mlp")]
+PATTERNS = [("mamba",), ("mamba", "attention", "mlp"), ("mamba", "moe", "lru")]
 CONFIGS = [
     SamplingConfig(temperature=0),
     SamplingConfig(),
@@ -41,7 +41,7 @@ def both(monkeypatch, model, *args, **options):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["greedy", "plain", "filtered", "penalised"])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=["mamba", "hybrid"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["mamba", "hybrid", "others"])
 def test_same_tokens(pattern, config, monkeypatch):
     """More tokens than there are uniform numbers in a block; sequences that stop at different times."""
     model = model_of(pattern)

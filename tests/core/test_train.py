@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from polymamba.core import BackboneConfig, ComputeConfig, InputError, LanguageModel, LanguageModelConfig, TrainConfig
+from polymamba.core import (
+    BackboneConfig,
+    ComputeConfig,
+    InputError,
+    LanguageModel,
+    LanguageModelConfig,
+    MoEConfig,
+    TrainConfig,
+)
 from polymamba.core.optim import parameter_groups, warmup_cosine
 from polymamba.core.run_folder import RunFolder
 from polymamba.core.train import Task, train_model
@@ -88,6 +96,23 @@ def test_resumes_to_the_same_bits(tmp_path, broken_at, workers):
         return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
     assert figures("whole") == figures("broken")
+
+
+def test_auxiliary_losses_are_trained_on_and_logged_by_themselves(tmp_path):
+    """A balance loss so heavy that it alone moves the routers; accumulated batches count once each."""
+    torch.manual_seed(2)
+    moe = MoEConfig(n_experts=4, d_expert=8, balance_weight=100.0)
+    backbone = BackboneConfig(d_model=16, n_layer=4, d_state=4, pattern=("mamba", "moe"), moe=moe)
+    net = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=7))
+    for block in net.backbone.layers[1::2]:
+        block.mixer.router.weight.data.mul_(30)  # far from balance
+    config = TrainConfig(epochs=8, lr=2e-2, accumulation=2, gradient_checkpointing=True)
+    train_model(net, CountUp(n_batches=20), config, CPU, RunFolder(tmp_path / "run", {}, []), resume=False)
+    log = RunFolder(tmp_path / "run", {}, [], resume=True).read_log()
+    auxiliary = [record["aux_loss"] for record in log if "aux_loss" in record]
+    assert auxiliary[0] > 240
+    assert 200 <= auxiliary[-1] < 210  # 1 of each of two layers, times the weight, where all is balanced
+    assert all(record["train_loss"] < 3 for record in log if "train_loss" in record)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
