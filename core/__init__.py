@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from .generation import collect, generate, load_state, prefill, save_state, select_state
     from .hub import PretrainedModel
     from .language_model import LanguageModel
+    from .lti import LTIState
     from .mamba import BiMamba, Mamba, MambaState
     from .mlp import MLP
     from .run_folder import RunFolder
+    from .s4 import S4
+    from .s4d import S4D
     from .speculation import speculate
     from .train import Task, train_model
 
@@ -36,11 +39,14 @@ _MODULE_OF = {
     "KVCache": "attention",
     "LanguageModel": "language_model",
     "LanguageModelConfig": "config",
+    "LTIState": "lti",
     "MLP": "mlp",
     "Mamba": "mamba",
     "MambaState": "mamba",
     "PretrainedModel": "hub",
     "RunFolder": "run_folder",
+    "S4": "s4",
+    "S4D": "s4d",
     "SamplingConfig": "config",
     "SpeculationConfig": "config",
     "Task": "train",
@@ -58,6 +64,8 @@ _MODULE_OF = {
 
 __all__ = [
     "MLP",
+    "S4",
+    "S4D",
     "Attention",
     "Backbone",
     "BackboneConfig",
@@ -66,6 +74,7 @@ __all__ = [
     "ComputeConfig",
     "InputError",
     "KVCache",
+    "LTIState",
     "LanguageModel",
     "LanguageModelConfig",
     "Mamba",

@@ -21,6 +21,8 @@ from .mamba import BiMamba, Mamba
 from .mlp import MLP
 from .norm import NORM_CLASSES
 from .padding import Padding
+from .s4 import S4
+from .s4d import S4D
 
 State = list[Any]  # one entry a layer: its mixer's NamedTuple of tensors whose first axis is the batch
 
@@ -33,7 +35,11 @@ def mixer_of(name: str, c: BackboneConfig) -> nn.Module:
     if name == "attention":
         return Attention(c.d_model, c.heads, c.rope_theta)
     if name == "mlp":
-        return MLP(c.d_model, c.ff_width, c.mlp)
+        return MLP(c.d_model, c.ff_width, c.mlp, bias=c.mlp_bias)
+    if name == "s4d":
+        return S4D(c.d_model, c.s4_state, is_complex=c.s4d_complex)
+    if name == "s4":
+        return S4(c.d_model, c.s4_state)
     mamba = {"mamba": Mamba, "bimamba": BiMamba}[name]
     return mamba(c.d_model, c.d_state, c.d_conv, c.expand, dt_rank=c.dt_rank)
 
