@@ -15,7 +15,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     "max_lr" `learning_rate` respects.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    limits = {id(p): p._max_lr for p in parameters if hasattr(p, "_max_lr")}
+    limits = {id(p): limit for p in parameters if (limit := getattr(p, "_max_lr", None)) is not None}
     free = [p for p in parameters if id(p) not in limits]
     decayed = [p for p in free if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)]
     ids = {id(p) for p in decayed}

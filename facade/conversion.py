@@ -21,6 +21,7 @@ KINDS = {
     "mamba-ssm": "polymamba.core.convert:from_mamba_ssm",
     "hf-mamba": "polymamba.core.convert:from_hf_mamba",
     "mambabyte": "polymamba.bytes.model:from_mambabyte",
+    "sashimi": "polymamba.audio.sashimi:from_sashimi",
 }
 
 
