@@ -101,6 +101,7 @@ class AudioConfig:
     codec: str = "mu-law"
     input: str = "embedding"  # of codes; "float": their values through a linear map
     labels: tuple[str, ...] = ()  # classes that it can be asked for
+    loudest: float = 1.0  # RMS of the loudest quarter of a second that it was trained on: for the watchdog
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -123,9 +124,30 @@ class ClassifierConfig(AudioConfig):
 
 
 PRESETS = {
-    "tiny": UNetConfig(d_model=32, n_blocks=2),
+    "tiny": UNetConfig(d_model=32, n_blocks=2, d_state=8),
     # arXiv 2312.00752, section 4.4 and appendix E.4: 6.1, 24.3 and 3.5 million parameters
     "sc09-small": UNetConfig(d_model=64, n_blocks=8),
     "sc09-large": UNetConfig(d_model=96, n_blocks=15),
     "youtubemix": UNetConfig(d_model=64, n_blocks=3, pool=(16, 16)),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dividing:
+    """Dividing recordings into train, valid and test. Parts that paths name stay; others are taken from train."""
+
+    split_by: Literal["recording", "time"] = "recording"
+    """Set aside whole files, copies staying together; or the end of each (for few long ones)."""
+    valid_fraction: float = 0.1
+    """Share of the training files set aside for validation, if no path names a validation part."""
+    test_fraction: float = 0.1
+    """Share of the training files set aside for the final test, if no path names a test part; 0 for none."""
+    channels: Literal["mix", "split"] = "mix"
+    """Of files with several channels: their average, or each channel as a recording of its own."""
+
+    def __post_init__(self) -> None:
+        if not (self.valid_fraction > 0 and self.test_fraction >= 0 and self.valid_fraction + self.test_fraction < 1):
+            raise ValueError(
+                f"valid_fraction is {self.valid_fraction}, test_fraction {self.test_fraction}; the first must be above "
+                "0, the second not negative, their sum below 1"
+            )

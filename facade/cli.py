@@ -29,6 +29,7 @@ TOP_LEVEL: dict[str, Command] = {
     "convert": (Convert, "polymamba.conversion:run"),
 }
 DOMAINS = {
+    "audio": "polymamba.audio.commands:COMMANDS",
     "genomics": "polymamba.genomics.commands:COMMANDS",
     "bytes": "polymamba.bytes.commands:COMMANDS",
 }

@@ -115,7 +115,9 @@ def test_sashimi(dtype, prefix, tolerance):
     assert_close("y_short", unet(x[:, :24]), io[f"{prefix}.y_short"], tolerance)
     assert_close("y_long", unet(io["input_long"].to(dtype)), io[f"{prefix}.y_long"], tolerance)
     state = unet.init_state(len(x))
-    assert_close("steps", torch.stack([unet.step(x[:, t], state) for t in range(48)], 1), io[f"{prefix}.y_step"], tolerance)
+    assert_close(
+        "steps", torch.stack([unet.step(x[:, t], state) for t in range(48)], 1), io[f"{prefix}.y_step"], tolerance
+    )
     y.pow(2).mean().backward()
     places = dict(official_places(unet))
     gradients = {
@@ -142,7 +144,10 @@ def test_a_whole_model():
     config, weights, _ = load("sashimi")
     whole = {f"model.{key}": value for key, value in weights.items()}
     whole["encoder.0.weight"] = torch.randn(256, 16)
-    whole |= {"decoder.0.output_transform.weight": torch.randn(256, 16), "decoder.0.output_transform.bias": torch.zeros(256)}
+    whole |= {
+        "decoder.0.output_transform.weight": torch.randn(256, 16),
+        "decoder.0.output_transform.bias": torch.zeros(256),
+    }
     model = polymamba.convert("sashimi", whole, config | {"sample_rate": 22050})
     assert isinstance(model, AudioModel)
     assert model.config.sample_rate == 22050
@@ -161,8 +166,8 @@ def test_a_whole_model():
 
 def test_what_does_not_fit_is_said():
     config, weights, _ = load("sashimi")
+    bad = {k: v for k, v in weights.items() if k != "norm.weight"} | {"d_layers.7.linear.weight": torch.ones(2)}
     with pytest.raises(InputError, match=r"no place for d_layers\.7\.linear\.weight; no tensor for norm\.weight"):
-        bad = {k: v for k, v in weights.items() if k != "norm.weight"} | {"d_layers.7.linear.weight": torch.ones(2)}
         polymamba.convert("sashimi", bad, config)
     with pytest.raises(InputError, match=r"norm\.weight is \(3,\), not \(16,\)"):
         polymamba.convert("sashimi", weights | {"norm.weight": torch.ones(3)}, config)
