@@ -1,0 +1,273 @@
+"""From an AudioModel to the tables of fused_kernel.py, and its states to and from them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core.config import SamplingConfig
+from ..core.mamba import Mamba
+from ..core.mlp import MLP
+from ..core.norm import AddLayerNorm, AddRMSNorm
+from ..kernels.numba_runtime import LOG2E, parallel
+from .config import N_CODES
+from .fused_kernel import ADD, COPY, LINEAR, MAMBA, N_OPERANDS, NORM, PUT, TAKE, run
+from .fused_kernel import MLP as MLP_OP
+from .model import AudioModel, AudioState
+from .unet import UNet, UNetState
+
+
+def can_fuse(model: Any) -> bool:
+    """Whether this is a float32 model on a CPU, as it was made, of mixers that the kernel knows."""
+    if type(model) is not AudioModel or model.training:
+        return False
+    weights = list(model.parameters())
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in weights)
+    known = all(
+        type(b.mixer) is Mamba or (type(b.mixer) is MLP and not b.mixer.gated and b.mixer.in_proj.bias is not None)
+        for b in model.unet.all_blocks()
+    )
+    return plain and known and not hooked and not torch.is_autocast_enabled("cpu")
+
+
+class FusedModel:
+    """The tables of a model: weights as they are now."""
+
+    def __init__(self, model: AudioModel):
+        self.model, unet = model, model.unet
+        self._weights: list[np.ndarray] = []
+        self._n_weights = self._n_values = 0
+        self._sizes = [0, 0, 0, 0]
+        config = unet.config
+        rates = len(config.pool) + 1
+        self.width = config.d_model
+        self.strides = np.cumprod([1, *config.pool]).astype(np.int64)
+        with torch.no_grad():
+            table = model.embedding(torch.arange(N_CODES + 1))
+        self.embedding_at = self._weight(table)
+        # Values: what a row of a batch has of its own, the first being what enters.
+        self.x = [self._values(config.width(rate)) for rate in range(rates)]
+        self.condition = [self._values(config.width(rate)) for rate in range(rates)] if model.label_embeddings else []
+        self.pending = [self._values(config.width(r) * p) for r, p in enumerate(config.pool)]
+        self.queue = [self._values(config.width(r) * p) for r, p in enumerate(config.pool)]
+        self.blocks = [self._block(block) for block in unet.all_blocks()]
+        self.logits_at = self._values(N_CODES)
+        self._ops: list[list[int]] = []
+        self._free: list[list[int]] = [[] for _ in range(rates)]  # places for skips that are not in use
+        spans = []
+        norm = self._norm(unet.norm)
+        head = self._linear(model.head)
+        for depth in range(rates):
+            first = len(self._ops)
+            self._rate(unet, 0, depth)
+            self._op(NORM, self.x[0], self.width, 0, 0, 0, 0, norm, 0, 0, isinstance(unet.norm, AddLayerNorm))
+            self._op(LINEAR, self.x[0], self.width, self.logits_at, N_CODES, head)
+            spans.append((first, len(self._ops)))
+        self.spans = np.array(spans, np.int64)
+        self.ops = np.array(self._ops, np.int64)
+        self.weights = np.concatenate(self._weights)
+        self.sizes = np.array(self._sizes, np.int64)
+
+    # The tables
+
+    def _weight(self, *tensors: Tensor) -> int:
+        """Put tensors end to end; their place."""
+        at = self._n_weights
+        for tensor in tensors:
+            array = tensor.detach().float().contiguous().numpy().ravel()
+            self._weights.append(array)
+            self._n_weights += array.size
+        return at
+
+    def _values(self, n: int) -> int:
+        at = self._n_values
+        self._n_values += n
+        return at
+
+    def _op(self, *operands: int) -> None:
+        self._ops.append([int(o) for o in operands] + [0] * (N_OPERANDS - len(operands)))
+
+    def _linear(self, layer: nn.Linear) -> int:
+        return self._weight(layer.bias, layer.weight.mT)
+
+    def _norm(self, norm: AddRMSNorm) -> int:
+        bias = getattr(norm, "bias", torch.zeros_like(norm.weight))
+        return self._weight(norm.weight, bias, torch.tensor([norm.eps]))
+
+    def _need(self, *sizes: int) -> None:
+        self._sizes = [max(pair) for pair in zip(self._sizes, sizes, strict=True)]
+
+    def _block(self, block: Any) -> tuple[int, ...]:
+        """Operands 2 to 10 of the block's instruction."""
+        mixer, centred = block.mixer, isinstance(block.norm, AddLayerNorm)
+        at, M = self._norm(block.norm), len(block.norm.weight)
+        if isinstance(mixer, MLP):
+            F = mixer.in_proj.out_features
+            self._linear(mixer.in_proj)
+            self._linear(mixer.out_proj)
+            self._need(M, F, 0, 0)
+            return (MLP_OP, M, F, 0, 0, 0, at, 0, 0, centred)
+        E, N = mixer.A_log.shape
+        R, W = mixer.dt_rank, mixer.conv1d.weight.shape[-1]
+        n_low = -(-(R + 2 * N) // 16) * 16
+        conv_bias = mixer.conv1d.bias if mixer.conv1d.bias is not None else torch.zeros(E)
+        x_proj = torch.zeros(E, n_low)
+        x_proj[:, : R + 2 * N] = mixer.x_proj.weight.detach().mT
+        self._weight(mixer.in_proj.weight.mT, conv_bias, mixer.conv1d.weight[:, 0].mT, x_proj)
+        self._weight(mixer.dt_proj.bias, mixer.dt_proj.weight.mT, mixer.D, mixer.A.mT * LOG2E, mixer.out_proj.weight.mT)
+        self._need(M, 2 * E, n_low, E)
+        return (MAMBA, M, E, N, R, W, at, self._values(E * (W - 1)), self._values(E * N), centred)
+
+    def _rate(self, unet: UNet, rate: int, depth: int) -> None:
+        """Instructions of `unet.rate`, at a sample at which `depth` rates within take a step."""
+        x, width, number = self.x[rate], unet.config.width(rate), unet._index
+        skips = [self._keep(rate, x, width)]
+        if self.condition:
+            self._op(ADD, x, self.condition[rate], width)
+        if rate == len(unet.down_pools):
+            for block in unet.center:
+                self._run(number[block], x)
+            self._add(rate, x, skips.pop(), width)
+            return
+        for block in unet.down_blocks[rate]:
+            self._run(number[block], x)
+            skips.append(self._keep(rate, x, width))
+        pool, stride = unet.config.pool[rate], int(self.strides[rate])
+        self._op(PUT, self.pending[rate], x, width, pool, stride)
+        self._op(TAKE, x, self.queue[rate], width, pool, stride)
+        if depth > rate:
+            inner, wide = self.x[rate + 1], unet.config.width(rate + 1)
+            down, up = unet.down_pools[rate], unet.up_pools[rate]
+            kept = self._keep(rate, x, width)  # what came out of the queue, before it is filled anew
+            self._op(LINEAR, self.pending[rate], width * pool, inner, wide, self._once(down))
+            self._rate(unet, rate + 1, depth)
+            self._op(LINEAR, inner, wide, self.queue[rate], width * pool, self._once(up))
+            self._op(COPY, x, kept, width)
+            self._free[rate].append(kept)
+        self._add(rate, x, skips.pop(), width)
+        around = self._keep(rate, x, width)
+        for block in unet.up_blocks[rate]:
+            self._run(number[block], x)
+            if skips:
+                self._add(rate, x, skips.pop(), width)
+        if unet.config.layout == "sashimi":
+            self._op(ADD, x, around, width)
+        self._free[rate].append(around)
+
+    def _run(self, i: int, x: int) -> None:
+        kind, *operands = self.blocks[i]
+        self._op(kind, x, *operands)
+
+    def _once(self, layer: nn.Linear) -> int:
+        """The place of a layer's weights, which the instructions of several depths share."""
+        places = self.__dict__.setdefault("_places", {})
+        if layer not in places:
+            places[layer] = self._linear(layer)
+        return places[layer]
+
+    def _keep(self, rate: int, x: int, width: int) -> int:
+        place = self._free[rate].pop() if self._free[rate] else self._values(width)
+        self._op(COPY, place, x, width)
+        return place
+
+    def _add(self, rate: int, x: int, place: int, width: int) -> None:
+        self._op(ADD, x, place, width)
+        self._free[rate].append(place)
+
+    # States
+
+    def pack(self, state: AudioState) -> np.ndarray:
+        """The values (B, n) of a state."""
+        unet, n_rows = state.unet, len(state.label)
+        v = np.zeros((n_rows, self._n_values), np.float32)
+
+        def put(at: int, value: Tensor) -> None:
+            flat = value.detach().float().contiguous().numpy().reshape(n_rows, -1)
+            v[:, at : at + flat.shape[1]] = flat
+
+        with torch.no_grad():
+            for at, embedding in zip(self.condition, self.model.label_embeddings, strict=True):
+                put(at, embedding(state.label))
+        for at, value in zip((*self.pending, *self.queue), (*unet.pending, *unet.queue), strict=True):
+            put(at, value.mT)
+        for (kind, *operands), of_block in zip(self.blocks, unet.blocks, strict=True):
+            if kind == MAMBA:
+                put(operands[6], of_block.conv.mT)
+                put(operands[7], of_block.ssm.mT)
+        return v
+
+    def unpack(self, v: np.ndarray, label: Tensor, position: Tensor) -> AudioState:
+        """The state that values stand for."""
+        config, n_rows = self.model.config.unet, len(v)
+
+        def get(at: int, *shape: int) -> Tensor:
+            n = int(np.prod(shape))
+            return torch.from_numpy(v[:, at : at + n].reshape(n_rows, *shape)).mT.contiguous()
+
+        sizes = [(config.width(rate), pool) for rate, pool in enumerate(config.pool)]
+        blocks = []
+        for block, (kind, *operands) in zip(self.model.unet.all_blocks(), self.blocks, strict=True):
+            of_block = block.mixer.init_state(n_rows)
+            if kind == MAMBA:
+                _, E, N, _, W, _, conv_at, ssm_at, _ = operands
+                of_block = of_block._replace(conv=get(conv_at, W - 1, E), ssm=get(ssm_at, N, E))
+            blocks.append(of_block)
+        # Of what has not begun, the slots that are still to come hold the step before.
+        pending = [get(at, *size) for at, size in zip(self.pending, sizes, strict=True)]
+        for rate, (steps, (_, pool)) in enumerate(zip(pending, sizes, strict=True)):
+            filled = position // int(self.strides[rate]) % pool
+            steps.masked_fill_((torch.arange(pool) >= filled[:, None])[..., None], 0)
+        queue = [get(at, *size) for at, size in zip(self.queue, sizes, strict=True)]
+        return AudioState(label, UNetState(position, pending, queue, blocks))
+
+
+class FusedWriter:
+    """Writes recordings on: see generation.py's Writer."""
+
+    def __init__(
+        self,
+        model: AudioModel,
+        state: AudioState,
+        unread: Tensor,
+        config: SamplingConfig,
+        generators: Sequence[torch.Generator],
+        fused: FusedModel | None = None,
+    ):
+        self.fused = FusedModel(model) if fused is None else fused
+        self.values, self.label = self.fused.pack(state), state.label
+        self.position, self.unread = state.unet.position.clone(), unread.clone()
+        self.config, self.generators = config, list(generators)
+
+    def write(self, n: int, seen: np.ndarray | None = None) -> np.ndarray:
+        """The next n codes, int64 (B, n); -1 from where logits were not finite. seen (B, n, 256) gets the logits."""
+        fused, config, n_rows = self.fused, self.config, len(self.values)
+        uniform = np.stack([torch.rand(n, generator=g, dtype=torch.float64).numpy() for g in self.generators])
+        out = np.empty((n_rows, n), np.int64)
+        seen = np.empty((0, 0, 0), np.float32) if seen is None else seen
+        parallel(
+            run,
+            n_rows,
+            *(self.values, fused.weights, fused.ops, fused.spans, fused.strides, self.position.numpy()),
+            *(self.unread.numpy(), uniform, out, seen, fused.embedding_at, fused.logits_at, fused.width, fused.sizes),
+            *(float(config.temperature), config.top_k, float(config.top_p), float(config.min_p)),
+        )
+        self.position += n
+        self.unread = torch.from_numpy(out[:, -1].copy())
+        return out
+
+    @property
+    def state(self) -> AudioState:
+        """Before `unread`. A copy."""
+        return self.fused.unpack(self.values.copy(), self.label.clone(), self.position.clone())
+
+    def snapshot(self) -> Any:
+        return self.values.copy(), self.position.clone(), self.unread.clone()
+
+    def restore(self, snapshot: Any, rows: np.ndarray) -> None:
+        """Set rows (B,) of bool back to where they stood."""
+        values, position, unread = snapshot
+        self.values[rows] = values[rows]
+        self.position[rows], self.unread[rows] = position[rows], unread[rows]
