@@ -117,6 +117,8 @@ class AudioConfig:
 class ClassifierConfig(AudioConfig):
     """A classifier of recordings: the U-Net's way down, and a head over `labels`."""
 
+    window: int = 16000  # most samples of a recording that are looked at
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.labels) < 2:

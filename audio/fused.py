@@ -1,19 +1,17 @@
 """From an AudioModel to the tables of fused_kernel.py, and its states to and from them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.config import SamplingConfig
 from ..core.mamba import Mamba
 from ..core.mlp import MLP
 from ..core.norm import AddLayerNorm, AddRMSNorm
-from ..kernels.numba_runtime import LOG2E, parallel
+from ..kernels.numba_runtime import LOG2E
 from .config import N_CODES
-from .fused_kernel import ADD, COPY, LINEAR, MAMBA, N_OPERANDS, NORM, PUT, TAKE, run
+from .fused_kernel import ADD, COPY, LINEAR, MAMBA, N_OPERANDS, NORM, PUT, TAKE
 from .fused_kernel import MLP as MLP_OP
 from .model import AudioModel, AudioState
 from .unet import UNet, UNetState
@@ -222,52 +220,3 @@ class FusedModel:
             steps.masked_fill_((torch.arange(pool) >= filled[:, None])[..., None], 0)
         queue = [get(at, *size) for at, size in zip(self.queue, sizes, strict=True)]
         return AudioState(label, UNetState(position, pending, queue, blocks))
-
-
-class FusedWriter:
-    """Writes recordings on: see generation.py's Writer."""
-
-    def __init__(
-        self,
-        model: AudioModel,
-        state: AudioState,
-        unread: Tensor,
-        config: SamplingConfig,
-        generators: Sequence[torch.Generator],
-        fused: FusedModel | None = None,
-    ):
-        self.fused = FusedModel(model) if fused is None else fused
-        self.values, self.label = self.fused.pack(state), state.label
-        self.position, self.unread = state.unet.position.clone(), unread.clone()
-        self.config, self.generators = config, list(generators)
-
-    def write(self, n: int, seen: np.ndarray | None = None) -> np.ndarray:
-        """The next n codes, int64 (B, n); -1 from where logits were not finite. seen (B, n, 256) gets the logits."""
-        fused, config, n_rows = self.fused, self.config, len(self.values)
-        uniform = np.stack([torch.rand(n, generator=g, dtype=torch.float64).numpy() for g in self.generators])
-        out = np.empty((n_rows, n), np.int64)
-        seen = np.empty((0, 0, 0), np.float32) if seen is None else seen
-        parallel(
-            run,
-            n_rows,
-            *(self.values, fused.weights, fused.ops, fused.spans, fused.strides, self.position.numpy()),
-            *(self.unread.numpy(), uniform, out, seen, fused.embedding_at, fused.logits_at, fused.width, fused.sizes),
-            *(float(config.temperature), config.top_k, float(config.top_p), float(config.min_p)),
-        )
-        self.position += n
-        self.unread = torch.from_numpy(out[:, -1].copy())
-        return out
-
-    @property
-    def state(self) -> AudioState:
-        """Before `unread`. A copy."""
-        return self.fused.unpack(self.values.copy(), self.label.clone(), self.position.clone())
-
-    def snapshot(self) -> Any:
-        return self.values.copy(), self.position.clone(), self.unread.clone()
-
-    def restore(self, snapshot: Any, rows: np.ndarray) -> None:
-        """Set rows (B,) of bool back to where they stood."""
-        values, position, unread = snapshot
-        self.values[rows] = values[rows]
-        self.position[rows], self.unread[rows] = position[rows], unread[rows]

@@ -241,8 +241,8 @@ def _choose(logits, temperature, top_k, top_p, min_p, uniform, p):
 
 @jit
 def run(
-    first_row, last_row, v, w, ops, spans, strides, positions, codes, uniforms, out, seen, embedding_at, logits_at,
-    width, sizes, temperature, top_k, top_p, min_p,
+    first_row, last_row, v, beside, w, ops, spans, strides, positions, codes, uniforms, out, seen, embedding_at,
+    logits_at, width, sizes, guidance, temperature, top_k, top_p, min_p,
 ):  # fmt: skip
     """For rows first to last: read `codes`, and then each code that is drawn but the last.
 
@@ -253,16 +253,26 @@ def run(
     normed, uz, low = np.empty(sizes[0], np.float32), np.empty(sizes[1], np.float32), np.empty(sizes[2], np.float32)
     dt, y, p = np.empty(sizes[3], np.float32), np.empty(sizes[3], np.float32), np.empty(256, np.float32)
     period = strides[strides.size - 1]
+    first, last = spans[:, 0], spans[:, 1]
     for row in range(first_row, last_row):
-        values, code, phase = v[row], codes[row], positions[row] % period
+        code, phase = codes[row], positions[row] % period
         for t in range(uniforms.shape[1]):
-            for d in range(width):
-                values[d] = w[embedding_at + code * width + d]
             depth = 0
             while depth + 1 < strides.size and (phase + 1) % strides[depth + 1] == 0:
                 depth += 1
-            _network(values, w, ops, spans[depth, 0], spans[depth, 1], phase, normed, uz, low, dt, y)
+            values = v[row]
+            for d in range(width):
+                values[d] = w[embedding_at + code * width + d]
+            _network(values, w, ops, first[depth], last[depth], phase, normed, uz, low, dt, y)
             logits = values[logits_at : logits_at + 256]
+            if beside.size > 0:
+                values = beside[row]
+                for d in range(width):
+                    values[d] = w[embedding_at + code * width + d]
+                _network(values, w, ops, first[depth], last[depth], phase, normed, uz, low, dt, y)
+                for i in range(256):
+                    without = values[logits_at + i]
+                    logits[i] = without + guidance * (logits[i] - without)
             if seen.size > 0:
                 seen[row, t] = logits
             code = _choose(logits, temperature, top_k, top_p, min_p, uniforms[row, t], p)

@@ -36,11 +36,12 @@ class CodeEmbedding(nn.Module):
         super().__init__()
         width = config.unet.d_model
         if config.input == "embedding":
-            self.table = nn.Embedding(N_CODES + 1, width)
+            self.table: Any = nn.Embedding(N_CODES + 1, width)
             with torch.no_grad():
                 self.table.weight[:N_CODES] = _waves(width)
         else:
             self.linear = nn.Linear(1, width)
+            self.values: Any
             self.register_buffer("values", F.pad(values(config.codec), (0, 1)), persistent=False)  # START is silence
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -151,11 +152,21 @@ class Guided:
     def step(self, codes: Tensor, state: GuidedState) -> Tensor:
         return self._mixed(self.model.step(codes, state.wanted), self.model.step(codes, state.without))
 
+    def step_at(self, phase: int, codes: Tensor, state: GuidedState) -> Tensor:
+        return self._mixed(
+            self.model.step_at(phase, codes, state.wanted), self.model.step_at(phase, codes, state.without)
+        )
+
     def init_state(self, batch_size: int, labels: Tensor | None = None) -> GuidedState:
         return GuidedState(self.model.init_state(batch_size, labels), self.model.init_state(batch_size))
 
     def _mixed(self, wanted: Tensor, without: Tensor) -> Tensor:
         return torch.lerp(without.float(), wanted.float(), self.scale)
+
+
+def bare_model(model: Any) -> AudioModel:
+    """The model itself, guided or not."""
+    return model.model if isinstance(model, Guided) else model
 
 
 class AudioClassifier(PretrainedModel):

@@ -24,7 +24,7 @@ AT_ONCE = 1 << 17  # samples in one forward, of all recordings together: so many
 def bits_of(
     model: AudioModel,
     recordings: Sequence[np.ndarray],
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | np.ndarray | None = None,
     *,
     chunk: int = CHUNK,
     advance: Callable[[int], object] = lambda n: None,

@@ -41,7 +41,7 @@ def train(args: Train) -> None:
     )
     options: dict[str, Any] = {"unet": unet, "sample_rate": rate, "codec": args.codec}
     if args.classifier:
-        config = ClassifierConfig(labels=labels, **options)
+        config = ClassifierConfig(labels=labels, window=args.context, **options)
     else:
         config = AudioConfig(labels=labels if args.labels else (), **options)
     run = RunFolder(args.output, _settings(args, rate), [sound.path for sound in sounds], resume=args.resume)
