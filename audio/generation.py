@@ -79,9 +79,12 @@ def write_on(
                 break
             watchdog.n_again += int(loud.sum())
             after = writer.snapshot()
-            writer.restore(before if attempt < TRIES - 1 else first, loud, draw_anew=True)
+            everyone = np.ones_like(loud)
+            writer.restore(before, everyone, draw_anew=True)  # the others write along, to no effect
+            if attempt == TRIES - 1:
+                writer.restore(first, loud, draw_anew=True)
             codes = np.where(loud[:, None], _written(writer, size), codes)
-            writer.restore(after, ~loud)  # those that were fine wrote along
+            writer.restore(after, ~loud)
         yield codes, writer
 
 

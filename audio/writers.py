@@ -150,7 +150,7 @@ def _set_back(generators: list[torch.Generator], states: list[Tensor], rows: np.
 
 
 class GraphWriter(EagerWriter):
-    """All rows have to stand at the same place of the period; where they do not, they step one by one until they do."""
+    """Rows that do not stand at the same place of the period are written one step after another, without a graph."""
 
     def __init__(
         self, model: Any, state: Any, unread: Tensor, config: SamplingConfig, generators: list[torch.Generator]
@@ -159,15 +159,20 @@ class GraphWriter(EagerWriter):
         self.config, self.generators = config, generators
         bare = bare_model(model)
         self.period = bare.config.unet.period
-        position = next(leaf for leaf in pytree.tree_leaves(self._unet_state().position))
-        places = {place % self.period for place in position.tolist()}
-        self.phase = places.pop() if len(places) == 1 else None
+        self.phase = self._find_phase()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.uniform = torch.zeros(self.period, len(unread), dtype=torch.float64, device=unread.device)
         self.chosen = torch.zeros(self.period, len(unread), dtype=torch.int64, device=unread.device)
 
-    def _unet_state(self) -> Any:
-        return (self.state.wanted if isinstance(self.model, Guided) else self.state).unet
+    def restore(self, snapshot: Any, rows: np.ndarray, *, draw_anew: bool = False) -> None:
+        super().restore(snapshot, rows, draw_anew=draw_anew)
+        self.phase = self._find_phase()
+
+    def _find_phase(self) -> int | None:
+        """Where in the period all rows stand; None if they stand at different places."""
+        state = self.state.wanted if isinstance(self.model, Guided) else self.state
+        places = {position % self.period for position in state.unet.position.tolist()}
+        return places.pop() if len(places) == 1 else None
 
     def write(self, n: int) -> np.ndarray:
         if self.phase is None:
