@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -212,16 +212,18 @@ def _build(cache: Path, recordings: Sequence[Recording], what: dict[str, Any]) -
     seconds = sum(sounds[r.path].seconds * (r.end - r.start) for r in recordings)
     with new_folder(cache) as beside, progress_bar("decoding", round(seconds), "s") as advance:
         for part in PARTS:
-            writer = _PartWriter(beside, part, codec)
-            for i, r in enumerate(recordings):
-                if r.part != part:
-                    continue
-                for block in _stretch(sounds[r.path], r, rate):
-                    n_clipped += int((np.abs(block) >= 0.99996).sum())  # the largest values of 16 bits
-                    writer.write(block)
-                    lengths[i] += len(block)
-                advance(sounds[r.path].seconds * (r.end - r.start))
-            checksums[part] = writer.close()
+            with (beside / f"{part}.bin").open("wb") as file:
+                writer = _PartWriter(file, codec)
+                for i, r in enumerate(recordings):
+                    if r.part != part:
+                        continue
+                    for block in _stretch(sounds[r.path], r, rate):
+                        n_clipped += int((np.abs(block) >= 0.99996).sum())  # the largest values of 16 bits
+                        writer.write(block)
+                        lengths[i] += len(block)
+                    advance(sounds[r.path].seconds * (r.end - r.start))
+            np.save(beside / f"{part}.npy", writer.power())
+            checksums[part] = writer.digest.hexdigest()
         for r in recordings:
             if sha256(r.path) != r.sha256:
                 raise InputError(f"{r.path}: changed while it was read; start again when it is no longer written to")
@@ -254,11 +256,10 @@ def _stretch(sound: Sound, r: Recording, rate: int):
 class _PartWriter:
     """Writes codes, and the mean square of each BLOCK of them."""
 
-    def __init__(self, folder: Path, part: str, codec: str):
-        self.path, self.codec = folder / part, codec
+    def __init__(self, file: BinaryIO, codec: str):
+        self.file, self.codec = file, codec
         self.squares = values(codec).numpy() ** 2
-        self.file = self.path.with_suffix(".bin").open("wb")
-        self.digest, self.power, self.rest = hashlib.sha256(), [], np.empty(0, np.uint8)
+        self.digest, self.sums, self.rest = hashlib.sha256(), [np.empty(0)], np.empty(0, np.uint8)
 
     def write(self, block: np.ndarray) -> None:
         codes = encode(block, self.codec)
@@ -267,18 +268,14 @@ class _PartWriter:
         self.rest = np.concatenate((self.rest, codes))
         self._sum(len(self.rest) // BLOCK * BLOCK)
 
-    def close(self) -> str:
-        self.file.close()
-        whole = len(self.rest) // BLOCK * BLOCK
-        self._sum(whole)
-        if len(self.rest):
-            self.power.append(np.array([self.squares[self.rest].mean()]))
-        np.save(self.path.with_suffix(".npy"), np.concatenate([np.empty(0), *self.power]).astype(np.float32))
-        return self.digest.hexdigest()
+    def power(self) -> np.ndarray:
+        """float32 (blocks,)."""
+        last = [self.squares[self.rest].mean(keepdims=True)] if len(self.rest) else []
+        return np.concatenate([*self.sums, *last]).astype(np.float32)
 
     def _sum(self, n: int) -> None:
         if n:
-            self.power.append(self.squares[self.rest[:n]].reshape(-1, BLOCK).mean(1))
+            self.sums.append(self.squares[self.rest[:n]].reshape(-1, BLOCK).mean(1))
             self.rest = self.rest[n:]
 
 

@@ -25,6 +25,7 @@ from ..terminal import progress_bar
 from .common import load_model, tell_changes
 
 LARGEST = 32767  # of 16 bits
+MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".mp3": ("MP3", None)}
 
 
@@ -34,6 +35,10 @@ def generate(args: Generate) -> None:
     for path in (*outputs, *([args.save_state] if args.save_state else [])):
         require_writable(path)
     model = load_model(args.run, args.compute)
+    if any(path.suffix.lower() == ".mp3" for path in outputs) and model.config.sample_rate not in MP3_RATES:
+        raise InputError(
+            f"{outputs[0]}: mp3 has no {model.config.sample_rate} Hz, which is the model's rate; write .wav"
+        )
     prompt, label = _prompt(args, model), _label(args, model)
     n, rate = max(1, round(args.seconds * model.config.sample_rate)), model.config.sample_rate
     watchdog = Watchdog(model.config) if args.watchdog else None
