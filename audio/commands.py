@@ -101,6 +101,30 @@ class Score(_OnFiles):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Eval(_OnFiles):
+    """Measure a model on held-out files: bits per sample, and how near to them what it makes is."""
+
+    classifier: Annotated[Path | None, arg(metavar="RUN")] = None
+    """Run folder of a classifier (train --classifier), for FID, IS, mIS, AM, and how many labels are recognised."""
+    n: int = 200
+    """How many sounds to make, each label in turn."""
+    seconds: float | None = None
+    """How long each is; if left out, the files' median."""
+    guidance: float = 1.0
+    """How much a label counts: see generate."""
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """Folder to make, for metrics.json with the protocol, table.tsv and made.png."""
+    sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds is {self.seconds}; it must be above 0")
+        if not 0 <= self.guidance < 1e3:
+            raise ValueError(f"guidance is {self.guidance}; it must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Classify(_OnFiles):
     """Print the label that a classifier gives to each sound file, with one probability a label."""
 
@@ -137,7 +161,7 @@ class Generate:
     """File for where the model stands at the end, to go on from."""
     watchdog: bool = True
     """Go back a little where the sound runs away into noise louder than anything in training."""
-    sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+    sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig(top_p=0.99)
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
@@ -184,6 +208,7 @@ class Plot:
 COMMANDS = {
     "train": (Train, "polymamba.audio.verbs.train:train"),
     "generate": (Generate, "polymamba.audio.verbs.generate:generate"),
+    "eval": (Eval, "polymamba.audio.verbs.evaluate:evaluate"),
     "score": (Score, "polymamba.audio.verbs.score:score"),
     "classify": (Classify, "polymamba.audio.verbs.classify:classify"),
     "plot": (Plot, "polymamba.audio.verbs.plot:plot"),
