@@ -18,7 +18,10 @@ from .unet import UNet, UNetState
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether this is a float32 model on a CPU, as it was made, of mixers that the kernel knows."""
+    """Whether this is a float32 model on a CPU, as it was made, of mixers that the kernel knows.
+
+    Under autocast to bfloat16 its matrices will be rounded to that, and nothing else.
+    """
     if type(model) is not AudioModel or model.training:
         return False
     weights = list(model.parameters())
@@ -28,7 +31,7 @@ def can_fuse(model: Any) -> bool:
         type(b.mixer) is Mamba or (type(b.mixer) is MLP and not b.mixer.gated and b.mixer.in_proj.bias is not None)
         for b in model.unet.all_blocks()
     )
-    return plain and known and not hooked and not torch.is_autocast_enabled("cpu")
+    return plain and known and not hooked
 
 
 class FusedModel:
@@ -37,7 +40,8 @@ class FusedModel:
     def __init__(self, model: AudioModel):
         self.model, unet = model, model.unet
         self._weights: list[np.ndarray] = []
-        self._n_weights = self._n_values = 0
+        self._matrices: list[np.ndarray] = []
+        self._n_weights = self._n_matrices = self._n_values = 0
         self._sizes = [0, 0, 0, 0]
         config = unet.config
         rates = len(config.pool) + 1
@@ -56,17 +60,20 @@ class FusedModel:
         self._ops: list[list[int]] = []
         self._free: list[list[int]] = [[] for _ in range(rates)]  # places for skips that are not in use
         spans = []
-        norm = self._norm(unet.norm)
-        head = self._linear(model.head)
+        norm, head = self._norm(unet.norm), self._linear(model.head)
+        self._places: dict[nn.Module, tuple[int, int]] = {}
         for depth in range(rates):
             first = len(self._ops)
             self._rate(unet, 0, depth)
             self._op(NORM, self.x[0], self.width, 0, 0, 0, 0, norm, 0, 0, isinstance(unet.norm, AddLayerNorm))
-            self._op(LINEAR, self.x[0], self.width, self.logits_at, N_CODES, head)
+            self._op(LINEAR, self.x[0], self.width, self.logits_at, N_CODES, *head)
             spans.append((first, len(self._ops)))
         self.spans = np.array(spans, np.int64)
         self.ops = np.array(self._ops, np.int64)
-        self.weights = np.concatenate(self._weights)
+        self.weights, self.matrices = np.concatenate(self._weights), np.concatenate(self._matrices)
+        if torch.is_autocast_enabled("cpu"):
+            halves = torch.from_numpy(self.matrices).bfloat16().view(torch.uint16)  # rounded to the nearest
+            self.matrices = halves.numpy()
         self.sizes = np.array(self._sizes, np.int64)
 
     # The tables
@@ -80,6 +87,14 @@ class FusedModel:
             self._n_weights += array.size
         return at
 
+    def _matrix(self, *tensors: Tensor) -> int:
+        """The same for matrices (inputs, outputs)."""
+        at = self._n_matrices
+        for tensor in tensors:
+            self._matrices.append(tensor.detach().float().contiguous().numpy().ravel())
+            self._n_matrices += tensor.numel()
+        return at
+
     def _values(self, n: int) -> int:
         at = self._n_values
         self._n_values += n
@@ -88,8 +103,9 @@ class FusedModel:
     def _op(self, *operands: int) -> None:
         self._ops.append([int(o) for o in operands] + [0] * (N_OPERANDS - len(operands)))
 
-    def _linear(self, layer: nn.Linear) -> int:
-        return self._weight(layer.bias, layer.weight.mT)
+    def _linear(self, layer: nn.Linear) -> tuple[int, int]:
+        """Places of bias and matrix."""
+        return self._weight(layer.bias), self._matrix(layer.weight.mT)
 
     def _norm(self, norm: AddRMSNorm) -> int:
         bias = getattr(norm, "bias", torch.zeros_like(norm.weight))
@@ -99,25 +115,25 @@ class FusedModel:
         self._sizes = [max(pair) for pair in zip(self._sizes, sizes, strict=True)]
 
     def _block(self, block: Any) -> tuple[int, ...]:
-        """Operands 2 to 10 of the block's instruction."""
+        """Kind, and operands 2 to 11, of the block's instruction."""
         mixer, centred = block.mixer, isinstance(block.norm, AddLayerNorm)
         at, M = self._norm(block.norm), len(block.norm.weight)
         if isinstance(mixer, MLP):
             F = mixer.in_proj.out_features
-            self._linear(mixer.in_proj)
+            _, matrices = self._linear(mixer.in_proj)
             self._linear(mixer.out_proj)
             self._need(M, F, 0, 0)
-            return (MLP_OP, M, F, 0, 0, 0, at, 0, 0, centred)
+            return (MLP_OP, M, F, 0, 0, 0, at, 0, 0, centred, matrices)
         E, N = mixer.A_log.shape
         R, W = mixer.dt_rank, mixer.conv1d.weight.shape[-1]
         n_low = -(-(R + 2 * N) // 16) * 16
         conv_bias = mixer.conv1d.bias if mixer.conv1d.bias is not None else torch.zeros(E)
         x_proj = torch.zeros(E, n_low)
         x_proj[:, : R + 2 * N] = mixer.x_proj.weight.detach().mT
-        self._weight(mixer.in_proj.weight.mT, conv_bias, mixer.conv1d.weight[:, 0].mT, x_proj)
-        self._weight(mixer.dt_proj.bias, mixer.dt_proj.weight.mT, mixer.D, mixer.A.mT * LOG2E, mixer.out_proj.weight.mT)
+        self._weight(conv_bias, mixer.conv1d.weight[:, 0].mT, mixer.dt_proj.bias, mixer.D, mixer.A.mT * LOG2E)
+        matrices = self._matrix(mixer.in_proj.weight.mT, x_proj, mixer.dt_proj.weight.mT, mixer.out_proj.weight.mT)
         self._need(M, 2 * E, n_low, E)
-        return (MAMBA, M, E, N, R, W, at, self._values(E * (W - 1)), self._values(E * N), centred)
+        return (MAMBA, M, E, N, R, W, at, self._values(E * (W - 1)), self._values(E * N), centred, matrices)
 
     def _rate(self, unet: UNet, rate: int, depth: int) -> None:
         """Instructions of `unet.rate`, at a sample at which `depth` rates within take a step."""
@@ -140,9 +156,9 @@ class FusedModel:
             inner, wide = self.x[rate + 1], unet.config.width(rate + 1)
             down, up = unet.down_pools[rate], unet.up_pools[rate]
             kept = self._keep(rate, x, width)  # what came out of the queue, before it is filled anew
-            self._op(LINEAR, self.pending[rate], width * pool, inner, wide, self._once(down))
+            self._op(LINEAR, self.pending[rate], width * pool, inner, wide, *self._once(down))
             self._rate(unet, rate + 1, depth)
-            self._op(LINEAR, inner, wide, self.queue[rate], width * pool, self._once(up))
+            self._op(LINEAR, inner, wide, self.queue[rate], width * pool, *self._once(up))
             self._op(COPY, x, kept, width)
             self._free[rate].append(kept)
         self._add(rate, x, skips.pop(), width)
@@ -159,12 +175,11 @@ class FusedModel:
         kind, *operands = self.blocks[i]
         self._op(kind, x, *operands)
 
-    def _once(self, layer: nn.Linear) -> int:
-        """The place of a layer's weights, which the instructions of several depths share."""
-        places = self.__dict__.setdefault("_places", {})
-        if layer not in places:
-            places[layer] = self._linear(layer)
-        return places[layer]
+    def _once(self, layer: nn.Linear) -> tuple[int, int]:
+        """The places of a layer's weights, which the instructions of several depths share."""
+        if layer not in self._places:
+            self._places[layer] = self._linear(layer)
+        return self._places[layer]
 
     def _keep(self, rate: int, x: int, width: int) -> int:
         place = self._free[rate].pop() if self._free[rate] else self._values(width)
@@ -210,7 +225,7 @@ class FusedModel:
         for block, (kind, *operands) in zip(self.model.unet.all_blocks(), self.blocks, strict=True):
             of_block = block.mixer.init_state(n_rows)
             if kind == MAMBA:
-                _, E, N, _, W, _, conv_at, ssm_at, _ = operands
+                _, E, N, _, W, _, conv_at, ssm_at, _, _ = operands
                 of_block = of_block._replace(conv=get(conv_at, W - 1, E), ssm=get(ssm_at, N, E))
             blocks.append(of_block)
         # Of what has not begun, the slots that are still to come hold the step before.

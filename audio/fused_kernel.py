@@ -5,49 +5,64 @@ microseconds, and at 16 kHz a sample has 62. What a model is stands in a table o
 and one array of values (fused.py makes them); which of them run depends on how many rates take a step at this sample.
 
 Matrices lie with their outputs side by side, so that a product is a sum of rows, weighted by the inputs: loops over
-outputs, and over channels, become vector code. All is float32; a code is drawn from a sum in float64.
+outputs, and over channels, become vector code. Matrices are float32, or the upper half of it (bfloat16), for what takes
+time is to bring them from the cache; all else is float32, and a code is drawn from a sum in float64.
 Letters: M width, E inner width, N states, R rank of dt, W convolution width.
 """
 
 import numpy as np
+from numba.core import types
+from numba.extending import overload
 
-from ..kernels.numba_runtime import LOG2E, exp2, inline, jit, sigmoid, softplus, wide
+from ..kernels.numba_runtime import LOG2E, bits_to_float, exp2, inline, jit, sigmoid, softplus, wide
 
-# Instructions, rows of int64: what, then its operands: places in `v` (values) and `w` (weights), and sizes.
+# Instructions, rows of int64: what, then sizes and places in `v` (values), `w` (weights) and `m` (matrices).
 ADD, COPY, LINEAR, MAMBA, PUT, TAKE, MLP, NORM = range(8)
 N_OPERANDS = 12
 _LOG2E = np.float32(LOG2E)
 
 
+def _widened(x):
+    """An element of a matrix as float32."""
+    raise NotImplementedError
+
+
+@overload(_widened, inline="always")
+def _widened_of(x):
+    if x == types.uint16:
+        return lambda x: bits_to_float(np.int32(np.uint32(x) << np.uint32(16)))  # pyright: ignore[reportCallIssue]
+    return lambda x: x
+
+
 @inline()
-def _product(w, at, stride, x, out):
-    """out[:] += sum over k of x[k] w[at + k stride :][: len(out)]; len(x) rows."""
-    width, k = np.uint64(out.size), 0
+def _product(m, at, x, out):
+    """out[:] += x W, of a matrix W (len(x), len(out)) at `at`."""
+    width, stride, k = np.uint64(out.size), out.size, 0
     while k + 4 <= x.size:
         first = at + k * stride
-        row0, row1 = w[first : first + out.size], w[first + stride : first + stride + out.size]
-        row2 = w[first + 2 * stride : first + 2 * stride + out.size]
-        row3 = w[first + 3 * stride : first + 3 * stride + out.size]
+        row0, row1 = m[first : first + stride], m[first + stride : first + 2 * stride]
+        row2, row3 = m[first + 2 * stride : first + 3 * stride], m[first + 3 * stride : first + 4 * stride]
         x0, x1, x2, x3 = x[k], x[k + 1], x[k + 2], x[k + 3]
         for o in range(width):
-            out[o] += (row0[o] * x0 + row1[o] * x1) + (row2[o] * x2 + row3[o] * x3)
+            early = _widened(row0[o]) * x0 + _widened(row1[o]) * x1
+            out[o] += early + (_widened(row2[o]) * x2 + _widened(row3[o]) * x3)
         k += 4
     while k < x.size:
-        row, x0 = w[at + k * stride : at + k * stride + out.size], x[k]
+        row, x0 = m[at + k * stride : at + (k + 1) * stride], x[k]
         for o in range(width):
-            out[o] += row[o] * x0
+            out[o] += _widened(row[o]) * x0
         k += 1
 
 
 @jit
-def _linear(v, w, op):
+def _linear(v, w, m, op):
     """v[out] = W v[x] + bias."""
     wide()
     x_at, n_in, out_at, n_out, at = op[1], op[2], op[3], op[4], op[5]
     x, out = v[x_at : x_at + n_in], v[out_at : out_at + n_out]
     for o in range(np.uint64(n_out)):
         out[o] = w[np.uint64(at) + o]
-    _product(w, at + n_out, n_out, x, out)
+    _product(m, op[6], x, out)
 
 
 @jit
@@ -71,17 +86,17 @@ def _norm(x, w, at, centred, out):
 
 
 @jit
-def _mamba(v, w, op, normed, uz, low, dt, y):
+def _mamba(v, w, m, op, normed, uz, low, dt, y):
     """x += out_proj(..(norm(x))): a whole block. The order of its weights is fused.py's."""
     wide()
     x_at, M, E, N, R, W, at, conv_at, ssm_at = op[1], op[2], op[3], op[4], op[5], op[6], op[7], op[8], op[9]
     channels = np.uint64(E)
     x, normed, uz, y, dt = v[x_at : x_at + M], normed[:M], uz[: 2 * E], y[:E], dt[:E]
     _norm(x, w, at, op[10], normed)
-    at += 2 * M + 1
+    at, of_matrix = at + 2 * M + 1, op[11]
     uz[:] = np.float32(0.0)
-    _product(w, at, 2 * E, normed, uz)
-    at += 2 * E * M
+    _product(m, of_matrix, normed, uz)
+    of_matrix += 2 * E * M
     u, z = uz[:E], uz[E:]
     bias, newest = w[at : at + E], w[at + E * W : at + E * W + E]  # taps W - 1 is the newest sample's
     for e in range(channels):
@@ -104,13 +119,14 @@ def _mamba(v, w, op, normed, uz, low, dt, y):
     n_low = (R + 2 * N + 15) // 16 * 16
     low = low[:n_low]
     low[:] = np.float32(0.0)
-    _product(w, at, n_low, u, low)
-    at += n_low * E
+    _product(m, of_matrix, u, low)
+    of_matrix += n_low * E
     dt_bias = w[at : at + E]
     for e in range(channels):
         dt[e] = dt_bias[e]
-    _product(w, at + E, E, low[:R], dt)
-    at += E * (R + 1)
+    _product(m, of_matrix, low[:R], dt)
+    of_matrix += E * R
+    at += E
     skip = w[at : at + E]
     for e in range(channels):
         dt[e] = softplus(dt[e])
@@ -122,10 +138,9 @@ def _mamba(v, w, op, normed, uz, low, dt, y):
         for e in range(channels):
             h[e] = exp2(dt[e] * A[e]) * h[e] + dt[e] * u[e] * drive
             y[e] += h[e] * readout
-    at += N * E
     for e in range(channels):
         y[e] *= z[e] * sigmoid(z[e])
-    _product(w, at, M, y, x)
+    _product(m, of_matrix, y, x)
 
 
 @inline()
@@ -146,7 +161,7 @@ def _erf(x):
 
 
 @jit
-def _mlp(v, w, op, normed, inner):
+def _mlp(v, w, m, op, normed, inner):
     """x += out_proj(gelu(in_proj(norm(x)))), with biases."""
     wide()
     x_at, M, F, at = op[1], op[2], op[3], op[7]
@@ -155,22 +170,22 @@ def _mlp(v, w, op, normed, inner):
     at += 2 * M + 1
     for o in range(np.uint64(F)):
         inner[o] = w[np.uint64(at) + o]
-    _product(w, at + F, F, normed, inner)
-    at += F * (M + 1)
+    _product(m, op[11], normed, inner)
+    at += F
     for o in range(np.uint64(F)):
         inner[o] *= np.float32(0.5) * (np.float32(1.0) + _erf(inner[o] * np.float32(0.70710678)))
     for o in range(np.uint64(M)):
         x[o] += w[np.uint64(at) + o]
-    _product(w, at + M, M, inner, x)
+    _product(m, op[11] + F * M, inner, x)
 
 
 @jit
-def _network(v, w, ops, first, last, phase, normed, uz, low, dt, y):
+def _network(v, w, m, ops, first, last, phase, normed, uz, low, dt, y):
     for i in range(first, last):
         op = ops[i]
         kind = op[0]
         if kind == MAMBA:
-            _mamba(v, w, op, normed, uz, low, dt, y)
+            _mamba(v, w, m, op, normed, uz, low, dt, y)
         elif kind == ADD:
             for d in range(op[3]):
                 v[op[1] + d] += v[op[2] + d]
@@ -178,7 +193,7 @@ def _network(v, w, ops, first, last, phase, normed, uz, low, dt, y):
             for d in range(op[3]):
                 v[op[1] + d] = v[op[2] + d]
         elif kind == LINEAR:
-            _linear(v, w, op)
+            _linear(v, w, m, op)
         elif kind == PUT:  # into slot `phase` of a pool's pending steps, which channel d has at d p
             slot = phase // op[5] % op[4]
             for d in range(op[3]):
@@ -188,7 +203,7 @@ def _network(v, w, ops, first, last, phase, normed, uz, low, dt, y):
             for d in range(op[3]):
                 v[op[1] + d] = v[op[2] + d * op[4] + slot]
         elif kind == MLP:
-            _mlp(v, w, op, normed, uz)
+            _mlp(v, w, m, op, normed, uz)
         else:
             x = v[op[1] : op[1] + op[2]]
             _norm(x, w, op[7], op[10], normed[: op[2]])
@@ -241,7 +256,7 @@ def _choose(logits, temperature, top_k, top_p, min_p, uniform, p):
 
 @jit
 def run(
-    first_row, last_row, v, beside, w, ops, spans, strides, positions, codes, uniforms, out, seen, embedding_at,
+    first_row, last_row, v, beside, w, m, ops, spans, strides, positions, codes, uniforms, out, seen, embedding_at,
     logits_at, width, sizes, guidance, temperature, top_k, top_p, min_p,
 ):  # fmt: skip
     """For rows first to last: read `codes`, and then each code that is drawn but the last.
@@ -263,13 +278,13 @@ def run(
             values = v[row]
             for d in range(width):
                 values[d] = w[embedding_at + code * width + d]
-            _network(values, w, ops, first[depth], last[depth], phase, normed, uz, low, dt, y)
+            _network(values, w, m, ops, first[depth], last[depth], phase, normed, uz, low, dt, y)
             logits = values[logits_at : logits_at + 256]
             if beside.size > 0:
                 values = beside[row]
                 for d in range(width):
                     values[d] = w[embedding_at + code * width + d]
-                _network(values, w, ops, first[depth], last[depth], phase, normed, uz, low, dt, y)
+                _network(values, w, m, ops, first[depth], last[depth], phase, normed, uz, low, dt, y)
                 for i in range(256):
                     without = values[logits_at + i]
                     logits[i] = without + guidance * (logits[i] - without)

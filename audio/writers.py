@@ -86,8 +86,9 @@ class FusedWriter:
             run,
             len(out),
             *(values[0], values[1] if len(values) > 1 else np.empty((0, 0), np.float32)),
-            *(fused.weights, fused.ops, fused.spans, fused.strides, self.position.numpy(), self.unread.numpy()),
-            *(uniform, out, np.empty((0, 0, 0), np.float32) if seen is None else seen),
+            *(fused.weights, fused.matrices, fused.ops, fused.spans, fused.strides),
+            *(self.position.numpy(), self.unread.numpy(), uniform, out),
+            np.empty((0, 0, 0), np.float32) if seen is None else seen,
             *(fused.embedding_at, fused.logits_at, fused.width, fused.sizes, np.float32(self.guidance)),
             *(float(config.temperature), config.top_k, float(config.top_p), float(config.min_p)),
         )

@@ -75,6 +75,23 @@ def test_the_compiled_loop_is_the_model(shape, input):
     assert more.shape == again.write(7).shape
 
 
+@pytest.mark.parametrize("shape", ["unet", "pairs"])
+@torch.no_grad()
+def test_bf16_rounds_the_matrices_and_nothing_else(shape):
+    model = model_of(shape)
+    state, unread = states_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        writer = writer_of(model, state, unread, SamplingConfig(), [1, 2])
+    assert isinstance(writer, FusedWriter)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("_proj.weight", "pools", "head.weight")) and "bias" not in name:
+            parameter.data = parameter.data.bfloat16().float()
+    seen = np.zeros((2, 29, 256), np.float32)
+    codes = torch.from_numpy(writer.write(29, seen))
+    logits = model(torch.cat((unread[:, None], codes[:, :-1]), 1), state)
+    assert (torch.from_numpy(seen) - logits).abs().max() < 2e-5 * logits.abs().max()
+
+
 @pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(top_p=0.9), SamplingConfig(temperature=0.0)])
 @torch.no_grad()
 def test_writers_agree_and_rows_are_alone(config):
