@@ -29,7 +29,7 @@ class Train:
     corpus: Path | None = None
     """Folder for the decoded files, which several runs may share; in the run folder if left out."""
     preset: Preset = "tiny"
-    """Size of the model, parameters: tiny 0.2 (for a CPU), youtubemix 3.5, sc09-small 6.1, sc09-large 24.3 million."""
+    """Size of the model, parameters: tiny 0.5 (for a CPU), youtubemix 3.5, sc09-small 6.1, sc09-large 24.3 million."""
     layout: Layout = "unet"
     """unet: blocks before and after each pool; sashimi: only after."""
     stages: Annotated[tuple[str, ...], arg(metavar="MIXERS ...")] = ("mamba",)

@@ -64,6 +64,7 @@ class AudioModel(PretrainedModel):
     """Logits (B, L, 256) of the next code for codes (B, L)."""
 
     config_class = AudioConfig
+    step_is_one_graph = False  # but a whole period of them is: see writers.py
 
     def __init__(self, config: AudioConfig):
         super().__init__(config)

@@ -278,8 +278,9 @@ class _Parallel(_Traversal):
             rest, n_rest = _cut(F.pad(gathered, (0, 0, 0, p)), done * p, p), n_gathered - done * p
             slots = torch.arange(p, device=x.device)
             real = slots < (n_rest if isinstance(n_rest, int) else n_rest[:, None])
-            self.after.pending[rate] = torch.where(real[..., None], rest, 0)
-            self.after.queue[rate] = _cut(out, done * p, p)
+            dtype = self.after.queue[rate].dtype
+            self.after.pending[rate] = torch.where(real[..., None], rest, 0).to(dtype)
+            self.after.queue[rate] = _cut(out, done * p, p).to(dtype).contiguous()
         return _cut(out, begun, length)
 
     def down_to_center(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -303,13 +304,14 @@ class _Parallel(_Traversal):
         return self.after._replace(position=before + n)
 
     def _keep_within(self, rate: int) -> None:
-        """What is at this rate and within has not moved."""
+        """What is at this rate and within has not moved; a copy, for a step works in place."""
         assert self.after is not None
         assert self.begin is not None
         for r in range(rate, len(self.unet.down_pools)):
-            self.after.pending[r], self.after.queue[r] = self.begin.pending[r], self.begin.queue[r]
+            self.after.pending[r], self.after.queue[r] = self.begin.pending[r].clone(), self.begin.queue[r].clone()
         for block in self._blocks_within(rate):
-            self.after.blocks[self.unet._index[block]] = self.begin.blocks[self.unet._index[block]]
+            i = self.unet._index[block]
+            self.after.blocks[i] = pytree.tree_map(torch.clone, self.begin.blocks[i])
 
     def _blocks_within(self, rate: int) -> Iterator[Block]:
         for r in range(rate, len(self.unet.down_pools)):

@@ -218,7 +218,8 @@ class LTIMixer(nn.Module):
         """The systems' outputs (B, L, H). Of a row, what is after its n_real tokens is zero."""
         batch, length, _ = hidden.shape
         if length == 0:
-            return hidden, (state or self.init_state(batch)) if return_state else None
+            after = self.init_state(batch) if state is None else LTIState(state.ssm.clone())
+            return hidden, after if return_state else None
         with _in_full_precision(hidden):
             system = self.system()
             powers = Powers.of(system, length)

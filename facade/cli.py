@@ -29,9 +29,9 @@ TOP_LEVEL: dict[str, Command] = {
     "convert": (Convert, "polymamba.conversion:run"),
 }
 DOMAINS = {
-    "audio": "polymamba.audio.commands:COMMANDS",
     "genomics": "polymamba.genomics.commands:COMMANDS",
     "bytes": "polymamba.bytes.commands:COMMANDS",
+    "audio": "polymamba.audio.commands:COMMANDS",
 }
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from polymamba.audio import AudioClassifier, AudioConfig, AudioModel, ClassifierConfig, Guided, UNetConfig
 from polymamba.audio.codec import decode, encode, values
@@ -113,3 +114,20 @@ def test_round_trip(tmp_path):
     again = AudioModel.from_pretrained(tmp_path)
     assert again.config == net.config
     assert torch.equal(again(codes), net(codes))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cores_generation_on_a_gpu():
+    net = model().cuda()
+    codes = collect(generate(net, [torch.tensor([START])], 30, seeds=[1]))
+    assert len(codes[0]) == 30
+
+
+@torch.no_grad()
+def test_states_under_autocast_have_the_weights_dtype():
+    net, codes = model(), torch.randint(256, (1, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = net(codes, return_state=True)
+    kinds = [(s.shape, s.dtype) for s in pytree.tree_leaves(state)]
+    assert kinds == [(s.shape, s.dtype) for s in pytree.tree_leaves(net.init_state(1))]

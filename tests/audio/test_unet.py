@@ -101,6 +101,19 @@ def test_rows_of_unlike_lengths_and_phases(shape):
 
 
 @torch.no_grad()
+def test_a_state_that_was_continued_stays_what_it_was():
+    """Even where a piece was too short for the rates within to move, and steps then work in place."""
+    model, x = unet(), sequences(2, 60)
+    _, state = model(x[:, :13], return_state=True)
+    kept = pytree.tree_map(torch.clone, state)
+    _, after = model(x[:, 13:14], state, return_state=True)
+    for t in range(14, 40):
+        model.step(x[:, t], after)
+    for now, before in zip(pytree.tree_leaves(state), pytree.tree_leaves(kept), strict=True):
+        assert torch.equal(now, before)
+
+
+@torch.no_grad()
 def test_a_fork():
     model, x = unet(), sequences(2, 30)
     _, state = model(x[:, :13], return_state=True)
