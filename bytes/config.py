@@ -11,12 +11,10 @@ DOCUMENT = 256  # stands before a document's first byte, and so after its last o
 N_IDS = 257  # what a model predicts; the ids above it only pad its tables
 VOCAB_SIZE = 320  # a multiple of 64, which the matrix units of a GPU want
 
-PARTS = ("train", "valid", "test")
-
 Windows = Literal["packed", "apart"]  # how training windows are cut: see training.py
 
 # Of core's mixers those that do not see what is to be predicted.
-Mixer = Literal["mamba", "attention", "mlp", "moe", "lru", "mamba+moe"]
+Mixer = Literal["mamba", "attention", "mlp", "moe", "lru", "s4d", "s4", "mamba+moe"]
 Preset = Literal[
     "tiny",
     "small",

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from ..core.errors import InputError
 from ..core.files import new_folder, sha256, write_json, written_whole
+from ..core.inputs import PARTS, named_part
 from ..core.terminal import say
-from .config import PARTS, Dividing
+from .config import Dividing
 from .documents import Document, Documents, whole_files
 from .terminal import progress_bar
 
@@ -63,11 +64,6 @@ def divide(files: Sequence[Path], dividing: Dividing, seed: int) -> list[Piece]:
     if not any(piece.part == "train" for piece in pieces):
         raise InputError("no document is left for the train part; their paths name only valid and test")
     return sorted(pieces)
-
-
-def named_part(path: Path) -> str | None:
-    """The part that a path names: the nearest of its file name up to the ending and the folders above it."""
-    return next((name for name in (path.name.split(".")[0], *reversed(path.parent.parts)) if name in PARTS), None)
 
 
 def _draw_documents(pieces: list[Piece], wanted: dict[str, float], seed: int) -> list[Piece]:

@@ -1,6 +1,5 @@
 """Documents in files, as one stream of ids that is read by position: larger than memory, if need be."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.errors import InputError
+from ..core.inputs import find_files as find_files
 from .config import DOCUMENT
 
 BLOCK = 1 << 20  # bytes that are read at a time where a whole document is gone through
@@ -74,51 +74,3 @@ def whole_files(files: Sequence[Path]) -> list[Document]:
         names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
         raise InputError(f"{names}: empty; give files with at least one byte")
     return filled
-
-
-def find_files(words: Sequence[Path], leave_out: Path | None = None) -> list[Path]:
-    """The files that `words` name, and those in the folders they name, at any depth: sorted, each once.
-
-    Hidden files and folders in a folder are passed over, and so is the folder `leave_out`; links are followed.
-    Raises InputError for what does not exist, cannot be read, or is no ordinary file, and for folders without a file.
-    """
-    found: dict[Path, Path] = {}  # the file itself -> the first name under which it was seen
-    for word in words:
-        if not word.exists():
-            raise InputError(f"{word}: no such file or folder")
-        files = _files_below(word, leave_out) if word.is_dir() else [word]
-        if not files:
-            raise InputError(f"{word}: a folder without files (hidden ones do not count)")
-        for file in files:
-            _require_readable(file)
-            found.setdefault(file.resolve(), file)
-    return sorted(found.values())
-
-
-def _files_below(folder: Path, leave_out: Path | None) -> list[Path]:
-    files: list[Path] = []
-    seen = set() if leave_out is None else {leave_out.resolve()}
-
-    def fail(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if Path(root).resolve() in seen:  # a link may lead back
-            folders.clear()
-            continue
-        seen.add(Path(root).resolve())
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    return files
-
-
-def _require_readable(file: Path) -> None:
-    if not file.exists():
-        raise InputError(f"{file}: a link to nothing; remove it, or leave its folder out")
-    if not file.is_file():
-        raise InputError(f"{file}: no ordinary file; only files can be documents")
-    try:
-        with file.open("rb"):
-            pass
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from .hub import PretrainedModel
     from .language_model import LanguageModel
     from .lru import LRU, LRUState
+    from .lti import LTIState
     from .mamba import BiMamba, Mamba, MambaState
     from .mlp import MLP
     from .moe import MoE, parameter_counts
     from .run_folder import RunFolder
+    from .s4 import S4
+    from .s4d import S4D
     from .speculation import speculate
     from .train import Task, train_model
 
@@ -43,6 +46,7 @@ _MODULE_OF = {
     "LRU": "lru",
     "LRUConfig": "config",
     "LRUState": "lru",
+    "LTIState": "lti",
     "MLP": "mlp",
     "Mamba": "mamba",
     "MambaState": "mamba",
@@ -50,6 +54,8 @@ _MODULE_OF = {
     "MoEConfig": "config",
     "PretrainedModel": "hub",
     "RunFolder": "run_folder",
+    "S4": "s4",
+    "S4D": "s4d",
     "SamplingConfig": "config",
     "SpeculationConfig": "config",
     "Task": "train",
@@ -69,6 +75,8 @@ _MODULE_OF = {
 __all__ = [
     "LRU",
     "MLP",
+    "S4",
+    "S4D",
     "Attention",
     "Backbone",
     "BackboneConfig",
@@ -79,6 +87,7 @@ __all__ = [
     "KVCache",
     "LRUConfig",
     "LRUState",
+    "LTIState",
     "LanguageModel",
     "LanguageModelConfig",
     "Mamba",

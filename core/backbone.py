@@ -24,6 +24,8 @@ from .moe import MoE
 from .norm import NORM_CLASSES, AddNoNorm
 from .padding import Padding
 from .parallel import Parallel
+from .s4 import S4
+from .s4d import S4D
 
 State = list[Any]  # one entry a layer: its mixer's NamedTuple of tensors whose first axis is the batch, or several
 
@@ -38,11 +40,15 @@ def mixer_of(name: str, c: BackboneConfig) -> nn.Module:
     if name == "attention":
         return Attention(c.d_model, c.heads, c.rope_theta)
     if name == "mlp":
-        return MLP(c.d_model, c.ff_width, c.mlp)
+        return MLP(c.d_model, c.ff_width, c.mlp, bias=c.mlp_bias)
     if name == "moe":
         return MoE(c.d_model, c.moe)
     if name == "lru":
         return LRU(c.d_model, c.lru)
+    if name == "s4d":
+        return S4D(c.d_model, c.s4_state, is_complex=c.s4d_complex)
+    if name == "s4":
+        return S4(c.d_model, c.s4_state)
     mamba = {"mamba": Mamba, "bimamba": BiMamba}[name]
     return mamba(c.d_model, c.d_state, c.d_conv, c.expand, dt_rank=c.dt_rank)
 

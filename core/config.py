@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-MIXERS = ("mamba", "bimamba", "attention", "mlp", "moe", "lru")
+MIXERS = ("mamba", "bimamba", "s4d", "s4", "lru", "attention", "mlp", "moe")
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "gelu")
 Expert = Literal["relu", "gelu", "swiglu"]
@@ -99,9 +99,12 @@ class BackboneConfig:
     n_heads: int | None = None  # of attention; None: one for each 64 channels of d_model, at least one
     rope_theta: float | None = 10000.0  # the base of attention's rotary positions (RoPE); None: no positions (NoPE)
     mlp: str = "swiglu"  # one of MLPS
+    mlp_bias: bool = False
     d_ff: int | None = None  # inner width of mlp; None: 4 d_model for gelu, as many parameters for swiglu
     moe: MoEConfig = MoEConfig()
     lru: LRUConfig = LRUConfig()
+    s4_state: int = 64  # of s4d and s4, real numbers of a channel's state
+    s4d_complex: bool = True
     dropout: float = 0.0  # on what each mixer adds to the residual stream
     norm: str = "rms"  # one of NORMS: RMSNorm, or LayerNorm with a bias
     norm_eps: float = 1e-5
@@ -117,12 +120,14 @@ class BackboneConfig:
             )
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}; it must be one of {', '.join(NORMS)}")
-        for name in ("d_model", "n_layer", "d_state", "d_conv", "expand"):
+        for name in ("d_model", "n_layer", "d_state", "d_conv", "expand", "s4_state"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("n_heads", "d_ff"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or None for the default")
+        if self.s4_state % 2 and ("s4" in self.pattern or ("s4d" in self.pattern and self.s4d_complex)):
+            raise ValueError(f"s4_state is {self.s4_state}; complex states need an even number")
         if self.mlp not in MLPS:
             raise ValueError(f"mlp is {self.mlp!r}; it must be one of {', '.join(MLPS)}")
         if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:

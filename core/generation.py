@@ -58,7 +58,8 @@ class AutoregressiveModel(Protocol):
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """One token for each sequence: int64 (B,) -> logits (B, V); `state` updated in place.
 
-        On a GPU it is captured in a CUDA graph (graphed.py), so it may not wait for the GPU while that is done.
+        On a GPU it is captured in a CUDA graph (graphed.py), so it may not wait for the GPU while that is done; a model
+        whose steps are not all the same kernels says so by an attribute `step_is_one_graph`, False.
         """
         ...
 
@@ -121,7 +122,8 @@ def generate(
     generators, filters = begin(prompts, max_new_tokens, seeds, stop)
     logits, state = prefill(model, prompts, state, chunk=chunk, advance=advance)
     draws = Draws(config, generators, recent_tokens(prompts, max_new_tokens, config, logits))
-    if logits.is_cuda and max_new_tokens >= GRAPHED and isinstance(model, torch.nn.Module):
+    graphable = isinstance(model, torch.nn.Module) and getattr(model, "step_is_one_graph", True)
+    if logits.is_cuda and max_new_tokens >= GRAPHED and graphable:
         decoder: Decoder = GraphedDecoder(model, logits, state, draws, max_new_tokens)
     else:
         decoder = _OneByOne(model, logits, state, draws)

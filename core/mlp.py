@@ -1,7 +1,7 @@
 """The feed-forward half of a Transformer block, as a mixer of its own: it mixes channels, each token by itself.
 
     SwiGLU   out_proj(silu(gate) * up),  gate, up = in_proj(hidden)     arXiv 2002.05202
-    GELU     out_proj(gelu(in_proj(hidden)))                            GPT-2's, with the exact GELU and without biases
+    GELU     out_proj(gelu(in_proj(hidden)))                            GPT-2's, with the exact GELU; biases if wanted
 
 Letters: B batch, L length, F inner width (d_ff).
 """
@@ -21,13 +21,15 @@ class NoState(NamedTuple):
 class MLP(nn.Module):
     """(.., d_model) -> (.., d_model). `activation` is "swiglu" or "gelu"."""
 
-    def __init__(self, d_model: int, d_ff: int, activation: str = "swiglu"):
+    def __init__(self, d_model: int, d_ff: int, activation: str = "swiglu", *, bias: bool = False):
         super().__init__()
         self.gated = activation == "swiglu"
-        self.in_proj = nn.Linear(d_model, 2 * d_ff if self.gated else d_ff, bias=False)
-        self.out_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.in_proj = nn.Linear(d_model, 2 * d_ff if self.gated else d_ff, bias=bias)
+        self.out_proj = nn.Linear(d_ff, d_model, bias=bias)
         for projection in (self.in_proj, self.out_proj):
             nn.init.normal_(projection.weight, std=0.02)
+            if bias:
+                nn.init.zeros_(projection.bias)
 
     def forward(
         self,

@@ -11,15 +11,27 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: matrices with weight decay; vectors (norms, biases) and what is marked _no_weight_decay without.
 
     The marked ones are the SSM's A_log, D and dt bias: decayed, they drift from their initial spectrum and training
-    becomes unstable (mamba-ssm's advice).
+    becomes unstable (mamba-ssm's advice). What is marked _max_lr, too, comes in groups of its own, of no decay, whose
+    "max_lr" `learning_rate` respects.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)]
+    limits = {id(p): limit for p in parameters if (limit := getattr(p, "_max_lr", None)) is not None}
+    free = [p for p in parameters if id(p) not in limits]
+    decayed = [p for p in free if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)]
     ids = {id(p) for p in decayed}
-    return [
+    groups: list[dict] = [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in ids], "weight_decay": 0.0},
+        {"params": [p for p in free if id(p) not in ids], "weight_decay": 0.0},
     ]
+    for limit in sorted(set(limits.values())):
+        slow = [p for p in parameters if limits.get(id(p)) == limit]
+        groups.append({"params": slow, "weight_decay": 0.0, "max_lr": limit})
+    return groups
+
+
+def learning_rate(group: dict, peak: float, factor: float) -> float:
+    """Of a parameter group, where the schedule gives `factor` of the peak."""
+    return min(peak, group.get("max_lr", math.inf)) * factor
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:

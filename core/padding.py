@@ -40,14 +40,14 @@ class Padding(NamedTuple):
 
     def moved_left(self, x: Tensor) -> Tensor:
         """x (B, L, D) with the real tokens of each row at its beginning; what stood before them comes last."""
-        return _rolled(x, self.first)
+        return rolled(x, self.first)
 
     def moved_back(self, x: Tensor) -> Tensor:
         """The inverse of `moved_left`."""
-        return _rolled(x, -self.first)
+        return rolled(x, -self.first)
 
 
-def _rolled(x: Tensor, by: Tensor) -> Tensor:
+def rolled(x: Tensor, by: Tensor) -> Tensor:
     """Each row x[b] (L, D) rolled by[b] places to the left."""
     places = (torch.arange(x.shape[1], device=x.device) + by[:, None]) % x.shape[1]
     return x.gather(1, places[..., None].expand_as(x))

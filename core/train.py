@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 from . import checkpoint
-from .backbone import Backbone, aux_loss
+from .backbone import aux_loss
 from .config import ComputeConfig, TrainConfig
 from .errors import InputError
 from .hub import PretrainedModel
 from .interrupt import deferred_interrupt
-from .optim import averaged, parameter_groups, warmup_cosine
+from .optim import averaged, learning_rate, parameter_groups, warmup_cosine
 from .plots import plot_curves
 from .run_folder import RunFolder
 
@@ -138,7 +138,7 @@ class _Trainer:
         )
         set_seed(compute.seed)
         for module in model.modules():
-            if isinstance(module, Backbone):
+            if hasattr(module, "gradient_checkpointing"):  # Backbone, and what else is a stack of blocks
                 module.gradient_checkpointing = config.gradient_checkpointing
         optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -217,8 +217,9 @@ class _Trainer:
         Returns the mean loss and the mean of the model's auxiliary losses, (2,), still on the device.
         """
         self.model.train()
+        factor = warmup_cosine(progress, self.config.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * warmup_cosine(progress, self.config.warmup)
+            group["lr"] = learning_rate(group, self.config.lr, factor)
         total = torch.zeros(2, device=self.accelerator.device)
         for i, batch in enumerate(batches):
             batch = send_to_device(batch, self.accelerator.device)

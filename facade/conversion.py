@@ -22,6 +22,7 @@ KINDS = {
     "hf-mamba": "polymamba.core.convert:from_hf_mamba",
     "moe-mamba": "polymamba.core.convert:from_moe_mamba",
     "mambabyte": "polymamba.bytes.model:from_mambabyte",
+    "sashimi": "polymamba.audio.sashimi:from_sashimi",
 }
 
 

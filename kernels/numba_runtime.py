@@ -60,7 +60,8 @@ def inline(fastmath: set[str] = EXACT) -> Callable:
 
 
 @intrinsic
-def _bits_to_float(typingctx, bits):
+def bits_to_float(typingctx, bits):
+    # The float32 of these bits of an int32.
     def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], ir.FloatType())
 
@@ -113,7 +114,7 @@ def exp2(x):
     whole = clamped + _ROUND
     f = clamped - (whole - _ROUND)
     p = _P0 + f * (_P1 + f * (_P2 + f * (_P3 + f * (_P4 + f * (_P5 + f * _P6)))))
-    return p * _bits_to_float(_float_to_bits(whole) << np.int32(23))  # pyright: ignore[reportCallIssue]
+    return p * bits_to_float(_float_to_bits(whole) << np.int32(23))  # pyright: ignore[reportCallIssue]
 
 
 @inline()
@@ -124,7 +125,7 @@ def exp_negative(x):
     k = whole - _ROUND
     f = clamped - k * _LN2_HIGH - k * _LN2_LOW
     p = _E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6)))))
-    return p * _bits_to_float(_float_to_bits(whole) << np.int32(23))  # pyright: ignore[reportCallIssue]
+    return p * bits_to_float(_float_to_bits(whole) << np.int32(23))  # pyright: ignore[reportCallIssue]
 
 
 @inline()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from polymamba.bytes import Dividing, divide, find_files, open_corpus
-from polymamba.bytes.config import PARTS
 from polymamba.bytes.corpus import describe, named_part, write_splits_tsv
 from polymamba.core import InputError
+from polymamba.core.inputs import PARTS
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What the verbs of `polymamba audio` do: from flags to files."""

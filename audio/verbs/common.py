@@ -1,0 +1,66 @@
+"""What the verbs share: the model of a run folder, and sound files as codes at its rate."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...core.config import ComputeConfig
+from ...core.errors import InputError
+from ...core.terminal import say
+from ...core.train import autocast, pick_device
+from ..codec import encode
+from ..config import AudioConfig
+from ..corpus import find_sounds, folder_labels
+from ..model import AudioClassifier, AudioModel
+from ..reading import Sound, samples
+from ..scoring import check_causality
+from ..terminal import progress_bar
+
+
+def load_model(run: Path, compute: ComputeConfig) -> AudioModel:
+    return AudioModel.from_pretrained(run).to(pick_device(compute))
+
+
+def load_causal_model(run: Path, compute: ComputeConfig) -> AudioModel:
+    """A model to be measured. Raises InputError if it sees the future."""
+    model = load_model(run, compute)
+    with autocast(compute):
+        check_causality(model)
+    return model
+
+
+def load_classifier(run: Path, compute: ComputeConfig) -> AudioClassifier:
+    return AudioClassifier.from_pretrained(run).to(pick_device(compute))
+
+
+def read_codes(words: Sequence[Path], config: AudioConfig) -> tuple[list[Sound], list[np.ndarray], list[str]]:
+    """The sound files that `words` name, their codes as the model wants them, and their folders' names.
+
+    What was resampled or mixed is said.
+    """
+    sounds = find_sounds(words)
+    tell_changes(sounds, config.sample_rate)
+    codes = []
+    with progress_bar("reading", sum(sound.seconds for sound in sounds), "s") as advance:
+        for sound in sounds:
+            pieces = [encode(block, config.codec) for block in samples(sound, config.sample_rate)]
+            codes.append(np.concatenate([np.empty(0, np.uint8), *pieces]))
+            advance(sound.seconds)
+    if any(len(c) == 0 for c in codes):
+        short = next(sound.path for sound, c in zip(sounds, codes, strict=True) if len(c) == 0)
+        raise InputError(f"{short}: too short to have a sample at {config.sample_rate} Hz")
+    return sounds, codes, folder_labels(sounds)
+
+
+def tell_changes(sounds: Sequence[Sound], rate: int) -> None:
+    """Say which files will not be read as they are."""
+    others = [sound for sound in sounds if sound.rate != rate]
+    if others:
+        rates = ", ".join(f"{r}" for r in sorted({sound.rate for sound in others}))
+        which = str(others[0].path) if len(others) == 1 else f"{len(others)} files"
+        say(f"{which} of {rates} Hz: resampled to {rate} Hz")
+    wide = [sound for sound in sounds if sound.n_channels > 1]
+    if wide:
+        which = str(wide[0].path) if len(wide) == 1 else f"{len(wide)} files"
+        say(f"{which} of {max(s.n_channels for s in wide)} channels: averaged to mono")

@@ -1,0 +1,38 @@
+"""`polymamba audio score`: what a model makes of sound files, in bits per sample."""
+
+import csv
+import sys
+
+from ...core.files import require_writable, written_whole
+from ...core.terminal import say
+from ...core.train import autocast
+from ..commands import Score
+from ..scoring import bits_of, order0_bits
+from ..terminal import progress_bar
+from .common import load_causal_model, read_codes
+
+
+def score(args: Score) -> None:
+    """A line for each file, then one for all."""
+    if args.output is not None:
+        require_writable(args.output)
+    model = load_causal_model(args.run, args.compute)
+    sounds, codes, folders = read_codes(args.files, model.config)
+    places = {label: i for i, label in enumerate(model.config.labels)}
+    labels = [places.get(folder, len(places)) for folder in folders]
+    if places:
+        n = sum(label < len(places) for label in labels)
+        say(f"{n} of {len(labels)} files have a label that the model knows, by the folder's name; it is told to it")
+    total = sum(map(len, codes))
+    with autocast(args.compute), progress_bar("scoring", total, "samples") as advance:
+        bits = bits_of(model, codes, labels, chunk=args.chunk, advance=advance)
+    rows = [["file", "seconds", "samples", "bits_per_sample"]]
+    for sound, c, b in zip(sounds, codes, bits, strict=True):
+        rows.append([str(sound.path), f"{sound.seconds:.3f}", str(len(c)), f"{b / len(c):.4f}"])
+    seconds = total / model.config.sample_rate
+    rows.append(["all", f"{seconds:.3f}", str(total), f"{bits.sum() / total:.4f}"])
+    csv.writer(sys.stdout, delimiter="\t", lineterminator="\n").writerows(rows)
+    say(f"entropy of their codes, no context known: {order0_bits(codes):.4f} bits per sample")
+    if args.output is not None:
+        with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)

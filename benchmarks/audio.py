@@ -1,0 +1,168 @@
+"""Speed of the audio models: sample by sample, and in training.
+
+    python benchmarks/audio.py cpu [--output FILE]     one thread; some minutes
+    python benchmarks/audio.py gpu [--output FILE]     one GPU; some 5 minutes
+
+Random weights, 16 kHz. `fused` and `graph` are what `polymamba audio generate` takes (audio/writers.py); `eager` steps
+the same modules by plain PyTorch operators and draws each code by core's sampling, as both do. A real-time factor is
+seconds of work for a second of sound of one stream: below 1 is faster than real time. Medians of one run; on the CPU of
+the thread's own time, so that other work on the machine counts as little as it can.
+Training: batch 8 x 16,000 samples of sc09-small, forward, backward and AdamW, with our kernels and with their plain
+PyTorch twins (backend "torch"; the definitions themselves keep every state of every step, and do not fit).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from machine import describe
+
+from polymamba.audio import PRESETS, AudioConfig, AudioModel
+from polymamba.audio.config import START
+from polymamba.audio.writers import EagerWriter, FusedWriter, GraphWriter
+from polymamba.core import SamplingConfig
+from polymamba.kernels.backends import choose
+
+RATE = 16000
+KERNELS = ("mamba_step", "selective_scan", "causal_conv1d", "norm")
+
+
+@contextmanager
+def plain_pytorch(backend: str | None) -> Iterator[None]:
+    """All kernels by this backend; None: by the one that they choose."""
+
+    def always(asked, device, dtype, **options):
+        return choose(asked or backend, device, dtype, **options)
+
+    patches = [patch(f"polymamba.kernels.{name}.interface.choose", always) for name in KERNELS]
+    for p in patches:
+        p.start()
+    try:
+        yield
+    finally:
+        for p in patches:
+            p.stop()
+
+
+def model_of(preset: str, device: str) -> AudioModel:
+    torch.manual_seed(0)
+    return AudioModel(AudioConfig(unet=PRESETS[preset])).eval().to(device)
+
+
+def writer(kind: type, model: AudioModel, streams: int):
+    device = next(model.parameters()).device
+    generators = [torch.Generator().manual_seed(i) for i in range(streams)]
+    start = torch.full((streams,), START, device=device)
+    return kind(model, model.init_state(streams), start, SamplingConfig(), generators)
+
+
+@torch.no_grad()
+def seconds_per_sample(kind: type, preset: str, device: str, streams: int, n: int, repeats: int) -> float:
+    """Of each stream; n whole periods at a time."""
+    model = model_of(preset, device)
+    w, n = writer(kind, model, streams), n * model.config.unet.period
+    w.write(n)  # compiles, or captures
+    return median(lambda: w.write(n), repeats, device) / n
+
+
+def median(work: Callable[[], object], repeats: int, device: str) -> float:
+    times = []
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        clock = time.process_time if device == "cpu" else time.perf_counter
+        began = clock()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(clock() - began)
+    return statistics.median(times)
+
+
+def training(backend: str | None, device: str, batch: int, length: int) -> tuple[float, float]:
+    """(seconds of a step, peak GiB)."""
+    model = model_of("sc09-small", device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    codes = torch.randint(256, (batch, length), device=device)
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = model(codes)
+        F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with plain_pytorch(backend):
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        took = median(step, 3, device)
+    return took, torch.cuda.max_memory_allocated() / 2**30
+
+
+def table(rows: list[tuple], heads: tuple[str, ...]) -> str:
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows]) + "\n"
+
+
+def speeds(device: str, fast: type, plans: list[tuple[str, int, int, int]]) -> Iterator[tuple]:
+    """plans: preset, streams, periods of the fast writer, periods of the eager one (0: not measured)."""
+    for preset, streams, n_fast, n_eager in plans:
+        ours = seconds_per_sample(fast, preset, device, streams, n_fast, 5)
+        with plain_pytorch("reference"):
+            eager = seconds_per_sample(EagerWriter, preset, device, streams, n_eager, 3) if n_eager else None
+        yield (
+            *(preset, streams, f"{streams / ours:,.0f}", f"{ours * RATE:.2f}"),
+            *(("-", "-") if eager is None else (f"{streams / eager:,.0f}", f"{eager / ours:.1f}")),
+        )
+
+
+HEADS = ("model", "streams", "samples/s", "real-time factor", "eager, samples/s", "ratio")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("where", choices=("cpu", "gpu"))
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.where == "cpu":
+        torch.set_num_threads(1)
+    text = ["  \n".join(describe()), ""]
+    print(text[0], flush=True)
+    if args.where == "cpu":
+        plans = [("tiny", 1, 300, 4), ("youtubemix", 1, 40, 1), ("sc09-small", 1, 150, 4), ("sc09-large", 1, 40, 2)]
+        rows = list(_shown(speeds("cpu", FusedWriter, plans)))
+        text.append(table(rows, HEADS))
+    else:
+        plans = [("sc09-small", 1, 100, 4), ("youtubemix", 1, 8, 1), ("sc09-large", 1, 40, 0)]
+        plans += [("sc09-small", 128, 50, 4), ("youtubemix", 128, 8, 0)]
+        rows = list(_shown(speeds("cuda", GraphWriter, plans)))
+        text.append(table(rows, HEADS))
+        rows = []
+        for name, backend in (("our kernels", None), ("plain PyTorch", "torch")):
+            try:
+                took, peak = training(backend, "cuda", 8, 16000)
+                rows.append((name, f"{1e3 * took:,.0f}", f"{8 * 16000 / took:,.0f}", f"{peak:.1f}"))
+            except torch.OutOfMemoryError:
+                rows.append((name, "no memory", "-", "-"))
+            print(rows[-1], flush=True)
+        text.append(table(rows, ("training, 8 x 16,000", "ms a step", "samples/s", "peak GiB")))
+    print("\n".join(text[1:]))
+    if args.output:
+        args.output.write_text("\n".join(text) + "\n")
+
+
+def _shown(rows: Iterator[tuple]) -> Iterator[tuple]:
+    for row in rows:
+        print(*row, file=sys.stderr, flush=True)
+        yield row
+
+
+if __name__ == "__main__":
+    main()

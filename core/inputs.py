@@ -1,0 +1,62 @@
+"""Which files the user means, and which part of a data set a path names."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import InputError
+
+PARTS = ("train", "valid", "test")
+
+
+def named_part(path: Path) -> str | None:
+    """The part that a path names: the nearest of its file name up to the ending and the folders above it."""
+    return next((name for name in (path.name.split(".")[0], *reversed(path.parent.parts)) if name in PARTS), None)
+
+
+def find_files(words: Sequence[Path], leave_out: Path | None = None) -> list[Path]:
+    """The files that `words` name, and those in the folders they name, at any depth: sorted, each once.
+
+    Hidden files and folders in a folder are passed over, and so is the folder `leave_out`; links are followed.
+    Raises InputError for what does not exist, cannot be read, or is no ordinary file, and for folders without a file.
+    """
+    found: dict[Path, Path] = {}  # the file itself -> the first name under which it was seen
+    for word in words:
+        if not word.exists():
+            raise InputError(f"{word}: no such file or folder")
+        files = _files_below(word, leave_out) if word.is_dir() else [word]
+        if not files:
+            raise InputError(f"{word}: a folder without files (hidden ones do not count)")
+        for file in files:
+            _require_readable(file)
+            found.setdefault(file.resolve(), file)
+    return sorted(found.values())
+
+
+def _files_below(folder: Path, leave_out: Path | None) -> list[Path]:
+    files: list[Path] = []
+    seen = set() if leave_out is None else {leave_out.resolve()}
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if Path(root).resolve() in seen:  # a link may lead back
+            folders.clear()
+            continue
+        seen.add(Path(root).resolve())
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    return files
+
+
+def _require_readable(file: Path) -> None:
+    if not file.exists():
+        raise InputError(f"{file}: a link to nothing; remove it, or leave its folder out")
+    if not file.is_file():
+        raise InputError(f"{file}: no ordinary file; only files can be documents")
+    try:
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
