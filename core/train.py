@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 from . import checkpoint
-from .backbone import Backbone, aux_loss
+from .backbone import aux_loss
 from .config import ComputeConfig, TrainConfig
 from .errors import InputError
 from .hub import PretrainedModel
@@ -138,7 +138,7 @@ class _Trainer:
         )
         set_seed(compute.seed)
         for module in model.modules():
-            if isinstance(module, Backbone):
+            if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = config.gradient_checkpointing
         optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

@@ -4,6 +4,7 @@ polymamba.core        the backbone, training, checkpoints
 polymamba.kernels     selective scan and causal convolution, for CPU and GPU
 polymamba.genomics    DNA
 polymamba.bytes       token-free text, and any other bytes
+polymamba.vision      images
 polymamba.convert     official checkpoints -> our models
 """
 
@@ -16,9 +17,16 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-_SUBPACKAGES = ("bytes", "core", "genomics", "kernels")
+_SUBPACKAGES = ("bytes", "core", "genomics", "kernels", "vision")
 
-__all__ = ["__version__", "convert", "core", "genomics", "kernels"]  # not bytes: a star import would hide Python's
+__all__ = [
+    "__version__",
+    "convert",
+    "core",
+    "genomics",
+    "kernels",
+    "vision",
+]  # not bytes: a star import would hide Python's
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,8 @@ KINDS = {
     "mamba-ssm": "polymamba.core.convert:from_mamba_ssm",
     "hf-mamba": "polymamba.core.convert:from_hf_mamba",
     "mambabyte": "polymamba.bytes.model:from_mambabyte",
+    "vim": "polymamba.vision.official:from_vim",
+    "vmamba": "polymamba.vision.official:from_vmamba",
 }
 
 
