@@ -1,15 +1,15 @@
 """Official checkpoints as their training scripts left them, read without running any code of theirs.
 
 A .pth file is a pickle, which may name any function and have it called. Here only what rebuilds tensors is called;
-every other name becomes a `StandIn`, which does nothing but keep what the pickle puts into it. So the settings that scripts
-save beside the weights (argparse.Namespace, yacs.config.CfgNode, ...) can be read, whatever they are, and a malicious
-file can do no more than hold nonsense.
+every other name becomes a `StandIn`, which does nothing but keep what the pickle puts into it. So the settings that
+scripts save beside the weights (argparse.Namespace, yacs.config.CfgNode, ...) can be read, whatever they are, and a
+malicious file can do no more than hold nonsense.
 """
 
-import collections
-import pickle  # noqa: TID251 - its reader with no class or function to find but those below
+import pickle  # noqa: TID251 - its reader, which finds no class or function but those below
 import zipfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class StandIn(dict):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
-            return getattr({"collections": collections, "torch": torch, "torch._utils": torch._utils}[module], name)
+            return getattr(import_module(module), name)
         return type("StandIn", (StandIn,), {"name": f"{module}.{name}"})
 
 

@@ -31,6 +31,7 @@ TOP_LEVEL: dict[str, Command] = {
 DOMAINS = {
     "genomics": "polymamba.genomics.commands:COMMANDS",
     "bytes": "polymamba.bytes.commands:COMMANDS",
+    "vision": "polymamba.vision.commands:COMMANDS",
 }
 
 

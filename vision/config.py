@@ -1,10 +1,12 @@
-"""Shapes of the two architectures and their published sizes, free of torch: the command line is parsed before it loads.
+"""Shapes of the two architectures, their published sizes, and recipes to train them.
 
-Names of sizes are those under which timm knows them (registry.py).
+Free of torch: the command line is parsed before it loads. Names of sizes are timm's (registry.py).
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+from ..core.config import TrainConfig
 
 TOKENS = ("middle", "head", "double", "none")
 VIM_POOLS = ("token", "avg", "max", "last", "")
@@ -172,3 +174,89 @@ def preset_config(name: str, **changes: Any) -> VimConfig | VMambaConfig:
     if name not in PRESETS:
         raise ValueError(f"model {name!r} is not one of {', '.join(PRESETS)}")
     return replace(PRESETS[name], **changes)
+
+
+PARTS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dividing:
+    """Dividing images into train, valid and test. Parts that the data names stay; others are taken from train."""
+
+    valid_fraction: float = 0.1
+    """Share of the training images set aside for validation, if the data names no validation part."""
+    test_fraction: float = 0.1
+    """Share of the training images set aside for the final test, if the data names no test part; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if not (self.valid_fraction > 0 and self.test_fraction >= 0 and self.valid_fraction + self.test_fraction < 1):
+            raise ValueError(
+                f"valid_fraction is {self.valid_fraction}, test_fraction {self.test_fraction}; the first must be above "
+                "0, the second not negative, their sum below 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What is done to a training image (timm's transforms) and to a batch of them."""
+
+    scale: float = 0.6  # smallest share of an image's area that a random crop keeps
+    flip: float = 0.5  # share of images that are mirrored left to right
+    jitter: float = 0.3  # of brightness, contrast and saturation, where auto_augment is ""
+    auto_augment: str = ""  # timm's name of a policy, such as rand-m9-mstd0.5-inc1
+    erase: float = 0.1  # share of images of which a rectangle is erased
+    mixup: float = 0.0  # alpha of mixup; 0 for none
+    cutmix: float = 0.0  # alpha of cutmix; 0 for none. With both, a batch gets one of the two
+    smoothing: float = 0.1  # of the labels
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 1 or not 0 <= self.smoothing < 1:
+            raise ValueError(f"scale ({self.scale}) must be above 0, at most 1; smoothing ({self.smoothing}) below 1")
+        for name in ("flip", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        for name in ("jitter", "mixup", "cutmix"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train for one purpose."""
+
+    train: TrainConfig
+    augment: Augmentation
+
+
+_DEIT = Augmentation(
+    scale=0.08, flip=0.5, auto_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
+)
+# The official ones for ImageNet are of 1024 images a step, with lr 1e-3; here of a batch of 128, lr in proportion.
+RECIPES = {
+    "small-image": Recipe(
+        train=TrainConfig(epochs=30, batch_size=64, lr=2e-3, warmup=0.1, weight_decay=0.05, clip=1.0, ema=0.99),
+        augment=Augmentation(),
+    ),
+    "vim": Recipe(
+        train=TrainConfig(epochs=300, batch_size=128, lr=1.25e-4, warmup=5 / 300, weight_decay=0.1, ema=0.99996),
+        augment=_DEIT,
+    ),
+    "vmamba": Recipe(
+        train=TrainConfig(
+            epochs=300, batch_size=128, lr=1.25e-4, warmup=20 / 300, weight_decay=0.05, clip=5.0, ema=0.9999
+        ),
+        augment=_DEIT,
+    ),
+    "finetune": Recipe(
+        train=TrainConfig(epochs=20, batch_size=64, lr=2e-4, warmup=0.1, weight_decay=0.05, clip=1.0, ema=0.995),
+        augment=Augmentation(scale=0.35, auto_augment="rand-m7-mstd0.5-inc1"),
+    ),
+}
+RecipeName = Literal["small-image", "vim", "vmamba", "finetune"]
+ModelName = Literal[
+    "vim_tiny_patch16_224", "vim_small_patch16_224", "vim_base_patch16_224", "vim_tiny_patch16_stride8_224",
+    "vim_small_patch16_stride8_224", "vim_tiny_patch4_32", "vim_micro_patch4_32", "test_vim", "vmamba_tiny_s1l8",
+    "vmamba_tiny_s2l5", "vmamba_small_s1l20", "vmamba_small_s2l15", "vmamba_base_s1l20", "vmamba_base_s2l15",
+    "vmamba_tiny_v0", "vmamba_small_v0", "vmamba_base_v0", "vmamba_tiny_patch2_32", "vmamba_micro_patch2_32",
+    "test_vmamba",
+]  # fmt: skip

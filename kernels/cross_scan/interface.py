@@ -34,12 +34,13 @@ def cross_scan(
         return cross_scan_reference(x, dt, A, B, C, D, dt_weight, dt_bias)
     # Of x there is one copy, by columns; backwards is the same sequence read from its other end.
     by_rows, by_columns = "b h w ... -> b (h w) ...", "b h w ... -> b (w h) ..."
+    dts, Bs, Cs = (m.unbind(-2) for m in (dt, B, C))
     sums = []
     for first, order in enumerate((by_rows, by_columns)):
         sequence = rearrange(x, order)
         total = None
         for k in (first, first + 2):
-            low_rank, B_k, C_k = (rearrange(m[..., k, :], order) for m in (dt, B, C))
+            low_rank, B_k, C_k = (rearrange(m[k], order) for m in (dts, Bs, Cs))
             y = selective_scan(
                 *(sequence, F.linear(low_rank, dt_weight[k]), A[k], B_k, C_k, D[k]),
                 delta_bias=dt_bias[k],
