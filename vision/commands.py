@@ -110,7 +110,8 @@ class Train:
             raise ValueError("recipe is finetune; say with --init which model to begin from")
         if self.drop_path is not None and not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}; it must be at least 0 and below 1")
-        self.training(), self.augmentation()  # to hear now what is wrong with them
+        self.training()  # to hear now what is wrong with them
+        self.augmentation()
 
     def training(self) -> TrainConfig:
         """The recipe's, with what the flags change."""
@@ -165,8 +166,66 @@ class Eval(_OnModel):
     """The part to measure on, of data that has parts; all of other data."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Features(_OnModel):
+    """Write what a model makes of images before its head; with --probe say how well that tells classes apart."""
+
+    images: Positional[tuple[Path, ...]]
+    """Files, folders with images at any depth, or globs; with --probe one source of labelled images, as for train."""
+    output: Output
+    """File to write: .npy, with the images' names beside it in .names.tsv, or .parquet."""
+    probe: bool = False
+    """Fit nearest neighbours and a logistic regression on the images of train and valid, and measure them on test."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.images:
+            raise ValueError("no images; name at least one file or folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Draw where a model looks: Grad-CAM of images, the effective receptive field, the order of its scans."""
+
+    run: Positional[Path]
+    """Run folder of the model, or any model folder."""
+    images: Positional[tuple[Path, ...]]
+    """Files, folders with images at any depth, or globs."""
+    output: Output
+    """Folder to make."""
+    class_name: str | None = None
+    """The class to explain; left out, each image's likeliest one."""
+    most: int = 24
+    """No more images than this."""
+    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 1, "most")
+        if not self.images:
+            raise ValueError("no images; name at least one file or folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a model for other programs: ONNX of ordinary operations, or torch.export's .pt2; and check it."""
+
+    run: Positional[Path]
+    """Run folder of the model, or any model folder."""
+    output: Output
+    """File to write: .onnx or .pt2; classes and how to prepare an image go to a .json beside it."""
+    size: int | None = None
+    """Pixels of the square that it will take; left out, what the model was trained on."""
+    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 4, "size")
+
+
 COMMANDS = {
     "train": (Train, "polymamba.vision.verbs.train:train"),
     "predict": (Predict, "polymamba.vision.verbs.predict:predict"),
     "eval": (Eval, "polymamba.vision.verbs.evaluate:evaluate"),
+    "features": (Features, "polymamba.vision.verbs.features:features"),
+    "explain": (Explain, "polymamba.vision.verbs.explain:explain"),
+    "export": (Export, "polymamba.vision.verbs.export:export"),
 }

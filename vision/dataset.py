@@ -24,7 +24,7 @@ class ImageSet:
     """Images with a name and a class each."""
 
     items: Sequence[Item]  # what read_image takes
-    names: Sequence[str]  # (n,): a path, or file and number
+    names: list[str]  # (n,): a path, or file and number
     labels: np.ndarray  # (n,) int64, indices into the classes
     classes: tuple[str, ...]
     parts: np.ndarray  # (n,) str: train, valid, test, or "" where the source does not say

@@ -74,3 +74,65 @@ def contact_sheet(path: str | Path, images: Sequence[Image.Image], captions: Seq
 def _save(figure: Any, path: str | Path) -> None:
     with written_whole(path) as beside:
         figure.savefig(beside, format="png", dpi=120)
+
+
+def plot_gradcam(path: str | Path, rows: Sequence[tuple[Image.Image, np.ndarray, str]]) -> None:
+    """(image as the model saw it, map (H, W) from 0 to 1, caption) of each: the image, and the map laid over it."""
+    from matplotlib.figure import Figure
+
+    per_row = 4
+    n_rows = max(1, -(-len(rows) // per_row))
+    figure = Figure(figsize=(3.4 * per_row, 2.1 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, 2 * per_row, squeeze=False).reshape(-1, 2)
+    for (left, right), (image, cam, caption) in zip(axes, rows, strict=False):
+        smooth = "nearest" if max(image.size) < 128 else "antialiased"
+        left.imshow(np.asarray(image), interpolation=smooth)
+        right.imshow(np.asarray(image.convert("L")), cmap="gray", interpolation=smooth)
+        right.imshow(cam, cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear")
+        left.set_title(caption.replace("$", r"\$"), fontsize=8, loc="left")
+    for one in figure.axes:
+        one.set_axis_off()
+    _save(figure, path)
+
+
+def plot_receptive_field(path: str | Path, field: np.ndarray, n_images: int) -> None:
+    """field (H, W), in logarithmic colours over four decades: far influence is small."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    top = float(field.max()) or 1.0
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    drawn = axes.imshow(np.maximum(field / top, 1e-4), cmap="inferno", norm=LogNorm(1e-4, 1))
+    figure.colorbar(drawn, ax=axes, shrink=0.85, label="influence on the middle cell / largest")
+    axes.set_title(f"effective receptive field, mean of {n_images} images", fontsize=10)
+    axes.set(xlabel="pixel", ylabel="pixel")
+    _save(figure, path)
+
+
+def plot_scan_order(path: str | Path, orders: Sequence[tuple[str, np.ndarray]]) -> None:
+    """A line through the cells of each direction, from dark (first) to bright (last); a gap where a token stands."""
+    from matplotlib import colormaps
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(orders), 3.6), layout="constrained")
+    for axes, (name, cells) in zip(figure.subplots(1, len(orders), squeeze=False)[0], orders, strict=True):
+        places = cells[:, ::-1]  # x, y
+        segments = np.stack((places[:-1], places[1:]), 1)
+        lines = LineCollection(list(segments), array=np.arange(len(segments)), cmap="viridis", linewidths=1.4)
+        axes.add_collection(lines)
+        there = ~np.isnan(places[:, 0])
+        colours = colormaps["viridis"](np.linspace(0, 1, len(places)))
+        axes.scatter(*places[there].T, s=14, color=colours[there], zorder=2)
+        for i in np.flatnonzero(~there):
+            beside = places[i - 1] if i else places[i + 1]
+            axes.plot(*beside, "s", markersize=9, fillstyle="none", color="#d1603d")
+            axes.annotate(
+                "class token\nhere", beside, fontsize=7, color="#d1603d", xytext=(4, 6), textcoords="offset points"
+            )
+        top = np.nanmax(cells, axis=0)
+        axes.set(xlim=(-0.7, top[1] + 0.7), ylim=(top[0] + 0.7, -0.7), aspect="equal", title=name)
+        axes.tick_params(length=0, labelsize=7)
+        axes.spines[:].set_visible(False)
+    _save(figure, path)

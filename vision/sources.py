@@ -78,7 +78,7 @@ def _below(folder: Path) -> Iterable[Path]:
 
 
 def _image_set(
-    items: Sequence[Item], names: Sequence[str], labels: Sequence[str], parts: Sequence[str],
+    items: Sequence[Item], names: list[str], labels: Sequence[str], parts: Sequence[str],
     classes: Sequence[str] | None = None, files: Iterable[Path] = (),
 ) -> ImageSet:  # fmt: skip
     """classes: if they are known beforehand; else those that occur, 2 before 10."""
