@@ -19,14 +19,8 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 _SUBPACKAGES = ("bytes", "core", "genomics", "kernels", "vision")
 
-__all__ = [
-    "__version__",
-    "convert",
-    "core",
-    "genomics",
-    "kernels",
-    "vision",
-]  # not bytes: a star import would hide Python's
+# not bytes: a star import would hide Python's
+__all__ = ["__version__", "convert", "core", "genomics", "kernels", "vision"]
 
 
 def __getattr__(name: str) -> Any:

@@ -47,10 +47,11 @@ class ImageSet:
         return f"{len(self):,} images of {len(self.classes)} classes: {', '.join(counts)}"
 
     def digest(self) -> str:
-        """Of names, labels and parts: what a resumed run must find unchanged."""
+        """Of names, labels, parts and sizes of files: what a resumed run must find unchanged."""
         digest = hashlib.sha256()
-        for name, label, part in zip(self.names, self.labels, self.parts, strict=True):
-            digest.update(f"{name}\t{self.classes[label]}\t{part}\n".encode(errors="surrogateescape"))
+        for item, name, label, part in zip(self.items, self.names, self.labels, self.parts, strict=True):
+            size = item.stat().st_size if isinstance(item, Path) else len(item)
+            digest.update(f"{name}\t{self.classes[label]}\t{part}\t{size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def write_splits(self, path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import InputError
 from .dataset import ImageSet
 from .images import Item, read_image
 from .model import ImageModel
@@ -14,10 +15,10 @@ from .transforms import data_config, eval_transform, shorter_side
 
 
 class _Images(torch.utils.data.Dataset):
-    """(image (3, H, W), "") of each item; (zeros, what is wrong) if it cannot be read and that is borne."""
+    """(image (3, H, W), "") of each item; (zeros, what is wrong) if it cannot be read."""
 
-    def __init__(self, items: Sequence[Item], names: Sequence[str], config: dict[str, Any], bear: bool):
-        self.items, self.names, self.config, self.bear = items, names, config, bear
+    def __init__(self, items: Sequence[Item], names: Sequence[str], config: dict[str, Any]):
+        self.items, self.names, self.config = items, names, config
         self.transform, self.enough = eval_transform(config), shorter_side(config)
 
     def __len__(self) -> int:
@@ -26,9 +27,7 @@ class _Images(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
         try:
             return self.transform(read_image(self.items[i], self.names[i], self.enough)), ""
-        except ValueError as error:  # InputError
-            if not self.bear:
-                raise
+        except InputError as error:  # told here, for out of a worker it would come with a traceback
             return torch.zeros(self.config["input_size"]), str(error)
 
 
@@ -40,11 +39,15 @@ def batches(
 
     Raises InputError at the first image that cannot be read, unless bear_unreadable.
     """
-    dataset = _Images(items, names, config, bear_unreadable)
+    dataset = _Images(items, names, config)
     loader: Any = torch.utils.data.DataLoader(
         dataset, batch_size, num_workers=workers, collate_fn=_together, generator=torch.Generator()
     )
-    yield from loader
+    for x, problems in loader:
+        first = next(filter(None, problems), None)
+        if first is not None and not bear_unreadable:
+            raise InputError(first)
+        yield x, problems
 
 
 def _together(rows: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:

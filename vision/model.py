@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.hub import CONFIG, PretrainedModel, fetch
 
-TIMM_KEYS = ("architecture", "num_classes", "num_features", "pretrained_cfg", "model_args")
+TIMM_KEYS = ("architecture", "num_features", "pretrained_cfg", "model_args")  # of config.json, beside our fields
 
 
 class ImageModel(PretrainedModel):
@@ -100,7 +100,7 @@ class ImageModel(PretrainedModel):
 
     @classmethod
     def from_description(cls, fields: dict[str, Any]) -> Self:
-        model = super().from_description({k: v for k, v in fields.items() if k not in TIMM_KEYS or k == "num_classes"})
+        model = super().from_description({k: v for k, v in fields.items() if k not in TIMM_KEYS})
         model.pretrained_cfg = dict(fields.get("pretrained_cfg") or {})
         model.pretrained_cfg["architecture"] = fields.get("architecture")
         return model

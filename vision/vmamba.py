@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.mamba import initial_dt_bias
-from ..kernels import cross_scan
+from ..kernels import cross_scan, layer_norm
 from .config import VMambaConfig
 from .model import ImageModel, drop_path_rates, feature_layout
 
@@ -35,6 +35,13 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ScanNorm(nn.LayerNorm):
+    """LayerNorm of the scan's float32 sum, in the dtype of its own weights."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return layer_norm(x, self.weight, self.bias, self.eps)[0]
 
 
 @register_notrace_module
@@ -52,7 +59,7 @@ class SS2D(nn.Module):
         self.dt_projs_bias = nn.Parameter(torch.empty(K, d_inner))
         self.A_logs = nn.Parameter(torch.empty(K * d_inner, config.d_state))
         self.Ds = nn.Parameter(torch.empty(K * d_inner))
-        self.out_norm = nn.LayerNorm(d_inner, NORM_EPS)
+        self.out_norm = ScanNorm(d_inner, NORM_EPS)
         self.out_proj = nn.Linear(d_inner, dim, bias=False)
         for parameter in (self.A_logs, self.Ds, self.dt_projs_bias):
             parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue] - read by core's optim.py

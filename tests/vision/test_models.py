@@ -282,6 +282,9 @@ def test_bf16_stays_near_float32(make):
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(images)
     assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
+    whole = model.bfloat16()(images.bfloat16())
+    assert whole.dtype == torch.bfloat16
+    assert (whole.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 @torch.no_grad()

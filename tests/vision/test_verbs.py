@@ -192,7 +192,7 @@ def test_eval_says_what_train_said(run, pictures, tmp_path, capsys):
     assert [p["predicted"] for p in predictions] == [row["class"] for row in rows]
 
 
-def test_eval_refuses(run, pictures, tmp_path, capsys):
+def test_eval_refuses(run, pictures, odd, tmp_path, capsys):
     (tmp_path / "t.csv").write_text(
         f"image,label,part\n{pictures}/red/1.png,red,train\n{pictures}/red/2.png,cat,train\n"
     )
@@ -200,6 +200,15 @@ def test_eval_refuses(run, pictures, tmp_path, capsys):
         code = main(["vision", "eval", str(run), str(tmp_path / "t.csv"), "-o", str(tmp_path / "e"), *words])
         assert code == 1
         assert said in capsys.readouterr().err
+    shutil.copy(odd / "cut.png", tmp_path / "cut.png")
+    (tmp_path / "c.csv").write_text(f"image,label\n{pictures}/red/1.png,red\ncut.png,blue\n")
+    for workers in ("0", "1"):
+        words = [str(tmp_path / "c.csv"), "-o", str(tmp_path / "e"), "--workers", workers]
+        assert main(["vision", "eval", str(run), *words]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert "cut.png: a damaged image" in said
+        assert "Traceback" not in said
     assert not (tmp_path / "e").exists()
 
 
