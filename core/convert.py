@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import BackboneConfig, Expert, LanguageModelConfig, MoEConfig
 from .errors import InputError
@@ -156,8 +156,21 @@ def _require(condition: Any, problem: str) -> None:
 def _load(model: LanguageModel, state_dict: Mapping[str, Tensor], rename: Callable[[str], str]) -> LanguageModel:
     """Copy every tensor to where `rename` says. Raises InputError with all that does not fit."""
     given = {rename(key): (key, tensor) for key, tensor in state_dict.items()}
-    if model.config.tie_embeddings and "lm_head.weight" not in given and "embedding.weight" in given:
+    tied = model.config.tie_embeddings
+    if tied and "lm_head.weight" not in given and "embedding.weight" in given:
         given["lm_head.weight"] = given["embedding.weight"]  # safetensors files hold a tied tensor once
+    load_strictly(model, given)
+    if tied and not torch.equal(given["lm_head.weight"][1], given["embedding.weight"][1]):
+        raise InputError("the checkpoint's head and embedding differ, but its config says that they are tied")
+    return model.eval()
+
+
+def load_strictly(model: nn.Module, given: Mapping[str, tuple[str, Tensor]]) -> None:
+    """Load a whole state dict: our name -> (its name in the checkpoint, tensor).
+
+    Raises InputError with a report of every tensor that is missing, left over or of another shape; the model is then as
+    it was.
+    """
     wanted = model.state_dict()
     problems = [f"no tensor for {name}" for name in wanted.keys() - given.keys()]
     problems += [f"no place for {given[name][0]}" for name in given.keys() - wanted.keys()]
@@ -168,8 +181,4 @@ def _load(model: LanguageModel, state_dict: Mapping[str, Tensor], rename: Callab
     ]
     if problems:
         raise InputError(f"the checkpoint does not fit its config: {'; '.join(sorted(problems))}")
-    tied = model.config.tie_embeddings
-    if tied and not torch.equal(given["lm_head.weight"][1], given["embedding.weight"][1]):
-        raise InputError("the checkpoint's head and embedding differ, but its config says that they are tied")
     model.load_state_dict({name: tensor for name, (_, tensor) in given.items()})
-    return model.eval()

@@ -40,9 +40,18 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin, library_name="polymamba")
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / WEIGHTS) as beside:
             save_model(self, str(beside))
-        write_json(folder / CONFIG, {"model": type(self).__name__, **dataclasses.asdict(self.config)})
+        write_json(folder / CONFIG, {"model": type(self).__name__, **self.describe()})
         if model_card_kwargs is not None:
             self.generate_model_card(**model_card_kwargs).save(folder / "README.md")
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json says of the model beside its class; JSON-safe."""
+        return dataclasses.asdict(self.config)
+
+    @classmethod
+    def from_description(cls, fields: dict[str, Any]) -> Self:
+        """The model, with fresh weights, that `describe` spoke of. TypeError or ValueError if that is no such thing."""
+        return cls(config_from_dict(cls.config_class, fields))
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, **hub_options: Any) -> Self:
@@ -51,7 +60,7 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin, library_name="polymamba")
         hub_options go to `hf_hub_download` (revision, token, cache_dir, local_files_only, ...). Raises InputError if
         there is no such model, if it is another kind of model, or if its weights do not fit.
         """
-        config_file = _fetch(path_or_hub_id, CONFIG, hub_options)
+        config_file = fetch(path_or_hub_id, CONFIG, hub_options)
         try:
             fields = json.loads(config_file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -62,10 +71,10 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin, library_name="polymamba")
                 f"{config_file}: holds {found or 'no polymamba model'}, but a {cls.__name__} is wanted here"
             )
         try:
-            model = cls(config_from_dict(cls.config_class, fields))
+            model = cls.from_description(fields)
         except (TypeError, ValueError) as error:
             raise InputError(f"{config_file}: {error}") from None
-        weights = _fetch(path_or_hub_id, WEIGHTS, hub_options)
+        weights = fetch(path_or_hub_id, WEIGHTS, hub_options)
         try:
             load_model(model, weights)
         except (SafetensorError, RuntimeError) as error:
@@ -84,7 +93,8 @@ def config_from_dict(config_class: type, fields: dict[str, Any]) -> Any:
     )
 
 
-def _fetch(path_or_hub_id: str | Path, name: str, hub_options: dict[str, Any]) -> Path:
+def fetch(path_or_hub_id: str | Path, name: str, hub_options: dict[str, Any]) -> Path:
+    """A model's file: in its folder, or downloaded from the hub. Raises InputError if there is none."""
     folder = Path(path_or_hub_id)
     if folder.is_dir():
         if not (folder / name).is_file():

@@ -38,6 +38,12 @@ class MambaState(NamedTuple):
     ssm: Tensor  # (B, E, N), float32
 
 
+def initial_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1e-1) -> Tensor:
+    """softplus^-1(dt) with dt log-uniform in [dt_min, dt_max]: mamba-ssm's initial bias of the step sizes."""
+    dt = (torch.rand(shape) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).exp()
+    return dt + torch.log(-torch.expm1(-dt))
+
+
 class SelectiveSSM(nn.Module):
     """Convolution, input-dependent parameters, scan and gate: the block between its two projections."""
 
@@ -55,21 +61,19 @@ class SelectiveSSM(nn.Module):
         self.reset_ssm_parameters()
 
     @torch.no_grad()
-    def reset_ssm_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
+    def reset_ssm_parameters(self) -> None:
         """mamba-ssm's initialisation.
 
         A_log           log(1..N) for every channel: the S4D-real spectrum A = -(n + 1)
         D               1
         dt_proj.weight  uniform(-R^-1/2, R^-1/2)
-        dt_proj.bias    softplus^-1(dt), dt log-uniform in [dt_min, dt_max]
+        dt_proj.bias    see initial_dt_bias
         """
         n_channels = self.D.shape[0]
         self.A_log.copy_(repeat(torch.arange(1, self.d_state + 1).log(), "n -> e n", e=n_channels))
         self.D.fill_(1.0)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        log_dt = torch.rand(n_channels) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
-        dt = log_dt.exp().clamp(min=dt_floor)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.dt_proj.bias.copy_(initial_dt_bias((n_channels,)))
 
     @property
     def A(self) -> Tensor:

@@ -5,6 +5,7 @@ polymamba.kernels     selective scan and causal convolution, for CPU and GPU
 polymamba.audio       raw waveforms
 polymamba.genomics    DNA
 polymamba.bytes       token-free text, and any other bytes
+polymamba.vision      images
 polymamba.convert     official checkpoints -> our models
 """
 
@@ -17,16 +18,10 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-_SUBPACKAGES = ("audio", "bytes", "core", "genomics", "kernels")
+_SUBPACKAGES = ("audio", "bytes", "core", "genomics", "kernels", "vision")
 
-__all__ = [
-    "__version__",
-    "audio",
-    "convert",
-    "core",
-    "genomics",
-    "kernels",
-]  # not bytes: a star import would hide Python's
+# not bytes: a star import would hide Python's
+__all__ = ["__version__", "audio", "convert", "core", "genomics", "kernels", "vision"]
 
 
 def __getattr__(name: str) -> Any:

@@ -32,6 +32,7 @@ DOMAINS = {
     "genomics": "polymamba.genomics.commands:COMMANDS",
     "bytes": "polymamba.bytes.commands:COMMANDS",
     "audio": "polymamba.audio.commands:COMMANDS",
+    "vision": "polymamba.vision.commands:COMMANDS",
 }
 
 

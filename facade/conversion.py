@@ -13,16 +13,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from polymamba.core.errors import InputError
-from polymamba.core.files import require_new_folder
+from polymamba.core.files import new_folder, require_new_folder
 from polymamba.core.hub import PretrainedModel
+from polymamba.core.unpickle import read_pickled, tensors_of
 from polymamba.flags import Convert
 
+FROM_TENSORS = ("vim", "vmamba")  # whose configuration is read off the tensors where there is no config.json
 KINDS = {
     "mamba-ssm": "polymamba.core.convert:from_mamba_ssm",
     "hf-mamba": "polymamba.core.convert:from_hf_mamba",
     "moe-mamba": "polymamba.core.convert:from_moe_mamba",
     "mambabyte": "polymamba.bytes.model:from_mambabyte",
     "sashimi": "polymamba.audio.sashimi:from_sashimi",
+    "vim": "polymamba.vision.official:from_vim",
+    "vmamba": "polymamba.vision.official:from_vmamba",
 }
 
 
@@ -31,7 +35,7 @@ def convert(kind: str, state_dict: Mapping[str, Tensor], config: Mapping[str, An
 
     kind         one of KINDS
     state_dict   its tensors under their official keys
-    config       its config.json as a dict
+    config       its config.json as a dict; of vim and vmamba the constructor's arguments, {} for the tensors to tell
 
     Strict: raises InputError with a report of every tensor that is missing, left over or of another shape, and for a
     config that asks for what is not supported. ValueError for an unknown kind.
@@ -46,19 +50,45 @@ def convert(kind: str, state_dict: Mapping[str, Tensor], config: Mapping[str, An
 
 
 def run(args: Convert) -> None:
-    """The verb: a checkpoint folder in, a model folder out."""
-    config_file = args.checkpoint / "config.json"
-    if not config_file.is_file():
-        raise InputError(f"{args.checkpoint}: no config.json in it; expected the folder of an official checkpoint")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{config_file}: not JSON ({error})") from None
+    """The verb: a checkpoint in, a model folder out."""
     require_new_folder(args.output)
-    model = convert(args.kind, _read_weights(args.checkpoint), config)
-    model.save_pretrained(args.output)
+    if args.checkpoint.is_file() and args.kind in FROM_TENSORS:
+        config, weights = {}, _read_file(args)
+    else:
+        config, weights = _read_config(args.checkpoint), _read_weights(args.checkpoint)
+        if args.weights:
+            raise InputError("--weights chooses among those of a .pth file; of a folder leave it out")
+    model = convert(args.kind, weights, config)
+    with new_folder(args.output) as beside:
+        model.save_pretrained(beside)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}, {n_parameters:,} parameters -> {args.output}", file=sys.stderr)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise InputError(f"{folder}: no config.json in it; expected the folder of an official checkpoint")
+    try:
+        return json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{config_file}: not JSON ({error})") from None
+
+
+def _read_file(args: Convert) -> dict[str, Tensor]:
+    """The state dict of a single file; says which one it took."""
+    path = args.checkpoint
+    if path.suffix == ".safetensors":
+        try:
+            content = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path}: weights cannot be read ({error})") from None
+    else:
+        content = read_pickled(path)
+    tensors, name = tensors_of(content, args.weights, path)
+    if name:
+        print(f"taking the weights {name!r} of {path}", file=sys.stderr)
+    return tensors
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-Kind = Literal["mamba-ssm", "hf-mamba", "moe-mamba", "mambabyte", "sashimi"]
+Kind = Literal["mamba-ssm", "hf-mamba", "moe-mamba", "mambabyte", "sashimi", "vim", "vmamba"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,11 @@ class Convert:
     kind: Positional[Kind]
     """Where the checkpoint comes from."""
     checkpoint: Positional[Path]
-    """Its folder: config.json and model.safetensors or pytorch_model.bin."""
+    """Its folder: config.json and model.safetensors or pytorch_model.bin. Of vim and vmamba also the .pth that was
+    released, or safetensors; none of its code is run, and what the tensors' shapes tell is not asked for."""
     output: Positional[Path]
     """Folder to make."""
+    weights: Literal["model", "model_ema"] | None = None
+    """Which weights of a .pth with several: those trained, or their moving average."""
     debug: bool = False
     """Show a traceback when something fails."""

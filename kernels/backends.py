@@ -2,16 +2,32 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-BACKENDS = ("reference", "torch", "numba", "triton")
+BACKENDS = ("reference", "torch", "plain", "numba", "triton")
+IN_PYTORCH = ("reference", "torch", "plain")  # one and the same for the operations that PyTorch has the parts of
+
+_plain = False
 
 
 # Looked up once, here: torch.compile cannot trace a search for modules.
 INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("numba", "triton")}
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Within it, what is not told otherwise runs as ordinary PyTorch operations: to export a model, not to run it."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 def interpreting() -> bool:
@@ -24,6 +40,8 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, *, is_
 
     Raises ValueError if the forced backend is unknown, not installed, or cannot take these inputs.
     """
+    if backend is None and _plain:
+        backend = "plain"
     if backend is None:
         if is_complex or dtype == torch.float64:
             return "torch"
@@ -39,6 +57,8 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, *, is_
     if backend in ("numba", "triton") and (is_complex or dtype == torch.float64):
         kind = "complex A" if is_complex else "float64"
         raise ValueError(f"backend={backend!r} does not take {kind}: use backend='torch' or 'reference'")
+    if backend == "plain" and is_complex:
+        raise ValueError("backend='plain' does not take complex A: use backend='torch' or 'reference'")
     if backend == "numba" and device.type != "cpu":
         raise ValueError(f"backend='numba' runs on the CPU; the inputs are on {device}")
     if backend == "triton" and device.type != "cuda" and not interpreting():

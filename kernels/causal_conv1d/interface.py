@@ -5,7 +5,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..backends import choose, watched
+from ..backends import IN_PYTORCH, choose, watched
 from ..sequences import sequence_bounds
 from .reference import causal_conv1d_reference, causal_conv1d_step_reference
 
@@ -33,7 +33,7 @@ def causal_conv1d(
     """
     _check(x, weight, bias, activation, initial_state, cu_seqlens)
     backend = choose(backend, x.device, x.dtype)
-    if backend in ("reference", "torch"):  # the reference is already one vector operation per tap
+    if backend in IN_PYTORCH:  # the reference is already one vector operation per tap
         y = causal_conv1d_reference(
             x, weight, bias, activation=activation, initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse
         )

@@ -5,7 +5,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..backends import choose, watched
+from ..backends import IN_PYTORCH, choose, watched
 from .reference import norm_reference
 
 _MODULES = {"numba": "cpu", "triton": "triton"}
@@ -42,7 +42,7 @@ def _choose_and_run(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(x, residual, weight, bias)
     backend = choose(backend, x.device, torch.promote_types(x.dtype, weight.dtype))
-    if backend in ("reference", "torch"):
+    if backend in IN_PYTORCH:
         return norm_reference(x, residual, weight, bias, eps, centred)
     rows = x.reshape(-1, x.shape[-1])
     flat_residual = None if residual is None else residual.reshape(rows.shape)

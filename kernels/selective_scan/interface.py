@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, traced, watched
+from .plain import selective_scan_plain
 from .reference import selective_scan_reference, selective_scan_step_reference
 
 _MODULES = {"torch": "chunked", "numba": "cpu", "triton": "triton"}
@@ -39,7 +40,8 @@ def selective_scan(
     equals flipping time, running and flipping back, within each sequence; the initial state then enters from the right.
 
     The backward is deterministic. Sums and the state are in float32 at least. Raises ValueError if shapes disagree
-    or if `backend` (one of reference, torch, numba, triton; by default chosen by device) cannot run these inputs.
+    or if `backend` (one of reference, torch, plain, numba, triton; by default chosen by device) cannot run these
+    inputs: plain (plain.py) takes neither states nor packs.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex())
@@ -53,6 +55,11 @@ def selective_scan(
             cu_seqlens=cu_seqlens,
             reverse=reverse,
         )
+    if backend == "plain":
+        if initial_state is not None or return_final_state or cu_seqlens is not None:
+            raise ValueError("backend='plain' takes no initial_state, return_final_state or cu_seqlens")
+        options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "reverse": reverse}
+        return selective_scan_plain(u, delta, A, B, C, D, z, **options)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     flat_u, flat_delta, flat_z = u.flatten(0, 1), delta.flatten(0, 1), None if z is None else z.flatten(0, 1)

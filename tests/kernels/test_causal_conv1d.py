@@ -225,7 +225,7 @@ def test_the_backward_repeats_to_the_bit(backend, results_of, cast):
         ({"activation": "gelu"}, "activation='gelu' is not 'silu' or None"),
         ({"initial_state": torch.zeros(2, 5, 4)}, r"initial_state has shape \(2, 5, 4\); expected \(2, 5, 3\)"),
         ({"cu_seqlens": torch.tensor([0, 9])}, "batch of 1; got batch 2"),
-        ({"backend": "metal"}, "backend='metal' is not one of reference, torch, numba, triton"),
+        ({"backend": "metal"}, "backend='metal' is not one of reference, torch, plain, numba, triton"),
         ({"backend": "numba", "x": torch.zeros(2, 9, 5, dtype=torch.float64)}, "'numba' does not take float64"),
     ],
 )

@@ -500,7 +500,7 @@ def test_gradcheck(is_complex):
         ({"initial_state": torch.zeros(1, 6, 3)}, r"initial_state has shape \(1, 6, 3\); expected \(2, 6, 3\)"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "batch of 1; got batch 2"),
         ({"B": torch.zeros(2, 5, 2, 3, dtype=torch.complex64)}, "B is complex but A is real"),
-        ({"backend": "cuda"}, "backend='cuda' is not one of reference, torch, numba, triton"),
+        ({"backend": "cuda"}, "backend='cuda' is not one of reference, torch, plain, numba, triton"),
         ({"backend": "numba", "A": torch.zeros(6, 3, dtype=torch.complex64)}, "'numba' does not take complex A"),
         ({"backend": "triton", "u": torch.zeros(2, 5, 6, dtype=torch.float64)}, "'triton' does not take float64"),
     ],

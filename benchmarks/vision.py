@@ -1,0 +1,160 @@
+"""Vim and VMamba against timm's DeiT, Swin, ConvNeXt and MambaOut: images a second and memory, by size of the image.
+
+    python benchmarks/vision.py [--output benchmarks/results/vision_speed.md] [--limit 270]
+
+Random weights and images, bf16: weights in bf16 for the forward, autocast for training (forward, cross-entropy,
+backward; no optimizer). Batch 128 at 224 pixels; at larger sizes as many images as hold about as many pixels. Medians
+of 10 (of 3 if they are slow) after 3 that warm up. Memory is the most allocated during the runs. timm's models have
+SDPA attention where they have attention. Rows come in the order of their weight; what --limit seconds do not allow is
+left out and said so. On a CPU: --device cpu --models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from machine import describe
+
+import polymamba.vision  # noqa: F401 - registers our models
+
+MODELS = {  # timm's name -> ours in the table
+    "vmamba_tiny_s1l8": "**VMamba-T s1l8**",
+    "vim_tiny_patch16_224": "**Vim-Ti**",
+    "vim_small_patch16_224": "**Vim-S**",
+    "deit_tiny_patch16_224": "DeiT-Ti",
+    "deit_small_patch16_224": "DeiT-S",
+    "swin_tiny_patch4_window7_224": "Swin-T",
+    "convnext_tiny": "ConvNeXt-T",
+    "mambaout_tiny": "MambaOut-T",
+}
+AT_LARGER = ("vim_tiny_patch16_224", "deit_tiny_patch16_224", "vmamba_tiny_s1l8", "convnext_tiny")
+Rows = dict[tuple[str, int, str], tuple[float, float] | str]  # (model, size, kind) -> (images/s, GiB), or why not
+KINDS = ("forward", "training", "compiled forward")
+
+
+def build(name: str, size: int, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    sized = {"img_size": size} if name.startswith(("vim", "deit", "swin")) and size != 224 else {}
+    torch.manual_seed(0)
+    return timm.create_model(name, **sized).to(device, dtype)
+
+
+def median_seconds(work: Callable[[], object], device: str) -> float:
+    def once() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    slowest = max(once() for _ in range(3)) if device == "cuda" else once()
+    slowest = min(slowest, once())
+    return statistics.median(once() for _ in range(10 if slowest < 1 else 3))
+
+
+def measure(name: str, size: int, batch: int, kind: str, device: str) -> tuple[float, float]:
+    """(images a second, peak GiB)."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    training = kind == "training"
+    model = build(name, size, device, torch.float32 if training else torch.bfloat16).train(training)
+    images = torch.randn(batch, 3, size, size, device=device, dtype=torch.float32 if training else torch.bfloat16)
+    labels = torch.randint(model.num_classes, (batch,), device=device)
+
+    def train() -> None:
+        with torch.autocast(device, torch.bfloat16):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    run = torch.compile(model) if kind.startswith("compiled") else model
+
+    @torch.no_grad()
+    def forward() -> torch.Tensor:
+        return run(images)
+
+    if not training:
+        assert forward().isfinite().all(), f"{name} at {size}: not finite"
+    seconds = median_seconds(train if training else forward, device)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+    torch.compiler.reset()
+    return batch / seconds, peak
+
+
+def plan(models: list[str], sizes: list[int]) -> list[tuple[str, int, str]]:
+    """What to measure, the most wanted first."""
+    at_224 = [(name, 224, kind) for kind in ("forward", "training") for name in models]
+    larger = [(name, size, "forward") for size in sizes for name in models if name in AT_LARGER or len(models) < 4]
+    return at_224 + larger + [(name, 224, "compiled forward") for name in models]
+
+
+def table(rows: Rows, sizes: list[int], models: list[str]) -> list[str]:
+    def cell(row: tuple[float, float] | str | None) -> str:
+        if row is None:
+            return "not measured"
+        return row if isinstance(row, str) else f"{row[0]:,.0f} ({row[1]:.2f})"
+
+    lines = ["", "## 224 pixels", "", f"| | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
+    for name in models:
+        cells = [cell(rows.get((name, 224, kind))) for kind in KINDS]
+        lines.append(f"| {MODELS.get(name, name)} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Forward, larger images",
+        "",
+        f"| | {' | '.join(map(str, sizes))} |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for name in models:
+        if any((name, size, "forward") in rows for size in sizes):
+            cells = [cell(rows.get((name, size, "forward"))) for size in sizes]
+            lines.append(f"| {MODELS.get(name, name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--limit", type=float, default=270, help="seconds after which nothing new is begun")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--sizes", default="1248,2048,512,1024")
+    parser.add_argument("--batch", type=int, default=128, help="at 224 pixels")
+    args = parser.parse_args()
+    began, models, sizes = time.monotonic(), args.models.split(","), [int(s) for s in args.sizes.split(",") if s]
+    rows: Rows = {}
+    for name, size, kind in plan(models, sizes):
+        if time.monotonic() - began > args.limit:
+            continue
+        batch = max(1, round(args.batch * (224 / size) ** 2))
+        try:
+            rows[name, size, kind] = measure(name, size, batch, kind, args.device)
+        except torch.OutOfMemoryError:
+            rows[name, size, kind] = "no memory"
+        took = f"{time.monotonic() - began:.0f} s"
+        print(name, size, kind, rows[name, size, kind], took, file=sys.stderr, flush=True)
+        if args.output:
+            args.output.write_text(report(rows, sizes, models, args.batch))  # as it grows: a compilation may be long
+    print(report(rows, sizes, models, args.batch))
+
+
+def report(rows: Rows, sizes: list[int], models: list[str], batch: int) -> str:
+    head = [
+        "# Vision models: images a second (peak GiB)",
+        "",
+        *(line + "  " for line in describe()),
+        f"timm {timm.__version__}; bf16, batch {batch} at 224 pixels, elsewhere as many pixels",
+    ]
+    return "\n".join([*head, *table(rows, sorted(sizes), models)]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

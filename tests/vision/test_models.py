@@ -1,0 +1,346 @@
+"""Vim and VMamba: sizes, places of tokens, positions, and both against a second, naive way to compute them."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from polymamba.core import InputError
+from polymamba.kernels import plain_operations
+from polymamba.vision import Vim, VimConfig, VMamba, VMambaConfig, load_image_model, preset_config
+from polymamba.vision.config import PRESETS, V0, VIM_PRESETS
+from polymamba.vision.vim import join_tokens, resized_positions, split_tokens, tokens_first
+
+# Published parameter counts: hustvl/Vim's and MzeroMiko/VMamba's models, counted from their code.
+PUBLISHED = {
+    "vim_tiny_patch16_224": 7_148_008,
+    "vim_small_patch16_224": 25_796_584,
+    "vim_base_patch16_224": 97_598_440,
+    "vim_tiny_patch16_stride8_224": 7_250_344,
+    "vim_small_patch16_stride8_224": 26_001_256,
+    "vmamba_tiny_v0": 22_893_448,
+    "vmamba_small_v0": 44_417_416,
+    "vmamba_base_v0": 76_254_056,
+    "vmamba_tiny_s2l5": 30_705_832,
+    "vmamba_tiny_s1l8": 30_249_064,
+    "vmamba_small_s2l15": 50_147_752,
+    "vmamba_small_s1l20": 49_012_840,
+    "vmamba_base_s2l15": 88_557_800,
+    "vmamba_base_s1l20": 86_614_504,
+}
+TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "d_state": 3, "num_classes": 5}
+
+
+def family(config):
+    return Vim if isinstance(config, VimConfig) else VMamba
+
+
+def vim(**changes) -> Vim:
+    return Vim(VimConfig(**{**TINY, "img_size": (20, 28), **changes})).eval()
+
+
+def vmamba(**changes) -> VMamba:
+    return VMamba(VMambaConfig(**{"depths": (1, 2), "embed_dim": 16, "num_classes": 5, **changes})).eval()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts(name):
+    model = family(PRESETS[name])(PRESETS[name])
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+# A second way to compute the scan blocks: explicit loops over tokens, in float64, from the papers' formulas.
+
+
+def naive_scan(x, dt, A, B, C, D):
+    """x, dt (L, E), A (E, N), B, C (L, N), D (E,) -> (L, E)."""
+    h, outputs = torch.zeros_like(A), []
+    for t in range(len(x)):
+        h = torch.exp(dt[t, :, None] * A) * h + (dt[t] * x[t])[:, None] * B[t]
+        outputs.append((h * C[t]).sum(1) + D * x[t])
+    return torch.stack(outputs)
+
+
+def naive_direction(ssm, x):
+    """A direction of Vim's mixer, without the gate: x (L, E) in its order."""
+    width = ssm.conv1d.weight.shape[-1]
+    padded = torch.cat((x.new_zeros(width - 1, x.shape[1]), x))
+    taps = [padded[k : k + len(x)] * ssm.conv1d.weight[:, 0, k] for k in range(width)]
+    x = F.silu(sum(taps) + ssm.conv1d.bias)
+    dt, B, C = (x @ ssm.x_proj.weight.T).split([ssm.dt_rank, ssm.d_state, ssm.d_state], dim=1)
+    dt = F.softplus(dt @ ssm.dt_proj.weight.T + ssm.dt_proj.bias)
+    return naive_scan(x, dt, -ssm.A_log.exp(), B, C, ssm.D)
+
+
+def naive_vim(model, image):
+    """One image (C, H, W) -> logits (K,)."""
+    c, rows = model.config, []
+    n_down, n_across = ((side - c.patch_size) // c.step + 1 for side in image.shape[1:])
+    for i in range(n_down):
+        for j in range(n_across):
+            y, x = i * c.step, j * c.step
+            patch = image[:, y : y + c.patch_size, x : x + c.patch_size]
+            weight = model.patch_embed.proj.weight
+            rows.append((weight * patch).sum((1, 2, 3)) + model.patch_embed.proj.bias)
+    at = len(rows) // 2
+    rows.insert(at, model.cls_token[0, 0])
+    stream = torch.stack(rows) + model.pos_embed[0]
+    for block in model.layers:
+        hidden = stream * stream.square().mean(1, keepdim=True).add(1e-5).rsqrt() * block.norm.weight
+        x, z = (hidden @ block.mixer.in_proj.weight.T).chunk(2, dim=1)
+        ahead = naive_direction(block.mixer.forwards, x)
+        back = naive_direction(block.mixer.backwards, x.flip(0)).flip(0)
+        stream = stream + ((ahead + back) / 2 * F.silu(z)) @ block.mixer.out_proj.weight.T
+    token = stream[at]
+    token = token * token.square().mean().add(1e-5).rsqrt() * model.norm_f.weight
+    return model.head.weight @ token + model.head.bias
+
+
+def roughened(model):
+    """No parameter at a trivial value, in float64."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return model.double()
+
+
+@pytest.mark.parametrize("changes", [{}, {"stride": 3}, {"img_size": (4, 16)}, {"img_size": (21, 9)}])
+def test_vim_against_loops(changes):
+    model = roughened(vim(**changes))
+    images = torch.randn(2, 3, *model.config.img_size, dtype=torch.float64)
+    logits = model(images)
+    for image, row in zip(images, logits, strict=True):
+        assert torch.allclose(row, naive_vim(model, image), rtol=1e-9, atol=1e-9)
+
+
+def naive_block(block, x):
+    """A block of VMamba on one image, (H, W, C)."""
+    op, (height, width) = block.op, x.shape[:2]
+    y = F.layer_norm(x, x.shape[-1:], block.norm.weight, block.norm.bias, 1e-5) @ op.in_proj.weight.T
+    z = None
+    if op.gate:
+        y, z = y.chunk(2, dim=-1)
+    y = F.silu(F.conv2d(y.permute(2, 0, 1)[None], op.conv2d.weight, op.conv2d.bias, padding=1, groups=y.shape[-1]))
+    y = y[0].permute(1, 2, 0)
+    total, n_channels = torch.zeros_like(y), y.shape[-1]
+    by_rows = [(i, j) for i in range(height) for j in range(width)]
+    by_columns = [(i, j) for j in range(width) for i in range(height)]
+    for k, order in enumerate((by_rows, by_columns, by_rows[::-1], by_columns[::-1])):
+        sequence = torch.stack([y[place] for place in order])
+        parts = sequence @ op.x_proj_weight[k].T
+        dt, B, C = parts.split([op.dt_rank, op.d_state, op.d_state], dim=1)
+        dt = F.softplus(dt @ op.dt_projs_weight[k].T + op.dt_projs_bias[k])
+        mine = slice(k * n_channels, (k + 1) * n_channels)
+        out = naive_scan(sequence, dt, -op.A_logs[mine].exp(), B, C, op.Ds[mine])
+        for place, row in zip(order, out, strict=True):
+            total[place] += row
+    total = F.layer_norm(total, total.shape[-1:], op.out_norm.weight, op.out_norm.bias, 1e-5)
+    x = x + (total if z is None else total * F.silu(z)) @ op.out_proj.weight.T
+    if block.mlp is not None:
+        y = F.layer_norm(x, x.shape[-1:], block.norm2.weight, block.norm2.bias, 1e-5)
+        y = F.gelu(y @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
+        x = x + y @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"d_state": 3, "ssm_ratio": 2.0}, V0])
+@pytest.mark.parametrize("size", [(3, 5), (1, 6), (4, 1)])
+def test_vmamba_block_against_loops(changes, size):
+    block = roughened(vmamba(**changes)).layers[1].blocks[0]
+    x = torch.randn(2, *size, 32, dtype=torch.float64)
+    for image, row in zip(x, block(x), strict=True):
+        assert torch.allclose(row, naive_block(block, image), rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_patch_merging_order():
+    """Of 2 x 2 pixels: down the first column, then down the second; odd sides padded below and to the right."""
+    model = roughened(vmamba(**V0))
+    merge, x = model.layers[0].downsample, torch.randn(1, 3, 5, 16, dtype=torch.float64)
+    padded = F.pad(x, (0, 0, 0, 1, 0, 1))
+    quarters = [padded[:, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    assert torch.allclose(merge(x), merge.reduction(merge.norm(torch.cat(quarters, dim=-1))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(33, 47), (7, 90), (1, 64), (64, 1), (1, 1)])
+@pytest.mark.parametrize("changes", [{}, {"patch_size": 2}])
+def test_vmamba_takes_any_size(height, width, changes):
+    model = vmamba(**changes)
+    maps = model.forward_intermediates(torch.randn(1, 3, height, width), intermediates_only=True)
+    assert model(torch.randn(1, 3, height, width)).isfinite().all()
+    for info, y in zip(model.feature_info, maps, strict=True):
+        assert y.shape[1] == info["num_chs"]
+        for side, whole in zip(y.shape[2:], (height, width), strict=True):
+            assert side >= max(1, math.ceil(whole / info["reduction"]))
+            assert side <= math.ceil(whole / info["reduction"]) + 1
+
+
+# Class tokens and positions of Vim
+
+
+@pytest.mark.parametrize("token", ["middle", "head", "double", "none"])
+@pytest.mark.parametrize("n_patches", [1, 4, 7])
+def test_places_of_tokens(token, n_patches):
+    n = {"double": 2, "none": 0}.get(token, 1)
+    patches, tokens = torch.arange(n_patches)[None, :, None], -1 - torch.arange(n)[None, :, None]
+    sequence = join_tokens(tokens, patches, token)[0, :, 0].tolist()
+    expected = list(range(n_patches))
+    if token == "middle":
+        expected.insert(n_patches // 2, -1)
+    elif token != "none":
+        expected = [-1, *expected] + ([-2] if token == "double" else [])
+    assert sequence == expected
+    split = split_tokens(join_tokens(tokens, patches, token), token)
+    assert torch.equal(split[0], tokens)
+    assert torch.equal(split[1], patches)
+    first = tokens_first(join_tokens(tokens, patches, token), token)[0, :, 0].tolist()
+    assert first == tokens[0, :, 0].tolist() + list(range(n_patches))
+
+
+@pytest.mark.parametrize("token", ["middle", "head", "double", "none"])
+def test_positions_of_another_grid(token):
+    """A plane stays a plane, also from a square to a rectangle, and a class token keeps its row at its new place."""
+    n = {"double": 2, "none": 0}.get(token, 1)
+
+    def plane(height, width):
+        y, x = torch.meshgrid(*((torch.arange(s) + 0.5) / s for s in (height, width)), indexing="ij")
+        return torch.stack((y, x), -1).flatten(0, 1)[None]
+
+    tokens = torch.full((1, n, 2), 100.0)
+    resized = resized_positions(join_tokens(tokens, plane(14, 14), token), (14, 14), (9, 20), token)
+    of_tokens, of_patches = split_tokens(resized, token)
+    assert torch.equal(of_tokens, tokens)
+    inner = (of_patches - plane(9, 20)).view(9, 20, 2)[2:-2, 2:-2]
+    assert inner.abs().max() < 0.02  # bicubic bends a plane at its edges only
+    assert of_patches.abs().max() < 2  # nothing of the token's 100 among the patches
+
+
+@pytest.mark.parametrize("token", ["middle", "head", "double", "none"])
+@pytest.mark.parametrize("pool", ["token", "avg", "max", "last"])
+def test_pooling(token, pool):
+    if token == "none" and pool == "token":
+        with pytest.raises(ValueError, match="class_token is 'none'"):
+            vim(class_token=token, global_pool=pool)
+        return
+    model = vim(class_token=token, global_pool=pool)
+    x = model.forward_features(torch.randn(2, 3, 20, 28))
+    n = model.num_prefix_tokens
+    assert x.shape == (2, n + 35, 16)
+    expected = {
+        "token": x[:, :n].mean(1) if n else None,
+        "avg": x[:, n:].sum(1) / 35,
+        "max": x[:, n:].max(1).values,
+        "last": x[:, n + 34],
+    }[pool]
+    assert torch.allclose(model.forward_head(x, pre_logits=True), expected, atol=1e-6)
+    assert torch.allclose(model.forward_head(x), model.head(expected), atol=1e-6)
+
+
+@torch.no_grad()
+def test_another_size_is_a_resized_model():
+    """Positions resized on the way, and once for all, are the same."""
+    model, images = vim(), torch.randn(2, 3, 17, 40)
+    logits = model(images)
+    model.set_input_size((17, 40))
+    assert model.pos_embed.shape == (1, 41, 16)
+    assert model.config.img_size == (17, 40)
+    assert torch.equal(model(images), logits)
+
+
+def test_a_picture_smaller_than_a_patch_is_refused():
+    with pytest.raises(ValueError, match="img_size"):
+        VimConfig(img_size=(8, 300))
+
+
+@pytest.mark.parametrize("make", [vim, vmamba])
+def test_training_mode(make):
+    """Every parameter gets a gradient; checkpointing, which runs blocks again, changes none; one seed, one result."""
+    results = []
+    for checkpointing in (False, True, False):
+        torch.manual_seed(3)
+        model = make(drop_path_rate=0.3, drop_rate=0.1).train()
+        model.set_grad_checkpointing(checkpointing)
+        model(torch.randn(2, 3, 20, 28)).square().sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in results[0].items():
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name
+        for other in results[1:]:
+            assert torch.equal(gradient, other[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [vim, vmamba])
+def test_bf16_stays_near_float32(make):
+    model, images = make(), torch.randn(4, 3, 20, 28)
+    exact = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(images)
+    assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
+    whole = model.bfloat16()(images.bfloat16())
+    assert whole.dtype == torch.bfloat16
+    assert (whole.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [vim, vmamba])
+def test_plain_operations_compute_the_same(make):
+    model, images = make(), torch.randn(2, 3, 20, 28)
+    expected = model(images)
+    with plain_operations():
+        assert torch.allclose(model(images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [vim, vmamba])
+def test_a_folder_and_back(make, tmp_path):
+    model = make()
+    model.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "label_names": list("abcde"), "file": "/elsewhere"}
+    model.save_pretrained(tmp_path / "m")
+    loaded = load_image_model(tmp_path / "m")
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config
+    assert loaded.pretrained_cfg["label_names"] == list("abcde")
+    assert "file" not in loaded.pretrained_cfg
+    images = torch.randn(2, 3, 20, 28)
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_folders_of_other_things(tmp_path):
+    with pytest.raises(InputError, match=r"no config\.json"):
+        load_image_model(tmp_path)
+    for text in ("[]", "{", '{"model": "ByteLM"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config\.json"):
+            load_image_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "words"),
+    [
+        (VimConfig, {"class_token": "left"}, "'middle', 'head', 'double', 'none'"),
+        (VimConfig, {"global_pool": "sum"}, "global_pool is 'sum'"),
+        (VimConfig, {"depth": 0}, "depth is 0"),
+        (VimConfig, {"drop_path_rate": 1.0}, "drop_path_rate is 1.0"),
+        (VMambaConfig, {"patch_size": 3}, "patch_size is 3"),
+        (VMambaConfig, {"depths": ()}, "depths is ()"),
+        (VMambaConfig, {"stem": "v2"}, "'conv', 'patch'"),
+    ],
+)
+def test_wrong_configurations_say_what_is_allowed(config, fields, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config(**fields)
+
+
+def test_presets_change_by_name_only():
+    assert preset_config("test_vim", num_classes=3).num_classes == 3
+    with pytest.raises(TypeError, match="if_devide_out"):
+        preset_config("test_vim", if_devide_out=True)
+    with pytest.raises(ValueError, match="vim_tiny_patch16_224"):
+        preset_config("vim_huge")
+    for config in VIM_PRESETS.values():
+        assert dataclasses.replace(config) == config

@@ -1,0 +1,72 @@
+"""A model over many images, in their order. n images, K classes, D channels of the features."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.errors import InputError
+from .dataset import ImageSet
+from .images import Item, read_image
+from .model import ImageModel
+from .transforms import data_config, eval_transform, shorter_side
+
+
+class _Images(torch.utils.data.Dataset):
+    """(image (3, H, W), "") of each item; (zeros, what is wrong) if it cannot be read."""
+
+    def __init__(self, items: Sequence[Item], names: Sequence[str], config: dict[str, Any]):
+        self.items, self.names, self.config = items, names, config
+        self.transform, self.enough = eval_transform(config), shorter_side(config)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        try:
+            return self.transform(read_image(self.items[i], self.names[i], self.enough)), ""
+        except InputError as error:  # told here, for out of a worker it would come with a traceback
+            return torch.zeros(self.config["input_size"]), str(error)
+
+
+def batches(
+    items: Sequence[Item], names: Sequence[str], config: dict[str, Any], batch_size: int, *, workers: int = 0,
+    bear_unreadable: bool = False,
+) -> Iterator[tuple[Tensor, list[str]]]:  # fmt: skip
+    """Images (B, 3, H, W) as `config` (data_config) wants them, and what is wrong with each: "" if nothing.
+
+    Raises InputError at the first image that cannot be read, unless bear_unreadable.
+    """
+    dataset = _Images(items, names, config)
+    loader: Any = torch.utils.data.DataLoader(
+        dataset, batch_size, num_workers=workers, collate_fn=_together, generator=torch.Generator()
+    )
+    for x, problems in loader:
+        first = next(filter(None, problems), None)
+        if first is not None and not bear_unreadable:
+            raise InputError(first)
+        yield x, problems
+
+
+def _together(rows: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+    return torch.stack([image for image, _ in rows]), [problem for _, problem in rows]
+
+
+@torch.no_grad()
+def predict(
+    model: ImageModel, images: ImageSet, batch_size: int, *, workers: int = 0,
+    advance: Callable[[int], object] = lambda n: None,
+) -> np.ndarray:  # fmt: skip
+    """Probabilities (n, K) float64; `advance` is told how many images are done."""
+    device, config, found = next(model.parameters()).device, data_config(model), []
+    for x, _ in batches(images.items, images.names, config, batch_size, workers=workers):
+        found.append(probabilities(model(x.to(device))))
+        advance(len(x))
+    return np.concatenate(found) if found else np.zeros((0, model.num_classes))
+
+
+def probabilities(logits: Tensor) -> np.ndarray:
+    """(B, K) -> softmax, float64."""
+    return torch.softmax(logits.double(), dim=-1).cpu().numpy()

@@ -1,0 +1,1 @@
+"""What the verbs of `polymamba vision` do: from flags to files."""

@@ -1,0 +1,93 @@
+"""`polymamba vision features`: what a model makes of images before its head, and how much that tells."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...core.errors import InputError
+from ...core.files import require_writable, written_whole
+from ...core.train import autocast, pick_device
+from ..commands import Features
+from ..dataset import ImageSet
+from ..inference import batches
+from ..model import load_image_model
+from ..sources import find_images, read_source
+from ..terminal import progress_bar
+from ..transforms import data_config
+
+NEIGHBOURS = 10
+
+
+def features(args: Features) -> None:
+    """Write the embedding of every image; with --probe also say how well they tell the classes apart."""
+    suffix = args.output.suffix.lower()
+    if suffix not in (".npy", ".parquet"):
+        raise InputError(f"{args.output}: name it .npy or .parquet, which says what is written")
+    require_writable(args.output)
+    labelled = read_source(args.images[0]) if args.probe else None
+    if labelled is not None and len(args.images) > 1:
+        raise InputError("--probe: give one source of labelled images, as for train")
+    items = find_images(args.images) if labelled is None else labelled.items
+    names = list(map(str, items)) if labelled is None else labelled.names
+    model = load_image_model(args.run).to(pick_device(args.compute))
+    device, found = next(model.parameters()).device, []
+    with progress_bar("features", len(names)) as advance, torch.no_grad(), autocast(args.compute):
+        for x, _ in batches(items, names, data_config(model), args.batch_size, workers=args.workers):
+            y = model.forward_head(model.forward_features(x.to(device)), pre_logits=True)
+            found.append(y.float().cpu().numpy())
+            advance(len(x))
+    embeddings = np.concatenate(found)
+    (_write_npy if suffix == ".npy" else _write_parquet)(args.output, embeddings, names)
+    if labelled is not None:
+        for name, accuracy in probe(embeddings, labelled, args.compute.seed).items():
+            print(f"{name:<16}{accuracy:.4f}")
+
+
+def probe(embeddings: np.ndarray, images: ImageSet, seed: int) -> dict[str, float]:
+    """Accuracy on the test images of classifiers of embeddings (n, D), fitted on all others.
+
+    knn           majority of the NEIGHBOURS nearest by cosine
+    linear probe  logistic regression on standardised features
+    Raises InputError if the images have no parts test and train.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    test, rest = images.parts == "test", np.isin(images.parts, ("train", "valid"))
+    if not test.any() or not rest.any():
+        raise InputError("--probe needs images divided into train and test, by folders or a column `part`")
+    k = min(NEIGHBOURS, int(rest.sum()))
+    readers = {
+        f"{k}-NN": KNeighborsClassifier(k, metric="cosine"),
+        "linear probe": make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, random_state=seed)),
+    }
+    return {
+        name: float(reader.fit(embeddings[rest], images.labels[rest]).score(embeddings[test], images.labels[test]))
+        for name, reader in readers.items()
+    }
+
+
+def _write_npy(path: Path, embeddings: np.ndarray, names: list[str]) -> None:
+    """(n, D) float32, and what its rows are of in .names.tsv beside it."""
+    with written_whole(path) as beside, beside.open("wb") as file:
+        np.save(file, embeddings)
+    with (
+        written_whole(path.with_suffix(".names.tsv")) as beside,
+        open(beside, "w", errors="replace", newline="") as file,
+    ):
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([["image"], *([name] for name in names)])
+
+
+def _write_parquet(path: Path, embeddings: np.ndarray, names: list[str]) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise InputError(f"{path}: Parquet needs pyarrow (pip install 'polymamba[parquet]'); or name it .npy") from None
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
+    with written_whole(path) as beside:
+        pq.write_table(pa.table({"image": names, "embedding": rows}), beside)
