@@ -90,16 +90,17 @@ def _wide(typingctx):
 wide: Any = _wide
 
 
-def _polynomial(function: Callable, half_width: float, degree: int) -> list[np.float32]:
-    """Coefficients, lowest first, of the Chebyshev interpolant of `function` on [-half_width, half_width]."""
-    fit = np.polynomial.Chebyshev.interpolate(function, degree, domain=[-half_width, half_width])
-    return [np.float32(c) for c in fit.convert(kind=np.polynomial.Polynomial).coef]
+def polynomial(function: Callable, low: float, high: float, degree: int) -> list[np.float32]:
+    """Coefficients, lowest first, of an interpolant that is near the best and exact at both ends of [low, high]."""
+    points = low + (high - low) * (np.polynomial.chebyshev.chebpts2(degree + 1) + 1) / 2
+    fit = np.polynomial.Polynomial.fit(points, function(points), degree)
+    return [np.float32(c) for c in fit.convert().coef]
 
 
-_P0, _P1, _P2, _P3, _P4, _P5, _P6 = _polynomial(np.exp2, 0.5, 6)  # 2^f: relative error 2e-9 before rounding
-_E0, _E1, _E2, _E3, _E4, _E5, _E6 = _polynomial(np.exp, np.log(2) / 2, 6)
+_P0, _P1, _P2, _P3, _P4, _P5, _P6 = polynomial(np.exp2, -0.5, 0.5, 6)  # 2^f: relative error 4e-9 before rounding
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = polynomial(np.exp, -np.log(2) / 2, np.log(2) / 2, 6)
 # ln 2 in two parts (Cody and Waite): the high one has few bits, so k * high is exact.
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
 # Added to a small float, this leaves the nearest whole number, plus float32's exponent bias, in the sum's last bits;
 # moved to the exponent's place they are the power of two.
 _ROUND = np.float32(1.5 * 2**23 + 127)
@@ -122,7 +123,7 @@ def exp_negative(x):
     clamped = np.float32(-87.0) if x < np.float32(-87.0) else x
     whole = clamped * np.float32(LOG2E) + _ROUND
     k = whole - _ROUND
-    f = clamped - k * _LN2_HIGH - k * _LN2_LOW
+    f = clamped - k * LN2_HIGH - k * LN2_LOW
     p = _E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6)))))
     return p * _bits_to_float(_float_to_bits(whole) << np.int32(23))  # pyright: ignore[reportCallIssue]
 
