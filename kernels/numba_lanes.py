@@ -147,6 +147,19 @@ def store(typingctx, x, array, row, column, count):
     return types.none(x, array, types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def prefetch(typingctx, array, row, column):
+    """Ask for the cache line of array[row, column], of which nothing need exist."""
+
+    def codegen(context, builder, signature, args):
+        address = builder.bitcast(_address(context, builder, signature.args[0], *args), ir.IntType(8).as_pointer())
+        to_read, to_second_level, data = (ir.Constant(_INT, i) for i in (0, 2, 1))
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), address, to_read, to_second_level, data)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, types.int64), codegen
+
+
 def _of_one(codegen: Callable) -> Any:
     """An intrinsic from lanes to lanes."""
 

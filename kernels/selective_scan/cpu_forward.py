@@ -20,28 +20,25 @@ SIDE = 8  # tiles that it takes side by side: whole rows come from memory much f
 
 
 @jit
-def _discretise(u, delta, D, bias, order, c0, w, use_softplus, dt, dtu, y):
+def _discretise(u, delta, D, bias, order, ahead, c0, w, use_softplus, dt, dtu, y):
     """dt = softplus(delta + bias), dt u and, to begin y with, the skip D u."""
     wide()
-    for d in range(0, w, LANES):
-        offset, skip = lanes.fill(np.float32(0.0)), lanes.fill(np.float32(0.0))
-        if bias.size > 0:
-            offset = lanes.load(bias, 0, c0 + d, w - d)
-        if D.size > 0:
-            skip = lanes.load(D, 0, c0 + d, w - d)
-        for i in range(order.size):
+    for i in range(order.size):
+        for d in range(0, w, LANES):
+            lanes.prefetch(u, order[i] + ahead, c0 + d)
+            lanes.prefetch(delta, order[i] + ahead, c0 + d)
             x = lanes.load(u, order[i], c0 + d, w - d)
-            step = lanes.load(delta, order[i], c0 + d, w - d) + offset
+            step = lanes.load(delta, order[i], c0 + d, w - d) + lanes.load(bias, 0, d, LANES)
             if use_softplus:
                 step = lanes.softplus(step)
             lanes.store(step, dt, i, d, LANES)
             lanes.store(step * x, dtu, i, d, LANES)
-            lanes.store(skip * x, y, i, d, LANES)
+            lanes.store(lanes.load(D, 0, d, LANES) * x, y, i, d, LANES)
 
 
 @inline()
 def _advanced(h, x, a, xu, b):
-    return lanes.exp2(x * a) * h + xu * b
+    return xu * b + lanes.exp2(x * a) * h
 
 
 @jit
@@ -72,13 +69,14 @@ def _scan(dt, dtu, A2, B, B_tile, C, C_tile, K, w, state, y):
 
 
 @jit
-def _gate(tile, z, z0, order, c0, w, y):
+def _gate(tile, z, z0, order, ahead, c0, w, y):
     """y = tile silu(z), or the tile as it is where there is no z."""
     wide()
-    for d in range(0, w, LANES):
-        for i in range(order.size):
+    for i in range(order.size):
+        for d in range(0, w, LANES):
             out = lanes.load(tile, i, d, LANES)
             if z.size > 0:
+                lanes.prefetch(z, order[i] + ahead, z0 + c0 + d)
                 out = out * lanes.silu(lanes.load(z, order[i], z0 + c0 + d, w - d))
             lanes.store(out, y, order[i], c0 + d, w - d)
 
@@ -92,8 +90,9 @@ def forward(first, last, tiles, bounds, u, delta, A2, B, B0, Bs, C, C0, Cs, D, z
     A_, h = np.zeros((SIDE, N, TILE), np.float32), np.zeros((SIDE, N, TILE), np.float32)
     Bs_, Cs_ = np.zeros((SIDE, Bs.shape[0], TILE), np.float32), np.zeros((SIDE, Cs.shape[0], TILE), np.float32)
     dt, dtu, y_ = buffer(PIECE), buffer(PIECE), buffer(PIECE)
+    D_, bias_ = np.zeros((SIDE, 1, TILE), np.float32), np.zeros((SIDE, 1, TILE), np.float32)
     B_, C_ = np.empty((PIECE, N), np.float32), np.empty((PIECE, N), np.float32)
-    states = np.arange(N)
+    states, only = np.arange(N), np.zeros(1, np.int64)
     job = first
     while job < last:
         s, leftmost = job // n_tiles, job % n_tiles
@@ -105,20 +104,23 @@ def forward(first, last, tiles, bounds, u, delta, A2, B, B0, Bs, C, C0, Cs, D, z
             load(h0[s], states, c0, c1, h[side])
             load(Bs, states[: Bs.shape[0]], c0, c1, Bs_[side])
             load(Cs, states[: Cs.shape[0]], c0, c1, Cs_[side])
+            load(D, only, c0, c1, D_[side])
+            load(bias, only, c0, c1, bias_[side])
             side, job = side + 1, job + 1
         for begin in range(0, bounds[s + 1] - bounds[s], PIECE):
             order = order_of(bounds, s, begin, PIECE, reverse)
             load_group(B, B0 + group * N, order, B_)
             load_group(C, C0 + group * N, order, C_)
+            ahead = -PIECE if reverse else PIECE
             slot = bounds[s] // CHECKPOINT + s + begin // CHECKPOINT
             for k in range(side):
                 c0, c1, _ = tiles[leftmost + k]
                 w = c1 - c0
                 if save and begin % CHECKPOINT == 0:
                     store(h[k], states, c0, c1, checkpoints[slot])
-                _discretise(u, delta, D, bias, order, c0, w, use_softplus, dt, dtu, y_)
+                _discretise(u, delta, D_[k], bias_[k], order, ahead, c0, w, use_softplus, dt, dtu, y_)
                 _scan(dt, dtu, A_[k], B_, Bs_[k], C_, Cs_[k], order.size, w, h[k], y_)
-                _gate(y_, z, z0, order, c0, w, y)
+                _gate(y_, z, z0, order, ahead, c0, w, y)
         for k in range(side):
             c0, c1, _ = tiles[leftmost + k]
             store(h[k], states, c0, c1, final[s])
