@@ -15,7 +15,7 @@ from ..numba_runtime import TILE, buffer, inline, jit, load, store, wide
 from .cpu_pieces import load_group, order_of
 
 CHECKPOINT = 64  # steps between saved states, which so cost N / 64 of a (T, D) tensor
-PIECE = 32  # steps that the forward takes at once, a divisor of CHECKPOINT
+PIECE = 16  # steps that the forward takes at once, a divisor of CHECKPOINT
 SIDE = 8  # tiles that it takes side by side: whole rows come from memory much faster than parts of them
 
 
@@ -78,6 +78,7 @@ def _gate(tile, z, z0, order, ahead, c0, w, y):
             if z.size > 0:
                 lanes.prefetch(z, order[i] + ahead, z0 + c0 + d)
                 out = out * lanes.silu(lanes.load(z, order[i], z0 + c0 + d, w - d))
+            lanes.prefetch(y, order[i] + ahead, c0 + d)
             lanes.store(out, y, order[i], c0 + d, w - d)
 
 
