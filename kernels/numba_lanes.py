@@ -117,14 +117,18 @@ def load(typingctx, array, row, column, count):
 
     def codegen(context, builder, signature, args):
         address = _address(context, builder, signature.args[0], *args[:3])
-        out = cgutils.alloca_once(builder, _FLOATS)
         with _whole(builder, args[3]) as (then, otherwise):
             with then:
-                builder.store(builder.load(address, align=4, typ=_FLOATS), out)
+                whole, whole_block = builder.load(address, align=4, typ=_FLOATS), builder.basic_block
             with otherwise:
-                builder.store(_constant(_FLOATS, 0.0), out)
-                cgutils.raw_memcpy(builder, out, address, args[3], 4)
-        return builder.load(out, typ=_FLOATS)
+                room = cgutils.alloca_once(builder, _FLOATS)
+                builder.store(_constant(_FLOATS, 0.0), room)
+                cgutils.raw_memcpy(builder, room, address, args[3], 4)
+                part, part_block = builder.load(room, typ=_FLOATS), builder.basic_block
+        out = builder.phi(_FLOATS)
+        out.add_incoming(whole, whole_block)
+        out.add_incoming(part, part_block)
+        return out
 
     return _lanes(array, types.int64, types.int64, types.int64), codegen
 
@@ -139,9 +143,9 @@ def store(typingctx, x, array, row, column, count):
             with then:
                 builder.store(args[0], address, align=4)
             with otherwise:
-                out = cgutils.alloca_once(builder, _FLOATS)
-                builder.store(args[0], out)
-                cgutils.raw_memcpy(builder, address, out, args[4], 4)
+                room = cgutils.alloca_once(builder, _FLOATS)
+                builder.store(args[0], room)
+                cgutils.raw_memcpy(builder, address, room, args[4], 4)
         return context.get_dummy_value()
 
     return types.none(x, array, types.int64, types.int64, types.int64), codegen
