@@ -14,21 +14,25 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import numpy as np
-from numba.core import cgutils, types
+from numba import extending
+from numba.core import cgutils, config, types
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
-from numba.extending import intrinsic, overload, register_model
+from numba.extending import overload, register_model
 
 from .numba_runtime import LN2_HIGH, LN2_LOW, LOG2E, inline, polynomial
 
 LANES = 16
+intrinsic: Any = extending.intrinsic  # a kernel calls one without its first argument, which no type checker knows
 
 _FLOAT, _INT, _MASK = ir.FloatType(), ir.IntType(32), ir.IntType(16)
-_FLOATS, _INTS, _BITS = (ir.VectorType(t, LANES) for t in (_FLOAT, _INT, ir.IntType(1)))
+_FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 _FLAGS = ("contract", "nsz")  # as numba_runtime's EXACT: fused multiply-adds, no sums reordered
-_AVX512 = bool(llvm.get_host_cpu_features().get("avx512dq", False)) and LANES == 16
+_asked: str | None = config.CPU_FEATURES  # pyright: ignore[reportAttributeAccessIssue] - set by numba's environment
+_AVX512 = "+avx512dq" in (get_host_cpu_features() if _asked is None else _asked).split(",")
+_POWERS = (-126.0, 127.0)  # of two, that are normal numbers
 
 
 class _LanesType(types.Type):
@@ -49,17 +53,17 @@ def _constant(vector: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(vector, [ir.Constant(vector.element, value)] * LANES)
 
 
-def _filled(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+def _filled(builder: ir.IRBuilder, scalar: Any) -> Any:
     one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), scalar, ir.Constant(_INT, 0))
     return builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), _constant(_INTS, 0))
 
 
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> Any:
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: Any) -> Any:
     function_type = ir.FunctionType(result, [x.type for x in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
 
 
-def _avx512(builder: ir.IRBuilder, name: str, vector: ir.Value, other: ir.Value) -> Any:
+def _avx512(builder: ir.IRBuilder, name: str, vector: Any, other: Any) -> Any:
     """AVX-512's operation of that name, on all lanes, with the rounding of the moment."""
     unused, every, rounding = ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_MASK, -1), ir.Constant(_INT, 4)
     return _call(builder, f"llvm.x86.avx512.mask.{name}.ps.512", _FLOATS, vector, other, unused, every, rounding)
@@ -97,7 +101,7 @@ for _symbol, _instruction in (
     _arithmetic(_symbol, _instruction)
 
 
-def _address(context, builder, array_type, array, row, column) -> ir.Value:
+def _address(context, builder, array_type, array, row, column) -> Any:
     # Not by numba's own indexing, which guards against negative indices.
     struct = context.make_array(array_type)(context, builder, array)
     steps = cgutils.unpack_tuple(builder, struct.strides)
@@ -106,7 +110,7 @@ def _address(context, builder, array_type, array, row, column) -> ir.Value:
     return builder.bitcast(builder.gep(first, [offset], source_etype=ir.IntType(8)), _FLOATS.as_pointer())
 
 
-def _whole(builder: ir.IRBuilder, count: ir.Value) -> Any:
+def _whole(builder: ir.IRBuilder, count: Any) -> Any:
     """`with _whole(..) as (then, otherwise)`: whether `count` means all lanes."""
     return builder.if_else(builder.icmp_signed(">=", count, ir.Constant(ir.IntType(64), LANES)), likely=True)
 
@@ -208,7 +212,6 @@ def _scale(builder, x, power):
     return builder.fmul(x, builder.bitcast(exponent, _FLOATS), flags=_FLAGS)
 
 
-_POWERS = (-126.0, 127.0)  # of two, that are normal numbers
 _absolute = _of_one(lambda builder, x: _call(builder, f"llvm.fabs.v{LANES}f32", _FLOATS, x))
 _whole_part = _of_one(_floor)
 _fraction_of = _of_one(_fraction)

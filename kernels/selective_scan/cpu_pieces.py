@@ -1,4 +1,4 @@
-"""The arithmetic of the CPU scan: a piece of time of a tile of channels, in small contiguous buffers.
+"""The arithmetic of the CPU scan's backward: a piece of time of a tile of channels, in small contiguous buffers.
 
 How these functions are cut is what makes LLVM vectorise their inner loops. Each one is compiled by itself, works on a
 piece of time, and touches only small contiguous buffers, as `tile[n, d]`: an index such as x[t, c0 + d] is guarded
