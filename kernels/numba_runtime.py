@@ -4,7 +4,8 @@ A kernel works on a tile of up to 64 channels over a piece of time, in small con
 first-level cache; `load` and `store` move it from and to the tensors. LLVM turns the loops of the kernels into SIMD
 code only if what they call is plain arithmetic, and a call of libm's `expf` is not. So exp2, sigmoid and softplus are
 polynomials here, inlined by LLVM, each good to a few units in the last place of float32
-(tests/kernels/test_numba_runtime.py measures them against float64).
+(tests/kernels/test_numba_runtime.py measures them against float64). The forwards that are worth it say by themselves
+what is a vector: numba_lanes.py.
 """
 
 import ctypes
@@ -49,7 +50,7 @@ REDUCE = {"contract", "nsz", "reassoc"}
 def jit(kernel: Callable) -> Callable:
     """`numba.njit` for a kernel: no GIL, machine code cached on disk.
 
-    The cache looks at the kernel's own file only: after a change of this file, delete `__pycache__`.
+    The cache looks at the kernel's own file only: after a change of this file or numba_lanes.py, delete `__pycache__`.
     """
     return numba.njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")(kernel)
 

@@ -17,7 +17,7 @@ from ..sequences import sequence_bounds
 
 PIECE = 128  # steps of a job: fixed, so that sums over time never depend on the number of threads
 BLOCK = 512  # channels of a job of the forward
-AHEAD = 8  # steps by which it asks for rows ahead
+AHEAD = 8  # steps by which it asks for its rows before it needs them
 
 
 @jit

@@ -1,9 +1,9 @@
 """Selective scan on the CPU: serial in time, vectorised over channels, compiled by numba.
 
 One job is a tile of up to 64 channels of one sequence. Its state (N, tile) stays in registers and the first-level cache
-while time runs, so nothing of size (tokens, D, N) is ever stored. For the backward the forward (cpu_forward.py) leaves a checkpoint of the state
-every `CHECKPOINT` steps; the backward walks these pieces from the last to the first, runs each one again into a
-scratch buffer that fits the second-level cache, and then goes back through it.
+while time runs, so nothing of size (tokens, D, N) is ever stored. For the backward the forward (cpu_forward.py) leaves
+a checkpoint of the state every `CHECKPOINT` steps; the backward walks these pieces from the last to the first, runs
+each one again into a scratch buffer that fits the second-level cache, and then goes back through it.
 
 Letters: T tokens of all sequences, S sequences, D channels, N states, G groups, w channels of a tile, n one state.
 Arrays here are numpy, float32, C-contiguous, in rows of channels: A, states and static B or C are (.., N, D).

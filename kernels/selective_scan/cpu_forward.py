@@ -1,9 +1,9 @@
 """The forward of the CPU scan, by lanes.
 
 `LANES` channels of a tile are taken through a whole piece of time before the next: a state and its row of A stay in
-registers, and dt, dt u and y in small buffers of the first-level cache. With AVX-512 an update of `LANES` states is 12
-instructions, of which two start in a cycle; measured, it takes 6.4 cycles, and they are three fifths of the scan's time.
-Most of the rest is memory, whose rows are asked for a piece ahead (a fifth of the time that was).
+registers, and dt, dt u and y in small buffers of the first-level cache. With AVX-512 the update of `LANES` states is
+12 instructions, of which two start in a cycle; measured, it takes 6.4 cycles, in all half of the scan's time. Rows are
+asked for a piece ahead: waiting for them took a fifth.
 
 Letters as in cpu.py. A static B or C comes as (N, TILE), else that tile is empty and B, C are (K, N).
 """
