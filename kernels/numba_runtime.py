@@ -4,7 +4,8 @@ A kernel works on a tile of up to 64 channels over a piece of time, in small con
 first-level cache; `load` and `store` move it from and to the tensors. LLVM turns the loops of the kernels into SIMD
 code only if what they call is plain arithmetic, and a call of libm's `expf` is not. So exp2, sigmoid and softplus are
 polynomials here, inlined by LLVM, each good to a few units in the last place of float32
-(tests/kernels/test_numba_runtime.py measures them against float64).
+(tests/kernels/test_numba_runtime.py measures them against float64). The forwards that are worth it say by themselves
+what is a vector: numba_lanes.py.
 """
 
 import ctypes
@@ -49,7 +50,7 @@ REDUCE = {"contract", "nsz", "reassoc"}
 def jit(kernel: Callable) -> Callable:
     """`numba.njit` for a kernel: no GIL, machine code cached on disk.
 
-    The cache looks at the kernel's own file only: after a change of this file, delete `__pycache__`.
+    The cache looks at the kernel's own file only: after a change of this file or numba_lanes.py, delete `__pycache__`.
     """
     return numba.njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")(kernel)
 
@@ -91,16 +92,17 @@ def _wide(typingctx):
 wide: Any = _wide
 
 
-def _polynomial(function: Callable, half_width: float, degree: int) -> list[np.float32]:
-    """Coefficients, lowest first, of the Chebyshev interpolant of `function` on [-half_width, half_width]."""
-    fit = np.polynomial.Chebyshev.interpolate(function, degree, domain=[-half_width, half_width])
-    return [np.float32(c) for c in fit.convert(kind=np.polynomial.Polynomial).coef]
+def polynomial(function: Callable, low: float, high: float, degree: int) -> list[np.float32]:
+    """Coefficients, lowest first, of an interpolant that is near the best and exact at both ends of [low, high]."""
+    points = low + (high - low) * (np.polynomial.chebyshev.chebpts2(degree + 1) + 1) / 2
+    fit = np.polynomial.Polynomial.fit(points, function(points), degree)
+    return [np.float32(c) for c in fit.convert().coef]
 
 
-_P0, _P1, _P2, _P3, _P4, _P5, _P6 = _polynomial(np.exp2, 0.5, 6)  # 2^f: relative error 2e-9 before rounding
-_E0, _E1, _E2, _E3, _E4, _E5, _E6 = _polynomial(np.exp, np.log(2) / 2, 6)
+_P0, _P1, _P2, _P3, _P4, _P5, _P6 = polynomial(np.exp2, -0.5, 0.5, 6)  # 2^f: relative error 4e-9 before rounding
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = polynomial(np.exp, -np.log(2) / 2, np.log(2) / 2, 6)
 # ln 2 in two parts (Cody and Waite): the high one has few bits, so k * high is exact.
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440054690583e-4)
 # Added to a small float, this leaves the nearest whole number, plus float32's exponent bias, in the sum's last bits;
 # moved to the exponent's place they are the power of two.
 _ROUND = np.float32(1.5 * 2**23 + 127)
@@ -123,7 +125,7 @@ def exp_negative(x):
     clamped = np.float32(-87.0) if x < np.float32(-87.0) else x
     whole = clamped * np.float32(LOG2E) + _ROUND
     k = whole - _ROUND
-    f = clamped - k * _LN2_HIGH - k * _LN2_LOW
+    f = clamped - k * LN2_HIGH - k * LN2_LOW
     p = _E0 + f * (_E1 + f * (_E2 + f * (_E3 + f * (_E4 + f * (_E5 + f * _E6)))))
     return p * bits_to_float(_float_to_bits(whole) << np.int32(23))  # pyright: ignore[reportCallIssue]
 

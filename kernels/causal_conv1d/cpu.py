@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import numba_lanes as lanes
+from ..numba_lanes import LANES
 from ..numba_runtime import TILE, buffer, inline, jit, load, parallel, rows, sigmoid, store, wide
 from ..sequences import sequence_bounds
 
 PIECE = 128  # steps of a job: fixed, so that sums over time never depend on the number of threads
 BLOCK = 512  # channels of a job of the forward
+AHEAD = 8  # steps by which it asks for its rows before it needs them
 
 
 @jit
@@ -80,13 +83,16 @@ def _correlate(dy, weight, first, n, w, dx):
 
 
 @inline()
-def _four_taps(x, x0, row0, row1, row2, row, weight, bias, c0, c1, y):
-    """A row of y, from the three rows before it and itself: one loop, which keeps the sums in registers."""
-    for d in range(c0, c1):
-        out = bias[0, d] + weight[0, d] * x[row0, x0 + d]
-        out += weight[1, d] * x[row1, x0 + d]
-        out += weight[2, d] * x[row2, x0 + d]
-        y[row, d] = out + weight[3, d] * x[row, x0 + d]
+def _four_taps(x, x0, row, step, weight, bias, c0, c1, silu, y):
+    """A row of y, from the three rows before it and itself."""
+    ahead = row + AHEAD * step
+    for d in range(c0, c1, LANES):
+        lanes.prefetch(x, ahead, x0 + d)
+        lanes.prefetch(y, ahead, d)
+        out = lanes.load(bias, 0, d, c1 - d)
+        for k in range(4):
+            out = out + lanes.load(weight, k, d, c1 - d) * lanes.load(x, row + (k - 3) * step, x0 + d, c1 - d)
+        lanes.store(lanes.silu(out) if silu else out, y, row, d, c1 - d)
 
 
 @inline()
@@ -111,17 +117,16 @@ def _forward(first, last, jobs, bounds, x, x0, weight, bias, state, silu, revers
             t = origin + step * position
             row = np.uint64(t)
             if width == 4 and position >= 3:
-                before = np.uint64(t - 3 * step), np.uint64(t - 2 * step), np.uint64(t - step)
-                _four_taps(x, column, before[0], before[1], before[2], row, weight, bias, c0, c1, y)
-            else:
-                for d in range(c0, c1):
-                    y[row, d] = bias[0, d]
-                for k in range(width):
-                    ago = width - 1 - k
-                    if ago <= position:
-                        _add_tap(x, column, np.uint64(t - ago * step), weight, k, c0, c1, row, y)
-                    elif state.size > 0:
-                        _add_tap(state[s], np.uint64(0), np.uint64(k + position), weight, k, c0, c1, row, y)
+                _four_taps(x, x0, t, step, weight, bias, start, min(start + BLOCK, n_channels), silu, y)
+                continue
+            for d in range(c0, c1):
+                y[row, d] = bias[0, d]
+            for k in range(width):
+                ago = width - 1 - k
+                if ago <= position:
+                    _add_tap(x, column, np.uint64(t - ago * step), weight, k, c0, c1, row, y)
+                elif state.size > 0:
+                    _add_tap(state[s], np.uint64(0), np.uint64(k + position), weight, k, c0, c1, row, y)
             if silu:
                 for d in range(c0, c1):
                     y[row, d] *= sigmoid(y[row, d])

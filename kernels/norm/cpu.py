@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..numba_runtime import REDUCE, inline, jit, parallel, wide
 
-PIECE = 1 << 18  # elements of a job: fewer are done before another thread wakes up
+PIECE = 1 << 17  # elements of a job: fewer are done before another thread wakes up
 
 
 @inline(REDUCE)

@@ -1,95 +1,40 @@
 """Selective scan on the CPU: serial in time, vectorised over channels, compiled by numba.
 
-One job is a tile of up to 64 channels of one sequence. Its state (N, tile) stays in the first-level cache while time
-runs, so nothing of size (tokens, D, N) is ever stored. For the backward the forward leaves a checkpoint of the state
-every `CHECKPOINT` steps; the backward walks these pieces from the last to the first, runs each one again into a
-scratch buffer that fits the second-level cache, and then goes back through it.
+One job is a tile of up to 64 channels of one sequence. Its state (N, tile) stays in registers and the first-level cache
+while time runs, so nothing of size (tokens, D, N) is ever stored. For the backward the forward (cpu_forward.py) leaves
+a checkpoint of the state every `CHECKPOINT` steps; the backward walks these pieces from the last to the first, runs
+each one again into a scratch buffer that fits the second-level cache, and then goes back through it.
 
 Letters: T tokens of all sequences, S sequences, D channels, N states, G groups, w channels of a tile, n one state.
 Arrays here are numpy, float32, C-contiguous, in rows of channels: A, states and static B or C are (.., N, D).
-An option that is absent comes as an array of size 0. z may be some columns of a wider array, from column z0 on.
+An option that is absent comes as an array of size 0. z, B and C may be some columns of a wider array, from column z0,
+B0, C0 on: B and C are (T, G N) there.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..numba_runtime import LOG2E, TILE, buffer, inline, jit, load, parallel, rows, store
+from ..numba_runtime import LOG2E, TILE, buffer, jit, load, parallel, rows, store
 from ..sequences import checkpoint_slots, sequence_bounds
+from .cpu_forward import CHECKPOINT
+from .cpu_forward import forward as _forward
 from .cpu_pieces import (
     add_skip,
     discretise,
-    gate,
     gate_backward,
     input_backward,
     load_group,
+    order_of,
     read_out,
-    scan,
     scan_backward,
     scan_keeping_states,
 )
 
-CHECKPOINT = 64  # steps between saved states, which so cost N / 64 of a (T, D) tensor
-PIECE = 32  # steps that the forward takes at once, a divisor of CHECKPOINT
-WIDE = 512  # channels that the forward takes at once: tiles side by side, while state and A stay in the cache
-
-
-@inline()
-def _wide_buffer(rows):
-    return np.empty((rows, WIDE), np.float32)
-
 
 @jit
-def _forward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, z0, bias, h0,
-             use_softplus, reverse, save, y, final, checkpoints):  # fmt: skip
-    """Tiles side by side, of one group, go through time as one: longer loops, and longer rows to move."""
-    N, n_tiles = A2.shape[0], tiles.shape[0]
-    raw, u_, z_, y_ = _wide_buffer(PIECE), _wide_buffer(PIECE), _wide_buffer(PIECE), _wide_buffer(PIECE)
-    A_, h, Bs_, Cs_ = _wide_buffer(N), _wide_buffer(N), _wide_buffer(Bs.shape[0]), _wide_buffer(Cs.shape[0])
-    D_, bias_, dt, dtu = _wide_buffer(1), _wide_buffer(1), _wide_buffer(PIECE), _wide_buffer(PIECE)
-    B_, C_ = np.empty((PIECE, N), np.float32), np.empty((PIECE, N), np.float32)
-    states, only = np.arange(N), np.zeros(1, np.int64)
-    job = first
-    while job < last:
-        s, tile = job // n_tiles, job % n_tiles
-        c0, c1, g = tiles[tile]
-        while job + 1 < last and tile + 1 < n_tiles and tiles[tile + 1, 2] == g and tiles[tile + 1, 1] - c0 <= WIDE:
-            job, tile = job + 1, tile + 1
-            c1 = tiles[tile, 1]
-        job += 1
-        w = c1 - c0
-        load(A2, states, c0, c1, A_)
-        load(h0[s], states, c0, c1, h)
-        load(Bs, states[: Bs.shape[0]], c0, c1, Bs_)
-        load(Cs, states[: Cs.shape[0]], c0, c1, Cs_)
-        load(D, only, c0, c1, D_)
-        load(bias, only, c0, c1, bias_)
-        length = bounds[s + 1] - bounds[s]
-        for begin in range(0, length, PIECE):
-            K = min(PIECE, length - begin)
-            order = np.arange(bounds[s] + begin, bounds[s] + begin + K)
-            if reverse:
-                order = np.arange(bounds[s + 1] - 1 - begin, bounds[s + 1] - 1 - begin - K, -1)
-            if save and begin % CHECKPOINT == 0:
-                store(h, states, c0, c1, checkpoints[bounds[s] // CHECKPOINT + s + begin // CHECKPOINT])
-            load(delta, order, c0, c1, raw)
-            load(u, order, c0, c1, u_)
-            load_group(B, order, g, B_)
-            load_group(C, order, g, C_)
-            discretise(raw, u_, bias_, use_softplus, K, w, dt, dtu)
-            scan(dt, dtu, A_, B_, Bs_, C_, Cs_, K, w, h, y_)
-            if D.size > 0:
-                add_skip(D_, u_, K, w, y_)
-            if z.size > 0:
-                load(z, order, z0 + c0, z0 + c1, z_)
-                gate(z_, K, w, y_)
-            store(y_, order, c0, c1, y)
-        store(h, states, c0, c1, final[s])
-
-
-@jit
-def _backward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, z0, bias, checkpoints, dy, dfinal,
-              use_softplus, reverse, du, ddelta, dA, dB, dBs, dC, dCs, dD, dz, dbias, dh0):  # fmt: skip
+def _backward(first, last, tiles, bounds, u, delta, A2, B, B0, Bs, C, C0, Cs, D, z, z0, bias, checkpoints, dy,
+              dfinal, use_softplus, reverse, du, ddelta, dA, dB, dBs, dC, dCs, dD, dz, dbias, dh0):  # fmt: skip
     N = A2.shape[0]
     raw, u_, z_, dt = buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT)
     dtu, y_, dy_, dz_ = buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT)
@@ -118,14 +63,12 @@ def _backward(first, last, tiles, bounds, u, delta, A2, B, Bs, C, Cs, D, z, z0, 
         for piece in range((length + CHECKPOINT - 1) // CHECKPOINT - 1, -1, -1):
             begin = piece * CHECKPOINT
             K = min(CHECKPOINT, length - begin)
-            order = np.arange(bounds[s] + begin, bounds[s] + begin + K)
-            if reverse:
-                order = np.arange(bounds[s + 1] - 1 - begin, bounds[s + 1] - 1 - begin - K, -1)
+            order = order_of(bounds, s, begin, K, reverse)
             load(delta, order, c0, c1, raw)
             load(u, order, c0, c1, u_)
             load(dy, order, c0, c1, dy_)
-            load_group(B, order, g, B_)
-            load_group(C, order, g, C_)
+            load_group(B, B0 + g * N, order, B_)
+            load_group(C, C0 + g * N, order, C_)
             discretise(raw, u_, bias_, use_softplus, K, w, dt, dtu)
             load(checkpoints[bounds[s] // CHECKPOINT + s + piece], states, c0, c1, kept[:, 0])
             scan_keeping_states(dt, dtu, A_, B_, Bs_, K, w, kept, decays)
@@ -181,13 +124,11 @@ def _array(x: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
     return x.detach().to(torch.float32).contiguous().numpy().reshape((1,) * (len(shape) - x.dim()) + tuple(x.shape))
 
 
-def _split_static(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(by token, by channel): one of them holds B (or C), the other is empty."""
-    return (
-        (_array(None, (0, 0, 0)), _array(x.mT, (0, 0)))
-        if x.dim() == 2
-        else (_array(x, (0, 0, 0)), _array(None, (0, 0)))
-    )
+def _split_static(x: Tensor) -> tuple[np.ndarray, int, np.ndarray]:
+    """(by token, its first column, by channel): one of the arrays holds B (or C), the other is empty."""
+    if x.dim() == 2:
+        return *rows(None), _array(x.mT, (0, 0))
+    return *rows(x.flatten(1)), _array(None, (0, 0))
 
 
 def _prepare(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch):

@@ -1,4 +1,4 @@
-"""The arithmetic of the CPU scan: a piece of time of a tile of channels, in small contiguous buffers.
+"""The arithmetic of the CPU scan's backward: a piece of time of a tile of channels, in small contiguous buffers.
 
 How these functions are cut is what makes LLVM vectorise their inner loops. Each one is compiled by itself, works on a
 piece of time, and touches only small contiguous buffers, as `tile[n, d]`: an index such as x[t, c0 + d] is guarded
@@ -16,11 +16,22 @@ from ..numba_runtime import LOG2E, REDUCE, exp2, inline, jit, sigmoid, softplus,
 
 
 @jit
-def load_group(source, order, g, out):
-    """out[i] = source[order[i], g] for a B or C that depends on the token."""
+def order_of(bounds, s, begin, most, reverse):
+    """The tokens of sequence s from position `begin` on, at most so many, in the order of the recurrence."""
+    first, last = bounds[s] + begin, min(bounds[s] + begin + most, bounds[s + 1])
+    if reverse:
+        first, last = bounds[s] + bounds[s + 1] - last, bounds[s] + bounds[s + 1] - first
+        return np.arange(last - 1, first - 1, -1)
+    return np.arange(first, last)
+
+
+@jit
+def load_group(source, first, order, out):
+    """out[i] = source[order[i], first : first + N] for a B or C that depends on the token."""
     if source.size > 0:
         for i in range(order.size):
-            out[i] = source[order[i], g]
+            for n in range(out.shape[1]):
+                out[i, n] = source[order[i], first + n]
 
 
 @jit
@@ -41,39 +52,8 @@ def discretise(raw, u, bias, use_softplus, K, w, dt, dtu):
 
 
 @jit
-def scan(dt, dtu, A2, B, B_tile, C, C_tile, K, w, state, y):
-    """h = exp2(dt A log2 e) h + dt u B and y = C h over the piece."""
-    wide()
-    for i in range(K):
-        for d in range(w):
-            y[i, d] = np.float32(0.0)
-        for n in range(state.shape[0]):
-            if B_tile.size == 0 and C_tile.size == 0:  # as in Mamba: one loop, which loads each state once
-                b, c = B[i, n], C[i, n]
-                for d in range(w):
-                    h = exp2(dt[i, d] * A2[n, d]) * state[n, d] + dtu[i, d] * b
-                    state[n, d] = h
-                    y[i, d] += c * h
-                continue
-            if B_tile.size > 0:
-                for d in range(w):
-                    state[n, d] = exp2(dt[i, d] * A2[n, d]) * state[n, d] + dtu[i, d] * B_tile[n, d]
-            else:
-                b = B[i, n]
-                for d in range(w):
-                    state[n, d] = exp2(dt[i, d] * A2[n, d]) * state[n, d] + dtu[i, d] * b
-            if C_tile.size > 0:
-                for d in range(w):
-                    y[i, d] += C_tile[n, d] * state[n, d]
-            else:
-                c = C[i, n]
-                for d in range(w):
-                    y[i, d] += c * state[n, d]
-
-
-@jit
 def scan_keeping_states(dt, dtu, A2, B, B_tile, K, w, states, decays):
-    """As `scan`, from states[:, 0] and with all that the backward needs: states (N, 1 + K, w) and decays (N, K, w)."""
+    """The recurrence from states[:, 0], with all that the backward needs: states (N, 1 + K, w) and decays (N, K, w)."""
     for n in range(A2.shape[0]):
         for i in range(K):
             for d in range(w):
@@ -150,14 +130,6 @@ def scan_backward(dy, dt, dtu, A2, B, B_tile, C, C_tile, states, decays, K, w,
                 d_dt[i, d] += scratch[d] * A2[n, d]
             for d in range(w):
                 dA[n, d] += scratch[d] * dt[i, d]
-
-
-@jit
-def gate(z, K, w, y):
-    wide()
-    for i in range(K):
-        for d in range(w):
-            y[i, d] *= z[i, d] * sigmoid(z[i, d])
 
 
 @jit
