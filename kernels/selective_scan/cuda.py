@@ -67,10 +67,10 @@ class Tile(NamedTuple):
 
 def _lanes(n_states: int) -> tuple[int, int]:
     """(states of a lane, lanes of a channel). It fixes the order of sums over states: by the number of states alone."""
-    if n_states <= 4:
-        return (1, 2, 4, 4)[n_states - 1], 1
+    if n_states == 1:
+        return 1, 1
     if n_states <= 32:
-        return 4, 2 if n_states <= 8 else 4 if n_states <= 16 else 8
+        return 4, 1 if n_states <= 4 else 2 if n_states <= 8 else 4 if n_states <= 16 else 8
     return 8, 8
 
 
@@ -80,6 +80,8 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Til
     Registers are kept to 128 where there are warps enough to use the room. Measured: benchmarks/SCAN_NOTES.md.
     """
     states, lanes = _lanes(n_states)
+    if states == 1:
+        return _narrow(vector)
     if states == 8:
         return _fitting(states, lanes, 4, 8, vector, 4)
     if rows * lanes < 256 * processors:
@@ -87,10 +89,17 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Til
     return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
 
 
-def _backward_tile(n_states: int, rows: int, vector: int, processors: int) -> Tile:
+def _backward_tile(n_states: int, rows: int, vector: int, processors: int, gate: bool) -> Tile:
     states, lanes = _lanes(n_states)
+    if states == 1:
+        return _narrow(vector)._replace(MIN_BLOCKS=2 if gate else 3)
     channels = 2 if states == 8 or rows * lanes >= 256 * processors else 1
     return _fitting(states, lanes, channels, 4 if states == 8 else 8, vector, 4)
+
+
+def _narrow(vector: int) -> Tile:
+    """For one state: cuda_kernels/narrow_*.cu, whose warps share out time."""
+    return Tile(1, 1, vector, 8, vector, 1, MIN_BLOCKS=3)
 
 
 def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, warps: int) -> Tile:
@@ -165,7 +174,7 @@ def _widest(most: int, *tensors: Tensor) -> int:
 class _Problem:
     """Arguments of the kernels."""
 
-    def __init__(self, tile_of, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy=None):
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy=None):
         self.device = _device(u)
         self.n_tokens, self.n_channels = u.shape
         self.n_states = A.shape[1]
@@ -225,6 +234,12 @@ class _Problem:
         self.n_tiles = self.n_channels // per_group * self.tiles_of_group
         self.values["tiles_of_group"] = self.tiles_of_group
 
+    def launch_scan(self, direction: str, blocks: int, **more) -> None:
+        """The forward or the backward: for one state a kernel of its own."""
+        narrow = self.n_states == 1
+        threads = 32 * (self.macros["EVERY"] // self.tile.T if narrow else self.tile.WARPS)
+        self.launch(f"narrow_{direction}" if narrow else direction, f"scan_{direction}", blocks, threads, **more)
+
     def launch(self, source: str, name: str, blocks: int, threads: int | None = None, *, macros=(), **values) -> None:
         macros = (*self.macros.items(), *self.tile._asdict().items(), *macros)
         function = _function(source, name, self.device, macros)
@@ -275,7 +290,7 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
 
 
 def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save):
-    p = _Problem(_forward_tile, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse)
+    p = _Problem(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     final = torch.empty(p.n_seqs, *A.shape, device=u.device)
     saved = torch.empty(saved_shape(u.shape[0], p.n_seqs, *A.shape) if save else (0, *A.shape), device=u.device)
@@ -288,11 +303,11 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, bat
     if at_once:
         own, sums = p.chunk_states()
         macros = (("OWN", 0), ("ENDS", 1))
-        p.launch("forward", "scan_forward", p.n_chunks * p.n_tiles, macros=macros, own=own, sums=sums)
+        p.launch_scan("forward", p.n_chunks * p.n_tiles, macros=macros, own=own, sums=sums)
         p.carry(own, sums, first, backwards=False)
     macros = (("OWN", int(p.several and not at_once)), ("ENDS", 0))
-    p.launch(
-        *("forward", "scan_forward", runs * p.n_tiles), macros=macros,
+    p.launch_scan(
+        *("forward", runs * p.n_tiles), macros=macros,
         own=own, first=first, y=y, final_state=final, saved=saved if save else None,
     )  # fmt: skip
     return y, final, saved
@@ -308,8 +323,9 @@ def _at_once(p: _Problem, processors: int) -> bool:
 def _backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
 ):
-    p = _Problem(_backward_tile, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
-    p.lay_out(_backward_tile(p.n_states, p.n_chunks * p.n_channels, p.vector, _processors(p.device)))
+    p = _Problem(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
+    rows = p.n_chunks * p.n_channels
+    p.lay_out(_backward_tile(p.n_states, rows, p.vector, _processors(p.device), z is not None))
 
     def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         return None if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
@@ -331,8 +347,8 @@ def _backward(
     from_zero = not p.several and dfinal is None
     if not from_zero:
         p.carry(own, sums, dfinal, backwards=True)
-    p.launch(
-        *("backward", "scan_backward", p.n_chunks * p.n_tiles), own=None if from_zero else own, share_A=own,
+    p.launch_scan(
+        *("backward", p.n_chunks * p.n_tiles), own=None if from_zero else own, share_A=own,
         saved=saved, du=du, ddelta=ddelta, dz=dz, dh0=dh0,
         share_B=share_B, share_C=share_C, share_D=share_D, share_bias=share_bias,
     )  # fmt: skip

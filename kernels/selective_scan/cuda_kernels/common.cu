@@ -96,6 +96,12 @@ template <typename X, int K> struct Packed {
   }
 };
 
+template <typename X> INLINE float one(const X* at) {
+  Packed<X, 1> x;
+  x.load(at);
+  return x.get(0);
+}
+
 template <int K> INLINE void load_floats(const float* from, float (&x)[K]) {
   constexpr int PIECE = K % 4 == 0 ? 4 : K % 2 == 0 ? 2 : 1;
 #pragma unroll
@@ -219,6 +225,20 @@ struct Piece {
   }
 };
 
+// What a block of the forward runs: a chunk, or all of a sequence if nobody says what enters the chunks (p.own). False
+// if there is nothing to run.
+INLINE bool find_run(const Problem& p, int64 number, Piece& piece, int& stop) {
+  if (!p.own) {
+    piece.begin = 0;
+    if (p.cu_seqlens) {
+      piece.s = number;
+      piece.start = p.cu_seqlens[number], piece.length = p.cu_seqlens[number + 1] - piece.start;
+    }
+  }
+  stop = p.own && piece.begin + CHUNK < piece.length ? piece.begin + CHUNK : piece.length;
+  return piece.begin < piece.length || piece.begin == 0;
+}
+
 // A lane's place among the channels: as holder of states, and as one of those who share out rows.
 struct Place {
   int lane, warp, group, tile;
@@ -230,7 +250,7 @@ struct Place {
   bool in_row;     // whether it is one
 
   INLINE Place(const Problem& p, int tile_number) {
-    lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS;
     group = tile_number / p.tiles_of_group, tile = tile_number % p.tiles_of_group;
     int64 first = (int64(tile) * WARPS + warp) * WC;  // of the group's channels
     int mine = lane / S * CL;

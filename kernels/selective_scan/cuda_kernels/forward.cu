@@ -64,16 +64,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 
   // p.own is what enters each chunk, or (ENDS) where their ends go; without it one warp walks a whole sequence.
   const int64 number = blockIdx.x / n_tiles;
-  const int64 pieces = p.own ? (p.length > CHUNK ? (p.length + CHUNK - 1) / CHUNK : 1) : 1;
-  Piece piece(p, number, pieces);
-  if (!p.own && p.cu_seqlens) {
-    piece.s = number, piece.begin = 0;
-    piece.start = p.cu_seqlens[number], piece.length = p.cu_seqlens[number + 1] - piece.start;
-  }
+  Piece piece(p, number, p.own && p.length > CHUNK ? (p.length + CHUNK - 1) / CHUNK : 1);
+  int stop;
+  if (!find_run(p, number, piece, stop)) return;
   const int length = piece.length;
-  if (p.own && piece.begin >= length && piece.begin > 0) return;
   if (ENDS && piece.begin + CHUNK >= length) return;  // nothing comes after the last
-  const int stop = p.own && piece.begin + CHUNK < length ? piece.begin + CHUNK : length;
 
   Pairs A2, h;
   load_by_channel(A2, p.A, a);
