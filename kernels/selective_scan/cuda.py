@@ -4,7 +4,7 @@ What Triton cannot say and this needs: which lane holds what, and sums by way of
 real A with up to 64 states in float32, bfloat16 and float16 on Ampere and later; all else, and any machine where NVRTC
 is missing or fails, goes to the Triton kernels, which read and write the same saved states.
 
-A sequence is run in chunks of CHUNK steps as in Triton (triton_chunks.py): one after another in one warp, or all at
+A sequence is run in chunks of time as in Triton (triton_chunks.py): one after another in one warp, or all at
 once. What a sequence's result is depends, to the bit, on nothing but that sequence and the parameters: chunks and
 checkpoints have fixed places, the sums over states a fixed order. How many sequences there are decides who runs the
 chunks and how many channels a lane takes; neither changes a bit. No atomics: shares, added up in order.
@@ -13,6 +13,7 @@ chunks and how many channels a lane takes; neither changes a bit. No atomics: sh
 import struct
 import warnings
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from .triton import checkpoint_every, saved_shape
 
 __all__ = ["backward", "forward", "saved_shape", "usable"]
 
-CHUNK = 2048  # steps
+CHUNK = 2048  # steps, at most
 MOST_STATES = 64
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FOLDER = Path(__file__).parent / "cuda_kernels"
@@ -45,6 +46,15 @@ _STRIDES = (
 )
 _FIELDS = (*_POINTERS, *_NUMBERS, *_STRIDES)  # of struct Problem in cuda_kernels/common.cu, in its order
 _PACK = struct.Struct(f"{len(_POINTERS) + len(_NUMBERS)}q{len(_STRIDES)}i").pack
+_ABSENT = dict.fromkeys(_FIELDS, 0)
+_in_order = itemgetter(*_FIELDS)
+
+
+def _chunk_steps(n_channels: int, n_states: int) -> int:
+    """Where channels are few it takes chunks to fill a GPU; but of several the backward has a pass more to make."""
+    if n_states == 1 or n_channels > 1024:
+        return CHUNK
+    return min(CHUNK, 1024 if n_channels > 512 else 512)
 
 
 class Tile(NamedTuple):
@@ -75,13 +85,14 @@ def _lanes(n_states: int) -> tuple[int, int]:
 
 
 def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Tile:
-    """rows: sequences (or chunks) times channels. Many channels to a lane read B and C less often; few make more warps.
+    """rows: sequences (or chunks) times channels; what follows from it changes no bit of a result.
 
-    Registers are kept to 128 where there are warps enough to use the room. Measured: benchmarks/SCAN_NOTES.md.
+    Two channels to a lane read B and C half as often as one; one makes more warps where rows are few. Registers are
+    kept to 128 where there are warps enough to use the room. Measured: benchmarks/SCAN_NOTES.md.
     """
     states, lanes = _lanes(n_states)
     if states == 1:
-        return _narrow(vector)
+        return _narrow(vector, 4 if rows >= 1024 * processors else 2)
     if states == 8:
         return _fitting(states, lanes, 4, 8, vector, 4)
     if rows * lanes < 256 * processors:
@@ -90,16 +101,16 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Til
 
 
 def _backward_tile(n_states: int, rows: int, vector: int, processors: int, gate: bool) -> Tile:
+    """Channels of a lane and of a block fix the order in which dB and dC are summed: they do not follow from `rows`."""
     states, lanes = _lanes(n_states)
     if states == 1:
-        return _narrow(vector)._replace(MIN_BLOCKS=2 if gate else 3)
-    channels = 2 if states == 8 or rows * lanes >= 256 * processors else 1
-    return _fitting(states, lanes, channels, 4 if states == 8 else 8, vector, 4)
+        return _narrow(vector, 3 if rows >= 1024 * processors and not gate else 2)
+    return _fitting(states, lanes, 2, 4 if states == 8 else 8, vector, 4)
 
 
-def _narrow(vector: int) -> Tile:
+def _narrow(vector: int, blocks: int) -> Tile:
     """For one state: cuda_kernels/narrow_*.cu, whose warps share out time."""
-    return Tile(1, 1, vector, 8, vector, 1, MIN_BLOCKS=3)
+    return Tile(1, 1, vector, 8, vector, 1, MIN_BLOCKS=blocks)
 
 
 def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, warps: int) -> Tile:
@@ -115,7 +126,8 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
     parts = [f"#define {name} {value}" for name, value in macros]
-    parts += [(_FOLDER / f"{name}.cu").read_text() for name in ("device", "common", kernel)]
+    files = ("device", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
+    parts += [(_FOLDER / f"{name}.cu").read_text() for name in files]
     return "\n".join(parts) + "\n"
 
 
@@ -134,9 +146,12 @@ _broken: set[int] = set()  # devices on which NVRTC failed
 
 def usable(device: int) -> bool:
     """Whether these kernels run on a CUDA device, as far as one can tell without compiling any."""
-    if device in _broken or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    return nvrtc.loads()
+    return device not in _broken and _capable(device)
+
+
+@cache
+def _capable(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0) and nvrtc.loads()
 
 
 def _serves(u: Tensor, *others: Tensor | None, n_states: int) -> bool:
@@ -154,12 +169,20 @@ def _device(x: Tensor) -> int:
     return x.get_device()
 
 
-def _with_rows(x: Tensor) -> Tensor:
-    return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
+def _with_rows(x: Tensor, at_once: int = 1) -> Tensor:
+    """x with a contiguous last dimension, of which `at_once` elements can be moved together."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return x.contiguous()
+    return x if _widest(at_once, x) == at_once else x.clone(memory_format=torch.contiguous_format)
 
 
 def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
+
+
+def _plain(x: Tensor | int | None) -> int:
+    """As a kernel's argument."""
+    return 0 if x is None else x if isinstance(x, int) else x.data_ptr()
 
 
 def _widest(most: int, *tensors: Tensor) -> int:
@@ -172,43 +195,44 @@ def _widest(most: int, *tensors: Tensor) -> int:
 
 
 class _Problem:
-    """Arguments of the kernels."""
+    """Arguments of the kernels, and the macros that they are compiled with."""
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy=None):
+        self.on = u.device
         self.device = _device(u)
         self.n_tokens, self.n_channels = u.shape
         self.n_states = A.shape[1]
         self.n_seqs = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.length = self.n_tokens // max(batch, 1)  # of each sequence; of all if packed
-        self.several = self.length > CHUNK  # whether a sequence may have more than one chunk
+        self.chunk = _chunk_steps(self.n_channels, self.n_states)
+        self.several = self.length > self.chunk  # whether a sequence may have more than one chunk
         if cu_seqlens is None:
-            self.n_chunks = batch * max(-(-self.length // CHUNK), 1)
+            self.n_chunks = batch * max(-(-self.length // self.chunk), 1)
         else:
-            self.n_chunks = checkpoint_slots(self.n_tokens, self.n_seqs, CHUNK)
+            self.n_chunks = checkpoint_slots(self.n_tokens, self.n_seqs, self.chunk)
+            cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
         groups = next((x.shape[1] for x in (B, C) if x.dim() == 3), 1)
-        per_group = self.n_channels // groups
+        self.per_group = self.n_channels // groups
         A, D, delta_bias = _floats(A), _floats(D), _floats(delta_bias)
-        u, delta = _with_rows(u), _with_rows(delta)
-        z, dy = (None if x is None else _with_rows(x) for x in (z, dy))
+        # Not by the tensors' addresses: the order of sums would follow from them. They are copied if need be.
+        self.vector = 2 if self.per_group % 2 == 0 else 1
+        u, delta = _with_rows(u, self.vector), _with_rows(delta, self.vector)
+        z, dy = (None if x is None else _with_rows(x, self.vector) for x in (z, dy))
         B, C = (_with_rows(x) if x.dim() == 3 else x.float().contiguous() for x in (B, C))
-        self.kept = [u, delta, A, B, C, D, z, delta_bias, dy]  # alive until all is launched
-        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
-        self.kept.append(cu_seqlens)
+        self.kept = [u, delta, z, dy, A, B, C, D, delta_bias, cu_seqlens]  # until all is launched
 
-        by_token = [x for x in (u, delta, z, dy) if x is not None]
-        self.vector = _widest(2, *by_token) if per_group % 2 == 0 else 1
         matrices = [x for x in (B, C) if x.dim() == 3]
         most = 16 // max((x.element_size() for x in matrices), default=4)
-        while self.n_states % most or most > self.n_states:
+        while self.n_states % most:
             most //= 2
-        self.macros = {
-            "N": self.n_states, "VB": _widest(most, *matrices), "CHUNK": CHUNK,
-            "EVERY": checkpoint_every(self.n_states),
-            "SOFTPLUS": int(softplus), "GATE": int(z is not None), "STATIC_B": int(B.dim() == 2),
-            "STATIC_C": int(C.dim() == 2), "U": _TYPES[u.dtype], "DELTA": _TYPES[delta.dtype],
-            "Z": _TYPES[(u if z is None else z).dtype], "DY": _TYPES[(u if dy is None else dy).dtype],
-            "MB": _TYPES[B.dtype], "MC": _TYPES[C.dtype],
-        }  # fmt: skip
+        self.every = checkpoint_every(self.n_states)
+        self.macros = (
+            ("N", self.n_states), ("VB", _widest(most, *matrices)), ("CHUNK", self.chunk), ("EVERY", self.every),
+            ("SOFTPLUS", int(softplus)), ("GATE", int(z is not None)), ("STATIC_B", int(B.dim() == 2)),
+            ("STATIC_C", int(C.dim() == 2)), ("U", _TYPES[u.dtype]), ("DELTA", _TYPES[delta.dtype]),
+            ("Z", _TYPES[(u if z is None else z).dtype]), ("DY", _TYPES[(u if dy is None else dy).dtype]),
+            ("MB", _TYPES[B.dtype]), ("MC", _TYPES[C.dtype]),
+        )  # fmt: skip
 
         def step(x: Tensor | None, stride: int | None = None) -> int:
             """Bytes from a step's row to the next step's."""
@@ -216,42 +240,44 @@ class _Problem:
                 return 0
             return (x.stride(0) if stride is None else stride) * x.element_size() * (-1 if reverse else 1)
 
-        D_ = self.n_channels
-        self.values: dict[str, Any] = {
+        tensors = {
             "u": u, "delta": delta, "z": z, "dy": dy, "B": B, "C": C, "A": A, "D": D, "bias": delta_bias,
-            "cu_seqlens": cu_seqlens, "B_group": B.stride(1), "C_group": C.stride(1), "length": self.length,
-            "n_tokens": self.n_tokens, "n_seqs": self.n_seqs, "n_channels": self.n_channels, "per_group": per_group,
-            "n_chunks": self.n_chunks, "reverse": int(reverse), "u_stride": step(u), "delta_stride": step(delta),
-            "z_stride": step(z), "dy_stride": step(dy), "B_stride": step(B), "C_stride": step(C),
-            "U_stride": step(u, D_), "DELTA_stride": step(delta, D_), "Z_stride": step(z, D_),
+            "cu_seqlens": cu_seqlens,
+        }  # fmt: skip
+        width = self.n_channels
+        self.values = _ABSENT | {name: _plain(x) for name, x in tensors.items()} | {
+            "B_group": B.stride(1), "C_group": C.stride(1), "length": self.length, "n_tokens": self.n_tokens,
+            "n_seqs": self.n_seqs, "n_channels": width, "per_group": self.per_group, "n_chunks": self.n_chunks,
+            "reverse": int(reverse), "u_stride": step(u), "delta_stride": step(delta), "z_stride": step(z),
+            "dy_stride": step(dy), "B_stride": step(B), "C_stride": step(C), "U_stride": step(u, width),
+            "DELTA_stride": step(delta, width), "Z_stride": step(z, width),
             "share_stride": 4 * groups * self.n_states * (-1 if reverse else 1),
         }  # fmt: skip
 
     def lay_out(self, tile: Tile) -> None:
+        """Take this tile from here on."""
         self.tile = tile
-        per_group = self.values["per_group"]
-        self.tiles_of_group = -(-per_group // tile.channels)
-        self.n_tiles = self.n_channels // per_group * self.tiles_of_group
+        self.tiles_of_group = -(-self.per_group // tile.channels)
+        self.n_tiles = self.n_channels // self.per_group * self.tiles_of_group
         self.values["tiles_of_group"] = self.tiles_of_group
+        self.laid_out = (*self.macros, *zip(tile._fields, tile, strict=True))
 
     def launch_scan(self, direction: str, blocks: int, **more) -> None:
         """The forward or the backward: for one state a kernel of its own."""
         narrow = self.n_states == 1
-        threads = 32 * (self.macros["EVERY"] // self.tile.T if narrow else self.tile.WARPS)
+        threads = 32 * (self.every // self.tile.T if narrow else self.tile.WARPS)
         self.launch(f"narrow_{direction}" if narrow else direction, f"scan_{direction}", blocks, threads, **more)
 
-    def launch(self, source: str, name: str, blocks: int, threads: int | None = None, *, macros=(), **values) -> None:
-        macros = (*self.macros.items(), *self.tile._asdict().items(), *macros)
-        function = _function(source, name, self.device, macros)
-        values = {**self.values, **values}
-        argument = _PACK(*(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in map(values.get, _FIELDS)))
-        function(blocks, threads or 32 * self.tile.WARPS, argument)
+    def launch(self, source: str, name: str, blocks: int, threads: int, *, macros=(), **values) -> None:
+        """values: further arguments, tensors or numbers; what is None is absent."""
+        function = _function(source, name, self.device, (*self.laid_out, *macros))
+        values = {**self.values, **{key: _plain(x) for key, x in values.items()}}
+        function(blocks, threads, _PACK(*_in_order(values)))
 
     def chunk_states(self) -> tuple[Tensor, Tensor]:
         """Room for a state and a sum of dt of each chunk."""
-        device = self.values["u"].device
-        own = torch.empty(self.n_chunks, self.n_states, self.n_channels, device=device)
-        return own, torch.empty(self.n_chunks, self.n_channels, device=device)
+        own = torch.empty(self.n_chunks, self.n_states, self.n_channels, device=self.on)
+        return own, torch.empty(self.n_chunks, self.n_channels, device=self.on)
 
     def carry(self, own: Tensor, sums: Tensor, first: Tensor | None, *, backwards: bool) -> None:
         first = _floats(first)
@@ -306,10 +332,8 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, bat
         p.launch_scan("forward", p.n_chunks * p.n_tiles, macros=macros, own=own, sums=sums)
         p.carry(own, sums, first, backwards=False)
     macros = (("OWN", int(p.several and not at_once)), ("ENDS", 0))
-    p.launch_scan(
-        *("forward", runs * p.n_tiles), macros=macros,
-        own=own, first=first, y=y, final_state=final, saved=saved if save else None,
-    )  # fmt: skip
+    results = {"y": y, "final_state": final, "saved": saved if save else None}
+    p.launch_scan("forward", runs * p.n_tiles, macros=macros, own=own, first=first, **results)
     return y, final, saved
 
 
@@ -341,21 +365,17 @@ def _backward(
     )
     if p.several:
         tile = p.tile
-        p.tile = _fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS)
-        p.launch("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, own=own, sums=sums)
-        p.tile = tile
+        p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS))
+        name = "chunk_gradients"
+        p.launch(name, name, p.n_chunks * p.n_tiles, 32 * tile.WARPS, own=own, sums=sums)
+        p.lay_out(tile)
     from_zero = not p.several and dfinal is None
     if not from_zero:
         p.carry(own, sums, dfinal, backwards=True)
-    p.launch_scan(
-        *("backward", p.n_chunks * p.n_tiles), own=None if from_zero else own, share_A=own,
-        saved=saved, du=du, ddelta=ddelta, dz=dz, dh0=dh0,
-        share_B=share_B, share_C=share_C, share_D=share_D, share_bias=share_bias,
-    )  # fmt: skip
-    sizes = (dA, dD, dbias, dB, dC)
-    blocks = sum(-(-x.numel() // 128) for x in sizes if x is not None)
-    p.launch(
-        *("sum_shares", "sum_shares", blocks, 128), share_A=own, share_B=share_B, share_C=share_C, share_D=share_D,
-        share_bias=share_bias, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias,
-    )  # fmt: skip
+    shares = {"share_A": own, "share_B": share_B, "share_C": share_C, "share_D": share_D, "share_bias": share_bias}
+    gradients = {"du": du, "ddelta": ddelta, "dz": dz, "dh0": dh0}
+    entering = None if from_zero else own
+    p.launch_scan("backward", p.n_chunks * p.n_tiles, own=entering, saved=saved, **shares, **gradients)
+    blocks = sum(-(-x.numel() // 128) for x in (dA, dD, dbias, dB, dC) if x is not None)
+    p.launch("sum_shares", "sum_shares", blocks, 128, **shares, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias)
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dh0

@@ -56,3 +56,6 @@ inline float add_across(float x, int mask) {
   give_way();
   return x + other;
 }
+template <typename X> inline void store_if(bool wanted, void* to, X x) {
+  if (wanted) *static_cast<X*>(to) = x;
+}

@@ -101,6 +101,28 @@ def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, asse
     assert_close(results_of(selective_scan, cast(tensors, torch.float32), "cuda", **arguments), expected, 3e-6, name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("states", [1, 4, 16])
+def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monkeypatch, results_of, cast):
+    """Few and many rows for a multiprocessor, chunks one after another and at once, and tensors at odd addresses."""
+    tensors = cast(inputs(70, 36, states, 1, 1), torch.float32)
+    arguments = {"delta_softplus": True, "return_final_state": True}
+    first = results_of(selective_scan, tensors, "cuda", **arguments)
+    for processors, rows in ((132, 0), (132, 10**9), (1, 10**9)):
+        monkeypatch.setattr(cuda, "_processors", lambda device, n=processors: n)
+        monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", rows)
+        again = results_of(selective_scan, tensors, "cuda", **arguments)
+        assert all(torch.equal(x, again[name]) for name, x in first.items()), (processors, rows)
+
+    def moved(**given):
+        names = ("u", "delta", "z", "B", "C")
+        odd = {k: torch.cat((given[k].flatten()[:1], given[k].flatten()))[1:].view(given[k].shape) for k in names}
+        return selective_scan(**{**given, **odd})
+
+    again = results_of(moved, tensors, "cuda", **arguments)
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
+
+
 def test_emulated_in_bfloat16(on_the_cpu, results_of, cast, assert_close):
     tensors = inputs(36, 8, 16, 1, 1)
     kept = {"A", "D", "delta_bias", "initial_state"}

@@ -446,6 +446,22 @@ def test_a_row_does_not_feel_its_batch(backend, results_of, cast):
         assert torch.equal(together[name][row], alone[name]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("states", [1, 16])
+def test_a_row_does_not_feel_its_batch_at_size(states, backend, results_of, cast):
+    """A batch that fills a GPU, and a row of it, which does not: their plans differ."""
+    tensors = cast(problem(batch=24, length=70, channels=2048, states=states), torch.float32)
+    arguments = {"delta_softplus": True, "return_final_state": True}
+    weight = torch.randn(24, 70, 2048), torch.randn(24, 2048, states)
+    together = results_of(selective_scan, tensors, backend, weight, **arguments)
+    row = slice(5, 6)
+    inputs = part(tensors, row, slice(None), initial_state=tensors["initial_state"][row])
+    alone = results_of(selective_scan, inputs, backend, tuple(w[row] for w in weight), **arguments)
+    for name in OF_A_ROW:
+        assert torch.equal(together[name][row], alone[name]), name
+
+
 @pytest.mark.parametrize("backend", ["numba", *(pytest.param(x, marks=pytest.mark.gpu) for x in ("triton", "cuda"))])
 def test_the_backward_repeats_to_the_bit(backend, results_of, cast):
     """Whatever the timing of blocks, and with any number of threads."""

@@ -9,85 +9,6 @@
 // Sums over states (for du and ddelta) and over channels (for dB and dC) go by way of shared memory: every lane leaves
 // its part, and another reads all parts of one sum. Shuffles would take twice the instructions.
 
-constexpr int TILES = EVERY / T;           // of a piece
-constexpr int NV = NL % 4 == 0 ? 4 : NL;   // numbers moved at once
-constexpr int PARTS = 2 * NL / NV;         // vectors of a lane: what it adds to dB and to dC at a step
-constexpr int LANES_ROW = 32 + (NV == 4 ? S % 8 : 1);  // rows of different sums on different banks
-constexpr int SUMS = T * PARTS * S;        // vectors that a tile's dB and dC have
-constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradients of dt u, of dt, and y
-
-struct WarpShared {
-  alignas(16) float dt[EVERY][WC], dtu[EVERY][WC];
-#if SOFTPLUS
-  alignas(16) float slope[EVERY][WC];
-#endif
-  alignas(16) float dout[T][WC];
-  alignas(16) float sums[KINDS][T][PART_ROW];
-#if !STATIC_B || !STATIC_C
-  alignas(16) float part[T * PARTS][LANES_ROW][NV];
-#endif
-  alignas(16) float before[TILES > 1 ? TILES - 1 : 1][CL][NL / NV][32][NV];
-};
-struct Shared {
-  WarpShared warp[WARPS];
-#if !STATIC_B
-  alignas(16) float B[EVERY][NP];
-#endif
-#if !STATIC_C
-  alignas(16) float C[EVERY][NP];
-#endif
-#if !STATIC_B || !STATIC_C
-  alignas(16) float of_warp[2][WARPS][SUMS][NV];
-#endif
-};
-extern "C" __constant__ int shared_bytes = sizeof(Shared);
-
-// What a lane loads of a tile for the way back.
-struct Elements {
-  Packed<DY, V> dy[ITS];
-  Packed<U, V> u[ITS];
-#if GATE
-  Packed<Z, V> z[ITS];
-#endif
-};
-
-// What a lane needs of a step on the way back.
-struct Step {
-  float dt[CL], dtu[CL], dout[CL];
-#if STATIC_B
-#define B_AT(j, i) b_static[j][i]
-#else
-#define B_AT(j, i) x.b[i]
-  float b[NL];
-#endif
-#if STATIC_C
-#define C_AT(j, i) c_static[j][i]
-#else
-#define C_AT(j, i) x.c[i]
-  float c[NL];
-#endif
-
-  INLINE void read(const Shared& block, const WarpShared& shared, int first, int t, const Place& a) {
-    load_floats(&shared.dt[first + t][a.lane / S * CL], dt);
-    load_floats(&shared.dtu[first + t][a.lane / S * CL], dtu);
-    load_floats(&shared.dout[t][a.lane / S * CL], dout);
-#if !STATIC_B
-    load_floats(&block.B[first + t][a.n], b);
-#endif
-#if !STATIC_C
-    load_floats(&block.C[first + t][a.n], c);
-#endif
-  }
-};
-
-// One step of the state: its decays, too.
-INLINE void advance(Pairs& h, Pairs& decay, const float (&dt)[CL], const Pairs& drive, const Pairs& A2) {
-  EACH_PAIR {
-    decay[j][i] = exp2_fast(__fmul_rn(dt[j], A2[j][i]));
-    h[j][i] = __fmaf_rn(decay[j][i], h[j][i], drive[j][i]);
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Problem p) {
   extern __shared__ float4 room[];
   Shared& block = *reinterpret_cast<Shared*>(room);
@@ -371,59 +292,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
         Packed<DELTA, V> ddelta;
         ddelta.set(gradient);
-        if (there) ddelta.store(ddelta_rows.at(step));
+        ddelta.store_if(there, ddelta_rows.at(step));
 #pragma unroll
         for (int v = 0; v < V; ++v) gradient[v] = __fmaf_rn(total[0][v], dt[v], dout[i][v] * skip[v]);
         Packed<U, V> du;
         du.set(gradient);
-        if (there) du.store(du_rows.at(step));
+        du.store_if(there, du_rows.at(step));
 #if GATE
 #pragma unroll
         for (int v = 0; v < V; ++v) gradient[v] = __fmaf_rn(skip[v], now.u[i].get(v), total[2][v]) * z_factor[i][v];
         Packed<Z, V> dz;
         dz.set(gradient);
-        if (there) dz.store(dz_rows.at(step));
+        dz.store_if(there, dz_rows.at(step));
 #endif
       }
 
 #if !STATIC_B || !STATIC_C
-      // dB and dC: over the lanes of the warp, then over the warps.
-#pragma unroll
-      for (int o = a.lane; o < SUMS; o += 32) {
-        const int q = o % S, row = o / S;
-        float sum[NV], x[NV];
-        load_floats(shared.part[row][q], sum);
-#pragma unroll
-        for (int g = 1; g < GROUPS; ++g) {
-          load_floats(shared.part[row][g * S + q], x);
-#pragma unroll
-          for (int i = 0; i < NV; ++i) sum[i] += x[i];
-        }
-        store_floats(block.of_warp[buffer][a.warp][o], sum);
-      }
+      add_over_warp(shared, block.of_warp[buffer][a.warp], a.lane);
       __syncthreads();
-      for (int o = threadIdx.x; o < SUMS; o += THREADS) {
-        const int q = o % S, v = o / S % PARTS, step = first + k * T + o / S / PARTS;
-        const bool of_B = v < PARTS / 2;
-        const int n = q * NL + v % (PARTS / 2) * NV;
-        float sum[NV], x[NV];
-        load_floats(block.of_warp[buffer][0][o], sum);
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) {
-          load_floats(block.of_warp[buffer][w][o], x);
-#pragma unroll
-          for (int i = 0; i < NV; ++i) sum[i] += x[i];
-        }
-        float* share = step_at((of_B ? share_B : share_C) + n, p.share_stride, step);
-        if (step < end && (of_B ? !STATIC_B : !STATIC_C)) {
-          if constexpr (N % NV == 0) {
-            if (n < N) store_floats(share, sum);
-          } else {
-            for (int i = 0; i < NV; ++i)
-              if (n + i < N) share[i] = sum[i];
-          }
-        }
-      }
+      add_over_block(block.of_warp[buffer], share_B, share_C, p.share_stride, first + k * T, end);
       buffer ^= 1;  // so one barrier for each tile is enough
 #endif
     }

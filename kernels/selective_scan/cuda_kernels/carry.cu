@@ -1,7 +1,9 @@
 // States, or their gradients, carried over a sequence's chunks in the order of the scan, or backwards: own[chunk] becomes
 // what enters the chunk. own: what a chunk arrives at from 0; sums: of dt over it.
 
-constexpr int AHEAD = 8;  // chunks whose numbers are loaded at once
+constexpr int AHEAD = 16;  // chunks whose numbers are loaded at once
+
+extern "C" __constant__ int shared_bytes = 0;
 
 extern "C" __global__ void __launch_bounds__(128) carry(const Problem p) {
   const int64 pairs = N * p.n_channels;

@@ -27,3 +27,19 @@ __device__ __forceinline__ unsigned floats_to_bf16(float low, float high) {
 }
 // x plus that of the lane whose number differs in the bits of `mask`.
 __device__ __forceinline__ float add_across(float x, int mask) { return x + __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// A store under a condition, without a branch: one would keep the compiler from mixing what stands before with what
+// stands behind it.
+__device__ __forceinline__ void store_if(bool wanted, void* to, unsigned short x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u16 [%1], %2;}" ::"r"(int(wanted)), "l"(to), "h"(x)
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool wanted, void* to, unsigned x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u32 [%1], %2;}" ::"r"(int(wanted)), "l"(to), "r"(x)
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool wanted, void* to, uint2 x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3};}" ::"r"(int(wanted)), "l"(to),
+               "r"(x.x), "r"(x.y)
+               : "memory");
+}

@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
         }
         Packed<U, V> out;
         out.set(y);
-        if (a.in_row && step + t < end) out.store(y_rows.at(step + t));
+        out.store_if(a.in_row && step + t < end, y_rows.at(step + t));
       }
 #endif
     }

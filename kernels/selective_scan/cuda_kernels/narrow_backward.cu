@@ -230,12 +230,12 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_backwa
       Packed<DELTA, V> out_delta;
       out_u.set(du);
       out_delta.set(ddelta);
-      if (there) out_u.store(du_rows.at(step));
-      if (there) out_delta.store(ddelta_rows.at(step));
+      out_u.store_if(there, du_rows.at(step));
+      out_delta.store_if(there, ddelta_rows.at(step));
 #if GATE
       Packed<Z, V> out_z;
       out_z.set(dz);
-      if (there) out_z.store(dz_rows.at(step));
+      out_z.store_if(there, dz_rows.at(step));
 #endif
     }
     __syncwarp();

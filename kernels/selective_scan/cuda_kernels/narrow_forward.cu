@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_forwar
         }
         Packed<U, V> out;
         out.set(y);
-        if (a.in_row && mine + t < end) out.store(y_rows.at(mine + t));
+        out.store_if(a.in_row && mine + t < end, y_rows.at(mine + t));
       }
       __syncwarp();  // all are done with the rows of B and C
 #endif

@@ -26,6 +26,8 @@ INLINE bool add_up(const float* shares, X* total, int64& block, int64 n_terms, i
   return true;
 }
 
+extern "C" __constant__ int shared_bytes = 0;
+
 extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_shares(const Problem p) {
   int64 block = blockIdx.x;
   const int64 pairs = N * p.n_channels, of_tokens = p.n_tokens * (p.n_channels / p.per_group) * N;
