@@ -100,12 +100,17 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Til
     return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
 
 
-def _backward_tile(n_states: int, rows: int, vector: int, processors: int, gate: bool) -> Tile:
-    """Channels of a lane and of a block fix the order in which dB and dC are summed: they do not follow from `rows`."""
+def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room: int, gate: bool) -> Tile:
+    """room: bytes of shared memory that a block may have.
+
+    Channels of a lane and of a block fix the order in which dB and dC are summed: they do not follow from `rows`.
+    """
     states, lanes = _lanes(n_states)
     if states == 1:
         return _narrow(vector, 3 if rows >= 1024 * processors and not gate else 2)
-    return _fitting(states, lanes, 2, 4 if states == 8 else 8, vector, 4)
+    # Of 4 warps the blocks take up to 145 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
+    warps = 4 if lanes >= 4 and room >= 160 * 1024 else 2
+    return _fitting(states, lanes, 2, 4 if states == 8 else 8, vector, warps)
 
 
 def _narrow(vector: int, blocks: int) -> Tile:
@@ -139,6 +144,11 @@ def _function(kernel: str, name: str, device: int, macros: tuple[tuple[str, Any]
 @cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _room(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 _broken: set[int] = set()  # devices on which NVRTC failed
@@ -349,7 +359,8 @@ def _backward(
 ):
     p = _Problem(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
     rows = p.n_chunks * p.n_channels
-    p.lay_out(_backward_tile(p.n_states, rows, p.vector, _processors(p.device), z is not None))
+    chip = _processors(p.device), _room(p.device)
+    p.lay_out(_backward_tile(p.n_states, rows, p.vector, *chip, z is not None))
 
     def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         return None if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)

@@ -19,12 +19,15 @@ from polymamba.kernels.selective_scan import cuda
 HERE = Path(__file__).parent
 
 
+def emulation(source: str) -> str:
+    """A CUDA source as C++ for the CPU."""
+    macros, rest = source.split("// What only a GPU has", 1)
+    return f'#include "{HERE}/emulator.h"\n{macros}{rest[rest.index("// What the CUDA kernels") :]}\n'
+
+
 def emulated(source: str, name: str, folder: Path):
     """The kernel `name` of a source as a function of the same arguments as nvrtc.Kernel's, on the CPU."""
-    macros, rest = source.split("// What only a GPU has", 1)
-    kernels = rest[rest.index("// What the CUDA kernels") :]
-    before, after = f'#include "{HERE}/emulator.h"', f'#define KERNEL {name}\n#include "{HERE}/emulator_main.h"'
-    text = f"{before}\n{macros}{kernels}\n{after}\n"
+    text = emulation(source) + f'#define KERNEL {name}\n#include "{HERE}/emulator_main.h"\n'
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         path.with_suffix(".cpp").write_text(text)
@@ -53,6 +56,7 @@ def on_the_cpu(monkeypatch, folder):
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name, folder))
     monkeypatch.setattr(cuda, "usable", lambda device: True)
     monkeypatch.setattr(cuda, "_processors", lambda device: 1)
+    monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "CHUNK", 32)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
     cuda._function.cache_clear()
@@ -139,6 +143,7 @@ def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch):
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(cuda, "usable", lambda device: device not in cuda._broken)
     monkeypatch.setattr(cuda, "_processors", lambda device: 1)
+    monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "_broken", set())
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
 
@@ -185,6 +190,7 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     monkeypatch.setattr(nvrtc, "kernel", compile_only)
     monkeypatch.setattr(cuda, "usable", lambda device: True)
     monkeypatch.setattr(cuda, "_processors", lambda device: 132)
+    monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
     cuda._function.cache_clear()
     u = torch.zeros(3 * cuda.CHUNK, 64, dtype=torch.bfloat16, device="meta")
     A, B = torch.zeros(64, states, device="meta"), torch.zeros(len(u), 1, states, dtype=torch.bfloat16, device="meta")
@@ -193,6 +199,25 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     cuda.backward(y, None, *arguments, saved, True, False)
     cuda._function.cache_clear()
     assert set(compiled) == {"scan_forward", "carry", "chunk_gradients", "scan_backward", "sum_shares"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [227, 163, 99])
+@pytest.mark.parametrize("states", [4, 8, 16, 32, 64])
+def test_shared_memory_fits(states, kilobytes, tmp_path):
+    """Of a block of the backward: in 227 KiB on Hopper (a second block beside it too, but for 64 states), 163 on an
+    A100, 99 on a GPU for a desk. The compiler is asked for the size."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    limit = kilobytes * 1024 if kilobytes < 227 or states == 64 else (228 // 2 - 1) * 1024
+    tile = cuda._backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
+    macros = {"N": states, "VB": 4, "CHUNK": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1, "STATIC_B": 0, "STATIC_C": 0}
+    types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
+    source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
+    path = tmp_path / "size.cpp"
+    path.write_text(emulation(source) + f'\nstatic_assert(sizeof(Shared) <= {limit}, "too much");\n')
+    done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_what_nvrtc_says_is_passed_on(compiler):
