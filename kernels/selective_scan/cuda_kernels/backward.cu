@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           dout[i][v] = now.dy[i].get(v);
 #if GATE
           const float gate = now.z[i].get(v), sig = sigmoid(gate);
-          z_factor[i][v] = dout[i][v] * sig * (1.0f + gate * (1.0f - sig));
+          z_factor[i][v] = dout[i][v] * sig * __fmaf_rn(gate, 1.0f - sig, 1.0f);
           dout[i][v] *= gate * sig;
 #endif
         }

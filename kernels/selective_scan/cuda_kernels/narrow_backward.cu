@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_backwa
         // y = (C h + D u) silu(z)
 #if GATE
         const float gate = now.z[t].get(v), sig = sigmoid(gate);
-        dz[v] = __fmaf_rn(skip[v], x, c * state[t + 1][v]) * now.dy[t].get(v) * sig * (1.0f + gate * (1.0f - sig));
+        dz[v] = __fmaf_rn(skip[v], x, c * state[t + 1][v]) * now.dy[t].get(v) * sig * __fmaf_rn(gate, 1.0f - sig, 1.0f);
 #endif
         dC = __fmaf_rn(d, state[t + 1][v], dC);
         sums[1][v] = __fmaf_rn(d, x, sums[1][v]);
