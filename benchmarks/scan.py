@@ -1,35 +1,42 @@
 """The selective scan and the convolution on a GPU: milliseconds forward and backward, peak memory, share of the limit.
 
-    python benchmarks/scan.py [--output benchmarks/results/scan_gpu.md]
+    python benchmarks/scan.py [--output benchmarks/results/scan_gpu.md] [--picture benchmarks/results/scan_gpu.png]
+                              [--backend triton]
 
-bf16 inputs, float32 A, D and bias, softplus; medians of `triton.testing.do_bench` (CUDA events). Inputs beyond the
-second-level cache, except where the shape is small. The limit is the larger of two times: each input read and each
-output written once at the copy bandwidth measured in the same run, and one exp2 a (token, channel, state) at 16 a cycle
-and multiprocessor.
+bf16 inputs, float32 A, D and bias, softplus; medians of `triton.testing.do_bench` (CUDA events; it overwrites the
+second-level cache between runs). The limit is the larger of two times: each input read and each output written once
+at the copy bandwidth measured in the same run, and one exp2 a (token, channel, state) at 16 a cycle and multiprocessor
+at 1.98 GHz. "Official" are mamba-ssm's CUDA kernels (built for sm_90) on an H100 in another run, for orientation.
+
+The picture: time against length at the shape of Figure 8 of the Mamba paper (batch 1, 1024 channels, 16 states), beside
+PyTorch's causal attention of the same width (16 heads of 64).
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 from machine import describe
+from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
-from polymamba.kernels import causal_conv1d, selective_scan
+from polymamba.kernels import causal_conv1d, info, selective_scan
 
-SHAPES = [  # batch, channels, length, states, groups, gate
-    (8, 2048, 2048, 16, 1, True),
-    (1, 5120, 2048, 16, 1, True),
-    (2, 2048, 8192, 16, 1, True),
-    (128, 384, 197, 16, 1, True),
-    (64, 768, 3136, 1, 4, False),
-    (64, 3072, 196, 1, 4, False),
-    (8, 2048, 2048, 64, 1, True),
-    (8, 128, 65536, 16, 1, True),
-    (1, 2048, 131072, 16, 1, True),
-    (8, 512, 131072, 16, 1, True),
-    (1, 512, 1048576, 16, 1, True),
-]
+SHAPES = {  # batch, channels, length, states, groups, gate: official forward and backward, ms
+    (8, 2048, 2048, 16, 1, True): (0.595, 2.404),
+    (1, 5120, 2048, 16, 1, True): (0.200, 0.918),
+    (2, 2048, 8192, 16, 1, True): (0.746, 2.549),
+    (128, 384, 197, 16, 1, True): (0.394, 1.209),
+    (64, 768, 3136, 1, 4, False): (1.055, 2.819),
+    (64, 3072, 196, 1, 4, False): (0.297, 0.879),
+    (8, 2048, 2048, 64, 1, True): (1.971, 9.339),
+    (8, 128, 65536, 16, 1, True): (1.466, 5.630),
+    (1, 2048, 131072, 16, 1, True): (5.95, 22.63),
+    (8, 512, 131072, 16, 1, True): (11.37, 43.13),
+    (1, 512, 1048576, 16, 1, True): (11.74, 60.93),
+}
+CLOCK = 1.98e9
 
 
 def copy_bandwidth() -> float:
@@ -52,13 +59,13 @@ def scan_inputs(
     return [u, delta, A, B, C, D, z, bias]
 
 
-def measure(inputs: list[torch.Tensor | None]) -> tuple[float, float, float]:
+def measure(inputs: list[torch.Tensor | None], backend: str | None) -> tuple[float, float, float]:
     """(forward ms, backward ms, MiB that forward and backward add at their peak)."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     present = [x for x in leaves if x is not None]
 
     def forward() -> torch.Tensor:
-        return selective_scan(*leaves[:7], delta_bias=leaves[7], delta_softplus=True)
+        return selective_scan(*leaves[:7], delta_bias=leaves[7], delta_softplus=True, backend=backend)
 
     with torch.no_grad():
         forward_ms = do_bench(forward, return_mode="median")
@@ -72,36 +79,87 @@ def measure(inputs: list[torch.Tensor | None]) -> tuple[float, float, float]:
     return forward_ms, backward_ms, peak / 2**20
 
 
-def report() -> str:
-    bandwidth = copy_bandwidth()
-    properties = torch.cuda.get_device_properties(0)
-    exps = 16 * properties.multi_processor_count * 1.755e9
-    lines = ["# Selective scan on the GPU", "", *describe(), f"copy: {bandwidth / 1e12:.2f} TB/s", ""]
-    lines += [
-        "| B, D, L, N | G | z | forward ms | limit | share | backward ms | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for shape in SHAPES:
+def table(bandwidth: float, backend: str | None) -> list[str]:
+    exps = 16 * torch.cuda.get_device_properties(0).multi_processor_count * CLOCK
+    of_direction = "limit | share | official"
+    lines = [f"| B, D, L, N | G | z | forward ms | {of_direction} | backward ms | {of_direction} | peak MiB |"]
+    lines += ["|" + "---|" * 12]
+    for shape, official in SHAPES.items():
         batch, channels, length, states, groups, gate = shape
         elements = batch * channels * length
-        forward_ms, backward_ms, peak = measure(scan_inputs(*shape))
-        moved = elements * 2 * (4 if gate else 3) + 2 * batch * length * groups * states * 2
-        limit = 1e3 * max(moved / bandwidth, elements * states / exps)
-        figures = f"{forward_ms:.3f} | {limit:.3f} | {limit / forward_ms:.0%} | {backward_ms:.3f} | {peak:.0f}"
-        lines.append(f"| {batch}, {channels}, {length}, {states} | {groups} | {'yes' if gate else 'no'} | {figures} |")
+        *ms, peak = measure(scan_inputs(*shape), backend)
+        matrices = 2 * batch * length * groups * states * 2
+        moved = elements * 2 * (4 if gate else 3) + matrices, elements * 2 * (7 if gate else 5) + 2 * matrices
+        cells = [f"{batch}, {channels}, {length}, {states}", str(groups), "yes" if gate else "no"]
+        for time, n_bytes, peer in zip(ms, moved, official, strict=True):
+            limit = 1e3 * max(n_bytes / bandwidth, elements * states / exps)
+            cells += [f"{time:.3f}", f"{limit:.3f}", f"{limit / time:.0%}", f"{peer:.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {peak:.0f} |")
+    return lines
+
+
+def against_length(backend: str | None) -> tuple[list[str], list[tuple[int, float, float | None]]]:
+    """A table, and its rows: (length, ms of the scan forward, ms of attention)."""
+    rows = []
+    for length in [2**k for k in range(9, 21)]:
+        u, delta, A, B, C, D, z, bias = scan_inputs(1, 1024, length, 16, 1, True)
+        scan = partial(selective_scan, u, delta, A, B, C, D, z, delta_bias=bias, delta_softplus=True, backend=backend)
+        heads = torch.randn(1, 16, length, 64, device="cuda", dtype=torch.bfloat16)
+        attention = None
+        if length <= 2**16:
+            attend = partial(scaled_dot_product_attention, heads, heads, heads, is_causal=True)
+            attention = do_bench(attend, return_mode="median")
+        rows.append((length, do_bench(scan, return_mode="median"), attention))
+    lines = ["| L | scan ms | attention ms |", "|---|---|---|"]
+    lines += [f"| {n} | {scan:.3f} | {'' if other is None else f'{other:.3f}'} |" for n, scan, other in rows]
+    return lines, rows
+
+
+def draw(rows: list[tuple[int, float, float | None]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.loglog(*zip(*[row[:2] for row in rows], strict=True), "o-", label="selective scan")
+    pairs = [(length, other) for length, _, other in rows if other is not None]
+    axes.loglog(*zip(*pairs, strict=True), "s--", label="causal attention")
+    axes.set(xlabel="length", ylabel="forward, ms", title="Batch 1, width 1024, 16 states, bf16")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def report(backend: str | None, picture: Path | None) -> str:
+    bandwidth = copy_bandwidth()
+    chosen = backend or info()["selective_scan on cuda"]
+    lines = ["# Selective scan on the GPU", "", *describe(), f"copy: {bandwidth / 1e12:.2f} TB/s", f"backend: {chosen}"]
+    lines += ["", *table(bandwidth, backend)]
     x = torch.randn(8, 2048, 2048, device="cuda", dtype=torch.bfloat16)
     weight, bias = torch.randn(2048, 4, device="cuda"), torch.randn(2048, device="cuda")
     ms = do_bench(lambda: causal_conv1d(x, weight, bias), return_mode="median")
     share = 4 * x.numel() / bandwidth * 1e3 / ms
     lines += ["", f"causal_conv1d 8 x 2048 x 2048, width 4, SiLU: forward {ms:.3f} ms, {share:.0%} of copy bandwidth"]
+    if picture:
+        text, rows = against_length(backend)
+        draw(rows, picture)
+        lines += [
+            "",
+            "Forward at batch 1, width 1024, 16 states, beside causal attention of 16 heads of 64:",
+            "",
+            *text,
+        ]
+        lines += ["", f"![time against length]({picture.name})"]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--backend")
     args = parser.parse_args()
-    text = report()
+    text = report(args.backend, args.picture)
     print(text)
     if args.output:
         args.output.write_text(text)

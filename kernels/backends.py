@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-BACKENDS = ("reference", "torch", "plain", "numba", "triton")
+from . import nvrtc
+
+BACKENDS = ("reference", "torch", "plain", "numba", "triton", "cuda")
 IN_PYTORCH = ("reference", "torch", "plain")  # one and the same for the operations that PyTorch has the parts of
 
 _plain = False
@@ -17,6 +19,8 @@ _plain = False
 
 # Looked up once, here: torch.compile cannot trace a search for modules.
 INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("numba", "triton")}
+# CUDA C++ of ours, compiled at run time; what it does not take goes to Triton.
+INSTALLED["cuda"] = INSTALLED["triton"] and nvrtc.library_path() is not None
 
 
 @contextmanager
@@ -35,10 +39,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype, *, is_complex: bool = False) -> str:
+def choose(
+    backend: str | None, device: torch.device, dtype: torch.dtype, *, is_complex: bool = False, in_cuda: bool = False
+) -> str:
     """The backend for these inputs; `backend` itself if it is given and can take them.
 
-    Raises ValueError if the forced backend is unknown, not installed, or cannot take these inputs.
+    in_cuda: whether this operation has a kernel in CUDA C++. Raises ValueError if the forced backend is unknown, not
+    installed, or cannot take these inputs.
     """
     if backend is None and _plain:
         backend = "plain"
@@ -46,21 +53,27 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, *, is_
         if is_complex or dtype == torch.float64:
             return "torch"
         if device.type == "cuda" and INSTALLED["triton"]:
-            return "triton"
+            return "cuda" if in_cuda and INSTALLED["cuda"] else "triton"
         if device.type == "cpu" and INSTALLED["numba"]:
             return "numba"
         return "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "cuda" and not in_cuda:
+        raise ValueError("backend='cuda': this operation has no kernel in CUDA C++; use backend='triton'")
+    if backend == "cuda" and not INSTALLED["cuda"]:
+        raise ValueError("backend='cuda' needs Triton and a PyTorch that is built with CUDA")
     if not INSTALLED.get(backend, True):
         raise ValueError(f"backend={backend!r} is not installed here: pip install {backend}")
-    if backend in ("numba", "triton") and (is_complex or dtype == torch.float64):
+    if backend in ("numba", "triton", "cuda") and (is_complex or dtype == torch.float64):
         kind = "complex A" if is_complex else "float64"
         raise ValueError(f"backend={backend!r} does not take {kind}: use backend='torch' or 'reference'")
     if backend == "plain" and is_complex:
         raise ValueError("backend='plain' does not take complex A: use backend='torch' or 'reference'")
     if backend == "numba" and device.type != "cpu":
         raise ValueError(f"backend='numba' runs on the CPU; the inputs are on {device}")
+    if backend == "cuda" and device.type != "cuda" and not nvrtc.EMULATED:
+        raise ValueError(f"backend='cuda' runs on a CUDA GPU; the inputs are on {device}")
     if backend == "triton" and device.type != "cuda" and not interpreting():
         raise ValueError(
             f"backend='triton' runs on a CUDA GPU; the inputs are on {device} (TRITON_INTERPRET=1 emulates one)"
@@ -88,4 +101,14 @@ def info() -> dict[str, str]:
     """The backend that each kernel chooses for float32 inputs, by device."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     kernels = ("selective_scan", "selective_scan_step", "causal_conv1d", "causal_conv1d_step", "rms_norm", "layer_norm")
-    return {f"{k} on {d}": choose(None, torch.device(d), torch.float32) for k in kernels for d in devices}
+    chosen = {
+        f"{k} on {d}": choose(None, torch.device(d), torch.float32, in_cuda=k == "selective_scan")
+        for k in kernels
+        for d in devices
+    }
+    if chosen.get("selective_scan on cuda") == "cuda":
+        from .selective_scan.cuda import usable
+
+        if not usable(torch.cuda.current_device()):
+            chosen["selective_scan on cuda"] = "triton"
+    return chosen

@@ -10,7 +10,7 @@ from ..backends import choose, traced, watched
 from .plain import selective_scan_plain
 from .reference import selective_scan_reference, selective_scan_step_reference
 
-_MODULES = {"torch": "chunked", "numba": "cpu", "triton": "triton"}
+_MODULES = {"torch": "chunked", "numba": "cpu", "triton": "triton", "cuda": "cuda"}
 
 
 def selective_scan(
@@ -40,11 +40,11 @@ def selective_scan(
     equals flipping time, running and flipping back, within each sequence; the initial state then enters from the right.
 
     The backward is deterministic. Sums and the state are in float32 at least. Raises ValueError if shapes disagree
-    or if `backend` (one of reference, torch, plain, numba, triton; by default chosen by device) cannot run these
+    or if `backend` (one of reference, torch, plain, numba, triton, cuda; by default chosen by device) cannot run these
     inputs: plain (plain.py) takes neither states nor packs.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex())
+    backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex(), in_cuda=True)
     if backend == "reference":
         return selective_scan_reference(
             *(u, delta, A, B, C, D, z),
@@ -77,8 +77,10 @@ def selective_scan_step(
 ) -> Tensor:  # fmt: skip
     """One step of `selective_scan` for decoding: returns y (B, D) and updates `state` (B, D, N) in place.
 
-    u, delta, z are (B, D); B, C are (B, G, N), or (D, N) if static. For inference: no gradients.
+    u, delta, z are (B, D); B, C are (B, G, N), or (D, N) if static. For inference: no gradients. With
+    backend="cuda" the step is Triton's.
     """
+    backend = "triton" if backend == "cuda" else backend
     if B.dim() not in (2, 3) or C.dim() not in (2, 3):
         raise ValueError(
             f"B and C of a step must be (B, G, N), or (D, N) if static; got {tuple(B.shape)} and {tuple(C.shape)}"

@@ -31,7 +31,7 @@ _SCRATCH = 2**27  # bytes for the states of groups of all programs of one launch
 
 def checkpoint_every(n_states: int) -> int:
     """Steps between saved states: of 32 states they take the room of a float32 (T, D) tensor."""
-    return 32 if n_states <= 32 else 64
+    return 32 if n_states <= 64 else 64
 
 
 @cache

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from polymamba.kernels import nvrtc
 from polymamba.kernels.backends import INSTALLED, interpreting
 
 Tensors = dict[str, Tensor | None]
@@ -14,9 +15,11 @@ Tensors = dict[str, Tensor | None]
 
 def _device_of(backend: str) -> str:
     """Where a test runs `backend`: Triton in its interpreter, on the CPU, if there is no GPU."""
+    if backend == "cuda" and not torch.cuda.is_available() and not nvrtc.EMULATED:
+        pytest.skip("needs a CUDA GPU")
     if backend in ("numba", "triton"):
         pytest.importorskip(backend, exc_type=ImportError)  # numba may be there and refuse this numpy
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:

@@ -9,7 +9,7 @@ from polymamba.kernels import causal_conv1d, causal_conv1d_step, info, layer_nor
 from polymamba.kernels.backends import choose
 
 OPERATORS = torch.ops.polymamba
-BACKENDS = ["torch", "numba", "triton"]
+BACKENDS = ["torch", "numba", "triton", "cuda"]
 
 
 def scan_inputs(device: str, length: int = 6, channels: int = 4, states: int = 3) -> tuple[torch.Tensor, ...]:
@@ -74,11 +74,12 @@ def test_step_operators(device_of):
 def test_compiles_as_one_graph(backend, device_of):
     """Norm into convolution into scan, forward, backward and states; then at another length."""
     device = device_of(backend)
+    other = "triton" if backend == "cuda" else backend  # only the scan has kernels in CUDA C++
     weight, A = torch.randn(4, 4, device=device), -torch.rand(4, 3, device=device)
 
     def layer(x, delta, B, C):
-        x, delta = layer_norm(x, weight[0], residual=delta, backend=backend)
-        u, window = causal_conv1d(x, weight, return_final_state=True, backend=backend)
+        x, delta = layer_norm(x, weight[0], residual=delta, backend=other)
+        u, window = causal_conv1d(x, weight, return_final_state=True, backend=other)
         y, state = selective_scan(u, delta, A, B, C, z=x, delta_softplus=True, return_final_state=True, backend=backend)
         return y, window, state
 
@@ -143,6 +144,26 @@ def test_a_step_takes_no_gradient(device_of):
 def test_the_choice_of_a_backend(device, dtype, is_complex, expected, device_of):
     device_of(expected)
     assert choose(None, torch.device(device), dtype, is_complex=is_complex) == expected
+
+
+def test_where_a_kernel_in_cuda_is_chosen(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("polymamba.kernels.backends.INSTALLED", {"triton": True, "numba": True, "cuda": True})
+    assert choose(None, cuda, torch.bfloat16, in_cuda=True) == "cuda"
+    assert choose(None, cuda, torch.bfloat16) == "triton"
+    assert choose(None, cuda, torch.float64, in_cuda=True) == "torch"
+    assert choose(None, cuda, torch.float32, is_complex=True, in_cuda=True) == "torch"
+    assert choose("triton", cuda, torch.float32, in_cuda=True) == "triton"
+    with pytest.raises(ValueError, match="no kernel in CUDA"):
+        choose("cuda", cuda, torch.float32)
+    with pytest.raises(ValueError, match="'cuda' does not take float64"):
+        choose("cuda", cuda, torch.float64, in_cuda=True)
+    with pytest.raises(ValueError, match="runs on a CUDA GPU; the inputs are on cpu"):
+        choose("cuda", torch.device("cpu"), torch.float32, in_cuda=True)
+    monkeypatch.setattr("polymamba.kernels.backends.INSTALLED", {"triton": True, "numba": True, "cuda": False})
+    assert choose(None, cuda, torch.bfloat16, in_cuda=True) == "triton"
+    with pytest.raises(ValueError, match="needs Triton and a PyTorch that is built with CUDA"):
+        choose("cuda", cuda, torch.float32, in_cuda=True)
 
 
 def test_a_backend_for_another_device_is_refused(monkeypatch):

@@ -20,9 +20,12 @@ from polymamba.kernels.selective_scan import selective_scan_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "selective_scan"
 GOLDEN_CASES = json.loads((GOLDEN / "config.json").read_text())
-FAST = ["numba", "triton"]
+FAST = ["numba", "triton", "cuda"]
 ALL = ["reference", "torch", *FAST]
-AT_SIZE = [pytest.param("numba", marks=pytest.mark.slow), pytest.param("triton", marks=pytest.mark.gpu)]
+AT_SIZE = [
+    pytest.param("numba", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")),
+]
 
 
 def problem(
@@ -150,6 +153,10 @@ LARGE_OPTIONS = {
     "VMamba": {"batch": 3, "length": 197, "channels": 384, "states": 1, "groups": 4, "absent": "z"},
     "packed": {"cu_seqlens": [0, 1, 1, 700, 764, 1500], "channels": 200, "states": 16},
     "long": {"length": 70_000, "channels": 4, "states": 2},
+    "long, reverse, even channels": {"batch": 2, "length": 5000, "channels": 64, "states": 8, "reverse": True},
+    "64 states": {"batch": 2, "length": 200, "channels": 48, "states": 64},
+    "packed beyond a chunk": {"cu_seqlens": [0, 3000, 3000, 3001, 8200], "channels": 96, "states": 16, "groups": 2},
+    "static, even channels": {"batch": 2, "length": 2500, "channels": 64, "states": 16, "static": "BC"},
 }  # fmt: skip
 
 
@@ -188,33 +195,37 @@ CHUNKED = {  # lengths about chunks of 32 steps, which the Triton kernels are ma
 }
 
 
-@pytest.fixture(params=[0, 10**9], ids=["one after another", "all at once"])
-def chunks_of_32(request, monkeypatch):
-    """The Triton scan forwards with its chunks run in one program, or all at once, as after few and many channels."""
-    pytest.importorskip("triton")
-    module = import_module("polymamba.kernels.selective_scan.triton")
+@pytest.fixture(params=["triton", "cuda"])
+def walked(request, monkeypatch, device_of):
+    """(backend, chunks): `chunks(at_once)` sets chunks of 32 steps, run all at once or by one program after another."""
+    device_of(request.param)
+    module = import_module(f"polymamba.kernels.selective_scan.{request.param}")
     monkeypatch.setattr(module, "CHUNK", 32)
-    monkeypatch.setattr(module, "_WARPS_A_SM", request.param)
+    threshold = {"triton": "_WARPS_A_SM", "cuda": "_ROWS_A_PROCESSOR"}[request.param]
+    return request.param, lambda at_once: monkeypatch.setattr(module, threshold, 10**9 if at_once else 0)
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["one after another", "all at once"])
 @pytest.mark.parametrize("name", CHUNKED)
-def test_chunks(name, chunks_of_32, results_of, cast, assert_close):
+def test_chunks(name, at_once, walked, results_of, cast, assert_close):
+    backend, chunks = walked
+    chunks(at_once)
     tensors, arguments = settle(CHUNKED[name])
     expected = results_of(selective_scan, tensors, "torch", **arguments)
-    assert_close(results_of(selective_scan, cast(tensors, torch.float32), "triton", **arguments), expected, 3e-6, name)
+    actual = results_of(selective_scan, cast(tensors, torch.float32), backend, **arguments)
+    assert_close(actual, expected, 3e-6, f"{name}, {backend}")
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_who_runs_the_chunks_changes_no_bit(reverse, monkeypatch, device_of):
-    device = device_of("triton")
-    module = import_module("polymamba.kernels.selective_scan.triton")
-    monkeypatch.setattr(module, "CHUNK", 32)
+def test_who_runs_the_chunks_changes_no_bit(reverse, walked, device_of):
+    backend, chunks = walked
+    device = device_of(backend)
     tensors = {k: x.float().to(device) for k, x in problem(batch=2, length=149, channels=40, states=16).items()}
     results = []
-    for warps in (0, 10**9):
-        monkeypatch.setattr(module, "_WARPS_A_SM", warps)
+    for at_once in (False, True):
+        chunks(at_once)
         results.append(
-            selective_scan(**tensors, delta_softplus=True, return_final_state=True, reverse=reverse, backend="triton")
+            selective_scan(**tensors, delta_softplus=True, return_final_state=True, reverse=reverse, backend=backend)
         )
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -435,7 +446,23 @@ def test_a_row_does_not_feel_its_batch(backend, results_of, cast):
         assert torch.equal(together[name][row], alone[name]), name
 
 
-@pytest.mark.parametrize("backend", ["numba", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("states", [1, 16])
+def test_a_row_does_not_feel_its_batch_at_size(states, backend, results_of, cast):
+    """A batch that fills a GPU, and a row of it, which does not: their plans differ."""
+    tensors = cast(problem(batch=24, length=70, channels=2048, states=states), torch.float32)
+    arguments = {"delta_softplus": True, "return_final_state": True}
+    weight = torch.randn(24, 70, 2048), torch.randn(24, 2048, states)
+    together = results_of(selective_scan, tensors, backend, weight, **arguments)
+    row = slice(5, 6)
+    inputs = part(tensors, row, slice(None), initial_state=tensors["initial_state"][row])
+    alone = results_of(selective_scan, inputs, backend, tuple(w[row] for w in weight), **arguments)
+    for name in OF_A_ROW:
+        assert torch.equal(together[name][row], alone[name]), name
+
+
+@pytest.mark.parametrize("backend", ["numba", *(pytest.param(x, marks=pytest.mark.gpu) for x in ("triton", "cuda"))])
 def test_the_backward_repeats_to_the_bit(backend, results_of, cast):
     """Whatever the timing of blocks, and with any number of threads."""
     tensors = cast(problem(batch=5, length=200, channels=70, states=8), torch.float32)
@@ -452,17 +479,18 @@ def test_the_backward_repeats_to_the_bit(backend, results_of, cast):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits():
+@pytest.mark.parametrize(("backend", "states"), [("triton", 1), ("cuda", 4)])
+def test_offsets_beyond_32_bits(backend, states):
     """A tensor of 2^31 elements and more: the last row is that of a short problem."""
     length, channels = 2**20 + 3, 2048
     u = torch.zeros(1, length, channels, dtype=torch.bfloat16, device="cuda")
     delta = torch.ones_like(u)
     tail = torch.randn(1, 5, channels, dtype=torch.bfloat16, device="cuda")
     u[:, -5:] = tail
-    A = -torch.rand(channels, 1, device="cuda") - 0.1
-    B = torch.ones(1, length, 1, dtype=torch.bfloat16, device="cuda")
-    y = selective_scan(u, delta, A, B, B, backend="triton")
-    assert torch.equal(y[:, -5:], selective_scan(tail, delta[:, -5:], A, B[:, -5:], B[:, -5:], backend="triton"))
+    A = -torch.rand(channels, states, device="cuda") - 0.1
+    B = torch.ones(1, length, states, dtype=torch.bfloat16, device="cuda")
+    y = selective_scan(u, delta, A, B, B, backend=backend)
+    assert torch.equal(y[:, -5:], selective_scan(tail, delta[:, -5:], A, B[:, -5:], B[:, -5:], backend=backend))
     assert not y[:, :-5].any()
 
 
@@ -500,7 +528,7 @@ def test_gradcheck(is_complex):
         ({"initial_state": torch.zeros(1, 6, 3)}, r"initial_state has shape \(1, 6, 3\); expected \(2, 6, 3\)"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "batch of 1; got batch 2"),
         ({"B": torch.zeros(2, 5, 2, 3, dtype=torch.complex64)}, "B is complex but A is real"),
-        ({"backend": "cuda"}, "backend='cuda' is not one of reference, torch, plain, numba, triton"),
+        ({"backend": "metal"}, "backend='metal' is not one of reference, torch, plain, numba, triton, cuda"),
         ({"backend": "numba", "A": torch.zeros(6, 3, dtype=torch.complex64)}, "'numba' does not take complex A"),
         ({"backend": "triton", "u": torch.zeros(2, 5, 6, dtype=torch.float64)}, "'triton' does not take float64"),
     ],

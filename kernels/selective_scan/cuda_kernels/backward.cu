@@ -1,0 +1,340 @@
+// The scan backwards. No atomics: a block writes its own shares of the gradients that channels or chunks have in common,
+// and they are added up in order afterwards.
+//
+// A warp takes its channels of a chunk in pieces of EVERY steps, from the last to the first, each from the state that
+// the forward saved before it. It runs the piece once to find the state before each tile of T steps; then it takes the
+// tiles from the last to the first: it runs one again, its states and decays now kept in registers, and goes back
+// through it.
+//
+// Sums over states (for du and ddelta) and over channels (for dB and dC) go by way of shared memory: every lane leaves
+// its part, and another reads all parts of one sum. Shuffles would take twice the instructions.
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Problem p) {
+  extern __shared__ float4 room[];
+  Shared& block = *reinterpret_cast<Shared*>(room);
+  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
+  const Place a(p, blockIdx.x % n_tiles);
+  WarpShared& shared = block.warp[a.warp];
+  const int64 number = blockIdx.x / n_tiles;
+  const Piece chunk(p, number, p.length > CHUNK ? (p.length + CHUNK - 1) / CHUNK : 1);
+  const int length = chunk.length;
+  const int end = chunk.begin + CHUNK < length ? chunk.begin + CHUNK : length;
+  const int64 of_chunk = number * N * p.n_channels;
+  const int mine = a.lane / S * CL;  // the lane's first channel in a row, as holder of states
+
+  Pairs A2, grad, sum_dA;  // grad: dL/dh after the step at hand
+  load_by_channel(A2, p.A, a);
+  EACH_PAIR A2[j][i] *= LOG2E;
+  zero(grad);
+  zero(sum_dA);
+  if (p.own) load_by_state(grad, p.own + of_chunk, p, a);
+#if STATIC_B
+  Pairs b_static, sum_dB;
+  load_by_channel(b_static, p.B, a);
+  zero(sum_dB);
+#endif
+#if STATIC_C
+  Pairs c_static, sum_dC;
+  load_by_channel(c_static, p.C, a);
+  zero(sum_dC);
+#endif
+  float bias[V], skip[V], sum_dD[V], sum_dbias[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
+    skip[v] = p.D && a.in_row ? p.D[a.e + v] : 0.0f;
+    sum_dD[v] = sum_dbias[v] = 0.0f;
+  }
+
+  const Rows<U> u_rows(p.u, p.u_stride, p, chunk, a), du_rows(p.du, p.U_stride, p, chunk, a);
+  const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, chunk, a), ddelta_rows(p.ddelta, p.DELTA_stride, p, chunk, a);
+  const Rows<DY> dy_rows(p.dy, p.dy_stride, p, chunk, a);
+#if GATE
+  const Rows<Z> z_rows(p.z, p.z_stride, p, chunk, a), dz_rows(p.dz, p.Z_stride, p, chunk, a);
+#endif
+#if !STATIC_B
+  MB* B = first_row(p.B, p.B_stride, p, chunk) + a.group * p.B_group;
+#endif
+#if !STATIC_C
+  MC* C = first_row(p.C, p.C_stride, p, chunk) + a.group * p.C_group;
+#endif
+#if !STATIC_B || !STATIC_C
+  // Shares of dB and dC: (tile of the group, T, G, N).
+  const int64 of_tile = int64(a.tile) * p.n_tokens * (p.n_channels / p.per_group) * N + a.group * N;
+  float* share_B = first_row(p.share_B + of_tile, p.share_stride, p, chunk);
+  float* share_C = first_row(p.share_C + of_tile, p.share_stride, p, chunk);
+  int buffer = 0;
+#endif
+
+  Elements next;
+  auto load = [&](int step, int end) {
+    dy_rows.load(next.dy, a, step, end);
+    u_rows.load(next.u, a, step, end);
+#if GATE
+    z_rows.load(next.z, a, step, end);
+#endif
+  };
+  load(end > 0 ? (end - 1) / T * T : 0, end);
+
+  for (int first = (end - 1) / EVERY * EVERY; first >= chunk.begin && end > 0; first -= EVERY) {
+    __syncthreads();  // all are done with the last piece's rows of B and C
+#if !STATIC_B
+    {
+      MatrixRows<MB, EVERY, THREADS> rows;
+      rows.load(B, p.B_stride, threadIdx.x, first, end);
+      rows.put(&block.B[0][0], threadIdx.x);
+    }
+#endif
+#if !STATIC_C
+    {
+      MatrixRows<MC, EVERY, THREADS> rows;
+      rows.load(C, p.C_stride, threadIdx.x, first, end);
+      rows.put(&block.C[0][0], threadIdx.x);
+    }
+#endif
+    Pairs h;
+    load_by_state(h, p.saved + (chunk.start / EVERY + chunk.s + first / EVERY) * N * p.n_channels, p, a);
+    {
+      Packed<U, V> u[TILES][ITS];
+      Packed<DELTA, V> delta[TILES][ITS];
+#pragma unroll
+      for (int k = 0; k < TILES; ++k) {
+        u_rows.load(u[k], a, first + k * T, end);
+        delta_rows.load(delta[k], a, first + k * T, end);
+      }
+#pragma unroll
+      for (int k = 0; k < TILES; ++k)
+#pragma unroll
+        for (int i = 0; i < ITS; ++i) {
+          const int t = k * T + i * ROWS + a.row;
+          float dt[V], dtu[V], slope[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            dt[v] = step_size(delta[k][i].get(v) + bias[v], slope[v]);
+            if (first + t >= end) dt[v] = 0.0f;  // leaves the state, and its gradient, as they are
+            dtu[v] = dt[v] * u[k][i].get(v);
+          }
+          store_floats(&shared.dt[t][a.column], dt);
+          store_floats(&shared.dtu[t][a.column], dtu);
+#if SOFTPLUS
+          store_floats(&shared.slope[t][a.column], slope);
+#endif
+        }
+    }
+    __syncthreads();
+
+    // (channel, state) pairs of dt u B at step t of the piece, and its dt
+    auto inputs = [&](int t, float(&dt)[CL], Pairs& drive) {
+      float dtu[CL];
+      load_floats(&shared.dt[t][mine], dt);
+      load_floats(&shared.dtu[t][mine], dtu);
+#if STATIC_B
+      EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b_static[j][i]);
+#else
+      float b[NL];
+      load_floats(&block.B[t][a.n], b);
+      EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b[i]);
+#endif
+    };
+
+    const int last = ((end - first < EVERY ? end - first : EVERY) - 1) / T;  // tile of the piece
+    for (int k = 0; k < last; ++k) {
+#pragma unroll
+      for (int j = 0; j < CL; ++j)
+#pragma unroll
+        for (int v = 0; v < NL / NV; ++v) {
+          float x[NV];
+#pragma unroll
+          for (int i = 0; i < NV; ++i) x[i] = h[j][v * NV + i];
+          store_floats(&shared.before[k][j][v][a.lane][0], x);
+        }
+#pragma unroll
+      for (int t = 0; t < T; ++t) {
+        float dt[CL];
+        Pairs drive, decay;
+        inputs(k * T + t, dt, drive);
+        advance(h, decay, dt, drive, A2);
+      }
+    }
+
+    for (int k = last; k >= 0; --k) {
+      // Loaded while the tile before was computed; now the next tile's are.
+      const Elements now = next;
+      const int before = k > 0 ? first + (k - 1) * T : first - T;
+      load(before, before < chunk.begin ? before : end);
+      Pairs states[T + 1], decays[T];
+      EACH_PAIR states[0][j][i] = h[j][i];
+#pragma unroll
+      for (int t = 0; t < T; ++t) {
+        float dt[CL];
+        Pairs drive;
+        inputs(k * T + t, dt, drive);
+        EACH_PAIR states[t + 1][j][i] = states[t][j][i];
+        advance(states[t + 1], decays[t], dt, drive, A2);
+      }
+
+      float dout[ITS][V];
+#if GATE
+      float z_factor[ITS][V];  // of y in dz
+#endif
+#pragma unroll
+      for (int i = 0; i < ITS; ++i) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          dout[i][v] = now.dy[i].get(v);
+#if GATE
+          const float gate = now.z[i].get(v), sig = sigmoid(gate);
+          z_factor[i][v] = dout[i][v] * sig * __fmaf_rn(gate, 1.0f - sig, 1.0f);
+          dout[i][v] *= gate * sig;
+#endif
+        }
+        store_floats(&shared.dout[i * ROWS + a.row][a.column], dout[i]);
+      }
+      __syncwarp();
+
+      // A store to shared memory holds up all later loads from it: so a step is read before the last one's sums are left.
+      Step in[2];
+      in[(T - 1) % 2].read(block, shared, k * T, T - 1, a);
+#pragma unroll
+      for (int t = T - 1; t >= 0; --t) {
+        const Step& x = in[t % 2];
+        if (t > 0) in[(t - 1) % 2].read(block, shared, k * T, t - 1, a);
+        float d_dtu[CL], d_dt[CL];
+#if GATE
+        float y[CL];
+#endif
+        float dB[NL], dC[NL];
+#pragma unroll
+        for (int j = 0; j < CL; ++j) {
+          d_dtu[j] = d_dt[j] = 0.0f;
+#if GATE
+          y[j] = 0.0f;
+#endif
+#pragma unroll
+          for (int i = 0; i < NL; ++i) {
+            // y = (C h + D u) silu(z)
+#if GATE
+            y[j] = __fmaf_rn(C_AT(j, i), states[t + 1][j][i], y[j]);
+#endif
+#if STATIC_C
+            sum_dC[j][i] = __fmaf_rn(x.dout[j], states[t + 1][j][i], sum_dC[j][i]);
+#else
+            dC[i] = j ? __fmaf_rn(x.dout[j], states[t + 1][j][i], dC[i]) : __fmul_rn(x.dout[j], states[t + 1][j][i]);
+#endif
+            grad[j][i] = __fmaf_rn(x.dout[j], C_AT(j, i), grad[j][i]);
+            // h = exp(dt A) h + dt u B
+#if STATIC_B
+            sum_dB[j][i] = __fmaf_rn(x.dtu[j], grad[j][i], sum_dB[j][i]);
+#else
+            dB[i] = j ? __fmaf_rn(x.dtu[j], grad[j][i], dB[i]) : __fmul_rn(x.dtu[j], grad[j][i]);
+#endif
+            d_dtu[j] = __fmaf_rn(B_AT(j, i), grad[j][i], d_dtu[j]);
+            grad[j][i] = __fmul_rn(grad[j][i], decays[t][j][i]);
+            const float d_exponent = __fmul_rn(grad[j][i], states[t][j][i]);
+            sum_dA[j][i] = __fmaf_rn(d_exponent, x.dt[j], sum_dA[j][i]);
+            d_dt[j] = __fmaf_rn(d_exponent, A2[j][i], d_dt[j]);
+          }
+        }
+        leave_parts(shared.sums[0][t], t, a.lane, d_dtu);
+        leave_parts(shared.sums[1][t], t, a.lane, d_dt);
+#if GATE
+        leave_parts(shared.sums[2][t], t, a.lane, y);
+#endif
+#pragma unroll
+        for (int v = 0; v < PARTS / 2; ++v) {
+          float mine[NV];
+#if !STATIC_B
+#pragma unroll
+          for (int i = 0; i < NV; ++i) mine[i] = dB[v * NV + i];
+          store_floats(shared.part[t * PARTS + v][a.lane], mine);
+#endif
+#if !STATIC_C
+#pragma unroll
+          for (int i = 0; i < NV; ++i) mine[i] = dC[v * NV + i];
+          store_floats(shared.part[t * PARTS + PARTS / 2 + v][a.lane], mine);
+#endif
+        }
+      }
+      if (k > 0) {
+#pragma unroll
+        for (int j = 0; j < CL; ++j)
+#pragma unroll
+          for (int v = 0; v < NL / NV; ++v) {
+            float x[NV];
+            load_floats(&shared.before[k - 1][j][v][a.lane][0], x);
+#pragma unroll
+            for (int i = 0; i < NV; ++i) h[j][v * NV + i] = x[i];
+          }
+      }
+      __syncwarp();
+
+#pragma unroll
+      for (int i = 0; i < ITS; ++i) {
+        const int t = i * ROWS + a.row;
+        float total[KINDS][V], dt[V], slope[V], gradient[V];
+#pragma unroll
+        for (int kind = 0; kind < KINDS; ++kind) add_parts(shared.sums[kind][t], t, a.column, total[kind]);
+        load_floats(&shared.dt[k * T + t][a.column], dt);
+#if SOFTPLUS
+        load_floats(&shared.slope[k * T + t][a.column], slope);
+#endif
+        const bool there = a.in_row && first + k * T + t < end;
+        const int step = first + k * T + t;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const float x = now.u[i].get(v);
+          sum_dD[v] = __fmaf_rn(dout[i][v], x, sum_dD[v]);
+          gradient[v] = __fmaf_rn(total[1][v], LN2, total[0][v] * x);
+#if SOFTPLUS
+          gradient[v] *= slope[v];
+#endif
+          if (there) sum_dbias[v] += gradient[v];
+        }
+        Packed<DELTA, V> ddelta;
+        ddelta.set(gradient);
+        ddelta.store_if(there, ddelta_rows.at(step));
+#pragma unroll
+        for (int v = 0; v < V; ++v) gradient[v] = __fmaf_rn(total[0][v], dt[v], dout[i][v] * skip[v]);
+        Packed<U, V> du;
+        du.set(gradient);
+        du.store_if(there, du_rows.at(step));
+#if GATE
+#pragma unroll
+        for (int v = 0; v < V; ++v) gradient[v] = __fmaf_rn(skip[v], now.u[i].get(v), total[2][v]) * z_factor[i][v];
+        Packed<Z, V> dz;
+        dz.set(gradient);
+        dz.store_if(there, dz_rows.at(step));
+#endif
+      }
+
+#if !STATIC_B || !STATIC_C
+      add_over_warp(shared, block.of_warp[buffer][a.warp], a.lane);
+      __syncthreads();
+      add_over_block(block.of_warp[buffer], share_B, share_C, p.share_stride, first + k * T, end);
+      buffer ^= 1;  // so one barrier for each tile is enough
+#endif
+    }
+  }
+
+  // A number that no chunk has leaves its shares, too: zeros.
+  if (p.dh0 && chunk.begin == 0) store_by_channel(p.dh0 + chunk.s * N * p.n_channels, grad, a);
+  store_by_state(p.share_A + of_chunk, sum_dA, p, a);
+#if STATIC_B
+  store_by_state(p.share_B + of_chunk, sum_dB, p, a);
+#endif
+#if STATIC_C
+  store_by_state(p.share_C + of_chunk, sum_dC, p, a);
+#endif
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int mask = ROW_LANES; mask < 32; mask *= 2) {
+      sum_dD[v] = add_across(sum_dD[v], mask);
+      sum_dbias[v] = add_across(sum_dbias[v], mask);
+    }
+    if (a.row == 0 && a.in_row) {
+      if (p.share_D) p.share_D[number * p.n_channels + a.e + v] = sum_dD[v];
+      if (p.share_bias) p.share_bias[number * p.n_channels + a.e + v] = sum_dbias[v];
+    }
+  }
+}

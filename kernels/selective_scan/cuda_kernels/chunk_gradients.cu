@@ -1,0 +1,116 @@
+// What a chunk by itself does to the gradient of the state: dL/dh before it if it is 0 after it, own (chunk, N, D), and
+// the chunk's sum of dt, sums (chunk, D). Not of a sequence's first chunk, before which nothing comes.
+
+struct WarpShared {
+#if !STATIC_C
+  alignas(16) float C[T][NP];
+#endif
+  alignas(16) float dt[T][WC], dout[T][WC];
+};
+struct Shared { WarpShared warp[WARPS]; };
+extern "C" __constant__ int shared_bytes = sizeof(Shared);
+
+struct Tile {
+  Packed<DELTA, V> delta[ITS];
+  Packed<DY, V> dy[ITS];
+#if GATE
+  Packed<Z, V> z[ITS];
+#endif
+#if !STATIC_C
+  MatrixRows<MC, T, 32> C;
+#endif
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradients(const Problem p) {
+  extern __shared__ float4 room[];
+  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
+  const Place a(p, blockIdx.x % n_tiles);
+  const int64 number = blockIdx.x / n_tiles;
+  const Piece chunk(p, number, p.length > CHUNK ? (p.length + CHUNK - 1) / CHUNK : 1);
+  const int length = chunk.length, begin = chunk.begin;
+  if (begin == 0 || begin >= length || a.e - a.column >= (a.group + 1) * p.per_group) return;
+  WarpShared& shared = reinterpret_cast<Shared*>(room)->warp[a.warp];
+  const int end = begin + CHUNK < length ? begin + CHUNK : length;
+
+  Pairs A2, grad;
+  load_by_channel(A2, p.A, a);
+  EACH_PAIR A2[j][i] *= LOG2E;
+  zero(grad);
+#if STATIC_C
+  Pairs c_static;
+  load_by_channel(c_static, p.C, a);
+#else
+  MC* C = first_row(p.C, p.C_stride, p, chunk) + a.group * p.C_group;
+#endif
+  float bias[V], total[CL];
+#pragma unroll
+  for (int v = 0; v < V; ++v) bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
+#pragma unroll
+  for (int j = 0; j < CL; ++j) total[j] = 0.0f;
+  const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, chunk, a);
+  const Rows<DY> dy_rows(p.dy, p.dy_stride, p, chunk, a);
+#if GATE
+  const Rows<Z> z_rows(p.z, p.z_stride, p, chunk, a);
+#endif
+
+  Tile next;
+  auto load = [&](int step, int end) {
+    delta_rows.load(next.delta, a, step, end);
+    dy_rows.load(next.dy, a, step, end);
+#if GATE
+    z_rows.load(next.z, a, step, end);
+#endif
+#if !STATIC_C
+    next.C.load(C, p.C_stride, a.lane, step, end);
+#endif
+  };
+  int step = begin + (end - 1 - begin) / T * T;
+  load(step, end);
+  for (; step >= begin; step -= T) {
+#if !STATIC_C
+    next.C.put(&shared.C[0][0], a.lane);
+#endif
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      const int t = i * ROWS + a.row;
+      float dt[V], dout[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        dt[v] = step + t < end ? step_size(next.delta[i].get(v) + bias[v]) : 0.0f;
+        dout[v] = next.dy[i].get(v);
+#if GATE
+        const float gate = next.z[i].get(v);
+        dout[v] *= gate * sigmoid(gate);
+#endif
+      }
+      store_floats(&shared.dt[t][a.column], dt);
+      store_floats(&shared.dout[t][a.column], dout);
+    }
+    __syncwarp();
+    load(step - T, step - T < begin ? 0 : end);
+#pragma unroll
+    for (int t = T - 1; t >= 0; --t) {
+      float dt[CL], dout[CL];
+      load_floats(&shared.dt[t][a.lane / S * CL], dt);
+      load_floats(&shared.dout[t][a.lane / S * CL], dout);
+#if !STATIC_C
+      float c[NL];
+      load_floats(&shared.C[t][a.n], c);
+#endif
+#pragma unroll
+      for (int j = 0; j < CL; ++j) total[j] += dt[j];
+      EACH_PAIR {
+#if STATIC_C
+        grad[j][i] = __fmaf_rn(dout[j], c_static[j][i], grad[j][i]);
+#else
+        grad[j][i] = __fmaf_rn(dout[j], c[i], grad[j][i]);
+#endif
+        grad[j][i] = __fmul_rn(grad[j][i], exp2_fast(__fmul_rn(dt[j], A2[j][i])));
+      }
+    }
+    __syncwarp();
+  }
+  store_by_state(p.own + number * N * p.n_channels, grad, p, a);
+  if (a.lane % S == 0)
+    for (int j = 0; j < a.there; ++j) p.sums[number * p.n_channels + a.d + j] = total[j];
+}

@@ -1,0 +1,359 @@
+// What the CUDA kernels of the selective scan share. Compiled at run time by NVRTC, with no header of CUDA's.
+//
+// A warp takes WC channels of a sequence. A channel's N states lie in the registers of S lanes, NL each; a lane has CL
+// channels next to each other, so that what it reads of B and C serves several. Steps go by tiles of T. What is done
+// for each (step, channel) once, and not for each state (softplus, gates, loads and stores), is shared out among the
+// lanes in another way: a lane takes V channels of some rows of the tile. The two meet in shared memory.
+//
+// No result may depend on V, CL, T or WARPS: sums over states are over NL states in a lane and then over S lanes, in
+// order. So the number of sequences may choose CL (how many channels share a warp's work) and changes no bit.
+//
+// Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, CHUNK, EVERY, SOFTPLUS,
+// GATE (whether there is a z), STATIC_B, STATIC_C, and the types U, DELTA, Z, DY, MB, MC of the tensors.
+//
+// Letters: N states, D channels, G groups; T tokens of all sequences laid end to end where a shape names them.
+
+struct bf16 { unsigned short bits; };
+struct f16 { unsigned short bits; };
+typedef long long int64;
+
+#define INLINE __device__ __forceinline__
+
+constexpr float LOG2E = 1.4426950408889634f, LOG2E_LOW = 1.925962989e-8f, LN2 = 0.6931471805599453f;
+constexpr int NP = NL * S;                // N, filled up
+constexpr int GROUPS = 32 / S;            // of lanes that share a channel
+constexpr int WC = GROUPS * CL;           // channels of a warp
+constexpr int ROW_LANES = WC / V;         // lanes that share a row of a tile
+constexpr int ROWS = 32 / ROW_LANES;      // rows that a warp takes at once
+constexpr int ITS = T / ROWS;             // times that it does so in a tile
+constexpr int THREADS = 32 * WARPS;
+static_assert(ROW_LANES >= 1 && ROW_LANES <= 32 && ITS >= 1 && T % ROWS == 0, "a tile does not fit its warp");
+static_assert(EVERY % T == 0 && CHUNK % EVERY == 0, "tiles, checkpoints and chunks must nest");
+
+// One list of arguments for all kernels, as cuda.py fills it in: 8 bytes each. What is absent is null.
+struct Problem {
+  U* u; DELTA* delta; Z* z; DY* dy; MB* B; MC* C;
+  const float *A, *D, *bias;              // A, static B and C (D, N)
+  const int* cu_seqlens;
+  const float* first;                     // (S, D, N): what enters the first chunk of a sequence
+  float *own, *sums;                      // (chunk, N, D), (chunk, D)
+  float* share_A;                         // (chunk, N, D); may be own
+  U* y; float *final_state, *saved;       // saved (slot, N, D): the state before every EVERY-th step
+  U* du; DELTA* ddelta; Z* dz; float* dh0;
+  float *share_B, *share_C, *share_D, *share_bias;
+  float* dA; MB* dB; MC* dC; float *dD, *dbias;
+  int64 B_group, C_group, length, n_tokens, n_seqs, n_channels, per_group, tiles_of_group, n_chunks, reverse, backwards;
+  // From one step to the next, in bytes: negative if reversed. The outputs' have U's, DELTA's and Z's size. A product of
+  // two numbers of 32 bits that is added to an address is one instruction.
+  int u_stride, delta_stride, z_stride, dy_stride, B_stride, C_stride, U_stride, DELTA_stride, Z_stride, share_stride;
+};
+
+// Numbers of 16 and 32 bits ------------------------------------------------------------------------------------------
+
+INLINE float to_float(unsigned bits, bf16) { return __uint_as_float(bits << 16); }
+INLINE float to_float(unsigned bits, f16) { return half_to_float(bits); }
+INLINE float to_float(unsigned bits, float) { return __uint_as_float(bits); }
+INLINE unsigned to_bits(float low, float high, bf16) { return floats_to_bf16(low, high); }
+INLINE unsigned to_bits(float low, float high, f16) { return floats_to_half(low, high); }
+
+// K numbers as they lie in memory, moved by one instruction. K * sizeof(X) is 2, 4, 8 or 16.
+template <typename X, int K> struct Packed {
+  static constexpr int BYTES = K * sizeof(X), WORDS = (BYTES + 3) / 4;
+  unsigned word[WORDS];
+
+  INLINE void clear() {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) word[i] = 0;
+  }
+  INLINE void load(const X* from) {
+    if constexpr (BYTES == 2) word[0] = *reinterpret_cast<const unsigned short*>(from);
+    if constexpr (BYTES == 4) word[0] = *reinterpret_cast<const unsigned*>(from);
+    if constexpr (BYTES == 8) {
+      uint2 w = *reinterpret_cast<const uint2*>(from);
+      word[0] = w.x, word[1] = w.y;
+    }
+    if constexpr (BYTES == 16) {
+      uint4 w = *reinterpret_cast<const uint4*>(from);
+      word[0] = w.x, word[1] = w.y, word[2] = w.z, word[3] = w.w;
+    }
+  }
+  INLINE void store(X* to) const {
+    if constexpr (BYTES == 2) *reinterpret_cast<unsigned short*>(to) = word[0];
+    if constexpr (BYTES == 4) *reinterpret_cast<unsigned*>(to) = word[0];
+    if constexpr (BYTES == 8) *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+    if constexpr (BYTES == 16) *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+  }
+  INLINE void store_if(bool wanted, X* to) const {
+    if constexpr (BYTES == 2) ::store_if(wanted, to, (unsigned short)word[0]);
+    if constexpr (BYTES == 4) ::store_if(wanted, to, word[0]);
+    if constexpr (BYTES == 8) ::store_if(wanted, to, make_uint2(word[0], word[1]));
+  }
+  INLINE float get(int i) const {
+    if constexpr (sizeof(X) == 4) return to_float(word[i], X());
+    else return to_float(i % 2 ? word[i / 2] >> 16 : word[i / 2] & 0xffff, X());
+  }
+  INLINE void set(const float (&x)[K]) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+      if constexpr (sizeof(X) == 4) word[i] = __float_as_uint(x[i]);
+      else word[i] = to_bits(x[2 * i], x[(2 * i + 1) % K], X());
+    }
+  }
+};
+
+template <typename X> INLINE float one(const X* at) {
+  Packed<X, 1> x;
+  x.load(at);
+  return x.get(0);
+}
+
+template <int K> INLINE void load_floats(const float* from, float (&x)[K]) {
+  constexpr int PIECE = K % 4 == 0 ? 4 : K % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < K; i += PIECE) {
+    Packed<float, PIECE> p;
+    p.load(from + i);
+#pragma unroll
+    for (int k = 0; k < PIECE; ++k) x[i + k] = p.get(k);
+  }
+}
+
+template <int K> INLINE void store_floats(float* to, const float (&x)[K]) {
+  constexpr int PIECE = K % 4 == 0 ? 4 : K % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < K; i += PIECE) {
+    Packed<float, PIECE> p;
+#pragma unroll
+    for (int k = 0; k < PIECE; ++k) p.word[k] = __float_as_uint(x[i + k]);
+    p.store(to + i);
+  }
+}
+
+// Sums over the S lanes of a channel, by way of shared memory: at a step t each lane leaves its parts for its CL
+// channels in a row of 32 CL numbers, and whoever wants the sums for V channels reads all S parts of each. The parts of
+// a channel lie side by side; pieces of four change places so that lanes that store, or read, meet different banks.
+constexpr int PART_ROW = 32 * CL;
+
+INLINE int part_at(int t, int i) { return ((i >> 2) ^ (((i >> 5) ^ t) & 1)) << 2 | (i & 3); }
+
+INLINE void leave_parts(float* row, int t, int lane, const float (&x)[CL]) {
+  store_floats(row + part_at(t, lane * CL), x);
+}
+
+// The sums for V channels from `column` on, over the lanes in order.
+INLINE void add_parts(const float* row, int t, int column, float (&sum)[V]) {
+  constexpr int READ = V >= CL ? V * S : V, PIECE = READ % 4 == 0 ? 4 : READ, TIMES = V >= CL ? 1 : S;
+  float x[TIMES][READ];
+#pragma unroll
+  for (int q = 0; q < TIMES; ++q) {
+    const int first = (column / CL * S + q) * CL + column % CL;
+#pragma unroll
+    for (int i = 0; i < READ; i += PIECE) {
+      float piece[PIECE];
+      load_floats(row + part_at(t, first + i), piece);
+#pragma unroll
+      for (int k = 0; k < PIECE; ++k) x[q][i + k] = piece[k];
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+#pragma unroll
+    for (int q = 0; q < S; ++q) {
+      const float part = V >= CL ? x[0][(v / CL * S + q) * CL + v % CL] : x[q % TIMES][v % READ];
+      sum[v] = q ? sum[v] + part : part;
+    }
+  }
+}
+
+// Elementary functions -----------------------------------------------------------------------------------------------
+
+// exp(x) for x <= 0 to a few units in the last place: 0 below -88, something finite for NaN. exp2(x log2 e) by itself
+// would lose about |x| units to the rounding of its argument, which is put back here.
+INLINE float exp_negative(float x) {
+  x = fmaxf(x, -150.0f);
+  float t = __fmul_rn(x, LOG2E);
+  float lost = __fmaf_rn(x, LOG2E_LOW, __fmaf_rn(x, LOG2E, -t));
+  float e = exp2_fast(t);
+  return __fmaf_rn(e, lost * LN2, e);
+}
+
+// log(1 + exp(x)), given e = exp(-|x|): max(x, 0) + log1p(e), log1p(e) / e as a polynomial (relative error 3.4e-8), since
+// a rounded 1 + e has lost what a small e holds.
+INLINE float softplus_of(float x, float e) {
+  float p = 0.0051261018961668015f;
+  p = __fmaf_rn(p, e, -0.029074065387248993f);
+  p = __fmaf_rn(p, e, 0.0775160863995552f);
+  p = __fmaf_rn(p, e, -0.13602247834205627f);
+  p = __fmaf_rn(p, e, 0.19076880812644958f);
+  p = __fmaf_rn(p, e, -0.2483539879322052f);
+  p = __fmaf_rn(p, e, 0.3331812024116516f);
+  p = __fmaf_rn(p, e, -0.4999944567680359f);
+  p = __fmaf_rn(p, e, 0.9999999403953552f);
+  return __fmaf_rn(e, p, x < 0.0f ? 0.0f : x);  // a NaN falls through
+}
+
+// dt from delta + bias, and its derivative, 1 / (1 + exp(-x)), which keeps its digits where it is small.
+INLINE float step_size(float x) { return SOFTPLUS ? softplus_of(x, exp_negative(-fabsf(x))) : x; }
+
+INLINE float step_size(float x, float& slope) {
+  if (!SOFTPLUS) return slope = 1.0f, x;
+  float e = exp_negative(-fabsf(x)), root = reciprocal(1.0f + e);
+  slope = x < 0.0f ? e * root : x == x ? root : x;
+  return softplus_of(x, e);
+}
+
+INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(x * -LOG2E)); }
+
+// Who does what ------------------------------------------------------------------------------------------------------
+
+// A piece of time, by its number: as sequences.checkpoint_slots and Triton's piece_of count them. A sequence has one
+// piece at least, though it may be empty. Packed, piece p of sequence s has the number start / CHUNK + s + p, which
+// leaves gaps: numbers whose piece begins beyond the end of its sequence, and not at 0.
+struct Piece {
+  int64 s, start; int length, begin;
+
+  INLINE Piece(const Problem& p, int64 number, int64 pieces_of_one) {
+    if (!p.cu_seqlens) {
+      s = number / pieces_of_one;
+      start = s * p.length, length = p.length;
+      begin = (number - s * pieces_of_one) * CHUNK;
+    } else {
+      int64 beyond = p.n_seqs;  // bisection for the last sequence whose first piece has no higher number
+      s = 0;
+      while (beyond - s > 1) {
+        int64 middle = (s + beyond) / 2;
+        if (p.cu_seqlens[middle] / CHUNK + middle <= number) s = middle; else beyond = middle;
+      }
+      start = p.cu_seqlens[s], length = p.cu_seqlens[s + 1] - p.cu_seqlens[s];
+      begin = (number - s - start / CHUNK) * CHUNK;
+    }
+  }
+};
+
+// What a block of the forward runs: a chunk, or all of a sequence if nobody says what enters the chunks (p.own). False
+// if there is nothing to run.
+INLINE bool find_run(const Problem& p, int64 number, Piece& piece, int& stop) {
+  if (!p.own) {
+    piece.begin = 0;
+    if (p.cu_seqlens) {
+      piece.s = number;
+      piece.start = p.cu_seqlens[number], piece.length = p.cu_seqlens[number + 1] - piece.start;
+    }
+  }
+  stop = p.own && piece.begin + CHUNK < piece.length ? piece.begin + CHUNK : piece.length;
+  return piece.begin < piece.length || piece.begin == 0;
+}
+
+// A lane's place among the channels: as holder of states, and as one of those who share out rows.
+struct Place {
+  int lane, warp, group, tile;
+  int64 d;         // its first channel as holder of states
+  int there;       // how many of its CL channels there are
+  int n;           // its first state
+  int row, column; // its first row in a tile, its first channel in a row of the warp's
+  int64 e;         // its first channel there
+  bool in_row;     // whether it is one
+
+  INLINE Place(const Problem& p, int tile_number) {
+    lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS;
+    group = tile_number / p.tiles_of_group, tile = tile_number % p.tiles_of_group;
+    int64 first = (int64(tile) * WARPS + warp) * WC;  // of the group's channels
+    int mine = lane / S * CL;
+    d = group * p.per_group + first + mine;
+    int64 left = p.per_group - first - mine;
+    there = left < 0 ? 0 : left > CL ? CL : left;
+    n = lane % S * NL;
+    row = lane / ROW_LANES, column = lane % ROW_LANES * V;
+    e = group * p.per_group + first + column;
+    in_row = first + column < p.per_group;
+  }
+};
+
+INLINE int64 token_of(const Problem& p, int64 start, int length, int step) {
+  return start + (p.reverse ? length - 1 - step : step);
+}
+
+// The number of a step's row of a tensor whose rows are tokens, and the address of any row.
+template <typename X> INLINE X* step_at(X* first, int stride, int step) {
+  return reinterpret_cast<X*>((char*)first + int64(step) * stride);
+}
+template <typename X> INLINE X* first_row(X* x, int stride, const Problem& p, const Piece& piece) {
+  return reinterpret_cast<X*>((char*)x + token_of(p, piece.start, piece.length, 0) * (p.reverse ? -stride : stride));
+}
+
+// Rows of a tensor (tokens, channels), by the step of the sequence: a lane's part.
+template <typename X> struct Rows {
+  X* first;
+  int stride;
+
+  INLINE Rows(X* x, int stride, const Problem& p, const Piece& piece, const Place& a) : stride(stride) {
+    first = first_row(x, stride, p, piece) + a.e;
+  }
+  INLINE X* at(int step) const { return step_at(first, stride, step); }
+  // Those from `step` on; zeros at steps from `end` on.
+  INLINE void load(Packed<X, V> (&x)[ITS], const Place& a, int step, int end) const {
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      int t = step + i * ROWS + a.row;
+      x[i].clear();
+      if (a.in_row && t < end) x[i].load(at(t));
+    }
+  }
+};
+
+// COUNT steps of B or C as floats to shared memory, (COUNT, NP), by LANES lanes; those from `end` on and what fills the
+// states up are zeros.
+template <typename X, int COUNT, int LANES> struct MatrixRows {
+  static constexpr int A_ROW = NP / VB, TOTAL = COUNT * A_ROW, ITS = (TOTAL + LANES - 1) / LANES;
+  Packed<X, VB> x[ITS];
+
+  INLINE void load(X* first, int stride, int lane, int step, int end) {
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      int k = i * LANES + lane, t = step + k / A_ROW, n = k % A_ROW * VB;
+      x[i].clear();
+      if (k < TOTAL && t < end && n < N) x[i].load(step_at(first, stride, t) + n);
+    }
+  }
+  INLINE void put(float* to, int lane) const {
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      int k = i * LANES + lane;
+      float values[VB];
+#pragma unroll
+      for (int j = 0; j < VB; ++j) values[j] = x[i].get(j);
+      if (k < TOTAL) store_floats(to + k * VB, values);
+    }
+  }
+};
+
+// A lane's (channel, state) pairs of a matrix: (D, N) or (N, D).
+INLINE int64 by_channel(const Place& a, int j, int i) { return (a.d + j) * N + a.n + i; }
+INLINE int64 by_state(const Problem& p, const Place& a, int j, int i) { return (a.n + i) * p.n_channels + a.d + j; }
+
+#define EACH_PAIR                   \
+  _Pragma("unroll") for (int j = 0; j < CL; ++j) _Pragma("unroll") for (int i = 0; i < NL; ++i)
+#define IF_THERE if (j < a.there && a.n + i < N)
+
+typedef float Pairs[CL][NL];
+
+INLINE void zero(Pairs& x) { EACH_PAIR x[j][i] = 0.0f; }
+
+INLINE void load_by_channel(Pairs& x, const float* from, const Place& a) {
+  EACH_PAIR {
+    x[j][i] = 0.0f;
+    IF_THERE x[j][i] = from[by_channel(a, j, i)];
+  }
+}
+INLINE void load_by_state(Pairs& x, const float* from, const Problem& p, const Place& a) {
+  EACH_PAIR {
+    x[j][i] = 0.0f;
+    IF_THERE x[j][i] = from[by_state(p, a, j, i)];
+  }
+}
+INLINE void store_by_channel(float* to, const Pairs& x, const Place& a) {
+  EACH_PAIR IF_THERE to[by_channel(a, j, i)] = x[j][i];
+}
+INLINE void store_by_state(float* to, const Pairs& x, const Problem& p, const Place& a) {
+  EACH_PAIR IF_THERE to[by_state(p, a, j, i)] = x[j][i];
+}

@@ -1,0 +1,45 @@
+// What only a GPU has, by name: single instructions, sums over lanes. tests/kernels/emulator.h stands in for it on a CPU.
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float half_to_float(unsigned bits) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((unsigned short)bits));
+  return y;
+}
+__device__ __forceinline__ unsigned floats_to_half(float low, float high) {
+  unsigned y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+__device__ __forceinline__ unsigned floats_to_bf16(float low, float high) {
+  unsigned y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+// x plus that of the lane whose number differs in the bits of `mask`.
+__device__ __forceinline__ float add_across(float x, int mask) { return x + __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// A store under a condition, without a branch: one would keep the compiler from mixing what stands before with what
+// stands behind it.
+__device__ __forceinline__ void store_if(bool wanted, void* to, unsigned short x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u16 [%1], %2;}" ::"r"(int(wanted)), "l"(to), "h"(x)
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool wanted, void* to, unsigned x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u32 [%1], %2;}" ::"r"(int(wanted)), "l"(to), "r"(x)
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool wanted, void* to, uint2 x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3};}" ::"r"(int(wanted)), "l"(to),
+               "r"(x.x), "r"(x.y)
+               : "memory");
+}

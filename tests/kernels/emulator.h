@@ -1,0 +1,61 @@
+// Runs a CUDA kernel on the CPU, for tests without a GPU: a thread is a fiber, and every barrier gives way to the next
+// fiber, so that all of a block take one stretch between barriers after another. It stands in for cuda_kernels/device.cu.
+//
+// Right as long as all threads of a block meet the same number of barriers (of warps and of the block alike), or end.
+// Shared memory starts as NaN, so that what nobody wrote shows.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <ucontext.h>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __constant__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct float4 { float x, y, z, w; };
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct Index { unsigned x; };
+static Index threadIdx, blockIdx;
+alignas(16) float4 room[1 << 14];
+
+static ucontext_t scheduler;
+static std::vector<ucontext_t> fibers;
+static std::vector<float> exchange;
+static unsigned running;
+
+inline void give_way() { swapcontext(&fibers[running], &scheduler); }
+inline void __syncwarp() { give_way(); }
+inline void __syncthreads() { give_way(); }
+
+inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
+inline unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
+inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float exp2_fast(float x) { float y = exp2f(x); return std::fabs(y) < 1.17549435e-38f ? 0.0f : y; }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float half_to_float(unsigned bits) { uint16_t b = bits; _Float16 x; std::memcpy(&x, &b, 2); return x; }
+inline unsigned one_to_half(float x) { _Float16 y = x; uint16_t b; std::memcpy(&b, &y, 2); return b; }
+inline unsigned floats_to_half(float low, float high) { return one_to_half(low) | one_to_half(high) << 16; }
+inline unsigned one_to_bf16(float x) {
+  unsigned b = __float_as_uint(x);
+  return x != x ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
+}
+inline unsigned floats_to_bf16(float low, float high) { return one_to_bf16(low) | one_to_bf16(high) << 16; }
+inline float add_across(float x, int mask) {
+  exchange[threadIdx.x] = x;
+  give_way();
+  float other = exchange[threadIdx.x ^ mask];
+  give_way();
+  return x + other;
+}
+template <typename X> inline void store_if(bool wanted, void* to, X x) {
+  if (wanted) *static_cast<X*>(to) = x;
+}

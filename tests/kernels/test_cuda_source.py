@@ -1,0 +1,244 @@
+"""The CUDA sources of the scan without a GPU: run on the CPU by an emulator, and compiled by NVRTC."""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from polymamba.kernels import nvrtc, selective_scan
+
+pytest.importorskip("triton")
+
+from polymamba.kernels.selective_scan import cuda
+
+HERE = Path(__file__).parent
+
+
+def emulation(source: str) -> str:
+    """A CUDA source as C++ for the CPU."""
+    macros, rest = source.split("// What only a GPU has", 1)
+    return f'#include "{HERE}/emulator.h"\n{macros}{rest[rest.index("// What the CUDA kernels") :]}\n'
+
+
+def emulated(source: str, name: str, folder: Path):
+    """The kernel `name` of a source as a function of the same arguments as nvrtc.Kernel's, on the CPU."""
+    text = emulation(source) + f'#define KERNEL {name}\n#include "{HERE}/emulator_main.h"\n'
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.with_suffix(".cpp").write_text(text)
+        options = ["-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
+        subprocess.run(["g++", *options, str(path.with_suffix(".cpp")), "-o", str(path)], check=True)
+    library = ctypes.CDLL(str(path))
+
+    def launch(blocks: int, threads: int, argument: bytes) -> None:
+        if blocks:
+            library.launch(argument, ctypes.c_int64(blocks), threads)
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch, folder):
+    """The CUDA path with its kernels emulated, chunks of 32 steps and tiles as on a GPU of one multiprocessor."""
+    if shutil.which("g++") is None or torch.cuda.is_available():
+        pytest.skip("needs g++, and no GPU, where the kernels themselves are tested")
+    monkeypatch.setattr(nvrtc, "EMULATED", True)
+    monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name, folder))
+    monkeypatch.setattr(cuda, "usable", lambda device: True)
+    monkeypatch.setattr(cuda, "_processors", lambda device: 1)
+    monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
+    monkeypatch.setattr(cuda, "CHUNK", 32)
+    monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
+    cuda._function.cache_clear()
+    yield
+    cuda._function.cache_clear()
+
+
+def inputs(length: int, channels: int, states: int, groups: int, sequences: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "u": normal(1, length, channels), "delta": normal(1, length, channels), "z": normal(1, length, channels),
+        "A": -torch.rand(channels, states, generator=generator, dtype=torch.float64) - 0.1,
+        "B": normal(1, length, groups, states), "C": normal(1, length, groups, states), "D": normal(channels),
+        "delta_bias": normal(channels), "initial_state": normal(sequences, channels, states),
+    }  # fmt: skip
+
+
+CASES = {  # states, channels, groups, ends of sequences, reverse, what is static, what is absent
+    "16 states": (16, 34, 1, [0, 75], False, "", ""),
+    "several of all": (5, 12, 2, [0, 0, 31, 70, 140], True, "", ""),
+    "4 states, static B and C": (4, 7, 1, [0, 40, 75], False, "BC", "z delta_bias"),
+    "64 states, static C": (64, 10, 1, [0, 35], True, "C", "D initial_state"),
+    "one state": (1, 20, 1, [0, 66], False, "", "z"),
+    "32 states, static B": (32, 6, 1, [0, 33, 34], False, "B", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, assert_close):
+    monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 10**9 if at_once else 0)
+    states, channels, groups, ends, reverse, static, absent = CASES[name]
+    tensors = inputs(ends[-1], channels, states, groups, len(ends) - 1)
+    tensors |= {m: tensors["A"] * (1.5 if m == "B" else -1.0) for m in static}
+    tensors |= dict.fromkeys(absent.split())
+    arguments = {
+        "delta_softplus": True, "return_final_state": True, "reverse": reverse,
+        "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
+    }  # fmt: skip
+    expected = results_of(selective_scan, tensors, "torch", **arguments)
+    assert_close(results_of(selective_scan, cast(tensors, torch.float32), "cuda", **arguments), expected, 3e-6, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", [1, 4, 16])
+def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monkeypatch, results_of, cast):
+    """Few and many rows for a multiprocessor, chunks one after another and at once, and tensors at odd addresses."""
+    tensors = cast(inputs(70, 36, states, 1, 1), torch.float32)
+    arguments = {"delta_softplus": True, "return_final_state": True}
+    first = results_of(selective_scan, tensors, "cuda", **arguments)
+    for processors, rows in ((132, 0), (132, 10**9), (1, 10**9)):
+        monkeypatch.setattr(cuda, "_processors", lambda device, n=processors: n)
+        monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", rows)
+        again = results_of(selective_scan, tensors, "cuda", **arguments)
+        assert all(torch.equal(x, again[name]) for name, x in first.items()), (processors, rows)
+
+    def moved(**given):
+        names = ("u", "delta", "z", "B", "C")
+        odd = {k: torch.cat((given[k].flatten()[:1], given[k].flatten()))[1:].view(given[k].shape) for k in names}
+        return selective_scan(**{**given, **odd})
+
+    again = results_of(moved, tensors, "cuda", **arguments)
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
+
+
+def test_emulated_in_bfloat16(on_the_cpu, results_of, cast, assert_close):
+    tensors = inputs(36, 8, 16, 1, 1)
+    kept = {"A", "D", "delta_bias", "initial_state"}
+    mixed = {name: x.to(torch.float32 if name in kept else torch.bfloat16) for name, x in tensors.items()}
+    arguments = {"delta_softplus": True, "return_final_state": True}
+    expected = results_of(selective_scan, cast(mixed, torch.float64), "torch", **arguments)
+    actual = results_of(selective_scan, mixed, "cuda", **arguments)
+    assert_close(actual, expected, torch.finfo(torch.bfloat16).eps)
+    assert_close({"final_state": actual["final_state"]}, expected, 1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch):
+    monkeypatch.setattr(nvrtc, "EMULATED", True)
+    monkeypatch.setattr(cuda, "usable", lambda device: device not in cuda._broken)
+    monkeypatch.setattr(cuda, "_processors", lambda device: 1)
+    monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
+    monkeypatch.setattr(cuda, "_broken", set())
+    monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
+
+    def refuse(source, name, device):
+        raise nvrtc.Unavailable("no such library")
+
+    monkeypatch.setattr(nvrtc, "kernel", refuse)
+    cuda._function.cache_clear()
+    tensors = {name: x.float() for name, x in inputs(9, 6, 4, 1, 1).items()}
+    expected = selective_scan(**tensors, delta_softplus=True, backend="reference")
+    with pytest.warns(RuntimeWarning, match="runs in Triton, which is slower: no such library"):
+        y = selective_scan(**tensors, delta_softplus=True, backend="cuda")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(selective_scan(**tensors, delta_softplus=True, backend="cuda"), y)  # a warning would raise
+
+
+# NVRTC -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler():
+    if not nvrtc.loads():
+        pytest.skip("needs NVRTC")
+
+
+@pytest.mark.parametrize(
+    ("states", "architecture"),
+    [
+        (16, "sm_90"),
+        *(pytest.param(n, a, marks=pytest.mark.slow) for n, a in ((1, "sm_90"), (64, "sm_90"), (16, "sm_80"))),
+    ],
+)
+def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_path):
+    """As a forward and a backward would have them, for bf16 with a gate."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = []
+
+    def compile_only(source, name, device):
+        compiled.append(name)
+        assert nvrtc.compile_source(source, architecture)[:4] == b"\x7fELF"
+        return lambda *arguments: None
+
+    monkeypatch.setattr(nvrtc, "EMULATED", True)
+    monkeypatch.setattr(nvrtc, "kernel", compile_only)
+    monkeypatch.setattr(cuda, "usable", lambda device: True)
+    monkeypatch.setattr(cuda, "_processors", lambda device: 132)
+    monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
+    cuda._function.cache_clear()
+    u = torch.zeros(3 * cuda.CHUNK, 64, dtype=torch.bfloat16, device="meta")
+    A, B = torch.zeros(64, states, device="meta"), torch.zeros(len(u), 1, states, dtype=torch.bfloat16, device="meta")
+    arguments = (u, u, A, B, B, A[:, 0], u, A[:, 0], None, None, 1)
+    y, _, saved = cuda.forward(*arguments, True, False, True)
+    cuda.backward(y, None, *arguments, saved, True, False)
+    cuda._function.cache_clear()
+    assert set(compiled) == {"scan_forward", "carry", "chunk_gradients", "scan_backward", "sum_shares"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [227, 163, 99])
+@pytest.mark.parametrize("states", [4, 8, 16, 32, 64])
+def test_shared_memory_fits(states, kilobytes, tmp_path):
+    """Of a block of the backward: in 227 KiB on Hopper (a second block beside it too, but for 64 states), 163 on an
+    A100, 99 on a GPU for a desk. The compiler is asked for the size."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    limit = kilobytes * 1024 if kilobytes < 227 or states == 64 else (228 // 2 - 1) * 1024
+    tile = cuda._backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
+    macros = {"N": states, "VB": 4, "CHUNK": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1, "STATIC_B": 0, "STATIC_C": 0}
+    types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
+    source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
+    path = tmp_path / "size.cpp"
+    path.write_text(emulation(source) + f'\nstatic_assert(sizeof(Shared) <= {limit}, "too much");\n')
+    done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_what_nvrtc_says_is_passed_on(compiler):
+    with pytest.raises(nvrtc.Unavailable, match='identifier "nothing" is undefined'):
+        nvrtc.compile_source('extern "C" __global__ void f() { nothing(); }', "sm_90")
+
+
+def test_machine_code_is_kept(compiler, monkeypatch, tmp_path):
+    """Compiled once; whatever goes wrong with the folder only means that it is compiled again."""
+    source = 'extern "C" __global__ void f() {}'
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = nvrtc._compile_or_recall(source, "sm_90")
+    assert [p.suffix for p in (tmp_path / "polymamba").iterdir()] == [".cubin"]
+    count = []
+    compile_source = nvrtc.compile_source
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *a: count.append(a) or compile_source(*a))
+    assert nvrtc._compile_or_recall(source, "sm_90") == code
+    assert not count
+    nvrtc._compile_or_recall(source, "sm_80")
+    assert len(count) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert nvrtc._compile_or_recall(source, "sm_90") == code
+    assert len(count) == 2
