@@ -22,7 +22,7 @@ def test_every_command_parses():
     """Each polymamba line of the README is a known verb with known flags."""
     from polymamba.cli import DOMAINS, TOP_LEVEL, _load
 
-    lines = re.findall(r"polymamba ((?:genomics|bytes|convert|doctor)[^\n`#&]*)", README)
+    lines = re.findall(r"polymamba ((?:genomics|bytes|audio|vision|convert|doctor)[^\n`#&]*)", README)
     assert len(lines) >= 6
     import tyro
 
@@ -49,5 +49,5 @@ def test_new_modality(tmp_path):
 
 
 def test_names_every_folder():
-    for folder in ("facade", "kernels", "core", "genomics", "tests", "benchmarks"):
+    for folder in ("facade", "kernels", "core", "genomics", "bytes", "audio", "vision", "tests", "benchmarks"):
         assert re.search(rf"^{folder}/", README, re.MULTILINE), folder
