@@ -50,26 +50,32 @@ def __getattr__(name: str) -> Any:
 
 
 class _RegisterAfterTimm(MetaPathFinder):
-    """Waits for the first import of timm, lets it run, and registers the models."""
+    """Waits until timm is imported, not only looked for, lets it run, and registers the models."""
+
+    looking = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != "timm":
+        if fullname != "timm" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec("timm")
+        self.looking = True
+        try:
+            spec = find_spec("timm")  # as if this finder were not there
+        finally:
+            self.looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader)
+            spec.loader = _Then(spec.loader, self)
         return spec
 
 
 class _Then(Loader):
-    def __init__(self, timms: Loader):
-        self.timms = timms
+    def __init__(self, timms: Loader, finder: _RegisterAfterTimm):
+        self.timms, self.finder = timms, finder
 
     def create_module(self, spec: ModuleSpec) -> Any:
         return self.timms.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self.finder]
         module.__spec__.loader = module.__loader__ = self.timms
         self.timms.exec_module(module)
         import_module(".registry", __name__)

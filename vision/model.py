@@ -22,6 +22,9 @@ class ImageModel(PretrainedModel):
     """A classifier of images, (B, C, H, W) float, normalised -> logits (B, num_classes)."""
 
     default_architecture: typing.ClassVar[str]  # one of the family's names in timm; `model_args` says the rest
+    timm_names: typing.ClassVar[
+        dict[str, str]
+    ]  # first_conv and classifier, which timm changes for other inputs, classes
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -93,7 +96,7 @@ class ImageModel(PretrainedModel):
         timms = {
             "architecture": architecture,
             "num_features": self.num_features,
-            "pretrained_cfg": cfg | {"num_classes": self.num_classes},
+            "pretrained_cfg": {**self.timm_names, **cfg, "num_classes": self.num_classes},
             "model_args": {name: value for name, value in ours.items() if value is not None},
         }
         return ours | timms

@@ -88,6 +88,7 @@ class Vim(ImageModel):
 
     config_class = VimConfig
     default_architecture: ClassVar[str] = "vim_tiny_patch16_224"
+    timm_names: ClassVar[dict[str, str]] = {"first_conv": "patch_embed.proj", "classifier": "head"}
 
     def __init__(self, config: VimConfig):
         super().__init__(config)

@@ -180,6 +180,7 @@ class VMamba(ImageModel):
 
     config_class = VMambaConfig
     default_architecture: ClassVar[str] = "vmamba_tiny_s1l8"
+    timm_names: ClassVar[dict[str, str]] = {"first_conv": "patch_embed.conv1", "classifier": "head.fc"}
     output_fmt = "NHWC"  # of forward_features, as timm asks
 
     def __init__(self, config: VMambaConfig):

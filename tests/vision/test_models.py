@@ -306,6 +306,7 @@ def test_a_folder_and_back(make, tmp_path):
     assert loaded.config == model.config
     assert loaded.pretrained_cfg["label_names"] == list("abcde")
     assert "file" not in loaded.pretrained_cfg
+    assert {f"{loaded.pretrained_cfg[k]}.weight" for k in ("first_conv", "classifier")} <= loaded.state_dict().keys()
     images = torch.randn(2, 3, 20, 28)
     assert torch.equal(loaded(images), model(images))
 

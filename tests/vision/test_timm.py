@@ -30,7 +30,13 @@ def images_for(model, batch=2):
     return torch.randn(batch, *model.default_cfg["input_size"])
 
 
-@pytest.mark.parametrize("order", ["import timm, polymamba.vision", "import polymamba.vision, timm"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import timm, polymamba.vision",
+        "import polymamba.vision, importlib.util; importlib.util.find_spec('timm'); import timm",
+    ],
+)
 def test_importing_registers_in_either_order(order):
     code = f"{order}; assert timm.is_model('test_vim'), 0; print(timm.create_model('test_vim').num_classes)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)

@@ -61,6 +61,8 @@ def test_a_run_is_a_model_of_timms(run):
     assert timm.data.resolve_data_config(model=model)["input_size"] == (3, 16, 16)
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(model(x), load_image_model(run)(x))
+    other = timm.create_model(f"local-dir:{run}", pretrained=True, num_classes=5, in_chans=1)
+    assert other(x[:, :1]).shape == (2, 5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"--mixup": "0.8", "--cutmix": "1", "--workers": "1"}])
