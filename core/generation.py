@@ -122,8 +122,8 @@ def generate(
     generators, filters = begin(prompts, max_new_tokens, seeds, stop)
     logits, state = prefill(model, prompts, state, chunk=chunk, advance=advance)
     draws = Draws(config, generators, recent_tokens(prompts, max_new_tokens, config, logits))
-    graphable = isinstance(model, torch.nn.Module) and getattr(model, "step_is_one_graph", True)
-    if logits.is_cuda and max_new_tokens >= GRAPHED and graphable:
+    graphed = logits.is_cuda and max_new_tokens >= GRAPHED and getattr(model, "step_is_one_graph", True)
+    if graphed and isinstance(model, torch.nn.Module):
         decoder: Decoder = GraphedDecoder(model, logits, state, draws, max_new_tokens)
     else:
         decoder = _OneByOne(model, logits, state, draws)
