@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: see facade/cli.py
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers have the cores already
 
 import pytest
 import torch

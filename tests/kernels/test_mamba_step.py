@@ -13,7 +13,7 @@ CASES = {  # rows, width, inner width, states, rank, taps, LayerNorm, stream
     "first block": (2, 24, 40, 5, 2, 3, False, False),
     "layer norm": (3, 40, 80, 5, 3, 4, True, True),
     "no memory in the convolution": (2, 17, 34, 1, 2, 1, False, True),
-    "many rows": (11, 24, 48, 16, 2, 4, True, True),
+    "many rows": (5, 24, 48, 16, 2, 4, True, True),
 }
 
 
@@ -68,9 +68,11 @@ def test_against_float64(case, backend, products, monkeypatch, device_of, assert
 
 @pytest.mark.parametrize("n_rows", [1, 3, 11])
 @pytest.mark.parametrize("backend", FAST)
-def test_bf16(backend, n_rows, device_of, assert_close):
+def test_bf16(backend, n_rows, monkeypatch, device_of, assert_close):
     """Weights in bf16, states and sums in float32: as far from float64 as the rounding of what is stored."""
     device = device_of(backend)
+    if backend == "triton" and n_rows > 8:  # not row by row
+        monkeypatch.setattr(import_module("polymamba.kernels.mamba_step.triton"), "FEW", 0)
     tensors, weights, centred = problem(n_rows, *CASES["layer norm"][1:])
     tensors, weights = ([None if t is None else t.bfloat16().double() for t in ts] for ts in (tensors, weights))
     weights = MambaWeights(*weights)
