@@ -1,13 +1,13 @@
 """`polymamba audio <verb>`: the flags of each verb. What the verbs do is in verbs/, loaded when one runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..core.config import ComputeConfig, SamplingConfig, TrainConfig
-from .config import Codec, Dividing, Layout, Preset
+from .config import PRESETS, Codec, Dividing, Layout, Preset, UNetConfig
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
@@ -34,7 +34,7 @@ class Train:
     """unet: blocks before and after each pool; sashimi: only after."""
     stages: Annotated[tuple[str, ...], arg(metavar="MIXERS ...")] = ("mamba",)
     """What the blocks of each rate are, the outermost rate first, the last one going on inwards: `s4d+mlp mamba` has
-    S4D with an MLP at the samples' rate, and Mamba below. Of mamba, s4d, s4, attention, mlp."""
+    S4D with an MLP at the samples' rate, and Mamba below. Of mamba, s4d, s4, mlp."""
     real: bool = False
     """Let s4d have real states instead of complex ones."""
     sample_rate: int | None = None
@@ -67,6 +67,19 @@ class Train:
             raise ValueError(f"gate is {self.gate}; it must be 0 dB or less")
         if self.labels and self.classifier:
             raise ValueError("labels and classifier exclude each other: a classifier learns the labels anyway")
+        if self.real and not any("s4d" in stage.split("+") for stage in self.stages):
+            raise ValueError("real is about s4d, which no stage has")
+        self.unet()
+
+    def unet(self) -> UNetConfig:
+        """The network's shape. Raises ValueError for stages that there cannot be."""
+        return replace(
+            PRESETS[self.preset],
+            layout=self.layout,
+            stages=self.stages,
+            s4d_complex=not self.real,
+            dropout=self.dropout,
+        )
 
 
 def _require_files(files: tuple[Path, ...]) -> None:

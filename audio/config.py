@@ -12,7 +12,8 @@ START = 256  # stands before a recording's first sample; never predicted
 LAYOUTS = ("unet", "sashimi")
 CODECS = ("mu-law", "linear")
 INPUTS = ("embedding", "float")
-SEQUENTIAL = ("mamba", "s4d", "s4", "attention", "mlp")  # of core's mixers those that do not see what is to come
+# Of core's mixers those that do not see what is to come, and whose state does not grow.
+SEQUENTIAL = ("mamba", "s4d", "s4", "mlp")
 Preset = Literal["tiny", "sc09-small", "sc09-large", "youtubemix"]
 Codec = Literal["mu-law", "linear"]
 Layout = Literal["unet", "sashimi"]

@@ -126,7 +126,7 @@ class BackboneConfig:
         for name in ("n_heads", "d_ff"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or None for the default")
-        if self.s4_state % 2 and ("s4" in self.pattern or ("s4d" in self.pattern and self.s4d_complex)):
+        if self.s4_state % 2 and ("s4" in self.mixers or ("s4d" in self.mixers and self.s4d_complex)):
             raise ValueError(f"s4_state is {self.s4_state}; complex states need an even number")
         if self.mlp not in MLPS:
             raise ValueError(f"mlp is {self.mlp!r}; it must be one of {', '.join(MLPS)}")

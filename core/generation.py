@@ -152,8 +152,8 @@ def prefill(
     `advance` is told of the tokens that were read.
     """
     _check(model, prompts, state, chunk)
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    device = next((p.device for p in parameters), None)
+    tensors = model.parameters() if isinstance(model, torch.nn.Module) else pytree.tree_leaves(model.init_state(1))
+    device = next((x.device for x in tensors), None)
     logits = None
     for start in range(0, max(len(prompt) for prompt in prompts), chunk):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]

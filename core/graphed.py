@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .config import SamplingConfig
+from .lti import LTIMixer
 from .sampling import Draws, choose, refuse, uniforms, with_token
 
 IN_FLIGHT = 2  # steps that the GPU is given before the host looks at the first of them
@@ -26,9 +27,10 @@ WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set
 class _StepGraph:
     """One step of a model for B sequences, and the memory that it works on."""
 
-    def __init__(self, model: Any, batch: int, room: int, config: SamplingConfig, recent: Tensor | None):
+    def __init__(
+        self, model: Any, batch: int, room: int, config: SamplingConfig, recent: Tensor | None, device: torch.device
+    ):
         self.state = model.init_state(batch, room) if room else model.init_state(batch)
-        device = pytree.tree_leaves(self.state)[0].device
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # read by the step, and then its result
         self.chosen = torch.zeros_like(self.tokens)  # the same, or -1 where there is nothing to choose from
         self.uniform = torch.zeros(BLOCK, batch, dtype=torch.float64, device=device)
@@ -91,6 +93,8 @@ class GraphedDecoder:
         self.n_left = n_new - 1  # steps still to be launched
         self.n_launched = 0
         self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self.graph: _StepGraph | None = None
+        self.autocast = torch.is_autocast_enabled("cuda")
 
     def advance(self) -> list[list[int]]:
         if self.logits is not None:
@@ -113,8 +117,11 @@ class GraphedDecoder:
         self.rows = [self.rows[row] for row in rows]
 
     def close(self) -> None:
-        """Leave the graph to the next one who decodes with this model."""
-        if self.logits is None:
+        """Leave the graph to the next one who decodes with this model.
+
+        Not under autocast: the graph reads autocast's own copies of the weights, which end with it.
+        """
+        if self.graph is not None and not self.autocast:
             _graphs[self.model] = (self.key, self.graph)
 
     def _begin(self, tokens: Tensor) -> None:
@@ -122,17 +129,21 @@ class GraphedDecoder:
         n_tokens = _tokens_in(self.state, self.model)
         room = -(-(n_tokens + self.n_left) // ROOM) * ROOM if n_tokens else 0
         places = tuple(x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers()))
-        self.key = (len(tokens), room, config, None if recent is None else recent.shape, places)
+        # Some mixers compute something of these outside of a step, and anew when they change (lti.py).
+        dynamics = (p for module in self.model.modules() if isinstance(module, LTIMixer) for p in module.parameters())
+        versions = tuple(p._version for p in dynamics)
+        self.key = (len(tokens), room, config, None if recent is None else recent.shape, places, versions)
         key, graph = _graphs.pop(self.model, (None, None))
-        if graph is None or key != self.key:
+        if graph is None or key != self.key or self.autocast:
             graph = None  # its memory first
             with torch.cuda.device(tokens.device):
-                graph = _StepGraph(self.model, len(tokens), room, config, recent)
+                graph = _StepGraph(self.model, len(tokens), room, config, recent, tokens.device)
         self.graph = graph
-        self.graph.begin(tokens, self.state, recent)
+        graph.begin(tokens, self.state, recent)
         del self.state
 
     def _launch(self) -> None:
+        assert self.graph is not None
         if self.n_launched % BLOCK == 0 and self.draws.config.temperature:
             block = torch.stack([uniforms(g, BLOCK) for g in self.draws.generators], 1)
             self.graph.uniform.copy_(block.pin_memory(), non_blocking=True)

@@ -54,7 +54,7 @@ def _require_readable(file: Path) -> None:
     if not file.exists():
         raise InputError(f"{file}: a link to nothing; remove it, or leave its folder out")
     if not file.is_file():
-        raise InputError(f"{file}: no ordinary file; only files can be documents")
+        raise InputError(f"{file}: no ordinary file")
     try:
         with file.open("rb"):
             pass

@@ -180,6 +180,8 @@ class Mamba(SelectiveSSM):
         biased = any(bias is not None for bias in (in_bias, x_bias, out_bias))
         if biased or x.dtype != in_proj.dtype or x.dtype == torch.float64 or watched(x, *state, *weights):
             return None
+        if not all(s.is_contiguous() for s in state):  # it is updated in place
+            return None
         return mamba_step(x, stream, *state, weights, norm.eps, centred=norm_bias is not None)
 
     forward_padded = forward_as_pack

@@ -65,7 +65,7 @@ def forward_as_pack(
     out = mixer(hidden.reshape(1, -1, hidden.shape[-1]), **options)
     if not return_state:
         return out.view(hidden.shape)
-    return out[0].view(hidden.shape), type(out[1])(*(s[1::3] for s in out[1]))
+    return out[0].view(hidden.shape), type(out[1])(*(s[1::3].contiguous() for s in out[1]))
 
 
 def _at_real_tokens(s: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ def convert(kind: str, state_dict: Mapping[str, Tensor], config: Mapping[str, An
         return getattr(import_module(module), function)(state_dict, config)
     except KeyError as missing:
         raise InputError(f"the {kind} config has no {missing}") from None
+    except (TypeError, ValueError) as error:  # of a configuration that our own refuses
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the {kind} config: {error}") from None
 
 
 def run(args: Convert) -> None:

@@ -28,7 +28,7 @@ class Convert:
     released, or safetensors; none of its code is run, and what the tensors' shapes tell is not asked for."""
     output: Positional[Path]
     """Folder to make."""
-    weights: Literal["model", "model_ema"] | None = None
-    """Which weights of a .pth with several: those trained, or their moving average."""
+    weights: str | None = None
+    """Which weights of a .pth with several: mostly model, those trained, or model_ema, their moving average."""
     debug: bool = False
     """Show a traceback when something fails."""

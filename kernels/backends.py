@@ -99,16 +99,19 @@ def traced(*tensors: Tensor | None) -> bool:
 
 def info() -> dict[str, str]:
     """The backend that each kernel chooses for float32 inputs, by device."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    kernels = ("selective_scan", "selective_scan_step", "causal_conv1d", "causal_conv1d_step", "rms_norm", "layer_norm")
-    chosen = {
-        f"{k} on {d}": choose(None, torch.device(d), torch.float32, in_cuda=k == "selective_scan")
-        for k in kernels
-        for d in devices
-    }
-    if chosen.get("selective_scan on cuda") == "cuda":
-        from .selective_scan.cuda import usable
+    found = {}
+    for name in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
+        device = torch.device(name)
+        usual = choose(None, device, torch.float32)
+        scan = choose(None, device, torch.float32, in_cuda=True)
+        if scan == "cuda":
+            from .selective_scan.cuda import usable
 
-        if not usable(torch.cuda.current_device()):
-            chosen["selective_scan on cuda"] = "triton"
-    return chosen
+            scan = scan if usable(torch.cuda.current_device()) else "triton"
+        step = usual if usual == "triton" else "torch"  # a step by itself: numba has none
+        chosen = {
+            "selective_scan": scan, "cross_scan": scan, "causal_conv1d": usual, "rms_norm": usual, "layer_norm": usual,
+            "mamba_step": usual, "selective_scan_step": step, "causal_conv1d_step": step,
+        }  # fmt: skip
+        found |= {f"{kernel} on {name}": backend for kernel, backend in chosen.items()}
+    return found

@@ -43,19 +43,18 @@ def read_source(path: Path) -> ImageSet:
     return readers[path.suffix.lower()](path)
 
 
-def find_images(words: Iterable[Path], leave_out: Path | None = None) -> list[Path]:
+def find_images(words: Iterable[Path]) -> list[Path]:
     """Files as named, and all images below folders, in the order of their names. InputError if there are none."""
     found: list[Path] = []
     for word in words:
         if word.is_dir():
-            found += sorted((p for p in _below(word) if p.suffix.lower() in SUFFIXES), key=_natural)
+            found += _images_below(word)
         elif word.exists():
             found.append(word)
         elif any(c in word.name for c in "*?["):
             found += sorted(word.parent.glob(word.name), key=_natural)
         else:
             raise InputError(f"{word}: no such file or folder")
-    found = [p for p in found if leave_out is None or p != leave_out]
     if not found:
         raise InputError(f"no image in {' '.join(map(str, words))}; files ending in {' '.join(sorted(SUFFIXES))}")
     return found
@@ -66,13 +65,20 @@ def _natural(path: Path | str) -> list[Any]:
     return [(int(s), s) if s.isdecimal() else (-1, s.lower()) for s in re.split(r"(\d+)", str(path))]
 
 
-def _below(folder: Path) -> Iterable[Path]:
-    """Files at any depth, hidden ones and hidden folders passed over."""
+def _images_below(folder: Path) -> list[Path]:
+    return sorted((p for p in _below(folder, set()) if p.suffix.lower() in SUFFIXES), key=_natural)
+
+
+def _below(folder: Path, seen: set[Path]) -> Iterable[Path]:
+    """Files at any depth, hidden ones and hidden folders passed over; `seen`: folders, as a link may lead back."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith((".", "__MACOSX")):
             continue
         if entry.is_dir():
-            yield from _below(entry)
+            yield from _below(entry, seen)
         elif entry.is_file():
             yield entry
 
@@ -96,9 +102,9 @@ def _read_folder(folder: Path) -> ImageSet:
     roots = [(root, _PARTS[root.name.lower()]) for root in in_parts] or [(folder, "")]
     items, labels, parts = [], [], []
     for root, part in roots:
-        for path in _below(root):
+        for path in _images_below(root):
             inside = path.relative_to(root).parts
-            if path.suffix.lower() not in SUFFIXES or len(inside) < 2:
+            if len(inside) < 2:
                 continue
             items.append(path)
             labels.append(inside[0])

@@ -15,7 +15,7 @@ from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.train import autocast, pick_device, train_model, uses_bf16
 from ..commands import Train
-from ..config import PRESETS, AudioConfig, ClassifierConfig
+from ..config import AudioConfig, ClassifierConfig
 from ..corpus import Recordings, describe, divide, find_sounds, open_corpus, write_splits_tsv
 from ..model import AudioClassifier, AudioModel
 from ..reading import Sound
@@ -32,14 +32,7 @@ def train(args: Train) -> None:
     recordings = divide(sounds, args.dividing, args.compute.seed)
     labels = tuple(sorted({r.label for r in recordings if r.part == "train"} - {""}))
     _require_labels(args, labels)
-    unet = replace(
-        PRESETS[args.preset],
-        layout=args.layout,
-        stages=args.stages,
-        s4d_complex=not args.real,
-        dropout=args.dropout,
-    )
-    options: dict[str, Any] = {"unet": unet, "sample_rate": rate, "codec": args.codec}
+    options: dict[str, Any] = {"unet": args.unet(), "sample_rate": rate, "codec": args.codec}
     if args.classifier:
         config = ClassifierConfig(labels=labels, window=args.context, **options)
     else:

@@ -32,6 +32,7 @@ def train(args: Train) -> None:
     config, augment = args.training(), args.augmentation()
     given = readable(read_source(args.data), skip=args.skip_unreadable)
     images, n_copies = divide(given, args.dividing, args.compute.seed)
+    model = _model(args, images)  # before the folder is taken: what is wrong with the settings shows here
     run = RunFolder(args.output, _settings(args, images), images.files, resume=args.resume)
     say(images.describe())
     if n_copies:
@@ -39,7 +40,6 @@ def train(args: Train) -> None:
     images.write_splits(run / "splits.tsv")
     write_json(run / "labels.json", dict(enumerate(images.classes)))
 
-    model = _model(args, images)
     n_parameters = sum(p.numel() for p in model.parameters())
     size = "x".join(map(str, data_config(model)["input_size"][1:]))
     say(f"{type(model).__name__}: {n_parameters:,} parameters, {size} pixels; training on {pick_device(args.compute)}")
