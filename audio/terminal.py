@@ -1,11 +1,12 @@
 """What a person at the terminal sees while work goes on: on stderr."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from ..core.terminal import progress_bar as core_bar
 
 
 class _Rate(ProgressColumn):
@@ -18,17 +19,13 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.3g} {self.unit}/s")
 
 
-@contextmanager
-def progress_bar(work: str, total: float, unit: str) -> Iterator[Callable[[float], object]]:
+def progress_bar(work: str, total: float, unit: str) -> AbstractContextManager[Callable[[float], object]]:
     """A bar over `total` units, with rate and time left, if stderr is a terminal. Yields what to call with progress."""
-    console = Console(stderr=True)
-    columns = (
+    return core_bar(
+        total,
         TextColumn(work),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         _Rate(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(work, total=total)
-        yield lambda n: bar.advance(task, n)

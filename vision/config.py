@@ -176,9 +176,6 @@ def preset_config(name: str, **changes: Any) -> VimConfig | VMambaConfig:
     return replace(PRESETS[name], **changes)
 
 
-PARTS = ("train", "valid", "test")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Dividing:
     """Dividing images into train, valid and test. Parts that the data names stay; others are taken from train."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import sha256, written_whole
-from .config import PARTS, Dividing
+from ..core.inputs import PARTS
+from .config import Dividing
 from .images import Item
 
 

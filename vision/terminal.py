@@ -1,11 +1,12 @@
 """What a person at the terminal sees while work goes on: on stderr."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from ..core.terminal import progress_bar as core_bar
 
 
 class _Rate(ProgressColumn):
@@ -13,11 +14,6 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.0f} images/s" if task.speed else "")
 
 
-@contextmanager
-def progress_bar(work: str, n_images: int) -> Iterator[Callable[[int], object]]:
+def progress_bar(work: str, n_images: int) -> AbstractContextManager[Callable[[float], object]]:
     """A bar over so many images, with rate and time left, if stderr is a terminal. Yields what to tell progress to."""
-    console = Console(stderr=True)
-    columns = (TextColumn(work), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(work, total=n_images)
-        yield lambda n: bar.advance(task, n)
+    return core_bar(n_images, TextColumn(work), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
