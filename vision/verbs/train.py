@@ -9,11 +9,12 @@ import torch
 
 from ...core.errors import InputError
 from ...core.files import write_json
+from ...core.inputs import PARTS
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.train import pick_device, train_model, uses_bf16
 from ..commands import Train
-from ..config import INPUT_SIZES, PARTS, VimConfig, preset_config
+from ..config import INPUT_SIZES, VimConfig, preset_config
 from ..dataset import ImageSet, divide
 from ..images import read_image
 from ..model import ImageModel, load_image_model
