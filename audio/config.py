@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..core.config import BackboneConfig
+from ..core.inputs import require_fractions
 
 N_CODES = 256  # a sample is one of 256 codes: see codec.py
 START = 256  # stands before a recording's first sample; never predicted
@@ -149,8 +150,4 @@ class Dividing:
     """Of files with several channels: their average, or each channel as a recording of its own."""
 
     def __post_init__(self) -> None:
-        if not (self.valid_fraction > 0 and self.test_fraction >= 0 and self.valid_fraction + self.test_fraction < 1):
-            raise ValueError(
-                f"valid_fraction is {self.valid_fraction}, test_fraction {self.test_fraction}; the first must be above "
-                "0, the second not negative, their sum below 1"
-            )
+        require_fractions(self.valid_fraction, self.test_fraction)

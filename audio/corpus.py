@@ -10,7 +10,6 @@ FOLDER/<fingerprint>/           of the files, their contents and parts, the rate
 A recording is a file, or a channel of one with --channels split, or a stretch of either with --split-by time.
 """
 
-import csv
 import hashlib
 import json
 import shutil
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import new_folder, sha256, write_json, written_whole
+from ..core.files import new_folder, save_tsv, sha256, write_json
 from ..core.inputs import PARTS, find_files, named_part
 from ..core.terminal import say
 from .codec import encode, values
@@ -304,10 +303,4 @@ def describe(recordings: Sequence[Recording], parts: dict[str, Recordings], rate
 
 def write_splits_tsv(path: Path, recordings: Sequence[Recording]) -> None:
     """Which recording went to which part."""
-    with (
-        written_whole(path) as beside,
-        beside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(Recording._fields)
-        writer.writerows(recordings)
+    save_tsv(path, Recording._fields, recordings, errors="surrogateescape")

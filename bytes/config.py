@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..core.config import BackboneConfig, LanguageModelConfig, MoEConfig
+from ..core.inputs import require_fractions
 
 # Ids 0 to 255 are the bytes themselves, so that any file can be read and written.
 N_BYTES, LINE_FEED = 256, 10
@@ -74,8 +75,4 @@ class Dividing:
     """Share of the training documents set aside for the final test, if no path names a test part; 0 for none."""
 
     def __post_init__(self) -> None:
-        if not (self.valid_fraction > 0 and self.test_fraction >= 0 and self.valid_fraction + self.test_fraction < 1):
-            raise ValueError(
-                f"valid_fraction is {self.valid_fraction}, test_fraction {self.test_fraction}; the first must be above "
-                "0, the second not negative, their sum below 1"
-            )
+        require_fractions(self.valid_fraction, self.test_fraction)

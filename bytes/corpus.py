@@ -7,7 +7,6 @@ FOLDER/<fingerprint>/           of the documents, their contents and their parts
     manifest.json                   the layout's version, the documents, and checksums of the .bin files
 """
 
-import csv
 import hashlib
 import json
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import InputError
-from ..core.files import new_folder, sha256, write_json, written_whole
+from ..core.files import new_folder, save_tsv, sha256, write_json, written_whole
 from ..core.inputs import PARTS, named_part
 from ..core.terminal import say
 from .config import Dividing
@@ -135,13 +134,7 @@ def describe(pieces: Sequence[Piece]) -> str:
 
 def write_splits_tsv(path: Path, pieces: Iterable[Piece]) -> None:
     """Which document went to which part: columns path, part, start, size, sha256."""
-    with (
-        written_whole(path) as beside,
-        beside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(Piece._fields)
-        writer.writerows(pieces)
+    save_tsv(path, Piece._fields, pieces, errors="surrogateescape")
 
 
 def _placed(file: Path, pieces: Sequence[Piece], part: str) -> list[Document]:

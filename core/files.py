@@ -1,14 +1,15 @@
 """Files that are either whole or not there."""
 
+import csv
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -50,6 +51,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_tsv(file: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+
+
+def save_tsv(
+    path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence[Any]], *, errors: str = "strict"
+) -> None:
+    """errors: what becomes of names that are no text, as of `open`."""
+    with written_whole(path) as beside, beside.open("w", encoding="utf-8", errors=errors, newline="") as file:
+        write_tsv(file, header, rows)
 
 
 def require_new_folder(path: Path) -> None:

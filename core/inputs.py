@@ -9,6 +9,15 @@ from .errors import InputError
 PARTS = ("train", "valid", "test")
 
 
+def require_fractions(valid: float, test: float) -> None:
+    """Raises ValueError unless validation and test parts of these shares leave something to train on."""
+    if not (valid > 0 and test >= 0 and valid + test < 1):
+        raise ValueError(
+            f"valid_fraction is {valid}, test_fraction {test}; the first must be above 0, the second not negative, "
+            "their sum below 1"
+        )
+
+
 def named_part(path: Path) -> str | None:
     """The part that a path names: the nearest of its file name up to the ending and the folders above it."""
     return next((name for name in (path.name.split(".")[0], *reversed(path.parent.parts)) if name in PARTS), None)

@@ -10,7 +10,6 @@ AUROC and AUPRC (average precision) set it against all others.
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from sklearn import metrics as skm
 
 from .bootstrap import Ranking, Regression, Resampling, confusion_figures, label_figures, mean_defined, with_intervals
-from .files import written_whole
+from .files import save_tsv
 from .thresholds import check_probabilities, decide, one_against_rest
 
 NAMES = {
@@ -195,10 +194,8 @@ def format_table(metrics: dict[str, Any]) -> str:
 
 def write_confusion_tsv(path: str | Path, matrix: np.ndarray, classes: Sequence[str]) -> None:
     """Counts (K, K), one row a true class and one column a predicted class, both named."""
-    with written_whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(["true\\predicted", *classes])
-        writer.writerows([name, *row] for name, row in zip(classes, np.asarray(matrix).tolist(), strict=True))
+    rows = ([name, *row] for name, row in zip(classes, np.asarray(matrix).tolist(), strict=True))
+    save_tsv(path, ["true\\predicted", *classes], rows)
 
 
 def _measured(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..core.config import TrainConfig
+from ..core.inputs import require_fractions
 
 TOKENS = ("middle", "head", "double", "none")
 VIM_POOLS = ("token", "avg", "max", "last", "")
@@ -186,11 +187,7 @@ class Dividing:
     """Share of the training images set aside for the final test, if the data names no test part; 0 for none."""
 
     def __post_init__(self) -> None:
-        if not (self.valid_fraction > 0 and self.test_fraction >= 0 and self.valid_fraction + self.test_fraction < 1):
-            raise ValueError(
-                f"valid_fraction is {self.valid_fraction}, test_fraction {self.test_fraction}; the first must be above "
-                "0, the second not negative, their sum below 1"
-            )
+        require_fractions(self.valid_fraction, self.test_fraction)
 
 
 @dataclass(frozen=True, kw_only=True)

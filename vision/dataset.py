@@ -4,7 +4,6 @@ n images, K classes. Parts that the source names stay as they are; what is missi
 images of the same content staying together.
 """
 
-import csv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import sha256, written_whole
+from ..core.files import save_tsv, sha256
 from ..core.inputs import PARTS
 from .config import Dividing
 from .images import Item
@@ -56,11 +55,8 @@ class ImageSet:
         return digest.hexdigest()
 
     def write_splits(self, path: Path) -> None:
-        with written_whole(path) as beside, beside.open("w", encoding="utf-8", errors="replace", newline="") as file:
-            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-            writer.writerow(["image", "class", "part"])
-            for name, label, part in zip(self.names, self.labels, self.parts, strict=True):
-                writer.writerow([name, self.classes[label], part])
+        rows = ([n, self.classes[label], p] for n, label, p in zip(self.names, self.labels, self.parts, strict=True))
+        save_tsv(path, ["image", "class", "part"], rows, errors="replace")
 
 
 class _Chosen(Sequence):

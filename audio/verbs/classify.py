@@ -1,11 +1,10 @@
 """`polymamba audio classify`: the label that a classifier gives to each sound file."""
 
-import csv
 import sys
 
 import numpy as np
 
-from ...core.files import require_writable, written_whole
+from ...core.files import require_writable, save_tsv, write_tsv
 from ...core.terminal import say
 from ...core.train import autocast
 from ..commands import Classify
@@ -27,10 +26,9 @@ def classify(args: Classify) -> None:
     for sound, p in zip(sounds, probabilities, strict=True):
         rows.append([str(sound.path), labels[int(p.argmax())], *(f"{x:.4f}" for x in p)])
     if args.output is None:
-        csv.writer(sys.stdout, delimiter="\t", lineterminator="\n").writerows(rows)
+        write_tsv(sys.stdout, rows[0], rows[1:])
     else:
-        with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
+        save_tsv(args.output, rows[0], rows[1:])
     known = [(row[1], folder) for row, folder in zip(rows[1:], folders, strict=True) if folder in labels]
     if known:
         right = sum(label == folder for label, folder in known)

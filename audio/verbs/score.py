@@ -1,9 +1,8 @@
 """`polymamba audio score`: what a model makes of sound files, in bits per sample."""
 
-import csv
 import sys
 
-from ...core.files import require_writable, written_whole
+from ...core.files import require_writable, save_tsv, write_tsv
 from ...core.terminal import say
 from ...core.train import autocast
 from ..commands import Score
@@ -31,8 +30,7 @@ def score(args: Score) -> None:
         rows.append([str(sound.path), f"{sound.seconds:.3f}", str(len(c)), f"{b / len(c):.4f}"])
     seconds = total / model.config.sample_rate
     rows.append(["all", f"{seconds:.3f}", str(total), f"{bits.sum() / total:.4f}"])
-    csv.writer(sys.stdout, delimiter="\t", lineterminator="\n").writerows(rows)
+    write_tsv(sys.stdout, rows[0], rows[1:])
     say(f"entropy of their codes, no context known: {order0_bits(codes):.4f} bits per sample")
     if args.output is not None:
-        with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
+        save_tsv(args.output, rows[0], rows[1:])

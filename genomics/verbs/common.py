@@ -1,17 +1,16 @@
 """What the verbs share: models from run folders, tables, and the report on labelled sequences."""
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from ...core.config import ComputeConfig
 from ...core.errors import InputError
-from ...core.files import write_json, written_whole
+from ...core.files import save_tsv, write_json
 from ...core.metrics import (
     classification_metrics,
     format_table,
@@ -146,14 +145,3 @@ def table_rows(rows: Iterable[Sequence[Any]], target: str) -> Iterable[list[Any]
     """Rows of (texts ..., decision, predictions): the probabilities written out, of a regression only the decision."""
     for *texts, row in rows:
         yield [*texts, *([f"{p:.6f}" for p in row] if target != "regression" else [])]
-
-
-def write_tsv(file: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-
-
-def save_tsv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with written_whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        write_tsv(file, header, rows)

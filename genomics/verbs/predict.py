@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ...core.errors import InputError
-from ...core.files import require_writable, written_whole
+from ...core.files import require_writable, write_tsv, written_whole
 from ...core.terminal import say
 from ...core.train import autocast
 from ..commands import Embed, Predict
@@ -21,7 +21,7 @@ from ..reading.source import opened
 from ..sources import files_of
 from ..terminal import progress_bar
 from ..tracks import Predicted, write_bed, write_bedgraph
-from .common import decisions, load_models, mean_predictions, passes, table_rows, tuned_thresholds, write_tsv
+from .common import decisions, load_models, mean_predictions, passes, table_rows, tuned_thresholds
 
 Embedded = Iterator[tuple[list[Piece], np.ndarray]]  # pieces, and their embeddings (n, D)
 
