@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch, folder):
-    """The CUDA path with its kernels emulated, chunks of 32 steps and tiles as on a GPU of one multiprocessor."""
+    """The CUDA path, its kernels emulated: chunks of 64 steps, units of 32, tiles as on a GPU of one multiprocessor."""
     if shutil.which("g++") is None or torch.cuda.is_available():
         pytest.skip("needs g++, and no GPU, where the kernels themselves are tested")
     monkeypatch.setattr(nvrtc, "EMULATED", True)
@@ -63,7 +63,8 @@ def on_the_cpu(monkeypatch, folder):
     monkeypatch.setattr(cuda, "usable", lambda device: True)
     monkeypatch.setattr(cuda, "_processors", lambda device: 1)
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
-    monkeypatch.setattr(cuda, "CHUNK", 32)
+    monkeypatch.setattr(cuda, "CHUNK", 64)
+    monkeypatch.setattr(cuda, "UNIT", 32)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
     forget()
     yield
@@ -99,6 +100,7 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
 @pytest.mark.parametrize("name", CASES)
 def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, assert_close):
     monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 10**9 if at_once else 0)
+    monkeypatch.setattr(cuda, "_processors", lambda device: 132 if at_once else 1)
     states, channels, groups, ends, reverse, static, absent = CASES[name]
     tensors = inputs(ends[-1], channels, states, groups, len(ends) - 1)
     tensors |= {m: tensors["A"] * (1.5 if m == "B" else -1.0) for m in static}
@@ -114,7 +116,8 @@ def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, asse
 @pytest.mark.slow
 @pytest.mark.parametrize("states", [1, 4, 16])
 def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monkeypatch, results_of, cast):
-    """Few and many rows for a multiprocessor, chunks one after another and at once, and tensors at odd addresses."""
+    """Few and many rows for a multiprocessor, chunks one after another and at once, units walked by one block and by
+    several, and tensors at odd addresses."""
     tensors = cast(inputs(70, 36, states, 1, 1), torch.float32)
     arguments = {"delta_softplus": True, "return_final_state": True}
     first = results_of(selective_scan, tensors, "cuda", **arguments)
@@ -218,7 +221,8 @@ def test_shared_memory_fits(states, kilobytes, tmp_path):
         pytest.skip("needs g++")
     limit = kilobytes * 1024 if kilobytes < 227 or states == 64 else (228 // 2 - 1) * 1024
     tile = cuda._backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
-    macros = {"N": states, "VB": 4, "CHUNK": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1, "STATIC_B": 0, "STATIC_C": 0}
+    macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
+    macros |= {"STATIC_B": 0, "STATIC_C": 0}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
     source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
     path = tmp_path / "size.cpp"
