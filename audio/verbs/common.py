@@ -1,7 +1,6 @@
 """What the verbs share: the model of a run folder, and sound files as codes at its rate."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -34,12 +33,6 @@ def load_causal_model(run: Path, compute: ComputeConfig) -> AudioModel:
 
 def load_classifier(run: Path, compute: ComputeConfig) -> AudioClassifier:
     return AudioClassifier.from_pretrained(run).to(pick_device(compute))
-
-
-def precise(compute: ComputeConfig) -> ComputeConfig:
-    """For sample by sample work "auto" is float32, on a GPU too: a long recurrence gains nothing by less, and a whole
-    block is one kernel only outside autocast."""
-    return replace(compute, precision="fp32") if compute.precision == "auto" else compute
 
 
 def read_codes(words: Sequence[Path], config: AudioConfig) -> tuple[list[Sound], list[np.ndarray], list[str]]:

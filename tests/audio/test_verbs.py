@@ -11,7 +11,10 @@ import soundfile
 import torch
 
 from polymamba.audio import AudioClassifier, AudioModel
+from polymamba.audio.commands import Eval, Generate
+from polymamba.audio.generation import write_on
 from polymamba.audio.reading import WRITABLE
+from polymamba.audio.verbs import generate
 from polymamba.cli import main
 
 RATE = 2000
@@ -133,6 +136,21 @@ def test_generation_goes_on_from_a_state(run, tmp_path):
     assert np.array_equal(c[600:], b)
 
 
+@pytest.mark.parametrize(("words", "is_half"), [((), False), (("--precision", "bf16"), True)])
+def test_sound_is_made_in_float32_unless_less_is_asked_for(run, tmp_path, monkeypatch, words, is_half):
+    """On a GPU too."""
+    seen = set()
+
+    def writing(*args, **options):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return write_on(*args, **options)
+
+    monkeypatch.setattr(generate, "write_on", writing)
+    run_ok("generate", run, "-o", tmp_path / "a.wav", "--seconds", "0.01", *words)
+    assert seen == {is_half}
+    assert Generate(run=run, stdout=True).compute.precision == Eval(run=run, files=(run,)).compute.precision == "fp32"
+
+
 def test_several_at_once_are_those_alone(run, tmp_path):
     run_ok("generate", run, "-o", tmp_path / "x.wav", "--n", "3", "--seconds", "0.2", "--seed", "5")
     run_ok("generate", run, "-o", tmp_path / "alone.wav", "--seconds", "0.2", "--seed", "6")
@@ -190,7 +208,7 @@ def test_classifier(digits, put, tone, tmp_path, capsys):
     run = tmp_path / "run"
     run_ok("train", digits, "-o", run, "--classifier", *QUICK, "--epochs", "12", "--context", "600")
     assert "accuracy" in capsys.readouterr().out
-    assert json.loads((run / "labels.json").read_text()) == ["hi", "lo"]
+    assert json.loads((run / "labels.json").read_text()) == {"0": "hi", "1": "lo"}
     assert (run / "confusion.png").exists()
     assert isinstance(AudioClassifier.from_pretrained(run), AudioClassifier)
     run_ok("classify", run, put("low.wav", tone(0.2, RATE, 95)), put("high.wav", tone(0.2, RATE, 390)))
@@ -263,6 +281,10 @@ def test_bad_words(run, digits, put, tone, tmp_path, capsys):
         (
             ["train", digits, "-o", tmp_path / "t", "--labels", "--classifier"],
             "labels and classifier exclude each other",
+        ),
+        (
+            ["train", digits, "-o", tmp_path / "t", "--classifier", "--gate", "-30"],
+            "a classifier hears every recording",
         ),
         (["score", run, digits, "--chunk", "0"], "chunk is 0; it must be at least 1"),
     ):
