@@ -7,6 +7,7 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..core.config import ComputeConfig, SamplingConfig, TrainConfig
+from ..core.inputs import require_files
 from .config import PRESETS, Codec, Dividing, Layout, Preset, UNetConfig
 
 Output = Annotated[Path, arg(aliases=["-o"])]
@@ -61,7 +62,7 @@ class Train:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        require_files(self.files)
         _at_least(self, "context", 1)
         if self.sample_rate is not None:
             _at_least(self, "sample_rate", 1)
@@ -90,11 +91,6 @@ class Train:
         )
 
 
-def _require_files(files: tuple[Path, ...]) -> None:
-    if not files:
-        raise ValueError("no files; name at least one file or folder")
-
-
 @dataclass(frozen=True, kw_only=True)
 class _OnFiles:
     run: Positional[Path]
@@ -104,7 +100,7 @@ class _OnFiles:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        require_files(self.files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +218,7 @@ class Plot:
     """Show a traceback when something fails."""
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        require_files(self.files)
         if not self.seconds > 0:
             raise ValueError(f"seconds is {self.seconds}; it must be above 0")
 
