@@ -286,6 +286,7 @@ def test_bad_words(run, digits, put, tone, tmp_path, capsys):
             ["train", digits, "-o", tmp_path / "t", "--classifier", "--gate", "-30"],
             "a classifier hears every recording",
         ),
+        (["score", run], "no files; name at least one file or folder"),
         (["score", run, digits, "--chunk", "0"], "chunk is 0; it must be at least 1"),
     ):
         assert main(["audio", *map(str, words)]) == 2
