@@ -19,11 +19,11 @@ from .attention import Attention
 from .config import BackboneConfig
 from .lru import LRU
 from .mamba import BiMamba, Mamba
+from .mixer_sum import MixerSum
 from .mlp import MLP
 from .moe import MoE
 from .norm import NORM_CLASSES, AddNoNorm
 from .padding import Padding
-from .parallel import Parallel
 from .s4 import S4
 from .s4d import S4D
 
@@ -36,7 +36,7 @@ def mixer_of(name: str, c: BackboneConfig) -> nn.Module:
     The last projection, which writes to the residual stream, is called out_proj.
     """
     if "+" in name:
-        return Parallel(mixer_of(part, c) for part in name.split("+"))
+        return MixerSum(mixer_of(part, c) for part in name.split("+"))
     if name == "attention":
         return Attention(c.d_model, c.heads, c.rope_theta)
     if name == "mlp":

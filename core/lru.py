@@ -135,7 +135,7 @@ def diagonal_scan(
         return h, h[:, -1] if length else state
     bounds = cu_seqlens.to(torch.int64)
     starts, ends = bounds[:-1], bounds[1:]
-    sequence = torch.searchsorted(ends, tokens, right=True)
+    sequence = torch.searchsorted(bounds, tokens, right=True) - 1  # in `ends`, a slice, inductor could not
     place = tokens - starts[sequence]
     if state is None:
         state = x.new_zeros(len(starts), n_states)
