@@ -221,11 +221,40 @@ class Export:
         _require_at_least(self, 4, "size")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure models' speed here: images a second, trained on and judged; memory; how near that is to its limit."""
+
+    models: Positional[tuple[Path, ...]]
+    """Run folders, and names of models, ours or any other of timm's, which get random weights; ratios are to the
+    first's."""
+    size: int | None = None
+    """Pixels of the square that the models see; left out, what each was made for."""
+    batch_size: int = 64
+    """Images in a batch."""
+    compile: bool = False
+    """Measure under torch.compile, too: compiling takes minutes."""
+    repeats: int = 5
+    """Times each thing is done; the median is shown."""
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """File to write the table to (.json or .md); it is printed anyway."""
+    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 4, "size")
+        _require_at_least(self, 1, "batch_size", "repeats")
+        if not self.models:
+            raise ValueError("no model; name a run folder, or a model such as vim_tiny_patch16_224")
+        if self.output is not None and self.output.suffix not in (".json", ".md"):
+            raise ValueError(f"output is {self.output}; its ending must be .json or .md")
+
+
 COMMANDS = {
     "train": (Train, "polymamba.vision.verbs.train:train"),
     "predict": (Predict, "polymamba.vision.verbs.predict:predict"),
     "eval": (Eval, "polymamba.vision.verbs.evaluate:evaluate"),
     "features": (Features, "polymamba.vision.verbs.features:features"),
     "explain": (Explain, "polymamba.vision.verbs.explain:explain"),
+    "bench": (Bench, "polymamba.vision.verbs.bench:bench"),
     "export": (Export, "polymamba.vision.verbs.export:export"),
 }
