@@ -39,10 +39,8 @@ WARM_UPS = 3
 KINDS = ("forward", "training", "compiled forward")
 
 
-def measure(
-    name: str, size: int, batch: int, kind: str, device: torch.device, repeats: int
-) -> tuple[float, float] | str:
-    """(images a second, peak GiB; NaN on a CPU), or that memory is too small."""
+def measure(name: str, size: int, batch: int, kind: str, device: torch.device, repeats: int) -> Cell:
+    """Of a line of the plan."""
     training = kind == "training"
     dtype = torch.float32 if training else torch.bfloat16
 

@@ -78,10 +78,11 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a classifier on labelled images: folders of classes, a table, .npz, .parquet or IDX files."""
+    """Train a classifier on labelled images: folders of classes, a table, .npz, Parquet, a saved dataset, or IDX."""
 
     data: Positional[Path]
-    """DIR/CLASS/image or DIR/train/CLASS/image; .csv or .tsv of images and labels; .npz; .parquet; a folder of IDX."""
+    """DIR/CLASS/image or DIR/train/CLASS/image; .csv or .tsv of images and labels; .npz; .parquet, or a folder of them
+    such as a dataset of Hugging Face's hub; a folder that `datasets.save_to_disk` wrote; a folder of IDX."""
     output: Output
     """Run folder to make: model, metrics, log, curves, pictures and checkpoints."""
     recipe: RecipeName = "small-image"
@@ -141,7 +142,7 @@ class Predict(_OnModel):
     """Say what images show: a table of the likeliest classes. What cannot be read is reported in it, too."""
 
     images: Positional[tuple[Path, ...]]
-    """Files, folders with images at any depth, or globs."""
+    """Files, folders with images at any depth, globs, .parquet, or folders that `datasets.save_to_disk` wrote."""
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """File to write: .csv, .tsv or .json; a table on stdout if left out."""
     top_k: int = 5
@@ -171,7 +172,7 @@ class Features(_OnModel):
     """Write what a model makes of images before its head; with --probe say how well that tells classes apart."""
 
     images: Positional[tuple[Path, ...]]
-    """Files, folders with images at any depth, or globs; with --probe one source of labelled images, as for train."""
+    """As for predict; with --probe one source of labelled images, as for train."""
     output: Output
     """File to write: .npy, with the images' names beside it in .names.tsv, or .parquet."""
     probe: bool = False
@@ -190,7 +191,7 @@ class Explain:
     run: Positional[Path]
     """Run folder of the model, or any model folder."""
     images: Positional[tuple[Path, ...]]
-    """Files, folders with images at any depth, or globs."""
+    """Files, folders with images at any depth, globs, .parquet, or folders that `datasets.save_to_disk` wrote."""
     output: Output
     """Folder to make."""
     class_name: str | None = None
