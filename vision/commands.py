@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -198,7 +198,10 @@ class Explain:
     """The class to explain; left out, each image's likeliest one."""
     most: int = 24
     """No more images than this."""
-    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU if there is one. Precision is always float32."""
+    debug: bool = False
+    """Show a traceback when something fails."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "most")
@@ -216,7 +219,8 @@ class Export:
     """File to write: .onnx or .pt2; classes and how to prepare an image go to a .json beside it."""
     size: int | None = None
     """Pixels of the square that it will take; left out, what the model was trained on."""
-    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+    debug: bool = False
+    """Show a traceback when something fails."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, 4, "size")

@@ -188,7 +188,7 @@ def test_what_is_wrong_is_said(saved, pictures, tmp_path):
 
 def test_train_eval_predict(saved, tmp_path, capsys):
     run = tmp_path / "run"
-    flags = ["--model", "test_vmamba", "--size", "16", "--batch-size", "8", "--lr", "0.01", "--epochs", "2"]
+    flags = ["--model", "test_vmamba", "--size", "16", "--batch-size", "8", "--lr", "0.01", "--epochs", "1"]
     assert main(["vision", "train", str(saved), "-o", str(run), *flags, "--device", "cpu"]) == 0
     assert json.loads((run / "labels.json").read_text()) == dict(zip("012", COLOURS, strict=True))
     assert json.loads((run / "manifest.json").read_text())["settings"]["parts"] == {"train": 18, "valid": 6, "test": 12}
@@ -197,7 +197,7 @@ def test_train_eval_predict(saved, tmp_path, capsys):
     ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "e", run))
     assert ours["confusion"] == theirs["confusion"]
     out = tmp_path / "p.csv"
-    words = ["vision", "predict", str(run), str(saved / "test"), "-o", str(out), "--device", "cpu", "--workers", "1"]
+    words = ["vision", "predict", str(run), str(saved / "test"), "-o", str(out), "--device", "cpu"]
     assert main(words) == 0
     with out.open() as file:
         rows = list(csv.DictReader(file))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ...core.config import ComputeConfig
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder
 from ...core.terminal import say
@@ -24,7 +25,7 @@ def explain(args: Explain) -> None:
     if len(names) > args.most:
         say(f"the first {args.most} of {len(names)} images; --most for others")
         names = names[: args.most]
-    model, classes = load_model(args.run, args.compute)
+    model, classes = load_model(args.run, ComputeConfig(device=args.device))
     if args.class_name is not None and args.class_name not in classes:
         raise InputError(f"--class-name {args.class_name}: none of the model's classes: {', '.join(classes[:20])}")
     wanted = None if args.class_name is None else torch.tensor([classes.index(args.class_name)])
