@@ -37,7 +37,7 @@ def find_shards(path: Path) -> list[Shard]:
     if path.is_file():
         return [Shard(path, _split_of(Path(path.name)))] if path.suffix.lower() == ".parquet" else []
     if (path / SPLITS).is_file():
-        splits = _read_json(path / SPLITS, "splits")
+        splits = _read_json(path / SPLITS, "splits", list)
         return [Shard(file, str(split)) for split in splits for file in _arrow_files(path / str(split))]
     if (path / STATE).is_file():
         return [Shard(file, "") for file in _arrow_files(path)]
@@ -53,7 +53,7 @@ def find_shards(path: Path) -> list[Shard]:
 
 
 def _arrow_files(folder: Path) -> list[Path]:
-    entries = _read_json(folder / STATE, "_data_files")
+    entries = _read_json(folder / STATE, "_data_files", list)
     try:
         files = [folder / entry["filename"] for entry in entries]
     except (TypeError, LookupError):
@@ -64,13 +64,16 @@ def _arrow_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_json(path: Path, key: str) -> Any:
+def _read_json(path: Path, key: str, kind: type) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))[key]
+        value = json.loads(path.read_text(encoding="utf-8"))[key]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; `datasets.save_to_disk` writes one") from None
     except (ValueError, LookupError, TypeError):
-        raise InputError(f"{path}: damaged: no JSON with {key!r}") from None
+        value = None
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: damaged: no JSON with {key!r}")
+    return value
 
 
 def _split_of(inside: Path) -> str:
@@ -131,8 +134,11 @@ def _read_table(path: Path) -> Any:
     try:
         if path.suffix.lower() == ".parquet":
             return pq.ParquetFile(path).read()
-        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowException) as error:
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)  # of offsets: pyarrow trusts a stream's, and a wrong one ends the process
+        table.slice(0, 1).to_pylist()  # UnicodeDecodeError if the name of a column or field is damaged
+        return table
+    except (OSError, ValueError, pa.ArrowException) as error:
         kind = "a Parquet file" if path.suffix.lower() == ".parquet" else "a file of Arrow's stream format"
         raise InputError(f"{path}: not {kind}, or damaged ({' '.join(str(error).split())[:100]})") from None
 
@@ -140,10 +146,10 @@ def _read_table(path: Path) -> Any:
 def _features(path: Path, metadata: Any) -> dict[str, dict[str, Any]]:
     """Hugging Face's description of each column: of the schema's metadata, else of the file beside an .arrow file."""
     try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        features = dict(json.loads(metadata[b"huggingface"])["info"]["features"])
     except (LookupError, TypeError, ValueError):
         info = path.with_name(INFO)
-        features = _read_json(info, "features") if info.is_file() else {}
+        features = _read_json(info, "features", dict) if info.is_file() else {}
     return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
 
 

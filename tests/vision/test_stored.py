@@ -179,11 +179,38 @@ def test_what_is_wrong_is_said(saved, pictures, tmp_path):
     (saved / "train" / "state.json").write_text("[]")
     refuses(saved, r"state\.json: damaged: no JSON with '_data_files'")
     (saved / "train" / "state.json").write_text('{"_data_files": 3}')
+    refuses(saved, r"state\.json: damaged")
+    (saved / "train" / "state.json").write_text('{"_data_files": [3]}')
     refuses(saved, r"state\.json: names no files")
     (saved / "train" / "state.json").unlink()
     refuses(saved, r"train/state\.json: no such file")
     (saved / "dataset_dict.json").write_text("{")
     refuses(saved, r"dataset_dict\.json: damaged")
+
+
+def test_damaged_anywhere(pictures, tmp_path):
+    """One clear line, or images that are read; the process never ends over it."""
+    save_to_disk(tmp_path / "d", table_of(pictures, range(1)))
+    shard = tmp_path / "d" / "data-00000-of-00001.arrow"
+    whole, rng, n_refused = shard.read_bytes(), np.random.default_rng(0), 0
+    cuts = [whole[:length] for length in range(0, len(whole) - 8, len(whole) // 40)]
+    for content in (*cuts, *(spoiled(whole, rng) for _ in range(100))):
+        shard.write_bytes(content)
+        try:
+            images = read_source(tmp_path / "d")
+        except InputError:
+            n_refused += 1
+        else:
+            assert sum(1 for _ in images.items) <= 3
+    assert n_refused > len(cuts)
+
+
+def spoiled(content: bytes, rng: np.random.Generator) -> bytes:
+    """Two bytes among the first 1,024, where sizes are told, and two anywhere are other ones."""
+    changed = bytearray(content)
+    for place in (*rng.integers(0, 1024, 2), *rng.integers(0, len(content), 2)):
+        changed[place] = rng.integers(256)
+    return bytes(changed)
 
 
 def test_train_eval_predict(saved, tmp_path, capsys):
