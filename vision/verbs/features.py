@@ -23,8 +23,7 @@ def features(args: Features) -> None:
     labelled = read_source(args.images[0]) if args.probe else None
     if labelled is not None and len(args.images) > 1:
         raise InputError("--probe: give one source of labelled images, as for train")
-    items = find_images(args.images) if labelled is None else labelled.items
-    names = list(map(str, items)) if labelled is None else labelled.names
+    items, names = find_images(args.images) if labelled is None else (labelled.items, labelled.names)
     model = load_image_model(args.run).to(pick_device(args.compute))
     device, found = next(model.parameters()).device, []
     with progress_bar("features", len(names)) as advance, torch.no_grad(), autocast(args.compute):
