@@ -5,7 +5,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..backends import IN_PYTORCH, choose, watched
+from ..backends import IN_PYTORCH, choose
+from ..operators import Operator
 from .reference import norm_reference
 
 _MODULES = {"numba": "cpu", "triton": "triton"}
@@ -46,8 +47,7 @@ def _choose_and_run(
         return norm_reference(x, residual, weight, bias, eps, centred)
     rows = x.reshape(-1, x.shape[-1])
     flat_residual = None if residual is None else residual.reshape(rows.shape)
-    run = _norm if watched(x, residual, weight, bias) else _unwatched_norm
-    y, stream = run(rows, flat_residual, weight, bias, eps, centred, backend)
+    y, stream = _norm(rows, flat_residual, weight, bias, eps, centred, backend)
     return y.view(x.shape), x.to(torch.float32) if residual is None else stream.view(x.shape)
 
 
@@ -69,7 +69,7 @@ def _check(x, residual, weight, bias):
 # The operators below see rows: x and residual are (T, D). A tensor that does not apply is returned empty.
 
 
-def _unwatched_norm(
+def _run(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(y, stream); the stream is empty without a residual: then it is x."""
@@ -77,17 +77,15 @@ def _unwatched_norm(
     return module.forward(x, residual, weight, bias, eps, centred)
 
 
-_norm = torch.library.custom_op("polymamba::norm", _unwatched_norm, mutates_args=())
-
-
-@_norm.register_fake
-def _(x, residual, weight, *_):
+def _fake(x, residual, weight, *_):
     stream = (0,) if residual is None else x.shape
     return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(stream, dtype=torch.float32)
 
 
-@torch.library.custom_op("polymamba::norm_backward", mutates_args=())
-def _norm_backward(
+_norm = Operator("norm", _run, _fake)
+
+
+def _run_backward(
     dy: Tensor, dstream: Tensor | None, stream: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
     centred: bool, x_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -98,14 +96,16 @@ def _norm_backward(
     return dresidual, dx, dweight.to(weight.dtype), weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
 
 
-@_norm_backward.register_fake
-def _(dy, dstream, stream, weight, bias, eps, centred, x_dtype, backend):
+def _fake_backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype, backend):
     return (
         stream.new_empty(stream.shape, dtype=torch.float32),
         stream.new_empty((0,) if x_dtype == torch.float32 else stream.shape, dtype=x_dtype),
         weight.new_empty(weight.shape),
         weight.new_empty(0) if bias is None else bias.new_empty(bias.shape),
     )
+
+
+_norm_backward = Operator("norm_backward", _run_backward, _fake_backward)
 
 
 def _setup_context(ctx, inputs, output):
@@ -128,4 +128,4 @@ def _backward(ctx, dy, dstream):
     )
 
 
-_norm.register_autograd(_backward, setup_context=_setup_context)
+_norm.differentiate(_backward, _setup_context)
