@@ -128,6 +128,8 @@ _FUSED = (nn.Linear, nn.Conv1d, AddRMSNorm, AddLayerNorm)
 class Mamba(SelectiveSSM):
     """The Mamba block alone: (B, L, d_model) -> (B, L, d_model), causal."""
 
+    projects_input = True
+
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | None = None):
         d_inner = expand * d_model
         super().__init__(d_inner, d_state, d_conv, -(-d_model // 16) if dt_rank is None else dt_rank)
@@ -202,6 +204,8 @@ class BiMamba(nn.Module):
 
     Sharing the projections, which hold most parameters, is Caduceus's idea (arXiv 2403.03234, section 3.1).
     """
+
+    projects_input = True
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | None = None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""An implementation as PyTorch sees it: an operator where something traces, as little as possible where nothing does."""
+"""An implementation as PyTorch sees it: an operator where something traces, as little as may be elsewhere."""
 
 from collections.abc import Callable
 from typing import Any

@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
-        normed, residual = self.norm(x, stream)
+        normed, residual = self.norm(x, stream, projected=True)
         return self.drop_path(self.mixer(normed)), residual
 
 

@@ -13,41 +13,43 @@ _MODULES = {"numba": "cpu", "triton": "triton"}
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None, dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add x to the residual stream and normalise that by its root mean square (arXiv 1910.07467), in one pass.
 
         stream = residual + x
         y = stream / sqrt(mean(stream^2) + eps) * weight
 
     Shapes: x, residual (.., D), weight (D,). The stream is float32, or float64 for float64 inputs, and `residual` must
-    be so too; without it the stream is x. Returns (y in weight's dtype, stream), both (.., D), both with gradients;
-    those of the weight are summed in a fixed order.
+    be so too; without it the stream is x. Returns (y in `dtype`, by default weight's, and stream), both (.., D), both
+    with gradients; those of the weight are summed in a fixed order.
 
     Raises ValueError if shapes or dtypes disagree or if `backend` cannot run these inputs.
     """
-    return _choose_and_run(x, residual, weight, None, eps, False, backend)
+    return _choose_and_run(x, residual, weight, None, eps, False, dtype, backend)
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None,
-    backend: str | None = None,
+    dtype: torch.dtype | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `rms_norm`, of the stream less its mean, plus a bias (D,) if given (arXiv 1607.06450)."""
-    return _choose_and_run(x, residual, weight, bias, eps, True, backend)
+    return _choose_and_run(x, residual, weight, bias, eps, True, dtype, backend)
 
 
 def _choose_and_run(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool,
-    backend: str | None,
+    dtype: torch.dtype | None, backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(x, residual, weight, bias)
     backend = choose(backend, x.device, torch.promote_types(x.dtype, weight.dtype))
+    dtype = dtype or weight.dtype
     if backend in IN_PYTORCH:
-        return norm_reference(x, residual, weight, bias, eps, centred)
+        return norm_reference(x, residual, weight, bias, eps, centred, dtype)
     rows = x.reshape(-1, x.shape[-1])
     flat_residual = None if residual is None else residual.reshape(rows.shape)
-    y, stream = _norm(rows, flat_residual, weight, bias, eps, centred, backend)
+    y, stream = _norm(rows, flat_residual, weight, bias, eps, centred, dtype, backend)
     return y.view(x.shape), x.to(torch.float32) if residual is None else stream.view(x.shape)
 
 
@@ -70,16 +72,17 @@ def _check(x, residual, weight, bias):
 
 
 def _run(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool,
+    dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, stream); the stream is empty without a residual: then it is x."""
     module = import_module(f".{_MODULES[backend]}", __package__)
-    return module.forward(x, residual, weight, bias, eps, centred)
+    return module.forward(x, residual, weight, bias, eps, centred, dtype)
 
 
-def _fake(x, residual, weight, *_):
+def _fake(x, residual, weight, bias, eps, centred, dtype, backend):
     stream = (0,) if residual is None else x.shape
-    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(stream, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(stream, dtype=torch.float32)
 
 
 _norm = Operator("norm", _run, _fake)
@@ -109,7 +112,7 @@ _norm_backward = Operator("norm_backward", _run_backward, _fake_backward)
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, eps, centred, backend = inputs
+    x, residual, weight, bias, eps, centred, _, backend = inputs
     ctx.save_for_backward(x if residual is None else output[1], weight, bias)
     ctx.options = (eps, centred, x.dtype, backend)
     ctx.has_residual = residual is not None
@@ -124,7 +127,7 @@ def _backward(ctx, dy, dstream):
     dresidual, dx, dweight, dbias = _norm_backward(dy, dstream, stream, weight, bias, *ctx.options)
     return (
         *(dx if dx.shape == stream.shape else dresidual, dresidual if ctx.has_residual else None),
-        *(dweight, None if bias is None else dbias, None, None, None),
+        *(dweight, None if bias is None else dbias, None, None, None, None),
     )
 
 

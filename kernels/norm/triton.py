@@ -82,9 +82,9 @@ def _shape(width: int) -> dict[str, int]:
     return {"ROWS": n_rows, "BLOCK": block, "num_warps": min(max(n_rows * block // 1024, 1), 16)}
 
 
-def forward(x, residual, weight, bias, eps, centred):
+def forward(x, residual, weight, bias, eps, centred, dtype):
     n_rows, width = x.shape
-    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     stream = torch.empty((0,) if residual is None else x.shape, dtype=torch.float32, device=x.device)
     x, residual = with_rows(x), None if residual is None else with_rows(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()

@@ -61,9 +61,12 @@ def test_norm_operator(backend, device_of):
         torch.randn(shape, device=device, requires_grad=True) for shape in ((6, 5), (6, 5), (5,), (5,))
     )
     norm = OPERATORS.norm.default
-    torch.library.opcheck(norm, (x, residual, weight, bias, 1e-5, True, backend))
-    torch.library.opcheck(norm, (x.detach().bfloat16().requires_grad_(), residual, weight, None, 1e-5, False, backend))
-    torch.library.opcheck(norm, (x, None, weight, None, 1e-5, False, backend))
+    torch.library.opcheck(norm, (x, residual, weight, bias, 1e-5, True, torch.float32, backend))
+    half = torch.bfloat16
+    torch.library.opcheck(
+        norm, (x.detach().to(half).requires_grad_(), residual, weight, None, 1e-5, False, half, backend)
+    )
+    torch.library.opcheck(norm, (x, None, weight, None, 1e-5, False, torch.float32, backend))
 
 
 def test_step_operators(device_of):
