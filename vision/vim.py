@@ -40,9 +40,9 @@ class VimMixer(BiMamba):
 
     def forward(self, hidden: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - no packs
         """(B, L, D) -> the same shape."""
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        ahead, _ = self.forwards(x, z)
-        back, _ = self.backwards(x, z, reverse=True)
+        xz = self.in_proj(hidden)
+        ahead, _ = self.forwards(xz)
+        back, _ = self.backwards(xz, reverse=True)
         return F.linear(ahead + back, self.out_proj.weight * self.share)
 
 

@@ -1,16 +1,14 @@
 """The public causal convolution: checks, choice of a backend, and the operators that torch.compile and autograd see."""
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
 from ..backends import IN_PYTORCH, choose, watched
-from ..operators import Operator
+from ..operators import Implementations, Operator
 from ..sequences import sequence_bounds
 from .reference import causal_conv1d_reference, causal_conv1d_step_reference
 
-_MODULES = {"numba": "cpu", "triton": "triton"}
+implementation = Implementations(__package__, numba="cpu", triton="triton")
 
 
 def causal_conv1d(
@@ -119,8 +117,7 @@ def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     batch: int, silu: bool, reverse: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    module = import_module(f".{_MODULES[backend]}", __package__)
-    return module.forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    return implementation(backend, "forward")(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
 
 
 def _fake(x, *_):
@@ -134,8 +131,7 @@ def _run_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, batch: int, silu: bool, reverse: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    module = import_module(f".{_MODULES[backend]}", __package__)
-    grads = module.backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    grads = implementation(backend, "backward")(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
     inputs = (x, weight, bias, initial_state)
     return tuple(  # pyright: ignore[reportReturnType] - four, by construction
         x.new_empty(0) if i is None else g.to(i.dtype).contiguous() for i, g in zip(inputs, grads, strict=True)
@@ -166,7 +162,7 @@ _conv.differentiate(_backward, _setup_context)
 
 
 def _unwatched_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    return import_module(".triton", __package__).step(state, x, weight, bias, silu)
+    return implementation("triton", "step")(state, x, weight, bias, silu)
 
 
 _step = torch.library.custom_op("polymamba::causal_conv1d_step", _unwatched_step, mutates_args={"state"})

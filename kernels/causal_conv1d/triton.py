@@ -79,7 +79,7 @@ def _forward(
 @triton.jit(do_not_specialize=["length", "n_seqs"])
 def _backward(
     dy, x, weight, bias, state, cu_seqlens, dx, dweight, dbias, dstate,
-    dy_stride, x_stride, length, n_seqs, n_channels,
+    dy_stride, dx_stride, x_stride, length, n_seqs, n_channels,
     W: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, K: tl.constexpr,
     SILU: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def _backward(
                 dx_row += taps[W - 1 - k] * grads[k]
             target = step + i - (W - 1)  # the oldest input of the window: no later step sees it
             row = token_of(start, length, target, REVERSE)
-            tl.store(dx + row * n_channels + d, dx_row, mask=in_d & (target >= begin) & (target < end))
+            tl.store(dx + row * dx_stride + d, dx_row, mask=in_d & (target >= begin) & (target < end))
             if dstate is not None:
                 tl.store(dstate + state_at + (W - 1 + target), dx_row, mask=in_d & (target < 0))
             window = window[1:]
@@ -184,17 +184,24 @@ def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
     return y
 
 
-def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
-    """Gradients of (x, weight, bias, initial_state)."""
+def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, dx=None):
+    """Gradients of (x, weight, bias, initial_state). dx: room for the first, perhaps columns of a wider matrix."""
     n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     dweight = torch.empty(n_pieces, *weight.shape, device=x.device)
     dbias = None if bias is None else torch.empty(n_pieces, *bias.shape, device=x.device)
     dstate = None if initial_state is None else torch.empty(initial_state.shape, device=x.device)
     dy = with_rows(dy)
     with torch.cuda.device_of(x):
         _backward[(n_pieces * triton.cdiv(x.shape[1], BLOCK_D),)](
-            **arguments, dy=dy, dy_stride=dy.stride(0), dx=dx, dweight=dweight, dbias=dbias, dstate=dstate
+            **arguments,
+            dy=dy,
+            dy_stride=dy.stride(0),
+            dx=dx,
+            dx_stride=dx.stride(0),
+            dweight=dweight,
+            dbias=dbias,
+            dstate=dstate,
         )
         return dx, sum_first_axis(dweight), None if dbias is None else sum_first_axis(dbias), dstate
 

@@ -1,15 +1,13 @@
 """The public norms: checks, choice of a backend, and the operators that torch.compile and autograd see."""
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
 from ..backends import IN_PYTORCH, choose
-from ..operators import Operator
+from ..operators import Implementations, Operator
 from .reference import norm_reference
 
-_MODULES = {"numba": "cpu", "triton": "triton"}
+_implementation = Implementations(__package__, numba="cpu", triton="triton")
 
 
 def rms_norm(
@@ -76,8 +74,7 @@ def _run(
     dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, stream); the stream is empty without a residual: then it is x."""
-    module = import_module(f".{_MODULES[backend]}", __package__)
-    return module.forward(x, residual, weight, bias, eps, centred, dtype)
+    return _implementation(backend, "forward")(x, residual, weight, bias, eps, centred, dtype)
 
 
 def _fake(x, residual, weight, bias, eps, centred, dtype, backend):
@@ -93,8 +90,8 @@ def _run_backward(
     centred: bool, x_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of (residual, x, weight, bias); x's is empty if x is float32: then it is the residual's."""
-    module = import_module(f".{_MODULES[backend]}", __package__)
-    dresidual, dx, dweight, dbias = module.backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype)
+    backward = _implementation(backend, "backward")
+    dresidual, dx, dweight, dbias = backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype)
     dx = stream.new_empty(0, dtype=x_dtype) if x_dtype == torch.float32 else dx
     return dresidual, dx, dweight.to(weight.dtype), weight.new_empty(0) if bias is None else dbias.to(bias.dtype)
 

@@ -1,17 +1,14 @@
 """The public selective scan: checks, the choice of a backend, and the operator that torch.compile and autograd see."""
 
-from collections.abc import Callable
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
 from ..backends import choose, watched
-from ..operators import Operator
+from ..operators import Implementations, Operator
 from .plain import selective_scan_plain
 from .reference import selective_scan_reference, selective_scan_step_reference
 
-_MODULES = {"torch": "chunked", "numba": "cpu", "triton": "triton", "cuda": "cuda"}
+implementation = Implementations(__package__, torch="chunked", numba="cpu", triton="triton", cuda="cuda")
 
 
 def selective_scan(
@@ -143,10 +140,6 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens):
     expect("initial_state", initial_state, (n_seqs, n_channels, n_states))
 
 
-def _implementation(backend: str, direction: str) -> Callable:
-    return getattr(import_module(f".{_MODULES[backend]}", __package__), direction)
-
-
 # What the operators below see is flat: T tokens of all sequences laid end to end (sequences.py). u, delta, z are
 # (T, D); B, C (T, G, N) or (D, N); without cu_seqlens each of the `batch` sequences has T / batch tokens. A tensor
 # that does not apply is returned as an empty one.
@@ -158,7 +151,7 @@ def _run(
     batch: int, softplus: bool, reverse: bool, save: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, final state, saved states)."""
-    forward = _implementation(backend, "forward")
+    forward = implementation(backend, "forward")
     return forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save)
 
 
@@ -166,7 +159,7 @@ def _fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch,
     n_seqs = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(u.dtype, torch.float32)
     final = u.new_empty(n_seqs, *A.shape, dtype=dtype.to_complex() if A.is_complex() else dtype)
-    saved = _implementation(backend, "saved_shape")(u.shape[0], n_seqs, *A.shape) if save else (0, *A.shape)
+    saved = implementation(backend, "saved_shape")(u.shape[0], n_seqs, *A.shape) if save else (0, *A.shape)
     return u.new_empty(u.shape), final, final.new_empty(saved)
 
 
@@ -179,7 +172,7 @@ def _run_backward(
     saved: Tensor, batch: int, softplus: bool, reverse: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state)."""
-    backward = _implementation(backend, "backward")
+    backward = implementation(backend, "backward")
     grads = backward(
         dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
     )
@@ -220,7 +213,7 @@ def _unwatched_step(
     state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, softplus: bool,
 ) -> Tensor:  # fmt: skip
-    return _implementation("triton", "step")(state, u, delta, A, B, C, D, z, delta_bias, softplus)
+    return implementation("triton", "step")(state, u, delta, A, B, C, D, z, delta_bias, softplus)
 
 
 _step = torch.library.custom_op("polymamba::selective_scan_step", _unwatched_step, mutates_args={"state"})
