@@ -97,7 +97,7 @@ class SelectiveSSM(nn.Module):
         reverse: bool = False,
     ) -> tuple[Tensor, MambaState | None]:
         """xz (B, L, 2E), x and z side by side -> y (B, L, E), and the state after it if asked for."""
-        if state is None and not return_state:
+        if state is None and not return_state and type(self) in (SelectiveSSM, Mamba):
             y = at_once(self, xz, cu_seqlens, reverse=reverse, projected=False)
             if y is not None:
                 return y, None
@@ -152,7 +152,7 @@ class Mamba(SelectiveSSM):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MambaState]:
         """hidden (B, L, d_model) -> the same shape, or (that, state) iff return_state."""
-        if state is None and not return_state:
+        if state is None and not return_state and type(self) is Mamba:
             out = at_once(self, hidden, cu_seqlens, projected=True)
             if out is not None:
                 return out

@@ -39,7 +39,7 @@ def at_once(
     was made as, and wherever autocast or the weights' dtypes would have the parts compute otherwise.
     """
     # Not by attribute: what nn.Module does to find one takes longer than the rest of this.
-    parts = {name: mixer._modules[name] for name in (_ALL if projected else _INNER)}
+    parts: dict[str, Any] = {name: mixer._modules[name] for name in (_ALL if projected else _INNER)}
     own: Any = mixer._parameters
     if not as_made(*parts.values()) or all_modules._has_any_global_hook():
         return None

@@ -109,15 +109,18 @@ class _Settings(NamedTuple):
         return scan_interface.implementation(self.scan_backend, direction)(*inputs)
 
 
+def _projected(rows: Tensor, weight: Tensor | None) -> Tensor:
+    return rows if weight is None else torch.mm(rows, weight.t())
+
+
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s, cu_seqlens, hidden, in_proj, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj):  # pyright: ignore[reportIncompatibleMethodOverride]
         with torch.autocast(hidden.device.type, enabled=False):
-            in_proj, x_proj, dt_proj, out_proj = (
-                None if w is None else w.to(s.dtype) for w in (in_proj, x_proj, dt_proj, out_proj)
-            )
+            x_proj, dt_proj = x_proj.to(s.dtype), dt_proj.to(s.dtype)
+            in_proj, out_proj = (None if w is None else w.to(s.dtype) for w in (in_proj, out_proj))
             rows, taps, A = hidden.to(s.dtype).flatten(0, 1), conv[:, 0], -torch.exp(A_log.float())
-            xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
+            xz = _projected(rows, in_proj)
             x, z = s.halves(xz)
             u = s.convolution("forward", x, taps, conv_bias, None, cu_seqlens)
             low = torch.mm(u, x_proj.t())
@@ -126,7 +129,7 @@ class _Block(torch.autograd.Function):
             y, _, saved = s.scan(
                 "forward", u, delta, A, B, C, D, z, dt_bias, None, cu_seqlens, s.batch, True, s.reverse, True
             )
-            out = y if out_proj is None else torch.mm(y, out_proj.t())
+            out = _projected(y, out_proj)
         ctx.settings, ctx.hidden_shape = s, hidden.shape
         weights = in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj
         own = None if in_proj is None else xz, low, None if out_proj is None else y, saved

@@ -368,9 +368,9 @@ def _backward(
         return None if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
     du, ddelta, dh0 = like(u), like(delta), like(initial_state, torch.float32)
-    in_place = room is not None and _with_rows(room, p.vector) is room
-    dz = room if in_place else like(z)
-    if in_place:
+    dz = like(z)
+    if room is not None and _widest(p.vector, room) == p.vector:
+        dz = room
         p.values["Z_stride"] = room.stride(0) * room.element_size() * (-1 if reverse else 1)
     dA, dD, dbias = (like(x, torch.float32) for x in (A, D, delta_bias))
     dB, dC = (like(x, torch.float32 if x.dim() == 2 else None) for x in (B, C))
@@ -395,6 +395,6 @@ def _backward(
     p.launch_scan("backward", p.n_chunks * p.n_tiles, own=entering, saved=saved, **shares, **gradients)
     blocks = sum(-(-x.numel() // 128) for x in (dA, dD, dbias, dB, dC) if x is not None)
     p.launch("sum_shares", "sum_shares", blocks, 128, **shares, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias)
-    if room is not None and not in_place:
+    if room is not None and dz is not room:
         room.copy_(dz)
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dh0
