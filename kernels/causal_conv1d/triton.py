@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..sequences import checkpoint_slots
-from ..triton_runtime import load_float, load_rows, piece_of, sigmoid, sum_first_axis, token_of, with_rows
+from ..triton_runtime import ceil_div, load_float, load_rows, piece_of, sigmoid, sum_first_axis, token_of, with_rows
 
 PIECE = 64  # steps of a program
 BLOCK_D = 128  # channels of a program, 4 a lane
@@ -163,7 +163,7 @@ def _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
     n_tokens, n_channels = x.shape
     length = n_tokens // max(batch, 1)
     if cu_seqlens is None:
-        n_seqs, n_pieces = batch, batch * max(triton.cdiv(length, PIECE), 1)
+        n_seqs, n_pieces = batch, batch * max(ceil_div(length, PIECE), 1)
     else:
         n_seqs = cu_seqlens.shape[0] - 1
         n_pieces = checkpoint_slots(n_tokens, n_seqs, PIECE)
@@ -180,7 +180,7 @@ def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
     n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _forward[(n_pieces * triton.cdiv(x.shape[1], BLOCK_D),)](**arguments, y=y)
+        _forward[(n_pieces * ceil_div(x.shape[1], BLOCK_D),)](**arguments, y=y)
     return y
 
 
@@ -193,7 +193,7 @@ def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, revers
     dstate = None if initial_state is None else torch.empty(initial_state.shape, device=x.device)
     dy = with_rows(dy)
     with torch.cuda.device_of(x):
-        _backward[(n_pieces * triton.cdiv(x.shape[1], BLOCK_D),)](
+        _backward[(n_pieces * ceil_div(x.shape[1], BLOCK_D),)](
             **arguments,
             dy=dy,
             dy_stride=dy.stride(0),
@@ -211,7 +211,7 @@ def step(state, x, weight, bias, silu):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, window, bias = with_rows(x), state.contiguous(), None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
-        _step[(n_rows * triton.cdiv(n_channels, BLOCK_D),)](
+        _step[(n_rows * ceil_div(n_channels, BLOCK_D),)](
             window, x, weight.contiguous(), bias, y, x.stride(0), n_channels,
             W=weight.shape[1], BLOCK_D=BLOCK_D, SILU=silu, num_warps=1,
         )  # fmt: skip

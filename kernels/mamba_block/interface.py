@@ -137,43 +137,48 @@ class _Block(torch.autograd.Function):
         return out.view(*hidden.shape[:2], out.shape[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        s, saved_tensors = ctx.settings, ctx.saved_tensors
-        cu_seqlens, rows, xz, low, y, saved = saved_tensors[:6]
-        in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj = saved_tensors[6:]
-        wanted = BlockWeights(*ctx.needs_input_grad[3:])
-        d_in_proj = d_x_proj = d_dt_proj = d_out_proj = None
-        with torch.autocast(rows.device.type, enabled=False):
-            dy = dout.flatten(0, 1)
-            if out_proj is not None:
-                d_out_proj = torch.mm(dy.t(), y) if wanted.out_proj else None
-                dy = torch.mm(dy, out_proj)
-            xz = rows if xz is None else xz
-            x, z = s.halves(xz)
-            u = s.convolution("forward", x, taps, conv_bias, None, cu_seqlens)
-            t, B, C = s.parts(low)
-            delta = torch.mm(t, dt_proj.t())
-            dxz = torch.empty_like(xz)
-            dx, dz = s.halves(dxz)
-            du, ddelta, dA, dB, dC, dD, _, dbias, _ = s.scan(
-                *("backward", dy, None, u, delta, A, B, C, D, z, dt_bias, None, cu_seqlens, s.batch, saved, True),
-                *(s.reverse, dz),
-            )
-            du, ddelta = du.to(s.dtype), ddelta.to(s.dtype)
-            dlow = torch.cat((torch.mm(ddelta, dt_proj), dB[:, 0].to(s.dtype), dC[:, 0].to(s.dtype)), 1)
-            d_dt_proj = torch.mm(ddelta.t(), t) if wanted.dt_proj else None
-            d_x_proj = torch.mm(dlow.t(), u) if wanted.x_proj else None
-            du.addmm_(dlow, x_proj)
-            _, dconv, dconv_bias, _ = s.convolution("backward", du, x, taps, conv_bias, None, cu_seqlens, dx=dx)
-            dhidden = dxz
-            if in_proj is not None:
-                d_in_proj = torch.mm(dxz.t(), rows) if wanted.in_proj else None
-                dhidden = torch.mm(dxz, in_proj) if ctx.needs_input_grad[2] else None
-            dhidden = None if dhidden is None else dhidden.view(ctx.hidden_shape)
-        # What is in another dtype than its input the engine converts.
-        biases = dconv_bias if conv_bias is not None else None, dbias if dt_bias is not None else None
-        return (
-            *(None, None, dhidden, d_in_proj, dconv[:, None], biases[0], d_x_proj, d_dt_proj, biases[1]),
-            *(dA * A, dD, d_out_proj),
+        # As once_differentiable sees it, gradients depend on dout alone; but on the inputs, too, they do.
+        return _gradients(ctx, dout.detach().requires_grad_() if torch.is_grad_enabled() else dout)
+
+
+@once_differentiable
+def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    s, saved_tensors = ctx.settings, ctx.saved_tensors
+    cu_seqlens, rows, xz, low, y, saved = saved_tensors[:6]
+    in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj = saved_tensors[6:]
+    wanted = BlockWeights(*ctx.needs_input_grad[3:])
+    d_in_proj = d_x_proj = d_dt_proj = d_out_proj = None
+    with torch.autocast(rows.device.type, enabled=False):
+        dy = dout.flatten(0, 1)
+        if out_proj is not None:
+            d_out_proj = torch.mm(dy.t(), y) if wanted.out_proj else None
+            dy = torch.mm(dy, out_proj)
+        xz = rows if xz is None else xz
+        x, z = s.halves(xz)
+        u = s.convolution("forward", x, taps, conv_bias, None, cu_seqlens)
+        t, B, C = s.parts(low)
+        delta = torch.mm(t, dt_proj.t())
+        dxz = torch.empty_like(xz)
+        dx, dz = s.halves(dxz)
+        du, ddelta, dA, dB, dC, dD, _, dbias, _ = s.scan(
+            *("backward", dy, None, u, delta, A, B, C, D, z, dt_bias, None, cu_seqlens, s.batch, saved, True),
+            *(s.reverse, dz),
         )
+        du, ddelta = du.to(s.dtype), ddelta.to(s.dtype)
+        dlow = torch.cat((torch.mm(ddelta, dt_proj), dB[:, 0].to(s.dtype), dC[:, 0].to(s.dtype)), 1)
+        d_dt_proj = torch.mm(ddelta.t(), t) if wanted.dt_proj else None
+        d_x_proj = torch.mm(dlow.t(), u) if wanted.x_proj else None
+        du.addmm_(dlow, x_proj)
+        _, dconv, dconv_bias, _ = s.convolution("backward", du, x, taps, conv_bias, None, cu_seqlens, dx=dx)
+        dhidden = dxz
+        if in_proj is not None:
+            d_in_proj = torch.mm(dxz.t(), rows) if wanted.in_proj else None
+            dhidden = torch.mm(dxz, in_proj) if ctx.needs_input_grad[2] else None
+        dhidden = None if dhidden is None else dhidden.view(ctx.hidden_shape)
+    # What is in another dtype than its input the engine converts.
+    biases = dconv_bias if conv_bias is not None else None, dbias if dt_bias is not None else None
+    return (
+        *(None, None, dhidden, d_in_proj, dconv[:, None], biases[0], d_x_proj, d_dt_proj, biases[1]),
+        *(dA * A, dD, d_out_proj),
+    )
