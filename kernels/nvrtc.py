@@ -160,6 +160,7 @@ class Kernel:
         _check(found, f"asking how much shared memory {name} takes")
         _check(driver.cuMemcpyDtoH_v2(ctypes.byref(shared), address, ctypes.c_size_t(4)), f"reading about {name}")
         self.shared = shared.value
+        self._launch, self._device = driver.cuLaunchKernel, torch.cuda.current_device()
         if self.shared > 48 * 1024:
             _check(
                 driver.cuFuncSetAttribute(self._function, _SHARED_MEMORY, self.shared),
@@ -167,15 +168,16 @@ class Kernel:
             )
 
     def __call__(self, blocks: int, threads: int, argument: bytes) -> None:
-        """Launch with one argument, a struct given as its bytes, on the current stream of the current device."""
+        """Launch with one argument, a struct given as its bytes, on the current stream of the kernel's device.
+
+        That device is the current one.
+        """
         if not blocks:
             return
         _make_context_current()
         pointers = (ctypes.c_char_p * 1)(argument)
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))
-        code = _driver().cuLaunchKernel(
-            self._function, blocks, 1, 1, threads, 1, 1, self.shared, stream, pointers, None
-        )
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
+        code = self._launch(self._function, blocks, 1, 1, threads, 1, 1, self.shared, stream, pointers, None)
         if code:
             raise RuntimeError(f"launching a CUDA kernel failed with code {code}")
 

@@ -12,8 +12,9 @@ chunks and how many channels a lane takes; neither changes a bit. No atomics: sh
 
 import struct
 import warnings
-from functools import cache
-from operator import itemgetter
+from collections.abc import Callable
+from functools import cache, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +45,9 @@ _STRIDES = (
     *("u_stride", "delta_stride", "z_stride", "dy_stride", "B_stride", "C_stride", "U_stride", "DELTA_stride"),
     *("Z_stride", "share_stride"),
 )
-_FIELDS = (*_POINTERS, *_NUMBERS, *_STRIDES)  # of struct Problem in cuda_kernels/common.cu, in its order
-_PACK = struct.Struct(f"{len(_POINTERS) + len(_NUMBERS)}q{len(_STRIDES)}i").pack
-_ABSENT = dict.fromkeys(_FIELDS, 0)
-_in_order = itemgetter(*_FIELDS)
+# struct Problem of cuda_kernels/common.cu: pointers, which change from call to call, then what a plan knows.
+_pack_pointers = struct.Struct(f"{len(_POINTERS)}q").pack
+_pack_numbers = struct.Struct(f"{len(_NUMBERS)}q{len(_STRIDES)}i").pack
 
 
 def _chunk_steps(n_channels: int, n_states: int) -> int:
@@ -181,119 +181,146 @@ def _device(x: Tensor) -> int:
 
 def _with_rows(x: Tensor, at_once: int = 1) -> Tensor:
     """x with a contiguous last dimension, of which `at_once` elements can be moved together."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        return x.contiguous()
-    return x if _widest(at_once, x) == at_once else x.clone(memory_format=torch.contiguous_format)
+    in_rows = x.shape[-1] <= 1 or x.stride(-1) == 1
+    return x if in_rows and _widest(at_once, x) == at_once else x.clone(memory_format=torch.contiguous_format)
 
 
 def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _plain(x: Tensor | int | None) -> int:
-    """As a kernel's argument."""
-    return 0 if x is None else x if isinstance(x, int) else x.data_ptr()
-
-
 def _widest(most: int, *tensors: Tensor) -> int:
-    """Elements that may be moved at once: addresses and all strides but the last divide by it."""
-    while most > 1 and any(
-        x.data_ptr() % (most * x.element_size()) or any(s % most for s in x.stride()[:-1]) for x in tensors
-    ):
-        most //= 2
+    """Elements, a power of 2 up to `most`, that may be moved at once: addresses and all strides but the last divide."""
+    for x in tensors:
+        size, bits = x.element_size(), x.data_ptr()
+        for stride in x.stride()[:-1]:
+            bits |= stride * size
+        most = min(most, (bits & -bits) // size or most)
     return most
 
 
-class _Problem:
-    """Arguments of the kernels, and the macros that they are compiled with."""
+def _pointers(**tensors: Tensor | int | None) -> bytes:
+    """The kernels' pointers, tensors or addresses; what is absent or None is null."""
+    get = tensors.get
+    return _pack_pointers(*[x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in map(get, _POINTERS)])
 
-    def __init__(self, u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy=None):
-        self.on = u.device
-        self.device = _device(u)
-        self.n_tokens, self.n_channels = u.shape
-        self.n_states = A.shape[1]
-        self.n_seqs = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.length = self.n_tokens // max(batch, 1)  # of each sequence; of all if packed
-        self.chunk = _chunk_steps(self.n_channels, self.n_states)
+
+class _Layout(NamedTuple):
+    """All of a call that a plan follows from. Types and strides: of u, delta, z, dy, B, C; 0 for what is absent."""
+
+    device: int
+    n_tokens: int
+    n_channels: int
+    n_states: int
+    n_seqs: int
+    batch: int
+    packed: bool
+    groups: int
+    vector: int  # channels that are moved at once
+    matrix_vector: int  # elements of B and C that are
+    static: tuple[bool, bool]  # whether B and C are
+    types: tuple[torch.dtype, ...]
+    strides: tuple[int, ...]  # from token to token, in bytes
+    dz_stride: int  # of z's gradient, likewise
+    group_strides: tuple[int, int]  # of B and C, in elements
+    softplus: bool
+    reverse: bool
+    gate: bool
+
+
+def _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy=None):
+    """(The inputs as the kernels take them, by name; their layout)."""
+    n_channels, n_states = A.shape
+    static = B.dim() == 2, C.dim() == 2
+    groups = C.shape[1] if static[0] and not static[1] else 1 if static[0] else B.shape[1]
+    # Not by the tensors' addresses: the order of sums would follow from them. They are copied if need be.
+    vector = 1 if n_channels // groups % 2 else 2
+    u, delta = _with_rows(u, vector), _with_rows(delta, vector)
+    z, dy = (None if x is None else _with_rows(x, vector) for x in (z, dy))
+    B, C = (x.float().contiguous() if x.dim() == 2 else _with_rows(x) for x in (B, C))
+    matrices = [x for x in (B, C) if x.dim() == 3]
+    most = 16 // max((x.element_size() for x in matrices), default=4)
+    n_seqs = batch
+    if cu_seqlens is not None:
+        n_seqs = cu_seqlens.shape[0] - 1
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    rows = u, delta, u if z is None else z, u if dy is None else dy, B, C
+    layout = _Layout(
+        _device(u), u.shape[0], n_channels, n_states, n_seqs, batch, cu_seqlens is not None, groups, vector,
+        _widest(min(most, n_states & -n_states), *matrices), static, tuple([x.dtype for x in rows]),
+        tuple([x.stride(0) * x.element_size() for x in rows]), n_channels * rows[2].element_size(),
+        (B.stride(1), C.stride(1)), softplus, reverse, z is not None,
+    )  # fmt: skip
+    tensors = {
+        "u": u, "delta": delta, "z": z, "dy": dy, "B": B, "C": C, "A": _floats(A), "D": _floats(D),
+        "bias": _floats(delta_bias), "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
+    return tensors, layout
+
+
+class _Launch(NamedTuple):
+    function: Callable[[int, int, bytes], None]
+    blocks: int
+    threads: int
+    numbers: bytes
+
+    def __call__(self, pointers: bytes) -> None:
+        self.function(self.blocks, self.threads, pointers + self.numbers)
+
+
+class _Plan:
+    """What is launched for a layout, how often, and with what numbers: all but addresses."""
+
+    def __init__(self, layout: _Layout):
+        self.layout = layout
+        self.processors = _processors(layout.device)
+        self.length = layout.n_tokens // max(layout.batch, 1)  # of each sequence; of all if packed
+        self.chunk = _chunk_steps(layout.n_channels, layout.n_states)
         self.several = self.length > self.chunk  # whether a sequence may have more than one chunk
-        if cu_seqlens is None:
-            self.n_chunks = batch * max(-(-self.length // self.chunk), 1)
+        if layout.packed:
+            self.n_chunks = checkpoint_slots(layout.n_tokens, layout.n_seqs, self.chunk)
         else:
-            self.n_chunks = checkpoint_slots(self.n_tokens, self.n_seqs, self.chunk)
-            cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-        groups = next((x.shape[1] for x in (B, C) if x.dim() == 3), 1)
-        self.per_group = self.n_channels // groups
-        A, D, delta_bias = _floats(A), _floats(D), _floats(delta_bias)
-        # Not by the tensors' addresses: the order of sums would follow from them. They are copied if need be.
-        self.vector = 2 if self.per_group % 2 == 0 else 1
-        u, delta = _with_rows(u, self.vector), _with_rows(delta, self.vector)
-        z, dy = (None if x is None else _with_rows(x, self.vector) for x in (z, dy))
-        B, C = (_with_rows(x) if x.dim() == 3 else x.float().contiguous() for x in (B, C))
-        self.kept = [u, delta, z, dy, A, B, C, D, delta_bias, cu_seqlens]  # until all is launched
-
-        matrices = [x for x in (B, C) if x.dim() == 3]
-        most = 16 // max((x.element_size() for x in matrices), default=4)
-        while self.n_states % most:
-            most //= 2
-        self.every = checkpoint_every(self.n_states)
-        self.macros = (
-            ("N", self.n_states), ("VB", _widest(most, *matrices)), ("CHUNK", self.chunk), ("EVERY", self.every),
-            ("SOFTPLUS", int(softplus)), ("GATE", int(z is not None)), ("STATIC_B", int(B.dim() == 2)),
-            ("STATIC_C", int(C.dim() == 2)), ("U", _TYPES[u.dtype]), ("DELTA", _TYPES[delta.dtype]),
-            ("Z", _TYPES[(u if z is None else z).dtype]), ("DY", _TYPES[(u if dy is None else dy).dtype]),
-            ("MB", _TYPES[B.dtype]), ("MC", _TYPES[C.dtype]),
-        )  # fmt: skip
-
-        def step(x: Tensor | None, stride: int | None = None) -> int:
-            """Bytes from a step's row to the next step's."""
-            if x is None:
-                return 0
-            return (x.stride(0) if stride is None else stride) * x.element_size() * (-1 if reverse else 1)
-
-        tensors = {
-            "u": u, "delta": delta, "z": z, "dy": dy, "B": B, "C": C, "A": A, "D": D, "bias": delta_bias,
-            "cu_seqlens": cu_seqlens,
-        }  # fmt: skip
-        width = self.n_channels
-        self.values = _ABSENT | {name: _plain(x) for name, x in tensors.items()} | {
-            "B_group": B.stride(1), "C_group": C.stride(1), "length": self.length, "n_tokens": self.n_tokens,
-            "n_seqs": self.n_seqs, "n_channels": width, "per_group": self.per_group, "n_chunks": self.n_chunks,
-            "reverse": int(reverse), "u_stride": step(u), "delta_stride": step(delta), "z_stride": step(z),
-            "dy_stride": step(dy), "B_stride": step(B), "C_stride": step(C), "U_stride": step(u, width),
-            "DELTA_stride": step(delta, width), "Z_stride": step(z, width),
-            "share_stride": 4 * groups * self.n_states * (-1 if reverse else 1),
-        }  # fmt: skip
+            self.n_chunks = layout.batch * max(-(-self.length // self.chunk), 1)
+        self.every = checkpoint_every(layout.n_states)
+        self.states = self.n_chunks * layout.n_states * layout.n_channels  # of all chunks
+        self.launches: list[_Launch] = []
+        self.at_once = False  # whether the forward runs the chunks of a sequence at once
+        self.offsets: list[int] = []  # of the parts of the backward's scratch memory, and its size: floats
 
     def lay_out(self, tile: Tile) -> None:
         """Take this tile from here on."""
         self.tile = tile
-        self.tiles_of_group = -(-self.per_group // tile.channels)
-        self.n_tiles = self.n_channels // self.per_group * self.tiles_of_group
-        self.values["tiles_of_group"] = self.tiles_of_group
-        self.laid_out = (*self.macros, *zip(tile._fields, tile, strict=True))
+        self.tiles_of_group = -(-self.layout.n_channels // self.layout.groups // tile.channels)
+        self.n_tiles = self.layout.groups * self.tiles_of_group
 
-    def launch_scan(self, direction: str, blocks: int, **more) -> None:
+    def scan(self, direction: str, blocks: int, *macros: tuple[str, int]) -> None:
         """The forward or the backward: for one state a kernel of its own."""
-        narrow = self.n_states == 1
+        narrow = self.layout.n_states == 1
         threads = 32 * (self.every // self.tile.T if narrow else self.tile.WARPS)
-        self.launch(f"narrow_{direction}" if narrow else direction, f"scan_{direction}", blocks, threads, **more)
+        self.add(f"narrow_{direction}" if narrow else direction, f"scan_{direction}", blocks, threads, *macros)
 
-    def launch(self, source: str, name: str, blocks: int, threads: int, *, macros=(), **values) -> None:
-        """values: further arguments, tensors or numbers; what is None is absent."""
-        function = _function(source, name, self.device, (*self.laid_out, *macros))
-        values = {**self.values, **{key: _plain(x) for key, x in values.items()}}
-        function(blocks, threads, _PACK(*_in_order(values)))
+    def carry(self, *, backwards: bool) -> None:
+        blocks = -(-self.layout.n_seqs * self.layout.n_states * self.layout.n_channels // 128)
+        self.add("carry", "carry", blocks, 128, backwards=backwards)
 
-    def chunk_states(self) -> tuple[Tensor, Tensor]:
-        """Room for a state and a sum of dt of each chunk."""
-        own = torch.empty(self.n_chunks, self.n_states, self.n_channels, device=self.on)
-        return own, torch.empty(self.n_chunks, self.n_channels, device=self.on)
-
-    def carry(self, own: Tensor, sums: Tensor, first: Tensor | None, *, backwards: bool) -> None:
-        first = _floats(first)
-        self.kept.append(first)
-        blocks = -(-self.n_seqs * self.n_states * self.n_channels // 128)
-        self.launch("carry", "carry", blocks, 128, own=own, sums=sums, first=first, backwards=int(backwards))
+    def add(
+        self, source: str, name: str, blocks: int, threads: int, *macros: tuple[str, int], backwards: bool = False
+    ) -> None:
+        on = self.layout
+        types = zip(("U", "DELTA", "Z", "DY", "MB", "MC"), (_TYPES[t] for t in on.types), strict=True)
+        all_macros = (
+            ("N", on.n_states), ("VB", on.matrix_vector), ("CHUNK", self.chunk), ("EVERY", self.every),
+            ("SOFTPLUS", int(on.softplus)), ("GATE", int(on.gate)), ("STATIC_B", int(on.static[0])),
+            ("STATIC_C", int(on.static[1])), *types, *zip(self.tile._fields, self.tile, strict=True), *macros,
+        )  # fmt: skip
+        of_du, of_ddelta = (on.n_channels * t.itemsize for t in on.types[:2])
+        strides = (*on.strides, of_du, of_ddelta, on.dz_stride, 4 * on.groups * on.n_states)
+        numbers = _pack_numbers(
+            *on.group_strides, self.length, on.n_tokens, on.n_seqs, on.n_channels, on.n_channels // on.groups,
+            self.tiles_of_group, self.n_chunks, int(on.reverse), int(backwards),
+            *(-x if on.reverse else x for x in strides),
+        )  # fmt: skip
+        self.launches.append(_Launch(_function(source, name, on.device, all_macros), blocks, threads, numbers))
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save):
@@ -327,74 +354,98 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
     warnings.warn(f"selective_scan runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=2)
 
 
-def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save):
-    p = _Problem(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    final = torch.empty(p.n_seqs, *A.shape, device=u.device)
-    saved = torch.empty(saved_shape(u.shape[0], p.n_seqs, *A.shape) if save else (0, *A.shape), device=u.device)
-    first = _floats(initial_state)
-    processors = _processors(p.device)
-    at_once = p.several and _at_once(p, processors)
-    runs = p.n_chunks if at_once else p.n_seqs
-    p.lay_out(_forward_tile(p.n_states, runs * p.n_channels, p.vector, processors))
-    own = None
-    if at_once:
-        own, sums = p.chunk_states()
-        macros = (("OWN", 0), ("ENDS", 1))
-        p.launch_scan("forward", p.n_chunks * p.n_tiles, macros=macros, own=own, sums=sums)
-        p.carry(own, sums, first, backwards=False)
-    macros = (("OWN", int(p.several and not at_once)), ("ENDS", 0))
-    results = {"y": y, "final_state": final, "saved": saved if save else None}
-    p.launch_scan("forward", runs * p.n_tiles, macros=macros, own=own, first=first, **results)
-    return y, final, saved
-
-
 _ROWS_A_PROCESSOR = 40  # below these (sequence, channel) rows, chunks are run all at once: it takes each exp twice
 
 
-def _at_once(p: _Problem, processors: int) -> bool:
-    return p.n_seqs * p.n_channels < _ROWS_A_PROCESSOR * processors
+@lru_cache(maxsize=1024)
+def _forward_plan(layout: _Layout) -> _Plan:
+    p = _Plan(layout)
+    p.at_once = p.several and layout.n_seqs * layout.n_channels < _ROWS_A_PROCESSOR * p.processors
+    runs = p.n_chunks if p.at_once else layout.n_seqs
+    p.lay_out(_forward_tile(layout.n_states, runs * layout.n_channels, layout.vector, p.processors))
+    if p.at_once:
+        p.scan("forward", p.n_chunks * p.n_tiles, ("OWN", 0), ("ENDS", 1))
+        p.carry(backwards=False)
+    p.scan("forward", runs * p.n_tiles, ("OWN", int(p.several and not p.at_once)), ("ENDS", 0))
+    return p
+
+
+def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save):
+    tensors, layout = _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse)
+    p = _forward_plan(layout)
+    on = u.device
+    y = torch.empty(u.shape, dtype=u.dtype, device=on)
+    final = torch.empty(layout.n_seqs, *A.shape, device=on)
+    saved = torch.empty(saved_shape(u.shape[0], layout.n_seqs, *A.shape) if save else (0, *A.shape), device=on)
+    first = _floats(initial_state)
+    scratch, own, sums = None, None, None
+    if p.at_once:  # a state and a sum of dt of each chunk
+        scratch = torch.empty(p.states + p.n_chunks * layout.n_channels, device=on)
+        own = scratch.data_ptr()
+        sums = own + 4 * p.states
+    results = {"y": y, "final_state": final, "saved": saved if save else None}
+    pointers = _pointers(**tensors, **results, first=first, own=own, sums=sums)
+    for launch in p.launches:
+        launch(pointers)
+    return y, final, saved
+
+
+@lru_cache(maxsize=1024)
+def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool) -> _Plan:
+    """from_zero: no gradient enters a chunk."""
+    p = _Plan(layout)
+    states, width = layout.n_states, layout.n_channels
+    tile = _backward_tile(states, p.n_chunks * width, layout.vector, p.processors, _room(layout.device), layout.gate)
+    if p.several:
+        p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS))
+        p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32 * tile.WARPS)
+    p.lay_out(tile)
+    if not from_zero:
+        p.carry(backwards=True)
+    p.scan("backward", p.n_chunks * p.n_tiles)
+    of_matrix = [width * states if static else layout.n_tokens * layout.groups * states for static in layout.static]
+    sizes = [width * states, *of_matrix, *([width] * (has_D + has_bias))]
+    p.add("sum_shares", "sum_shares", sum(-(-n // 128) for n in sizes), 128)
+    # Where things lie in the scratch memory, in floats: chunks' states (then shares of dA) and sums, other shares.
+    terms = [p.n_chunks if static else p.tiles_of_group for static in layout.static]
+    of_channels = p.n_chunks * width
+    parts = (p.states, of_channels, *(n * of for n, of in zip(terms, of_matrix, strict=True)), of_channels, of_channels)
+    p.offsets = [0, *accumulate(-(-n // 4) * 4 for n in parts)]
+    return p
 
 
 def _backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse, room
 ):
-    p = _Problem(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
-    rows = p.n_chunks * p.n_channels
-    chip = _processors(p.device), _room(p.device)
-    p.lay_out(_backward_tile(p.n_states, rows, p.vector, *chip, z is not None))
+    tensors, layout = _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
+    in_room = room is not None and _widest(layout.vector, room) == layout.vector
+    if in_room:
+        layout = layout._replace(dz_stride=room.stride(0) * room.element_size())
+    several = u.shape[0] // max(batch, 1) > _chunk_steps(layout.n_channels, layout.n_states)
+    from_zero = dfinal is None and not several
+    p = _backward_plan(layout, from_zero, D is not None, delta_bias is not None)
 
     def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         return None if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
-    du, ddelta, dh0 = like(u), like(delta), like(initial_state, torch.float32)
-    dz = like(z)
-    if room is not None and _widest(p.vector, room) == p.vector:
-        dz = room
-        p.values["Z_stride"] = room.stride(0) * room.element_size() * (-1 if reverse else 1)
-    dA, dD, dbias = (like(x, torch.float32) for x in (A, D, delta_bias))
-    dB, dC = (like(x, torch.float32 if x.dim() == 2 else None) for x in (B, C))
-    own, sums = p.chunk_states()
-    parts = [p.tiles_of_group if x is not None and x.dim() == 3 else p.n_chunks for x in (B, C, D, delta_bias)]
-    share_B, share_C, share_D, share_bias = (
-        None if x is None else torch.empty(n, x.numel(), device=u.device)
-        for n, x in zip(parts, (B, C, D, delta_bias), strict=True)
-    )
-    if p.several:
-        tile = p.tile
-        p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS))
-        name = "chunk_gradients"
-        p.launch(name, name, p.n_chunks * p.n_tiles, 32 * tile.WARPS, own=own, sums=sums)
-        p.lay_out(tile)
-    from_zero = not p.several and dfinal is None
-    if not from_zero:
-        p.carry(own, sums, dfinal, backwards=True)
-    shares = {"share_A": own, "share_B": share_B, "share_C": share_C, "share_D": share_D, "share_bias": share_bias}
-    gradients = {"du": du, "ddelta": ddelta, "dz": dz, "dh0": dh0}
-    entering = None if from_zero else own
-    p.launch_scan("backward", p.n_chunks * p.n_tiles, own=entering, saved=saved, **shares, **gradients)
-    blocks = sum(-(-x.numel() // 128) for x in (dA, dD, dbias, dB, dC) if x is not None)
-    p.launch("sum_shares", "sum_shares", blocks, 128, **shares, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias)
-    if room is not None and dz is not room:
-        room.copy_(dz)
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, dh0
+    gradients = {
+        "du": like(u), "ddelta": like(delta), "dz": room if in_room else like(z),
+        "dh0": like(initial_state, torch.float32),
+        "dA": like(A, torch.float32), "dD": like(D, torch.float32), "dbias": like(delta_bias, torch.float32),
+        "dB": like(B, torch.float32 if layout.static[0] else None),
+        "dC": like(C, torch.float32 if layout.static[1] else None),
+    }  # fmt: skip
+    scratch = torch.empty(p.offsets[-1], device=u.device)
+    base = scratch.data_ptr()
+    states, sums, share_B, share_C, share_D, share_bias = (base + 4 * offset for offset in p.offsets[:-1])
+    first = _floats(dfinal)
+    pointers = _pointers(
+        **tensors, **gradients, saved=saved, first=first, own=None if from_zero else states, sums=sums, share_A=states,
+        share_B=share_B, share_C=share_C, share_D=None if D is None else share_D,
+        share_bias=None if delta_bias is None else share_bias,
+    )  # fmt: skip
+    for launch in p.launches:
+        launch(pointers)
+    if room is not None and not in_room:
+        room.copy_(gradients["dz"])
+    return tuple(gradients[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dh0"))

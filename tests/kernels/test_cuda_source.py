@@ -42,6 +42,12 @@ def emulated(source: str, name: str, folder: Path):
     return launch
 
 
+def forget():
+    """Functions and plans made for another machine."""
+    for made in (cuda._function, cuda._forward_plan, cuda._backward_plan):
+        made.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("emulated")
@@ -59,9 +65,9 @@ def on_the_cpu(monkeypatch, folder):
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "CHUNK", 32)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
-    cuda._function.cache_clear()
+    forget()
     yield
-    cuda._function.cache_clear()
+    forget()
 
 
 def inputs(length: int, channels: int, states: int, groups: int, sequences: int) -> dict[str, torch.Tensor]:
@@ -115,6 +121,7 @@ def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monke
     for processors, rows in ((132, 0), (132, 10**9), (1, 10**9)):
         monkeypatch.setattr(cuda, "_processors", lambda device, n=processors: n)
         monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", rows)
+        forget()
         again = results_of(selective_scan, tensors, "cuda", **arguments)
         assert all(torch.equal(x, again[name]) for name, x in first.items()), (processors, rows)
 
@@ -169,7 +176,7 @@ def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch):
         raise nvrtc.Unavailable("no such library")
 
     monkeypatch.setattr(nvrtc, "kernel", refuse)
-    cuda._function.cache_clear()
+    forget()
     tensors = {name: x.float() for name, x in inputs(9, 6, 4, 1, 1).items()}
     expected = selective_scan(**tensors, delta_softplus=True, backend="reference")
     with pytest.warns(RuntimeWarning, match="runs in Triton, which is slower: no such library"):
@@ -209,13 +216,13 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     monkeypatch.setattr(cuda, "usable", lambda device: True)
     monkeypatch.setattr(cuda, "_processors", lambda device: 132)
     monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
-    cuda._function.cache_clear()
+    forget()
     u = torch.zeros(3 * cuda.CHUNK, 64, dtype=torch.bfloat16, device="meta")
     A, B = torch.zeros(64, states, device="meta"), torch.zeros(len(u), 1, states, dtype=torch.bfloat16, device="meta")
     arguments = (u, u, A, B, B, A[:, 0], u, A[:, 0], None, None, 1)
     y, _, saved = cuda.forward(*arguments, True, False, True)
     cuda.backward(y, None, *arguments, saved, True, False)
-    cuda._function.cache_clear()
+    forget()
     assert set(compiled) == {"scan_forward", "carry", "chunk_gradients", "scan_backward", "sum_shares"}
 
 

@@ -77,50 +77,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   load(end > 0 ? (end - 1) / T * T : 0, end);
 
   for (int first = (end - 1) / EVERY * EVERY; first >= chunk.begin && end > 0; first -= EVERY) {
-    __syncthreads();  // all are done with the last piece's rows of B and C
+    // All that the piece loads is asked for before anything waits.
 #if !STATIC_B
-    {
-      MatrixRows<MB, EVERY, THREADS> rows;
-      rows.load(B, p.B_stride, threadIdx.x, first, end);
-      rows.put(&block.B[0][0], threadIdx.x);
-    }
+    MatrixRows<MB, EVERY, THREADS> rows_B;
+    rows_B.load(B, p.B_stride, threadIdx.x, first, end);
 #endif
 #if !STATIC_C
-    {
-      MatrixRows<MC, EVERY, THREADS> rows;
-      rows.load(C, p.C_stride, threadIdx.x, first, end);
-      rows.put(&block.C[0][0], threadIdx.x);
-    }
+    MatrixRows<MC, EVERY, THREADS> rows_C;
+    rows_C.load(C, p.C_stride, threadIdx.x, first, end);
 #endif
     Pairs h;
     load_by_state(h, p.saved + (chunk.start / EVERY + chunk.s + first / EVERY) * N * p.n_channels, p, a);
-    {
-      Packed<U, V> u[TILES][ITS];
-      Packed<DELTA, V> delta[TILES][ITS];
+    Packed<U, V> u[TILES][ITS];
+    Packed<DELTA, V> delta[TILES][ITS];
 #pragma unroll
-      for (int k = 0; k < TILES; ++k) {
-        u_rows.load(u[k], a, first + k * T, end);
-        delta_rows.load(delta[k], a, first + k * T, end);
-      }
-#pragma unroll
-      for (int k = 0; k < TILES; ++k)
-#pragma unroll
-        for (int i = 0; i < ITS; ++i) {
-          const int t = k * T + i * ROWS + a.row;
-          float dt[V], dtu[V], slope[V];
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            dt[v] = step_size(delta[k][i].get(v) + bias[v], slope[v]);
-            if (first + t >= end) dt[v] = 0.0f;  // leaves the state, and its gradient, as they are
-            dtu[v] = dt[v] * u[k][i].get(v);
-          }
-          store_floats(&shared.dt[t][a.column], dt);
-          store_floats(&shared.dtu[t][a.column], dtu);
-#if SOFTPLUS
-          store_floats(&shared.slope[t][a.column], slope);
-#endif
-        }
+    for (int k = 0; k < TILES; ++k) {
+      u_rows.load(u[k], a, first + k * T, end);
+      delta_rows.load(delta[k], a, first + k * T, end);
     }
+    __syncthreads();  // all are done with the last piece's rows of B and C
+#if !STATIC_B
+    rows_B.put(&block.B[0][0], threadIdx.x);
+#endif
+#if !STATIC_C
+    rows_C.put(&block.C[0][0], threadIdx.x);
+#endif
+#pragma unroll
+    for (int k = 0; k < TILES; ++k)
+#pragma unroll
+      for (int i = 0; i < ITS; ++i) {
+        const int t = k * T + i * ROWS + a.row;
+        float dt[V], dtu[V], slope[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          dt[v] = step_size(delta[k][i].get(v) + bias[v], slope[v]);
+          if (first + t >= end) dt[v] = 0.0f;  // leaves the state, and its gradient, as they are
+          dtu[v] = dt[v] * u[k][i].get(v);
+        }
+        store_floats(&shared.dt[t][a.column], dt);
+        store_floats(&shared.dtu[t][a.column], dtu);
+#if SOFTPLUS
+        store_floats(&shared.slope[t][a.column], slope);
+#endif
+      }
     __syncthreads();
 
     // (channel, state) pairs of dt u B at step t of the piece, and its dt
