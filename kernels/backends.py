@@ -113,10 +113,11 @@ def info() -> dict[str, str]:
             from .selective_scan.cuda import usable
 
             scan = scan if usable(torch.cuda.current_device()) else "triton"
-        step = usual if usual == "triton" else "torch"  # a step by itself: numba has none
+        other = usual if usual == "triton" else "torch"  # numba has none: a step by itself, what surrounds experts
         chosen = {
             "selective_scan": scan, "cross_scan": scan, "causal_conv1d": usual, "rms_norm": usual, "layer_norm": usual,
-            "mamba_step": usual, "selective_scan_step": step, "causal_conv1d_step": step,
+            "mamba_step": usual, "selective_scan_step": other, "causal_conv1d_step": other,
+            "route": other, "sort_by_expert": other, "dispatch": other, "combine": other,
         }  # fmt: skip
         found |= {f"{kernel} on {name}": backend for kernel, backend in chosen.items()}
     return found
