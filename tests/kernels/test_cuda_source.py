@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from polymamba.kernels import nvrtc, selective_scan
+from polymamba.kernels import cross_scan, nvrtc, selective_scan
 
 pytest.importorskip("triton")
 
+from polymamba.kernels.cross_scan import cuda as cross_cuda
 from polymamba.kernels.selective_scan import cuda
 
 HERE = Path(__file__).parent
@@ -22,7 +23,7 @@ HERE = Path(__file__).parent
 def emulation(source: str) -> str:
     """A CUDA source as C++ for the CPU."""
     macros, rest = source.split("// What only a GPU has", 1)
-    return f'#include "{HERE}/emulator.h"\n{macros}{rest[rest.index("// What the CUDA kernels") :]}\n'
+    return f'#include "{HERE}/emulator.h"\n{macros}{rest[rest.index("// Numbers of 16 and 32 bits") :]}\n'
 
 
 def emulated(source: str, name: str, folder: Path):
@@ -58,10 +59,13 @@ def on_the_cpu(monkeypatch, folder):
     monkeypatch.setattr(cuda, "_processors", lambda device: 1)
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "CHUNK", 32)
+    monkeypatch.setattr(cross_cuda, "_processors", lambda device: 1)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
-    cuda._function.cache_clear()
+    for module in (cuda, cross_cuda):
+        module._function.cache_clear()
     yield
-    cuda._function.cache_clear()
+    for module in (cuda, cross_cuda):
+        module._function.cache_clear()
 
 
 def inputs(length: int, channels: int, states: int, groups: int, sequences: int) -> dict[str, torch.Tensor]:
@@ -242,3 +246,27 @@ def test_machine_code_is_kept(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert nvrtc._compile_or_recall(source, "sm_90") == code
     assert len(count) == 2
+
+
+# The 2-D scan ------------------------------------------------------------------------------------------------------
+
+
+def image(batch: int, height: int, width: int, channels: int, rank: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    place = (batch, height, width)
+    return {
+        "x": normal(*place, channels), "dt": normal(*place, 4, rank), "A": -normal(4, channels, 1).exp(),
+        "B": normal(*place, 4, 1), "C": normal(*place, 4, 1), "D": normal(4, channels),
+        "dt_weight": normal(4, channels, rank), "dt_bias": normal(4, channels),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 34, 3), (1, 1, 40, 4, 8), (1, 13, 1, 6, 1), (1, 19, 23, 8, 6)])
+def test_image_emulated(shape, on_the_cpu, results_of, cast, assert_close):
+    tensors = image(*shape)
+    expected = results_of(cross_scan, tensors, "torch")
+    assert_close(results_of(cross_scan, cast(tensors, torch.float32), "cuda"), expected, 3e-6, shape)
