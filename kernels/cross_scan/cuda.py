@@ -2,9 +2,9 @@
 
 One launch forwards: directions are maps from positions to tokens, step sizes are made from their low rank in the
 kernel, and the directions are added up in the result itself. An image's result depends, to the bit, on nothing but that
-image and the parameters. Backwards the kernel leaves the gradients of the step sizes for all directions, and
-two matrix products make those of `dt` and `dt_weight`; what is shared among images or blocks is left in shares, which
-are added up in order.
+image and the parameters. Backwards the kernel leaves the gradients of the step sizes for all directions, and two matrix
+products make those of `dt` and `dt_weight`; what images or blocks share of a gradient is left in shares, which are
+added up in order.
 """
 
 import struct
@@ -12,7 +12,7 @@ import warnings
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from ..selective_scan import cuda as selective_scan
 from .scans import four_scans
 
 BLOCK_CHANNELS = 32
-FORWARD_STEPS, BACKWARD_STEPS = 32, 16  # of a warp: 4 segments of 8 and of 4 positions
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
 _OWN = Path(__file__).parent / "cuda_kernels"
@@ -35,28 +34,46 @@ _FIELDS = (  # of struct Problem in cuda_kernels/common.cu, in its order
 _PACK = struct.Struct(f"{len(_FIELDS)}q").pack
 _ABSENT = dict.fromkeys(_FIELDS, 0)
 _in_order = itemgetter(*_FIELDS)
-
-
 _ROOM = 96 * 1024  # bytes of shared memory that a block takes at most for what its positions share
 
 
+class Plan(NamedTuple):
+    """Macros of cuda_kernels/common.cu."""
+
+    T: int  # positions of a lane: another T is another order of sums
+    WARPS: int  # of a block
+    MIN_BLOCKS: int  # that a multiprocessor is to have room for
+
+
+def _most_warps(T: int, rank: int, most: int) -> int:
+    return max(min(most, _ROOM // (32 * T * (rank + 7))), 1)
+
+
 @cache
-def _warps(length: int, rank: int, steps: int) -> int:
-    """Warps of a block that run `length` positions, `steps` each, with the fewest left over; the most of these."""
-    most = max(min(8, _ROOM // (8 * steps * (rank + 7))), 1)
-    if length <= steps * most:
-        return -(-length // steps)
-    return min(range(most, most // 2, -1), key=lambda n: -(-length // (n * steps)) * n)
+def _plan(kernel: str, length: int, rank: int) -> Plan:
+    """As many warps as the positions need, up to what is best where they need several rounds.
+
+    Backwards a round goes from one saved state to the next, whose number must follow from the length by one formula (a
+    compiler leaves the length open): the most is 7 warps, for images of 224 pixels have 49, 196, ... positions.
+    """
+    T = 8 if kernel == "forward" else 4
+    most = _most_warps(T, rank, 8 if kernel == "forward" else 7)
+    warps = -(-length // (4 * T))
+    if warps > most and kernel == "forward":  # with the fewest positions left over; of these the most
+        warps = min(range(most, most // 2, -1), key=lambda n: -(-warps // n) * n)
+    warps = min(warps, most)
+    return Plan(T, warps, max(16 // warps, 1))  # 128 registers to a thread
 
 
-def _every(length: int, rank: int) -> int:
-    """Positions from one saved state to the next: what a block of the backward runs at once."""
-    return BACKWARD_STEPS * _warps(length, rank, BACKWARD_STEPS)
+def _every(rank: int) -> int:
+    """Positions from one saved state to the next."""
+    return 16 * _most_warps(4, rank, 7)
 
 
 def saved_shape(x: Tensor, dt: Tensor) -> tuple[int, ...]:
     n_images, height, width, n_channels = x.shape
-    return n_images, 4, -(-height * width // _every(height * width, dt.shape[4])), n_channels
+    every = _every(dt.shape[4])
+    return n_images, 4, (height * width + every - 1) // every, n_channels
 
 
 _broken: set[int] = set()  # devices on which NVRTC failed
@@ -123,18 +140,17 @@ class _Problem:
         )  # fmt: skip
         self.values = _ABSENT | {name: m.data_ptr() for name, m in tensors.items()} | {
             "n_images": n_images, "height": height, "width": width, "n_channels": n_channels,
-            "inverse_height": -(-(2**32) // height) % 2**32, "every": _every(self.length, self.dt.shape[2]),
+            "inverse_height": -(-(2**32) // height) % 2**32,
+            "every": _every(self.dt.shape[2]),
         }  # fmt: skip
         for name, m in (("dt", self.dt), ("B", self.B), ("C", self.C)):
             self.values |= {f"{name}_token": m.stride(0), f"{name}_direction": m.stride(1)}
 
-    def launch(self, kernel: str, steps: int, blocks: int, **values: Tensor | int | None) -> None:
-        warps = _warps(self.length, self.dt.shape[2], steps)
-        # 128 registers to a thread, where that is possible
-        plan = (("T", steps // 4), ("WARPS", warps), ("MIN_BLOCKS", max(16 // warps, 1)))
+    def launch(self, kernel: str, blocks: int, **values: Tensor | int | None) -> None:
+        plan = _plan(kernel, self.length, self.dt.shape[2])
         numbers = {k: 0 if v is None else v if isinstance(v, int) else v.data_ptr() for k, v in values.items()}
-        function = _function(kernel, self.device, (*self.macros, *plan))
-        function(blocks, 32 * warps, _PACK(*_in_order(self.values | numbers)))
+        function = _function(kernel, self.device, (*self.macros, *zip(plan._fields, plan, strict=True)))
+        function(blocks, 32 * plan.WARPS, _PACK(*_in_order(self.values | numbers)))
 
 
 def forward(x, dt, A, B, C, D, dt_weight, dt_bias, save: bool) -> tuple[Tensor, Tensor]:
@@ -161,7 +177,7 @@ def _forward(p: _Problem, saved: Tensor) -> Tensor:
     shape = (4, *p.x.shape) if split else p.x.shape
     y = torch.empty(shape, dtype=torch.float32, device=p.x.device)
     states = saved if saved.numel() else None
-    p.launch("forward", FORWARD_STEPS, p.blocks * (4 if split else 1), y=y, saved=states, split=int(split))
+    p.launch("forward", p.blocks * (4 if split else 1), y=y, saved=states, split=int(split))
     return y[0].add_(y[1]).add_(y[2]).add_(y[3]) if split else y
 
 
@@ -192,7 +208,7 @@ def _backward(p: _Problem, dy: Tensor, D: Tensor, dt_weight: Tensor, saved: Tens
     share_A, share_bias = floats(n_images, 4, n_channels), floats(n_images, 4, n_channels)
     share_D = floats(n_images, n_channels)
     p.launch(
-        *("backward", BACKWARD_STEPS, p.blocks), dy=dy, saved=saved, sum=total, dx=dx, ddelta=ddelta,
+        "backward", p.blocks, dy=dy, saved=saved, sum=total, dx=dx, ddelta=ddelta,
         share_BC=share_BC, share_A=share_A, share_bias=share_bias, share_D=share_D,
     )  # fmt: skip
     # All directions in one product: the weights stand along the diagonal.

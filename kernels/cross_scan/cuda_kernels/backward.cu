@@ -45,15 +45,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const Place a(p);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = a.block * CB + lane;
   const int chunks = (a.length + STEPS - 1) / STEPS;
-  const int64 of_image = a.first_token * p.n_channels + a.e, n_tokens = p.n_images * a.length;
-  U* ddelta_rows = p.ddelta + a.first_token * 4 * p.n_channels + a.e;
+  const int e = a.there ? a.e : 0;
+  const int64 of_image = a.first_token * p.n_channels + e, n_tokens = p.n_images * a.length;
+  U* ddelta_rows = p.ddelta + a.first_token * 4 * p.n_channels + e;
   constexpr int CHAINS = WARPS > 1 ? 2 : 1;  // warps that run chains while the others stage
-  clear(shared);
 
   for (int k = 0; k < 4; ++k) {
+    const Order order(p, k, a.length);
     __syncthreads();  // the last direction's sums are there, and its rows and weights are done with
     stage_weight(p, shared, a, k);
-    stage_rows(p, shared.rows[0], a, k, (chunks - 1) * STEPS, threadIdx.x, THREADS);
+    stage_rows(p, shared.rows[0], a, k, order, (chunks - 1) * STEPS, threadIdx.x, THREADS);
     float bias[V], A[V], skip[V], sum_A[V], sum_bias[V], sum_D[V];
     load_parameter(bias, p.bias, p, a, k);
     load_parameter(A, p.A, p, a, k);
@@ -80,12 +81,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       Packed<float, V> dy[T], sum[T];  // sum: the directions' before
 #pragma unroll
       for (int t = 0; t < T; ++t) {
-        token[t] = a.token(k, mine + t);
-        x[t].clear(), dy[t].clear();
-        if (mine + t < a.length) {
-          load_row(x[t], row_at(p.x + of_image, token[t], p.n_channels), a.there);
-          load_row(dy[t], row_at(p.dy + of_image, token[t], p.n_channels), a.there);
-        }
+        // Beyond the end the last token is read; B and C are 0 there, and so are all gradients.
+        token[t] = order.token(mine + t < a.length ? mine + t : a.length - 1);
+        load_row(x[t], row_at(p.x + of_image, token[t], p.n_channels), a.there);
+        load_row(dy[t], row_at(p.dy + of_image, token[t], p.n_channels), a.there);
       }
       float wide[T][V], dt[T][V], decay[T][V], end[V], back[V], passed[V];
       widen(wide, shared, buffer, a, bias);
@@ -111,19 +110,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       store_floats(&shared.told[0][a.segment][a.column], end);
       store_floats(&shared.told[1][a.segment][a.column], passed);
       store_floats(&shared.told[2][a.segment][a.column], back);
-#pragma unroll
-      for (int t = 0; t < T; ++t) {
-        sum[t].clear();
-        if (k > 0 && mine + t < a.length) load_row(sum[t], row_at(p.sum + of_image, token[t], p.n_channels), a.there);
-      }
       __syncthreads();
       if (warp == 0) chain(shared, lane, true, state);
       if (warp == CHAINS - 1) chain(shared, lane, false, gradient);
-      if (WARPS <= CHAINS) stage_rows(p, shared.rows[buffer ^ 1], a, k, begin - STEPS, threadIdx.x, THREADS);
+      if (WARPS <= CHAINS) stage_rows(p, shared.rows[buffer ^ 1], a, k, order, begin - STEPS, threadIdx.x, THREADS);
       else if (warp >= CHAINS)
-        stage_rows(p, shared.rows[buffer ^ 1], a, k, begin - STEPS, threadIdx.x - 32 * CHAINS, THREADS - 32 * CHAINS);
+        stage_rows(p, shared.rows[buffer ^ 1], a, k, order, begin - STEPS, threadIdx.x - 32 * CHAINS, THREADS - 32 * CHAINS);
       __syncthreads();
 
+#pragma unroll
+      for (int t = 0; t < T; ++t) {
+        if (k == 0) {
+          float of_dy[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            of_dy[v] = __fmul_rn(dy[t].get(v), skip[v]);
+            sum_D[v] = __fmaf_rn(mine + t < a.length ? dy[t].get(v) : 0.0f, x[t].get(v), sum_D[v]);
+          }
+          sum[t].set(of_dy);
+        } else {
+          load_row(sum[t], row_at(p.sum + of_image, token[t], p.n_channels), a.there);
+        }
+      }
       float before[T][V], h[V], g[V], dB_dC[2 * T];
       load_floats(&shared.told[0][a.segment][a.column], h);
       load_floats(&shared.told[2][a.segment][a.column], g);
@@ -146,7 +154,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           const float u = x[t].get(v), d = dy[t].get(v);
           // y = C h + D x
           dC = __fmaf_rn(d, h[v], dC);
-          sum_D[v] = __fmaf_rn(d, u, sum_D[v]);
           g[v] = __fmaf_rn(d, c, g[v]);
           // h = exp(dt A) h + dt x B
           dB = __fmaf_rn(dt[t][v] * u, g[v], dB);
@@ -157,19 +164,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           sum_A[v] = __fmaf_rn(d_exponent, dt[t][v], sum_A[v]);
           ddelta[v] = __fmaf_rn(d_exponent, A[v], d_dtx * u) * slope_of(wide[t][v], dt[t][v]);
           sum_bias[v] += ddelta[v];
-          dx[v] = __fmaf_rn(d_dtx, dt[t][v], k == 0 ? __fmul_rn(d, skip[v]) : sum[t].get(v));
+          dx[v] = __fmaf_rn(d_dtx, dt[t][v], sum[t].get(v));
         }
-        dB_dC[t] = dB, dB_dC[T + t] = dC;
-        if (mine + t < a.length) {
-          store_row(ddelta, row_at(ddelta_rows + k * p.n_channels, token[t], 4 * p.n_channels), a.there);
-          if (k < 3) store_row(dx, row_at(p.sum + of_image, token[t], p.n_channels), a.there);
-          else store_row(dx, row_at(p.dx + of_image, token[t], p.n_channels), a.there);
-        }
+        dB_dC[t] = a.there ? dB : 0.0f, dB_dC[T + t] = a.there ? dC : 0.0f;
+        const bool inside = mine + t < a.length;
+        store_row(ddelta, row_at(ddelta_rows + k * p.n_channels, token[t], 4 * p.n_channels), inside, a.there);
+        if (k < 3) store_row(dx, row_at(p.sum + of_image, token[t], p.n_channels), inside, a.there);
+        else store_row(dx, row_at(p.dx + of_image, token[t], p.n_channels), inside, a.there);
       }
       const float share = share_out_sums(dB_dC);
       const int which = threadIdx.x % LANES / T, position = mine + threadIdx.x % T;
       if (position < a.length)
-        p.share_BC[((a.block * 2 + which) * 4 + k) * n_tokens + a.first_token + a.token(k, position)] = share;
+        p.share_BC[((a.block * 2 + which) * 4 + k) * n_tokens + a.first_token + order.token(position)] = share;
       buffer ^= 1;
     }
 

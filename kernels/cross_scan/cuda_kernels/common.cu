@@ -13,7 +13,7 @@
 
 constexpr int V = 4, LANES = 8, CB = LANES * V;
 constexpr int THREADS = 32 * WARPS, SEGMENTS = THREADS / LANES, STEPS = SEGMENTS * T;
-constexpr int RP = (R + 3) / 4 * 4;  // R, filled up with zeros
+constexpr int RP = (R + 3) / 4 * 4;  // R, filled up
 constexpr int ROW = RP + 4;          // floats of a position: dt, B, C
 static_assert(R % VR == 0, "dt is read in whole loads");
 
@@ -32,7 +32,7 @@ struct Problem {
 };
 
 struct Shared {
-  float weight[RP][CB + 4];
+  float weight[R][CB + 4];
   float rows[2][STEPS][ROW];
   float told[3][SEGMENTS][CB];  // the state at the end from 0, the decay, the gradient at the beginning from 0
 };
@@ -44,9 +44,7 @@ struct Place {
   int block, image, direction;  // direction: the first one to run
   int e, there;       // its first channel, and how many of its V channels there are
   int column;         // its first channel within the block's
-  int segment;
-  int length, height, width;
-  unsigned inverse;
+  int segment, length;
 
   INLINE Place(const Problem& p) {
     const int blocks = (int(p.n_channels) + CB - 1) / CB;
@@ -54,19 +52,30 @@ struct Place {
     block = number % blocks, number /= blocks;
     direction = p.split ? number % 4 : 0;
     image = p.split ? number / 4 : number;
-    height = p.height, width = p.width, length = height * width, inverse = p.inverse_height;
+    length = p.height * p.width;
     first_token = int64(image) * length;
     column = threadIdx.x % LANES * V, segment = threadIdx.x / LANES;
     e = block * CB + column;
     const int left = int(p.n_channels) - e;
     there = left < 0 ? 0 : left > V ? V : left;
   }
-  // The token of the image at a position of direction k. inverse_height is 2^32 / height, rounded up.
-  INLINE int token(int k, int position) const {
-    const int at = k < 2 ? position : length - 1 - position;
-    if (k % 2 == 0 || height == 1) return at;
-    const int x = (unsigned long long)(unsigned(at)) * inverse >> 32;
-    return (at - x * height) * width + x;
+};
+
+// A direction's map from positions to tokens of the image: `at` is the position in the order of directions 0 or 1. By
+// columns, at = x height + y is the token y width + x = at width - x (height width - 1); inverse is 2^32 / height,
+// rounded up.
+struct Order {
+  int first, step, width, less;
+  unsigned inverse;
+
+  INLINE Order(const Problem& p, int k, int length) {
+    const bool by_columns = k % 2 && p.height > 1;
+    first = k < 2 ? 0 : length - 1, step = k < 2 ? 1 : -1;
+    width = by_columns ? p.width : 1, less = by_columns ? length - 1 : 0, inverse = p.inverse_height;
+  }
+  INLINE int token(int position) const {
+    const unsigned at = first + step * position, x = (unsigned long long)at * inverse >> 32;
+    return at * width - x * less;
   }
 };
 
@@ -75,28 +84,27 @@ template <typename X> INLINE X* row_at(X* first, int token, int stride) {
   return reinterpret_cast<X*>((char*)first + int64(token) * int(stride * sizeof(X)));
 }
 
-// A lane's V channels of a row; what is not there is 0.
+// A lane's V channels of a row. Where the lane has none, other channels' are read: a branch would take longer.
 template <typename X> INLINE void load_row(Packed<X, V>& x, const X* from, int there) {
-  x.clear();
   if (WIDE) {
-    if (there) x.load(from);
+    x.load(from);
   } else {
     float values[V];
     for (int v = 0; v < V; ++v) values[v] = v < there ? one(from + v) : 0.0f;
     x.set(values);
   }
 }
-template <typename X> INLINE void store_row(const float (&values)[V], X* to, int there) {
+template <typename X> INLINE void store_row(const float (&values)[V], X* to, bool wanted, int there) {
   if (WIDE) {
     Packed<X, V> x;
     x.set(values);
-    if (there) x.store(to);
+    x.store_if(wanted && there, to);
   } else {
     for (int v = 0; v < V; ++v) {
       const float value[1] = {values[v]};
       Packed<X, 1> x;
       x.set(value);
-      if (v < there) x.store(to + v);
+      x.store_if(wanted && v < there, to + v);
     }
   }
 }
@@ -104,7 +112,7 @@ template <typename X> INLINE void store_row(const float (&values)[V], X* to, int
 // What a direction's lanes share of the STEPS positions from `begin` on (zeros where it has none): dt, B and C as floats.
 // By `count` threads, this one the `first`.
 INLINE void stage_rows(
-    const Problem& p, float (&rows)[STEPS][ROW], const Place& a, int k, int begin, int first, int count) {
+    const Problem& p, float (&rows)[STEPS][ROW], const Place& a, int k, const Order& order, int begin, int first, int count) {
   constexpr int LOADS = R / VR;
   const M* dt = p.dt + a.first_token * p.dt_token + k * p.dt_direction;
 #pragma unroll 4
@@ -112,7 +120,7 @@ INLINE void stage_rows(
     const int step = i / LOADS, r = i % LOADS * VR;
     Packed<M, VR> x;
     x.clear();
-    if (unsigned(begin + step) < unsigned(a.length)) x.load(row_at(dt, a.token(k, begin + step), p.dt_token) + r);
+    if (unsigned(begin + step) < unsigned(a.length)) x.load(row_at(dt, order.token(begin + step), p.dt_token) + r);
 #pragma unroll
     for (int j = 0; j < VR; ++j) rows[step][r + j] = x.get(j);
   }
@@ -120,7 +128,7 @@ INLINE void stage_rows(
   const M* C = p.C + a.first_token * p.C_token + k * p.C_direction;
 #pragma unroll 2
   for (int step = first; step < STEPS; step += count) {
-    const int token = a.token(k, begin + step);
+    const int token = order.token(begin + step);
     const bool inside = unsigned(begin + step) < unsigned(a.length);
     rows[step][RP] = inside ? one(row_at(B, token, p.B_token)) : 0.0f;
     rows[step][RP + 1] = inside ? one(row_at(C, token, p.C_token)) : 0.0f;
@@ -138,16 +146,6 @@ INLINE void stage_weight(const Problem& p, Shared& shared, const Place& a, int k
   }
 }
 
-// What fills R up is never written again.
-INLINE void clear(Shared& shared) {
-  for (int i = threadIdx.x; i < 2 * STEPS; i += THREADS)
-#pragma unroll
-    for (int r = R; r < RP; ++r) shared.rows[i / STEPS][i % STEPS][r] = 0.0f;
-  for (int i = threadIdx.x; i < CB; i += THREADS)
-#pragma unroll
-    for (int r = R; r < RP; ++r) shared.weight[r][i] = 0.0f;
-}
-
 // A lane's channels of a parameter (4, E).
 INLINE void load_parameter(float (&x)[V], const float* from, const Problem& p, const Place& a, int k) {
 #pragma unroll
@@ -155,26 +153,28 @@ INLINE void load_parameter(float (&x)[V], const float* from, const Problem& p, c
 }
 
 // dt_weight dt + bias, times SCALE, of a lane's T positions.
+template <int COUNT> INLINE void add_ranks(float (&wide)[T][V], const Shared& shared, int buffer, const Place& a, int r) {
+  float weight[COUNT][V];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) load_floats(&shared.weight[r + i][a.column], weight[i]);
+#pragma unroll
+  for (int t = 0; t < T; ++t) {
+    float low[COUNT];
+    load_floats(&shared.rows[buffer][a.segment * T + t][r], low);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+      for (int v = 0; v < V; ++v) wide[t][v] = __fmaf_rn(low[i], weight[i][v], wide[t][v]);
+  }
+}
 INLINE void widen(float (&wide)[T][V], const Shared& shared, int buffer, const Place& a, const float (&bias)[V]) {
 #pragma unroll
   for (int t = 0; t < T; ++t)
 #pragma unroll
     for (int v = 0; v < V; ++v) wide[t][v] = bias[v];
-#pragma unroll 2
-  for (int r = 0; r < RP; r += 4) {
-    float weight[4][V];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) load_floats(&shared.weight[r + i][a.column], weight[i]);
-#pragma unroll
-    for (int t = 0; t < T; ++t) {
-      float low[4];
-      load_floats(&shared.rows[buffer][a.segment * T + t][r], low);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int v = 0; v < V; ++v) wide[t][v] = __fmaf_rn(low[i], weight[i][v], wide[t][v]);
-    }
-  }
+#pragma unroll 1
+  for (int r = 0; r < R / 4 * 4; r += 4) add_ranks<4>(wide, shared, buffer, a, r);
+  if constexpr (R % 4) add_ranks<R % 4>(wide, shared, buffer, a, R / 4 * 4);
 }
 
 // softplus of x / SCALE, and its derivative. The fast one is off by up to 2e-7: little beside a rounding to 16 bits.

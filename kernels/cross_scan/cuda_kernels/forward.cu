@@ -6,8 +6,9 @@ INLINE void chain(const Problem& p, Shared& shared, const Place& a, int k, int b
   constexpr int AT_ONCE = 4;
   const int lane = threadIdx.x;
   const int e = a.block * CB + lane;
-  const int every = p.every, n_slots = (a.length + every - 1) / every;
-  float* saved = p.saved ? p.saved + (int64(a.image) * 4 + k) * n_slots * p.n_channels + e : nullptr;
+  const int every = p.every, slots = (a.length + every - 1) / every, slot = (begin + every - 1) / every;
+  float* saved = p.saved + ((int64(a.image) * 4 + k) * slots + slot) * p.n_channels + e;
+  int next = p.saved && e < p.n_channels ? slot * every : a.length;  // the next position before which h is saved
 #pragma unroll
   for (int s = 0; s < SEGMENTS; s += AT_ONCE) {
     float end[AT_ONCE], passed[AT_ONCE];
@@ -16,8 +17,7 @@ INLINE void chain(const Problem& p, Shared& shared, const Place& a, int k, int b
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
       const int position = begin + (s + i) * T;
-      if (saved && position < a.length && position % every == 0 && e < p.n_channels)
-        saved[position / every * p.n_channels] = h;
+      if (position == next && position < a.length) *saved = h, saved += p.n_channels, next += every;
       shared.told[0][s + i][lane] = h;
       h = __fmaf_rn(passed[i], h, end[i]);
     }
@@ -30,15 +30,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   const Place a(p);
   const int warp = threadIdx.x / 32;
   const int last = p.split ? a.direction : 3;
-  const U* x_rows = p.x + a.first_token * p.n_channels + a.e;
-  float* y_rows = p.y + a.first_token * p.n_channels + a.e;
+  const int64 first = a.first_token * p.n_channels + (a.there ? a.e : 0);
+  const U* x_rows = p.x + first;
+  float* y_rows = p.y + first;
   y_rows += p.split ? a.direction * p.n_images * a.length * p.n_channels : 0;
-  clear(shared);
 
   for (int k = a.direction; k <= last; ++k) {
+    const Order order(p, k, a.length);
     __syncthreads();  // the last direction's y is there, and its rows and weights are done with
     stage_weight(p, shared, a, k);
-    stage_rows(p, shared.rows[0], a, k, 0, threadIdx.x, THREADS);
+    stage_rows(p, shared.rows[0], a, k, order, 0, threadIdx.x, THREADS);
     float bias[V], A2[V], skip[V];  // skip: D of all directions, which the first one adds
     load_parameter(bias, p.bias, p, a, k);
     load_parameter(A2, p.A, p, a, k);
@@ -61,9 +62,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       Packed<U, V> x[T];
 #pragma unroll
       for (int t = 0; t < T; ++t) {
-        token[t] = a.token(k, mine + t);
-        x[t].clear();
-        if (mine + t < a.length) load_row(x[t], row_at(x_rows, token[t], p.n_channels), a.there);
+        // Beyond the end the last token is read; B is 0 there, and no state is used.
+        token[t] = order.token(mine + t < a.length ? mine + t : a.length - 1);
+        load_row(x[t], row_at(x_rows, token[t], p.n_channels), a.there);
       }
       float decay[T][V], drive[T][V], end[V], passed[V];
       widen(drive, shared, buffer, a, bias);
@@ -83,17 +84,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       }
       store_floats(&shared.told[0][a.segment][a.column], end);
       store_floats(&shared.told[1][a.segment][a.column], passed);
+      __syncthreads();
+      if (warp == 0) chain(p, shared, a, k, begin, carried);
+      if (WARPS == 1) stage_rows(p, shared.rows[buffer ^ 1], a, k, order, begin + STEPS, threadIdx.x, THREADS);
+      else if (warp > 0) stage_rows(p, shared.rows[buffer ^ 1], a, k, order, begin + STEPS, threadIdx.x - 32, THREADS - 32);
+      __syncthreads();
       Packed<float, V> y[T];  // of the directions before
 #pragma unroll
       for (int t = 0; t < T; ++t) {
-        y[t].clear();
-        if (k > a.direction && mine + t < a.length) load_row(y[t], row_at(y_rows, token[t], p.n_channels), a.there);
+        if (k == 0) {
+          float of_x[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) of_x[v] = __fmul_rn(skip[v], x[t].get(v));
+          y[t].set(of_x);
+        } else if (k > a.direction) {
+          load_row(y[t], row_at(y_rows, token[t], p.n_channels), a.there);
+        } else {
+          y[t].clear();
+        }
       }
-      __syncthreads();
-      if (warp == 0) chain(p, shared, a, k, begin, carried);
-      if (WARPS == 1) stage_rows(p, shared.rows[buffer ^ 1], a, k, begin + STEPS, threadIdx.x, THREADS);
-      else if (warp > 0) stage_rows(p, shared.rows[buffer ^ 1], a, k, begin + STEPS, threadIdx.x - 32, THREADS - 32);
-      __syncthreads();
       float h[V];
       load_floats(&shared.told[0][a.segment][a.column], h);
 #pragma unroll
@@ -104,9 +113,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
         for (int v = 0; v < V; ++v) {
           h[v] = __fmaf_rn(decay[t][v], h[v], drive[t][v]);
           // Rounded before it is added, so that split or not gives the same.
-          sum[v] = __fmul_rn(c, h[v]) + (k == 0 ? __fmul_rn(skip[v], x[t].get(v)) : y[t].get(v));
+          sum[v] = __fmul_rn(c, h[v]) + y[t].get(v);
         }
-        if (mine + t < a.length) store_row(sum, row_at(y_rows, token[t], p.n_channels), a.there);
+        store_row(sum, row_at(y_rows, token[t], p.n_channels), mine + t < a.length, a.there);
       }
       buffer ^= 1;
     }

@@ -49,3 +49,8 @@ __device__ __forceinline__ void store_if(bool wanted, void* to, uint2 x) {
                "r"(x.x), "r"(x.y)
                : "memory");
 }
+__device__ __forceinline__ void store_if(bool wanted, void* to, uint4 x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.u32 [%1], {%2, %3, %4, %5};}" ::"r"(int(wanted)),
+               "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}

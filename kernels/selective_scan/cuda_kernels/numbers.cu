@@ -46,6 +46,7 @@ template <typename X, int K> struct Packed {
     if constexpr (BYTES == 2) ::store_if(wanted, to, (unsigned short)word[0]);
     if constexpr (BYTES == 4) ::store_if(wanted, to, word[0]);
     if constexpr (BYTES == 8) ::store_if(wanted, to, make_uint2(word[0], word[1]));
+    if constexpr (BYTES == 16) ::store_if(wanted, to, make_uint4(word[0], word[1], word[2], word[3]));
   }
   INLINE float get(int i) const {
     if constexpr (sizeof(X) == 4) return to_float(word[i], X());
