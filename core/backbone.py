@@ -33,7 +33,8 @@ State = list[Any]  # one entry a layer: its mixer's NamedTuple of tensors whose 
 def mixer_of(name: str, c: BackboneConfig) -> nn.Module:
     """A mixer maps (B, L, d_model) to the same shape, by `forward`, `forward_padded` and `step`, with a state.
 
-    The last projection, which writes to the residual stream, is called out_proj.
+    The last projection, which writes to the residual stream, is called out_proj. `projects_input` says whether its
+    forward does nothing with its input but project it.
     """
     if "+" in name:
         return Parallel(mixer_of(part, c) for part in name.split("+"))
@@ -65,7 +66,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, stream: Tensor | None, padding: Padding | None = None, **options: Any
     ) -> tuple[Tensor, Tensor, Any]:
-        normed, residual = self.norm(x, stream)
+        normed, residual = self.norm(x, stream, projected=self.mixer.projects_input)
         if padding is None:
             out = self.mixer(normed, **options)
         else:

@@ -34,6 +34,8 @@ class LRUState(NamedTuple):
 class LRU(nn.Module):
     """(B, L, d_model) -> (B, L, d_model), causal."""
 
+    projects_input = False  # it is added to the result as well
+
     def __init__(self, d_model: int, config: LRUConfig | None = None):
         super().__init__()
         self.config = c = config or LRUConfig()

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autocast import autocast_dtype
 from .config import MoEConfig
 from .grouped import grouped_matmul, waits_for_host
 from .mlp import NoState
@@ -113,6 +114,8 @@ class ExpertLinear(nn.Module):
 
 class MoE(nn.Module):
     """(.., d_model) -> (.., d_model). Raises ValueError for widths that `MoEConfig.width` refuses."""
+
+    projects_input = False  # the router reads it in float32
 
     def __init__(self, d_model: int, config: MoEConfig | None = None):
         super().__init__()
@@ -237,8 +240,7 @@ def within_capacity(experts: Tensor, sorted_: Order, capacity: float | Tensor) -
 
 def _as_autocast(x: Tensor) -> Tensor:
     """x in the dtype in which autocast would compute a linear map of it."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(autocast_dtype(x))
 
 
 def _repeated(x: Tensor, n: int) -> Tensor:

@@ -17,6 +17,10 @@ class Parallel(nn.Module):
         super().__init__()
         self.mixers: Any = nn.ModuleList(mixers)
 
+    @property
+    def projects_input(self) -> bool:
+        return all(mixer.projects_input for mixer in self.mixers)
+
     def forward(self, hidden: Tensor, **options: Any) -> Any:
         return self._added(self.mixers, hidden, **options)
 

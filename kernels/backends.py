@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import nvrtc
@@ -94,7 +95,11 @@ def traced(*tensors: Tensor | None) -> bool:
     """Whether a compiler or another tracer is to see the operation on these tensors; autograd alone does not count."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return True
-    return any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+    return any(
+        type(x) not in (Tensor, torch.nn.Parameter) or is_batchedtensor(x)  # vmap's look like plain ones
+        for x in tensors
+        if x is not None
+    )
 
 
 def info() -> dict[str, str]:

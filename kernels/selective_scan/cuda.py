@@ -308,16 +308,18 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batc
 
 
 def backward(
-    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
-):
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse,
+    dz=None,
+):  # fmt: skip
+    """dz: room for z's gradient, which may be some columns of a wider matrix."""
     arguments = (dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved)
     if _serves(u, delta, B, C, z, dy, n_states=A.shape[1]):
         with torch.cuda.device_of(u):
             try:
-                return _backward(*arguments, softplus, reverse)
+                return _backward(*arguments, softplus, reverse, dz)
             except nvrtc.Unavailable as error:
                 _give_up(_device(u), error)
-    return fallback.backward(*arguments, softplus, reverse)
+    return fallback.backward(*arguments, softplus, reverse, dz)
 
 
 def _give_up(device: int, error: nvrtc.Unavailable) -> None:
@@ -355,7 +357,7 @@ def _at_once(p: _Problem, processors: int) -> bool:
 
 
 def _backward(
-    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse, room
 ):
     p = _Problem(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
     rows = p.n_chunks * p.n_channels
@@ -365,7 +367,11 @@ def _backward(
     def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         return None if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
-    du, ddelta, dz, dh0 = like(u), like(delta), like(z), like(initial_state, torch.float32)
+    du, ddelta, dh0 = like(u), like(delta), like(initial_state, torch.float32)
+    dz = like(z)
+    if room is not None and _widest(p.vector, room) == p.vector:
+        dz = room
+        p.values["Z_stride"] = room.stride(0) * room.element_size() * (-1 if reverse else 1)
     dA, dD, dbias = (like(x, torch.float32) for x in (A, D, delta_bias))
     dB, dC = (like(x, torch.float32 if x.dim() == 2 else None) for x in (B, C))
     own, sums = p.chunk_states()
@@ -389,4 +395,6 @@ def _backward(
     p.launch_scan("backward", p.n_chunks * p.n_tiles, own=entering, saved=saved, **shares, **gradients)
     blocks = sum(-(-x.numel() // 128) for x in (dA, dD, dbias, dB, dC) if x is not None)
     p.launch("sum_shares", "sum_shares", blocks, 128, **shares, dA=dA, dB=dB, dC=dC, dD=dD, dbias=dbias)
+    if room is not None and dz is not room:
+        room.copy_(dz)
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dh0

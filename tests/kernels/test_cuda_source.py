@@ -144,6 +144,24 @@ def test_emulated_in_bfloat16(on_the_cpu, results_of, cast, assert_close):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize(("channels", "states"), [(10, 3), (7, 16), (12, 1)])
+def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu, results_of, cast, assert_close):
+    """It is some columns of a wider matrix; and of an odd number of channels not where rows can be moved in pairs."""
+    tensors = cast(inputs(70, channels, states, 1, 1), torch.float32)
+    del tensors["initial_state"]
+    arguments = [tensors[name] for name in ("u", "delta", "A", "B", "C", "D", "z")]
+    flat = [x.flatten(0, 1) if x.dim() > 2 else x for x in arguments]
+    dy = torch.randn(70, channels)
+    for reverse in (False, True):
+        _, _, saved = cuda.forward(*flat, tensors["delta_bias"], None, None, 1, True, reverse, True)
+        given = (dy, None, *flat, tensors["delta_bias"], None, None, 1, saved, True, reverse)
+        expected = cuda.backward(*given)[6]
+        wide = torch.full((70, 2 * channels), torch.nan)
+        cuda.backward(*given, wide[:, channels:])
+        assert torch.equal(wide[:, channels:], expected)
+        assert wide[:, :channels].isnan().all()
+
+
 def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch):
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(cuda, "usable", lambda device: device not in cuda._broken)

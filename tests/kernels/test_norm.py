@@ -118,6 +118,24 @@ def test_of_float32_rows_with_bfloat16_weights(backend, device_of):
     assert stream is tensors["x"]
 
 
+# Triton's interpreter cuts the digits off where a GPU rounds.
+@pytest.mark.parametrize("backend", ["reference", "numba", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_in_a_dtype_of_choice(norm, backend, results_of, cast):
+    """The same numbers as rounded afterwards, to the bit, and so the gradients."""
+    tensors = cast(problem(5, 37, absent="" if norm == "layer_norm" else "bias"), torch.float32)
+    rounding = functools.partial(NORMS[norm], dtype=torch.bfloat16)
+
+    def rounded(*args, **kwargs):
+        y, stream = NORMS[norm](*args, **kwargs)
+        return y.bfloat16(), stream
+
+    results = [results_of(functools.partial(run, norm=n), tensors, backend) for n in (rounding, rounded)]
+    assert results[0]["y"].dtype == torch.bfloat16
+    for name, x in results[0].items():
+        assert torch.equal(x, results[1][name]), name
+
+
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("used", ["y", "final_state"])
 def test_gradients_of_one_output(used, backend, results_of, cast, assert_close):
