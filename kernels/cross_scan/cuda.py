@@ -45,34 +45,33 @@ class Plan(NamedTuple):
     MIN_BLOCKS: int  # that a multiprocessor is to have room for
 
 
-def _most_warps(T: int, rank: int, most: int) -> int:
-    return max(min(most, _ROOM // (32 * T * (rank + 7))), 1)
+def _most_warps(T: int, rank: int, wanted: int) -> int:
+    return max(min(wanted, _ROOM // (32 * T * (rank + 7))), 1)
+
+
+def _round_warps(n_channels: int, rank: int) -> int:
+    """Warps that go from one saved state to the next: their number must not follow from the length, which a compiler
+    leaves open. Few channels make few blocks, which then need more warps each."""
+    return _most_warps(4, rank, 4 if n_channels <= 128 else 2)
 
 
 @cache
-def _plan(kernel: str, length: int, rank: int) -> Plan:
-    """As many warps as the positions need, up to what is best where they need several rounds.
-
-    Backwards a round goes from one saved state to the next, whose number must follow from the length by one formula (a
-    compiler leaves the length open): the most is 7 warps, for images of 224 pixels have 49, 196, ... positions.
-    """
-    T = 8 if kernel == "forward" else 4
-    most = _most_warps(T, rank, 8 if kernel == "forward" else 7)
-    warps = -(-length // (4 * T))
-    if warps > most and kernel == "forward":  # with the fewest positions left over; of these the most
-        warps = min(range(most, most // 2, -1), key=lambda n: -(-warps // n) * n)
-    warps = min(warps, most)
-    return Plan(T, warps, max(16 // warps, 1))  # 128 registers to a thread
+def _plan(kernel: str, length: int, n_channels: int, rank: int) -> Plan:
+    """As many warps as the positions need, up to what is best where they need several rounds. (Of an H100.)"""
+    T = 8 if kernel == "forward" and length > 64 else 4
+    most = _most_warps(T, rank, 4) if kernel == "forward" else _round_warps(n_channels, rank)
+    warps = min(-(-length // (4 * T)), most)
+    return Plan(T, warps, 12 // warps)  # 168 registers to a thread: with fewer some of them spill
 
 
-def _every(rank: int) -> int:
+def _every(n_channels: int, rank: int) -> int:
     """Positions from one saved state to the next."""
-    return 16 * _most_warps(4, rank, 7)
+    return 16 * _round_warps(n_channels, rank)
 
 
 def saved_shape(x: Tensor, dt: Tensor) -> tuple[int, ...]:
     n_images, height, width, n_channels = x.shape
-    every = _every(dt.shape[4])
+    every = _every(n_channels, dt.shape[4])
     return n_images, 4, (height * width + every - 1) // every, n_channels
 
 
@@ -141,13 +140,13 @@ class _Problem:
         self.values = _ABSENT | {name: m.data_ptr() for name, m in tensors.items()} | {
             "n_images": n_images, "height": height, "width": width, "n_channels": n_channels,
             "inverse_height": -(-(2**32) // height) % 2**32,
-            "every": _every(self.dt.shape[2]),
+            "every": _every(n_channels, self.dt.shape[2]),
         }  # fmt: skip
         for name, m in (("dt", self.dt), ("B", self.B), ("C", self.C)):
             self.values |= {f"{name}_token": m.stride(0), f"{name}_direction": m.stride(1)}
 
     def launch(self, kernel: str, blocks: int, **values: Tensor | int | None) -> None:
-        plan = _plan(kernel, self.length, self.dt.shape[2])
+        plan = _plan(kernel, self.length, self.x.shape[3], self.dt.shape[2])
         numbers = {k: 0 if v is None else v if isinstance(v, int) else v.data_ptr() for k, v in values.items()}
         function = _function(kernel, self.device, (*self.macros, *zip(plan._fields, plan, strict=True)))
         function(blocks, 32 * plan.WARPS, _PACK(*_in_order(self.values | numbers)))
@@ -212,9 +211,11 @@ def _backward(p: _Problem, dy: Tensor, D: Tensor, dt_weight: Tensor, saved: Tens
         share_BC=share_BC, share_A=share_A, share_bias=share_bias, share_D=share_D,
     )  # fmt: skip
     # All directions in one product: the weights stand along the diagonal.
-    weights = torch.block_diag(*dt_weight.to(dx.dtype).unbind())
-    ddt = (ddelta @ weights).view(n_images, height, width, 4, rank)
+    weights = dx.new_zeros(4, n_channels, 4, rank)
+    weights.diagonal(dim1=0, dim2=2).copy_(dt_weight.permute(1, 2, 0))
+    ddt = (ddelta @ weights.view(4 * n_channels, 4 * rank)).view(n_images, height, width, 4, rank)
     dweight = (ddelta.T @ p.dt.to(dx.dtype).flatten(1)).view(4, n_channels, 4, rank)
-    dB, dC = share_BC.sum(0).transpose(1, 2).reshape(2, n_images, height, width, 4, 1)
-    dweight = torch.stack([dweight[k, :, k] for k in range(4)])
+    dweight = dweight.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    dB_dC = torch.empty(2, n_tokens, 4, dtype=p.B.dtype, device=dx.device)
+    dB, dC = dB_dC.copy_(share_BC.sum(0).transpose(1, 2)).view(2, n_images, height, width, 4, 1)
     return dx, ddt, share_A.sum(0)[:, :, None], dB, dC, share_D.sum(0).expand(D.shape), dweight, share_bias.sum(0)

@@ -6,7 +6,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..backends import choose, traced, watched
+from ..backends import choose, traced
+from ..operators import Operator
 from .reference import cross_scan_reference
 from .scans import four_scans
 
@@ -39,11 +40,9 @@ def cross_scan(
     if choose(backend, x.device, x.dtype, in_cuda=True) != "cuda" or not _has_kernel(x, dt, A, B, C):
         return four_scans(*tensors, backend)
     save = torch.is_grad_enabled() and any(m.requires_grad for m in tensors)
-    if traced(*tensors):
-        return _scan(*tensors, save)[0]
-    if not _kernels().usable(x.get_device()):
+    if not traced(*tensors) and not _kernels().usable(x.get_device()):
         return four_scans(*tensors, backend)
-    return (_EagerScan.apply if save else _unwatched_scan)(*tensors, save)[0]
+    return _scan(*tensors, save)[0]
 
 
 def _has_kernel(x, dt, A, B, C) -> bool:
@@ -63,23 +62,22 @@ def _kernels() -> ModuleType:
     return import_module(".cuda", __package__)  # it imports Triton
 
 
-def _unwatched_scan(
+def _run(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor, save: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, saved states)."""
     return _kernels().forward(x, dt, A, B, C, D, dt_weight, dt_bias, save)
 
 
-_scan = torch.library.custom_op("polymamba::cross_scan", _unwatched_scan, mutates_args=())
-
-
-@_scan.register_fake
-def _(x, dt, A, B, C, D, dt_weight, dt_bias, save):
+def _fake(x, dt, A, B, C, D, dt_weight, dt_bias, save):
     shape = _kernels().saved_shape(x, dt) if save else (0,)
     return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
 
-def _unwatched_backward(
+_scan = Operator("cross_scan", _run, _fake)
+
+
+def _run_backward(
     dy: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor,
     saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -89,12 +87,11 @@ def _unwatched_backward(
     return tuple(g.to(m.dtype).contiguous() for m, g in zip(inputs, grads, strict=True))  # pyright: ignore[reportReturnType] - eight
 
 
-_scan_backward = torch.library.custom_op("polymamba::cross_scan_backward", _unwatched_backward, mutates_args=())
-
-
-@_scan_backward.register_fake
-def _(dy, *inputs):
+def _fake_backward(dy, *inputs):
     return tuple(m.new_empty(m.shape) for m in inputs[:8])
+
+
+_scan_backward = Operator("cross_scan_backward", _run_backward, _fake_backward)
 
 
 def _setup_context(ctx, inputs, output):
@@ -103,25 +100,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _):
-    if dy is None:
-        return (None,) * 9
-    tensors = (dy, *ctx.saved_tensors)
-    run = _scan_backward if watched(*tensors) else _unwatched_backward
-    return *run(*tensors), None
+    return (None,) * 9 if dy is None else (*_scan_backward(dy, *ctx.saved_tensors), None)
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _EagerScan(torch.autograd.Function):
-    """The operator where only autograd watches: it spares the operator's own time."""
-
-    forward = staticmethod(_unwatched_scan)
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return _backward(ctx, *grads)
+_scan.differentiate(_backward, _setup_context)
 
 
 def _check(x, dt, A, B, C, D, dt_weight, dt_bias):
