@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.autocast import autocast_dtype
 from ..core.mamba import initial_dt_bias
-from ..kernels import cross_scan, layer_norm
+from ..kernels import cross_scan, layer_norm_alone
 from .config import VMambaConfig
 from .conv import Conv
 from .model import ImageModel, drop_path_rates, feature_layout
@@ -47,7 +47,7 @@ class Norm(nn.LayerNorm):
 
     def by_kernel(self, x: Tensor, projected: bool) -> Tensor:
         dtype = autocast_dtype(self.weight) if projected else None
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)[0]
+        return layer_norm_alone(x, self.weight, self.bias, self.eps, dtype=dtype)
 
 
 @register_notrace_module

@@ -216,6 +216,6 @@ def _backward(p: _Problem, dy: Tensor, D: Tensor, dt_weight: Tensor, saved: Tens
     ddt = (ddelta @ weights.view(4 * n_channels, 4 * rank)).view(n_images, height, width, 4, rank)
     dweight = (ddelta.T @ p.dt.to(dx.dtype).flatten(1)).view(4, n_channels, 4, rank)
     dweight = dweight.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    dB_dC = torch.empty(2, n_tokens, 4, dtype=p.B.dtype, device=dx.device)
-    dB, dC = dB_dC.copy_(share_BC.sum(0).transpose(1, 2)).view(2, n_images, height, width, 4, 1)
+    sums = share_BC.sum(0).transpose(1, 2).view(2, n_images, height, width, 4, 1)
+    dB, dC = (torch.empty(m.shape, dtype=p.B.dtype, device=m.device).copy_(m) for m in sums)
     return dx, ddt, share_A.sum(0)[:, :, None], dB, dC, share_D.sum(0).expand(D.shape), dweight, share_bias.sum(0)
