@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
@@ -38,6 +39,8 @@ def at_once(
     None where the parts have to be run one after another: outside training, before a compiler, if a part is not what it
     was made as, and wherever autocast or the weights' dtypes would have the parts compute otherwise.
     """
+    if not torch.is_grad_enabled():
+        return None
     # Not by attribute: what nn.Module does to find one takes longer than the rest of this.
     parts: dict[str, Any] = {name: mixer._modules[name] for name in (_ALL if projected else _INNER)}
     own: Any = mixer._parameters

@@ -25,7 +25,7 @@ def rms_norm(
 
     Raises ValueError if shapes or dtypes disagree or if `backend` cannot run these inputs.
     """
-    return _choose_and_run(x, residual, weight, None, eps, False, dtype, backend)
+    return _with_stream(x, *_choose_and_run(x, residual, weight, None, eps, False, dtype, backend))
 
 
 def layer_norm(
@@ -33,13 +33,26 @@ def layer_norm(
     dtype: torch.dtype | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `rms_norm`, of the stream less its mean, plus a bias (D,) if given (arXiv 1607.06450)."""
-    return _choose_and_run(x, residual, weight, bias, eps, True, dtype, backend)
+    return _with_stream(x, *_choose_and_run(x, residual, weight, bias, eps, True, dtype, backend))
+
+
+def layer_norm_alone(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """`layer_norm` without a residual stream: y alone, so that a 16-bit x is not widened into a stream."""
+    return _choose_and_run(x, None, weight, bias, eps, True, dtype, backend)[0]
+
+
+def _with_stream(x: Tensor, y: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+    return y, x.to(torch.float32) if stream is None else stream
 
 
 def _choose_and_run(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool,
     dtype: torch.dtype | None, backend: str | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(y, stream); no stream without a residual: then it is x."""
     _check(x, residual, weight, bias)
     backend = choose(backend, x.device, torch.promote_types(x.dtype, weight.dtype))
     dtype = dtype or weight.dtype
@@ -48,7 +61,7 @@ def _choose_and_run(
     rows = x.reshape(-1, x.shape[-1])
     flat_residual = None if residual is None else residual.reshape(rows.shape)
     y, stream = _norm(rows, flat_residual, weight, bias, eps, centred, dtype, backend)
-    return y.view(x.shape), x.to(torch.float32) if residual is None else stream.view(x.shape)
+    return y.view(x.shape), None if residual is None else stream.view(x.shape)
 
 
 def _check(x, residual, weight, bias):

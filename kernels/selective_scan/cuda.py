@@ -131,7 +131,7 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
     parts = [f"#define {name} {value}" for name, value in macros]
-    files = ("device", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
+    files = ("device", "numbers", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
     parts += [(_FOLDER / f"{name}.cu").read_text() for name in files]
     return "\n".join(parts) + "\n"
 

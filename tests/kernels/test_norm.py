@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from polymamba.kernels import layer_norm, rms_norm
+from polymamba.kernels import layer_norm, layer_norm_alone, rms_norm
 
 FAST = ["numba", "triton"]
 ALL = ["reference", "torch", *FAST]
@@ -116,6 +116,20 @@ def test_of_float32_rows_with_bfloat16_weights(backend, device_of):
     y, stream = rms_norm(tensors["x"], tensors["weight"].bfloat16(), backend=backend)
     assert y.dtype == torch.bfloat16
     assert stream is tensors["x"]
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone(dtype, backend, device_of):
+    tensors = problem(4, 9, absent="residual")
+    x, weight, bias = (tensors[name].to(device_of(backend), dtype).requires_grad_() for name in ("x", "weight", "bias"))
+    results = []
+    for y in (
+        layer_norm(x, weight, bias, 1e-3, backend=backend)[0],
+        layer_norm_alone(x, weight, bias, 1e-3, backend=backend),
+    ):
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 # Triton's interpreter cuts the digits off where a GPU rounds.
