@@ -32,7 +32,6 @@ NORM_EPS = 1e-5
 K = 4  # directions
 
 
-@register_notrace_module
 class Norm(nn.LayerNorm):
     """LayerNorm of (.., C), in the dtype of its weights: on a GPU by our kernel, PyTorch's being slow where C is small.
 
@@ -50,12 +49,15 @@ class Norm(nn.LayerNorm):
         return layer_norm_alone(x, self.weight, self.bias, self.eps, dtype=dtype)
 
 
-@register_notrace_module
 class ScanNorm(Norm):
     """The same of the scan's sum, which is float32 whatever the weights are: PyTorch does not mix dtypes everywhere."""
 
     def forward(self, x: Tensor, *, projected: bool = False) -> Tensor:
         return self.by_kernel(x, projected)
+
+
+register_notrace_module(Norm)
+register_notrace_module(ScanNorm)
 
 
 @register_notrace_module

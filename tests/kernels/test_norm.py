@@ -123,12 +123,11 @@ def test_of_float32_rows_with_bfloat16_weights(backend, device_of):
 def test_alone(dtype, backend, device_of):
     tensors = problem(4, 9, absent="residual")
     x, weight, bias = (tensors[name].to(device_of(backend), dtype).requires_grad_() for name in ("x", "weight", "bias"))
-    results = []
-    for y in (
+    both = (
         layer_norm(x, weight, bias, 1e-3, backend=backend)[0],
         layer_norm_alone(x, weight, bias, 1e-3, backend=backend),
-    ):
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))))
+    )
+    results = [(y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))) for y in both]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
