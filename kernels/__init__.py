@@ -4,7 +4,7 @@ from .backends import info, plain_operations
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_scan import cross_scan
 from .mamba_step import MambaWeights, mamba_step
-from .norm import layer_norm, layer_norm_alone, rms_norm
+from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "cross_scan",
     "info",
     "layer_norm",
-    "layer_norm_alone",
     "mamba_step",
     "plain_operations",
     "rms_norm",
