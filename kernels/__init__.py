@@ -5,7 +5,7 @@ from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_scan import cross_scan
 from .expert_rows import Order, combine, dispatch, route, sort_by_expert
 from .mamba_step import MambaWeights, mamba_step
-from .norm import layer_norm, layer_norm_alone, rms_norm
+from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "dispatch",
     "info",
     "layer_norm",
-    "layer_norm_alone",
     "mamba_step",
     "plain_operations",
     "rms_norm",

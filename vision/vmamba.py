@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.autocast import autocast_dtype
 from ..core.mamba import initial_dt_bias
-from ..kernels import cross_scan, layer_norm_alone
+from ..kernels import cross_scan
+from ..kernels.norm import layer_norm_alone
 from .config import VMambaConfig
 from .conv import Conv
 from .model import ImageModel, drop_path_rates, feature_layout

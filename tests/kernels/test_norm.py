@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from polymamba.kernels import layer_norm, layer_norm_alone, rms_norm
+from polymamba.kernels import layer_norm, rms_norm
+from polymamba.kernels.norm import layer_norm_alone
 
 FAST = ["numba", "triton"]
 ALL = ["reference", "torch", *FAST]
