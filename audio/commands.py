@@ -7,9 +7,14 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..core.config import ComputeConfig, SamplingConfig, TrainConfig
+from ..core.inputs import require_files
 from .config import PRESETS, Codec, Dividing, Layout, Preset, UNetConfig
 
 Output = Annotated[Path, arg(aliases=["-o"])]
+
+# To make sound sample by sample: a long recurrence gains nothing by less than float32, and a whole block is one kernel
+# only outside autocast.
+STEPWISE = ComputeConfig(precision="fp32")
 
 
 def _at_least(what: object, name: str, least: float) -> None:
@@ -46,7 +51,7 @@ class Train:
     context: int = 8000
     """Samples in a training window."""
     gate: float = -60.0
-    """Leave out training windows that are quieter than this, dB below full scale."""
+    """Leave out training windows that are quieter than this, dB below full scale (not of a classifier)."""
     labels: bool = False
     """Learn the folders' names, so that `generate --label` can ask for one."""
     classifier: bool = False
@@ -57,7 +62,7 @@ class Train:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        require_files(self.files)
         _at_least(self, "context", 1)
         if self.sample_rate is not None:
             _at_least(self, "sample_rate", 1)
@@ -67,6 +72,10 @@ class Train:
             raise ValueError(f"gate is {self.gate}; it must be 0 dB or less")
         if self.labels and self.classifier:
             raise ValueError("labels and classifier exclude each other: a classifier learns the labels anyway")
+        if self.classifier and self.gate != Train.gate:
+            raise ValueError(
+                "gate leaves quiet windows out, and a classifier hears every recording; give one of the two"
+            )
         if self.real and not any("s4d" in stage.split("+") for stage in self.stages):
             raise ValueError("real is about s4d, which no stage has")
         self.unet()
@@ -82,11 +91,6 @@ class Train:
         )
 
 
-def _require_files(files: tuple[Path, ...]) -> None:
-    if not files:
-        raise ValueError("no files; name at least one file or folder")
-
-
 @dataclass(frozen=True, kw_only=True)
 class _OnFiles:
     run: Positional[Path]
@@ -96,7 +100,7 @@ class _OnFiles:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        require_files(self.files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,7 @@ class Eval(_OnFiles):
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """Folder to make, for metrics.json with the protocol, table.tsv and made.png."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
+    compute: OmitArgPrefixes[ComputeConfig] = STEPWISE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,7 +180,7 @@ class Generate:
     watchdog: bool = True
     """Go back a little where the sound runs away into noise louder than anything in training."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig(top_p=0.99)
-    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+    compute: OmitArgPrefixes[ComputeConfig] = STEPWISE
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= 1e6:
@@ -213,7 +218,7 @@ class Plot:
     """Show a traceback when something fails."""
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        require_files(self.files)
         if not self.seconds > 0:
             raise ValueError(f"seconds is {self.seconds}; it must be above 0")
 

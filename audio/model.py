@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.batching import at_places
 from ..core.hub import PretrainedModel
 from .codec import values
 from .config import N_CODES, AudioConfig, ClassifierConfig
@@ -88,11 +89,14 @@ class AudioModel(PretrainedModel):
         labels: Tensor | None = None,
         return_state: bool = False,
         padding_mask: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> Any:
         """codes int (B, L), or START -> logits, or (logits, state) iff return_state.
 
-        labels  int (B,), `no_label` for none, which is what all rows have if it is left out. With a state they are the
-                state's. Other options as of `UNet.forward`.
+        labels     int (B,), `no_label` for none, which is what all rows have if it is left out. With a state they are
+                   the state's.
+        logits_at  int64 (B,): only the logits (B, 256) at that place of each row
+        Other options as of `UNet.forward`.
         """
         if state is not None and labels is not None:
             raise ValueError("labels belong to a recording's begin; a state has them")
@@ -106,9 +110,9 @@ class AudioModel(PretrainedModel):
             return_state=return_state,
             padding_mask=padding_mask,
         )
-        if return_state:
-            return self.head(out[0]), AudioState(labels, out[1])
-        return self.head(out)
+        y = out[0] if return_state else out
+        logits = self.head(y if logits_at is None else at_places(y, logits_at))
+        return (logits, AudioState(labels, out[1])) if return_state else logits
 
     def init_state(self, batch_size: int, labels: Tensor | None = None) -> AudioState:
         """The state before START; labels int (B,)."""

@@ -88,27 +88,15 @@ def resampled(blocks: Iterator[np.ndarray], old: int, new: int, name: str) -> It
     width = math.ceil(6 * old / min(old, new)) + old  # torchaudio's filter reaches 6 zero crossings of the lower rate
     margin = -(-width // old) * old  # whole steps of both rates
     size = max(BLOCK // old, 4 * margin // old) * old
-    kept, first = np.empty(0, np.float32), True
-    while True:
-        while (block := next(blocks, None)) is not None and len(kept) < size + 2 * margin:
-            kept = np.concatenate((kept, block))
-        if block is not None:
-            blocks = _with_first(block, blocks)
-        before = 0 if first else margin
-        last = len(kept) <= before + size + margin
-        piece = kept if last else kept[: before + size + margin]
-        if len(piece) > before or (first and len(piece)):
-            out = resample(torch.from_numpy(piece), old, new).numpy()
-            end = len(out) if last else (before + size) // old * new
-            yield out[before // old * new : end]
-        if last:
-            return
-        kept, first = kept[before + size - margin :], False
-
-
-def _with_first(block: np.ndarray, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield block
-    yield from blocks
+    kept, before = np.empty(0, np.float32), 0  # of what is kept, so much was given out already
+    for block in blocks:
+        kept = np.concatenate((kept, block))
+        while len(kept) > before + size + margin:
+            out = resample(torch.from_numpy(kept[: before + size + margin]), old, new).numpy()
+            yield out[before // old * new : (before + size) // old * new]
+            kept, before = kept[before + size - margin :], margin
+    if len(kept) > before:
+        yield resample(torch.from_numpy(kept), old, new).numpy()[before // old * new :]
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
@@ -125,8 +113,3 @@ def _unreadable(path: Path, error: Exception) -> InputError:
         return InputError(f"{path}: an empty file, of no bytes")
     reason = " ".join(str(getattr(error, "error_string", error)).split()).rstrip(".")
     return InputError(f"{path}: cannot be read as sound ({reason}); wav, flac, mp3 and ogg can")
-
-
-def read_all(path: Path, rate: int) -> np.ndarray:
-    """A whole file, mono at `rate`, float32 (n,)."""
-    return np.concatenate([np.empty(0, np.float32), *samples(inspect(path), rate)])

@@ -104,6 +104,9 @@ def _check_causality(model: AudioModel, device: torch.device) -> None:
 
 def order0_bits(recordings: Sequence[np.ndarray]) -> float:
     """Entropy of the codes' frequencies in these very recordings, bits per sample: what knowing no context costs."""
-    counts = sum((np.bincount(r, minlength=N_CODES) for r in recordings), start=np.zeros(N_CODES, np.int64))
+    counts = np.zeros(N_CODES, np.int64)
+    for recording in recordings:
+        for start in range(0, len(recording), AT_ONCE):  # for bincount makes int64 of what it counts
+            counts += np.bincount(recording[start : start + AT_ONCE], minlength=N_CODES)
     shares = counts[counts > 0] / counts.sum()
     return float(-np.sum(shares * np.log2(shares)))

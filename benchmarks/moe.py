@@ -44,8 +44,8 @@ class LoopOverExperts(nn.Module):
         for e, (w_in, w_out) in enumerate(of_experts):
             rows = (routes.experts[:, 0] == e).nonzero()[:, 0]
             y = y.index_add(0, rows, torch.relu(tokens[rows] @ w_in) @ w_out * routes.gates[rows].to(y.dtype))
-        ends = F.one_hot(routes.experts[:, 0], N_EXPERTS).sum(0).cumsum(0)
-        moe.aux_loss = moe._auxiliary(routes, ends, None, len(tokens))
+        counts = F.one_hot(routes.experts[:, 0], N_EXPERTS).sum(0)
+        moe.aux_loss = moe._auxiliary(routes, counts, None, len(tokens))
         return y.view(x.shape)
 
 

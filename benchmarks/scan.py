@@ -1,4 +1,4 @@
-"""The selective scan and the convolution on a GPU: milliseconds forward and backward, peak memory, share of the limit.
+"""The selective scan, the convolution and the Mamba block on a GPU: milliseconds, peak memory, share of the limit.
 
     python benchmarks/scan.py [--output benchmarks/results/scan_gpu.md] [--picture benchmarks/results/scan_gpu.png]
                               [--backend triton]
@@ -21,6 +21,7 @@ from machine import describe
 from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
+from polymamba.core import Mamba
 from polymamba.kernels import causal_conv1d, info, selective_scan
 
 SHAPES = {  # batch, channels, length, states, groups, gate: official forward and backward, ms
@@ -35,6 +36,10 @@ SHAPES = {  # batch, channels, length, states, groups, gate: official forward an
     (1, 2048, 131072, 16, 1, True): (5.95, 22.63),
     (8, 512, 131072, 16, 1, True): (11.37, 43.13),
     (1, 512, 1048576, 16, 1, True): (11.74, 60.93),
+}
+BLOCKS = {  # batch, length, d_model: official forward, forward and backward, ms; peak GiB
+    (8, 2048, 1024): (1.06, 4.60, 0.96),
+    (1, 1048576, 256): (16.5, 88.2, 13.9),
 }
 CLOCK = 1.98e9
 
@@ -98,6 +103,29 @@ def table(bandwidth: float, backend: str | None) -> list[str]:
     return lines
 
 
+def blocks() -> list[str]:
+    """A table of the Mamba block in training, bf16."""
+    lines = ["| B, L, d_model | forward ms | official | forward and backward ms | official | peak GiB | official |"]
+    lines += ["|" + "---|" * 7]
+    for (batch, length, width), official in BLOCKS.items():
+        model = Mamba(width).cuda().bfloat16()
+        x = torch.randn(batch, length, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        dy = torch.randn_like(x)
+
+        def train(model=model, x=x, dy=dy) -> None:
+            torch.autograd.grad(model(x), (x, *model.parameters()), dy)
+
+        times = [do_bench(work, return_mode="median") for work in (partial(model, x), train)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        ours = (f"{times[0]:.3f}", f"{times[1]:.3f}", f"{peak:.2f}")
+        cells = [str(cell) for pair in zip(ours, official, strict=True) for cell in pair]
+        lines.append(f"| {batch}, {length}, {width} | {' | '.join(cells)} |")
+    return lines
+
+
 def against_length(backend: str | None) -> tuple[list[str], list[tuple[int, float, float | None]]]:
     """A table, and its rows: (length, ms of the scan forward, ms of attention)."""
     rows = []
@@ -140,6 +168,8 @@ def report(backend: str | None, picture: Path | None) -> str:
     ms = do_bench(lambda: causal_conv1d(x, weight, bias), return_mode="median")
     share = 4 * x.numel() / bandwidth * 1e3 / ms
     lines += ["", f"causal_conv1d 8 x 2048 x 2048, width 4, SiLU: forward {ms:.3f} ms, {share:.0%} of copy bandwidth"]
+    if backend is None:  # a block chooses for itself
+        lines += ["", "The Mamba block, in training:", "", *blocks()]
     if picture:
         text, rows = against_length(backend)
         draw(rows, picture)

@@ -2,26 +2,25 @@
 
     python benchmarks/vision.py [--output benchmarks/results/vision_speed.md] [--limit 270]
 
-Random weights and images, bf16: weights in bf16 for the forward, autocast for training (forward, cross-entropy,
-backward; no optimizer). Batch 128 at 224 pixels; at larger sizes as many images as hold about as many pixels. Medians
-of 10 (of 3 if they are slow) after 3 that warm up. Memory is the most allocated during the runs. timm's models have
-SDPA attention where they have attention. Rows come in the order of their weight; what --limit seconds do not allow is
-left out and said so. On a CPU: --device cpu --models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
+The steps are those of `polymamba vision bench`, but for training's optimizer. Random weights and images, bf16: weights
+in bf16 for the forward, autocast for training (forward, cross-entropy, backward). Batch 128 at 224 pixels; at larger
+sizes as many images as hold about as many pixels. Medians of --repeats after 3 that warm up. Memory is the most
+allocated during the runs. timm's models have SDPA attention where they have attention. Rows come in the order of their
+weight; what --limit seconds do not allow is left out and said so. On a CPU:
+--device cpu --models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
 """
 
 import argparse
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
 from machine import describe
 
-import polymamba.vision  # noqa: F401 - registers our models
+from polymamba.core.speed import median_seconds, with_peak
+from polymamba.vision.bench import backward_step, create, forward_step
 
 MODELS = {  # timm's name -> ours in the table
     "vmamba_tiny_s1l8": "**VMamba-T s1l8**",
@@ -34,59 +33,34 @@ MODELS = {  # timm's name -> ours in the table
     "mambaout_tiny": "MambaOut-T",
 }
 AT_LARGER = ("vim_tiny_patch16_224", "deit_tiny_patch16_224", "vmamba_tiny_s1l8", "convnext_tiny")
-Rows = dict[tuple[str, int, str], tuple[float, float] | str]  # (model, size, kind) -> (images/s, GiB), or why not
+Cell = tuple[float, float] | str  # images/s and peak GiB (NaN on a CPU), or why not
+Rows = dict[tuple[str, int, str], Cell]  # (model, size, kind) ->
+WARM_UPS = 3
 KINDS = ("forward", "training", "compiled forward")
 
 
-def build(name: str, size: int, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    sized = {"img_size": size} if name.startswith(("vim", "deit", "swin")) and size != 224 else {}
-    torch.manual_seed(0)
-    return timm.create_model(name, **sized).to(device, dtype)
-
-
-def median_seconds(work: Callable[[], object], device: str) -> float:
-    def once() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    slowest = max(once() for _ in range(3)) if device == "cuda" else once()
-    slowest = min(slowest, once())
-    return statistics.median(once() for _ in range(10 if slowest < 1 else 3))
-
-
-def measure(name: str, size: int, batch: int, kind: str, device: str) -> tuple[float, float]:
-    """(images a second, peak GiB)."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def measure(name: str, size: int, batch: int, kind: str, device: torch.device, repeats: int) -> Cell:
+    """Of a line of the plan."""
     training = kind == "training"
-    model = build(name, size, device, torch.float32 if training else torch.bfloat16).train(training)
-    images = torch.randn(batch, 3, size, size, device=device, dtype=torch.float32 if training else torch.bfloat16)
-    labels = torch.randint(model.num_classes, (batch,), device=device)
+    dtype = torch.float32 if training else torch.bfloat16
 
-    def train() -> None:
-        with torch.autocast(device, torch.bfloat16):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    run = torch.compile(model) if kind.startswith("compiled") else model
-
-    @torch.no_grad()
-    def forward() -> torch.Tensor:
-        return run(images)
-
-    if not training:
+    def work() -> float:
+        torch.manual_seed(0)
+        model = create(name, None if size == 224 else size).to(device, dtype).train(training)
+        images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
+        if training:
+            labels = torch.randint(model.num_classes, (batch,), device=device)
+            backward = backward_step(model, images, labels, bf16=True)
+            return median_seconds(lambda: (backward(), model.zero_grad()), device, repeats, WARM_UPS)
+        forward = forward_step(torch.compile(model) if kind.startswith("compiled") else model, images)
         assert forward().isfinite().all(), f"{name} at {size}: not finite"
-    seconds = median_seconds(train if training else forward, device)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+        return median_seconds(forward, device, repeats, WARM_UPS)
+
+    seconds, peak = with_peak(work, device)
     torch.compiler.reset()
-    return batch / seconds, peak
+    if seconds is None:
+        return "no memory"
+    return batch / seconds, peak / 2**30 if device.type == "cuda" else float("nan")
 
 
 def plan(models: list[str], sizes: list[int]) -> list[tuple[str, int, str]]:
@@ -97,7 +71,7 @@ def plan(models: list[str], sizes: list[int]) -> list[tuple[str, int, str]]:
 
 
 def table(rows: Rows, sizes: list[int], models: list[str]) -> list[str]:
-    def cell(row: tuple[float, float] | str | None) -> str:
+    def cell(row: Cell | None) -> str:
         if row is None:
             return "not measured"
         return row if isinstance(row, str) else f"{row[0]:,.0f} ({row[1]:.2f})"
@@ -128,6 +102,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--sizes", default="1248,2048,512,1024")
     parser.add_argument("--batch", type=int, default=128, help="at 224 pixels")
+    parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     began, models, sizes = time.monotonic(), args.models.split(","), [int(s) for s in args.sizes.split(",") if s]
     rows: Rows = {}
@@ -135,10 +110,7 @@ def main() -> None:
         if time.monotonic() - began > args.limit:
             continue
         batch = max(1, round(args.batch * (224 / size) ** 2))
-        try:
-            rows[name, size, kind] = measure(name, size, batch, kind, args.device)
-        except torch.OutOfMemoryError:
-            rows[name, size, kind] = "no memory"
+        rows[name, size, kind] = measure(name, size, batch, kind, torch.device(args.device), args.repeats)
         took = f"{time.monotonic() - began:.0f} s"
         print(name, size, kind, rows[name, size, kind], took, file=sys.stderr, flush=True)
         if args.output:

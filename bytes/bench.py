@@ -12,10 +12,9 @@ that fit in a CPU's cache need not come from memory: a small model may be beyond
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from ..core.backbone import aux_loss
 from ..core.generation import generate, prefill
 from ..core.moe import parameter_counts
 from ..core.optim import averaged, parameter_groups
+from ..core.speed import median_seconds, with_peak
 from .config import N_BYTES
 from .model import ByteLM
 from .training import next_byte_loss
@@ -67,10 +67,10 @@ def measure_training(model: ByteLM, batch: int, context: int, repeats: int) -> S
             optimizer.zero_grad()
             average.update_parameters(model)
 
-        return _median_seconds(step, device, repeats)
+        return median_seconds(step, device, repeats)
 
     try:
-        seconds, peak = _with_peak(train, device)
+        seconds, peak = with_peak(train, device)
     finally:
         model.zero_grad()
         model.eval()
@@ -80,7 +80,7 @@ def measure_training(model: ByteLM, batch: int, context: int, repeats: int) -> S
 def measure_prefill(model: ByteLM, length: int, repeats: int) -> Speed:
     """Reading a prompt of `length` bytes up to the first probabilities."""
     device, prompt = _device(model), _random_bytes((length,))
-    seconds, peak = _with_peak(lambda: _median_seconds(lambda: prefill(model, [prompt]), device, repeats), device)
+    seconds, peak = with_peak(lambda: median_seconds(lambda: prefill(model, [prompt]), device, repeats), device)
     return Speed(work="prefill", batch=1, length=length, seconds=seconds, peak_bytes=peak)
 
 
@@ -96,7 +96,7 @@ def measure_decode(model: ByteLM, batch: int, repeats: int, moved: int, bandwidt
             times.append(time.perf_counter() - began)
         return statistics.median(times[1:]) / WINDOW
 
-    seconds, peak = _with_peak(decode, _device(model))
+    seconds, peak = with_peak(decode, _device(model))
     share = moved / bandwidth / seconds if seconds else None
     return Speed(work="decode", batch=batch, length=1, seconds=seconds, peak_bytes=peak, share_of_limit=share)
 
@@ -121,7 +121,7 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
     n_bytes = COPIED["cpu" if device.type == "cpu" else "cuda"]
     source = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * n_bytes / _median_seconds(lambda: target.copy_(source), device, repeats)
+    return 2 * n_bytes / median_seconds(lambda: target.copy_(source), device, repeats)
 
 
 def measure(
@@ -134,51 +134,6 @@ def measure(
     yield measure_prefill(model, prompt, repeats)
     for batch in batches:
         yield measure_decode(model, batch, repeats, bytes_per_step(model, batch, bf16), bandwidth)
-
-
-def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of `repeats` times, after one that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
-
-
-def _with_peak(work: Callable[[], float], device: torch.device) -> tuple[float | None, int | None]:
-    """What `work` returns, None if the device's memory is too small, and the most memory in use meanwhile."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu":
-        _reset_peak_of_process()
-    try:
-        seconds = work()
-    except torch.OutOfMemoryError:
-        seconds = None
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.empty_cache()
-        return seconds, peak
-    return seconds, _peak_of_process() if device.type == "cpu" else None
-
-
-def _reset_peak_of_process() -> None:
-    """On Linux; elsewhere, or where that is not allowed, `_peak_of_process` is that since the process began."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_of_process() -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _random_bytes(shape: tuple[int, ...]) -> Tensor:

@@ -7,14 +7,10 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, MoEConfig, SamplingConfig, SpeculationConfig, TrainConfig
+from ..core.inputs import require_files
 from .config import Dividing, Mixer, Preset, Windows, preset_config
 
 Output = Annotated[Path, arg(aliases=["-o"])]
-
-
-def _require_files(files: tuple[Path, ...]) -> None:
-    if not files:
-        raise ValueError("no files; name at least one file or folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,7 @@ class Train:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        require_files(self.files)
         if self.context < 1:
             raise ValueError(f"context is {self.context}; it must be at least 1")
         if self.pattern is not None and not self.pattern:
@@ -71,7 +67,7 @@ class _OnFiles:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        require_files(self.files)
         if self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; it must be at least 1")
 

@@ -36,7 +36,7 @@ class ByteLM(LanguageModel):
         super().__init__(config)
 
     def forward(self, tokens: Tensor, state: State | None = None, **options: Any) -> Any:
-        """ids int (B, L) -> logits, or (logits, state) with return_state=True. Options as of `Backbone.forward`."""
+        """ids int (B, L) -> logits, or (logits, state) with return_state=True. Options as of `LanguageModel`."""
         out = super().forward(self._known(tokens), state, **options)
         return (_of_ids(out[0]), out[1]) if isinstance(out, tuple) else _of_ids(out)
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autocast import autocast_dtype
 from .padding import Padding
 
 MASK_ELEMENTS = 1 << 24  # of one mask; each is a byte, or a float in some of the kernels
@@ -37,6 +38,8 @@ class KVCache(NamedTuple):
 
 class Attention(nn.Module):
     """(B, L, d_model) -> (B, L, d_model). `n_heads` divides d_model; rope_theta None leaves positions out (NoPE)."""
+
+    projects_input = True
 
     def __init__(self, d_model: int, n_heads: int, rope_theta: float | None = 10000.0):
         super().__init__()
@@ -112,8 +115,7 @@ class Attention(nn.Module):
         In the dtype that is computed in: under autocast autocast's, else the weights'.
         """
         weight = self.in_proj.weight
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = autocast_dtype(weight)
         keys = weight.new_zeros(batch_size, max_length or 0, self.n_heads, self.d_head, dtype=dtype)
         return KVCache(keys, torch.zeros_like(keys), weight.new_zeros(batch_size, dtype=torch.int64))
 

@@ -19,11 +19,11 @@ from .attention import Attention
 from .config import BackboneConfig
 from .lru import LRU
 from .mamba import BiMamba, Mamba
+from .mixer_sum import MixerSum
 from .mlp import MLP
 from .moe import MoE
 from .norm import NORM_CLASSES, AddNoNorm
 from .padding import Padding
-from .parallel import Parallel
 from .s4 import S4
 from .s4d import S4D
 
@@ -33,10 +33,11 @@ State = list[Any]  # one entry a layer: its mixer's NamedTuple of tensors whose 
 def mixer_of(name: str, c: BackboneConfig) -> nn.Module:
     """A mixer maps (B, L, d_model) to the same shape, by `forward`, `forward_padded` and `step`, with a state.
 
-    The last projection, which writes to the residual stream, is called out_proj.
+    The last projection, which writes to the residual stream, is called out_proj. `projects_input` says whether its
+    forward does nothing with its input but project it.
     """
     if "+" in name:
-        return Parallel(mixer_of(part, c) for part in name.split("+"))
+        return MixerSum(mixer_of(part, c) for part in name.split("+"))
     if name == "attention":
         return Attention(c.d_model, c.heads, c.rope_theta)
     if name == "mlp":
@@ -65,7 +66,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, stream: Tensor | None, padding: Padding | None = None, **options: Any
     ) -> tuple[Tensor, Tensor, Any]:
-        normed, residual = self.norm(x, stream)
+        normed, residual = self.norm(x, stream, projected=self.mixer.projects_input)
         if padding is None:
             out = self.mixer(normed, **options)
         else:

@@ -44,3 +44,8 @@ def pad_right(sequences: list[np.ndarray], value: int) -> tuple[Tensor, Tensor]:
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
     return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+
+
+def at_places(y: Tensor, places: Tensor) -> Tensor:
+    """One step of each row: y (B, L, D), places int64 (B,) -> (B, D)."""
+    return y[torch.arange(len(y), device=y.device), places]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .generation import AutoregressiveModel, prefill, read_to_last, select_state
+from .generation import AutoregressiveModel, prefill, read, select_state
 from .sampling import Draws, next_token_probabilities, sample, with_token
 
 LOOKBACK = 1 << 16  # tokens before the end in which an earlier occurrence is looked for
@@ -99,7 +99,7 @@ class ModelDrafter:
     @torch.no_grad()
     def propose(self, length: int, draws: Draws) -> Drafts:
         unread = [torch.tensor(tokens, device=self.device) for tokens in self.unread]
-        logits, self.state = read_to_last(self.model, unread, self.state)
+        logits, self.state = read(self.model, unread, self.state, only_last=True)
         self.unread = [[] for _ in unread]
         state = select_state(self.state, range(len(unread)))  # for drafts that may be rejected
         tokens, q, recent = [], [], draws.recent

@@ -48,10 +48,12 @@ class AutoregressiveModel(Protocol):
         *,
         return_state: bool = False,
         padding_mask: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> Any:
         """tokens int64 (B, L) -> with return_state, (logits (B, L, V), the state after each row's last real token).
 
         `state` continues those sequences, and is not changed; padding_mask is bool (B, L), True for a real token.
+        With logits_at, int64 (B,), only the logits (B, V) at that place of each row are made.
         """
         ...
 
@@ -159,7 +161,7 @@ def prefill(
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
         pieces = [prompts[row][start : start + chunk].long().to(device) for row in rows]
         before = state if state is None or len(rows) == len(prompts) else select_state(state, rows)
-        at_last, after = read_to_last(model, pieces, before)
+        at_last, after = read(model, pieces, before, only_last=True)
         if logits is None or len(rows) == len(prompts):
             logits, state = at_last, after
         else:
@@ -172,22 +174,21 @@ def prefill(
     return logits, state
 
 
-def read(model: AutoregressiveModel, pieces: list[Tensor], state: State | None) -> tuple[Tensor, State]:
-    """One forward over pieces of any lengths, int64 (l,) each: (logits (B, L, V), the state after each piece)."""
+def read(
+    model: AutoregressiveModel, pieces: list[Tensor], state: State | None, *, only_last: bool = False
+) -> tuple[Tensor, State]:
+    """One forward over pieces of any lengths, int64 (l,) each: (logits (B, L, V), the state after each piece).
+
+    only_last  the logits are (B, V), those after each piece's last token
+    """
     tokens, mask = pad_sequence(pieces, batch_first=True), None
+    lengths = torch.tensor([len(piece) for piece in pieces], device=tokens.device)
     if len({len(piece) for piece in pieces}) > 1:
-        lengths = torch.tensor([len(piece) for piece in pieces], device=tokens.device)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    logits, state = model(tokens, state, return_state=True, padding_mask=mask)
+    options = {"logits_at": lengths - 1} if only_last else {}
+    logits, state = model(tokens, state, return_state=True, padding_mask=mask, **options)
     # A padded forward may hand out views of larger tensors: free those, and let `step` work in one piece of memory.
     return logits, pytree.tree_map(Tensor.contiguous, state)
-
-
-def read_to_last(model: AutoregressiveModel, pieces: list[Tensor], state: State | None) -> tuple[Tensor, State]:
-    """`read`, but only the logits (B, V) after each piece's last token."""
-    logits, state = read(model, pieces, state)
-    last = torch.tensor([len(piece) - 1 for piece in pieces], device=logits.device)
-    return logits[torch.arange(len(pieces), device=logits.device), last], state
 
 
 def begin(

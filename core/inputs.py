@@ -9,6 +9,12 @@ from .errors import InputError
 PARTS = ("train", "valid", "test")
 
 
+def require_files(words: Sequence[Path]) -> None:
+    """Raises ValueError if nothing was named."""
+    if not words:
+        raise ValueError("no files; name at least one file or folder")
+
+
 def require_fractions(valid: float, test: float) -> None:
     """Raises ValueError unless validation and test parts of these shares leave something to train on."""
     if not (valid > 0 and test >= 0 and valid + test < 1):

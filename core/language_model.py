@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone, State
+from .batching import at_places
 from .config import LanguageModelConfig
 from .hub import PretrainedModel
 
@@ -30,12 +31,18 @@ class LanguageModel(PretrainedModel):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, State]:
-        """tokens int (B, L) -> logits, or (logits, state) iff return_state. Options as of `Backbone.forward`."""
+        """tokens int (B, L) -> logits, or (logits, state) iff return_state. Other options as of `Backbone.forward`.
+
+        logits_at  int64 (B,): only the logits (B, vocab_size) at that place of each row, which saves the others' time
+        """
         out = self.backbone(
             self.embedding(tokens), state, return_state=return_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask
         )
-        return (self.lm_head(out[0]), out[1]) if isinstance(out, tuple) else self.lm_head(out)
+        y = out[0] if isinstance(out, tuple) else out
+        logits = self.lm_head(y if logits_at is None else at_places(y, logits_at))
+        return (logits, out[1]) if isinstance(out, tuple) else logits
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> State:
         """The state before the first token. See `Backbone.init_state`."""

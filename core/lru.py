@@ -34,6 +34,8 @@ class LRUState(NamedTuple):
 class LRU(nn.Module):
     """(B, L, d_model) -> (B, L, d_model), causal."""
 
+    projects_input = False  # it is added to the result as well
+
     def __init__(self, d_model: int, config: LRUConfig | None = None):
         super().__init__()
         self.config = c = config or LRUConfig()
@@ -135,7 +137,7 @@ def diagonal_scan(
         return h, h[:, -1] if length else state
     bounds = cu_seqlens.to(torch.int64)
     starts, ends = bounds[:-1], bounds[1:]
-    sequence = torch.searchsorted(ends, tokens, right=True)
+    sequence = torch.searchsorted(bounds, tokens, right=True) - 1  # in `ends`, a slice, inductor could not
     place = tokens - starts[sequence]
     if state is None:
         state = x.new_zeros(len(starts), n_states)

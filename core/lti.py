@@ -149,6 +149,8 @@ def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
 class LTIMixer(nn.Module):
     """(B, L, d_model) -> (B, L, d_model), causal. Kinds give `system`, the discrete systems of their parameters."""
 
+    projects_input = False  # it is mixed in full precision
+
     def __init__(self, d_model: int, n_numbers: int):
         super().__init__()
         self.n_numbers = n_numbers  # S

@@ -27,6 +27,7 @@ from ..kernels import (
     selective_scan_step,
 )
 from ..kernels.backends import watched
+from .mamba_at_once import as_made, at_once
 from .norm import AddLayerNorm, AddRMSNorm
 from .padding import forward_as_pack
 
@@ -79,30 +80,36 @@ class SelectiveSSM(nn.Module):
     def A(self) -> Tensor:
         return -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
 
-    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step sizes (.., E) short of their bias, which the scan adds in float32, and B, C (.., N)."""
+    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Step sizes (.., E) short of their bias; that, for the scan to add in float32; B, C (.., N)."""
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(dt, self.dt_proj.weight), B, C
+        if not as_made(self.dt_proj):
+            return self.dt_proj(dt), None, B, C
+        return F.linear(dt, self.dt_proj.weight), self.dt_proj.bias, B, C
 
     def forward(
         self,
-        x: Tensor,
-        z: Tensor,
+        xz: Tensor,
         state: MambaState | None = None,
         *,
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         reverse: bool = False,
     ) -> tuple[Tensor, MambaState | None]:
-        """x, z (B, L, E) -> y (B, L, E), and the state after it if asked for."""
+        """xz (B, L, 2E), x and z side by side -> y (B, L, E), and the state after it if asked for."""
+        if state is None and not return_state and type(self) in (SelectiveSSM, Mamba):
+            y = at_once(self, xz, cu_seqlens, reverse=reverse, projected=False)
+            if y is not None:
+                return y, None
+        x, z = xz.chunk(2, dim=-1)
         conv, ssm = (None, None) if state is None else state
         options: Any = {"return_final_state": return_state, "cu_seqlens": cu_seqlens, "reverse": reverse}
         out = causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, initial_state=conv, **options)
         x, conv = out if isinstance(out, tuple) else (out, None)
-        dt, B, C = self._parameters_of(x)
+        dt, dt_bias, B, C = self._parameters_of(x)
         out = selective_scan(
             *(x, dt, self.A, B, C, self.D, z),
-            delta_bias=self.dt_proj.bias,
+            delta_bias=dt_bias,
             delta_softplus=True,
             initial_state=ssm,
             **options,
@@ -113,20 +120,22 @@ class SelectiveSSM(nn.Module):
     def step(self, x: Tensor, z: Tensor, state: MambaState) -> Tensor:
         """x, z (B, E) -> y (B, E); `state` updated in place."""
         x = causal_conv1d_step(state.conv, x, self.conv1d.weight[:, 0], self.conv1d.bias)
-        dt, B, C = self._parameters_of(x)
+        dt, dt_bias, B, C = self._parameters_of(x)
         return selective_scan_step(
             *(state.ssm, x, dt, self.A, B[:, None], C[:, None], self.D, z),
-            delta_bias=self.dt_proj.bias,
+            delta_bias=dt_bias,
             delta_softplus=True,
         )
 
 
 _PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
-_FUSED = (nn.Linear, nn.Conv1d, AddRMSNorm, AddLayerNorm)
+_STEPPED = (nn.Linear, nn.Conv1d, AddRMSNorm, AddLayerNorm)
 
 
 class Mamba(SelectiveSSM):
     """The Mamba block alone: (B, L, d_model) -> (B, L, d_model), causal."""
+
+    projects_input = True
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | None = None):
         d_inner = expand * d_model
@@ -143,8 +152,11 @@ class Mamba(SelectiveSSM):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MambaState]:
         """hidden (B, L, d_model) -> the same shape, or (that, state) iff return_state."""
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        y, after = super().forward(x, z, state, return_state=return_state, cu_seqlens=cu_seqlens)
+        if state is None and not return_state and type(self) is Mamba:
+            out = at_once(self, hidden, cu_seqlens, projected=True)
+            if out is not None:
+                return out
+        y, after = super().forward(self.in_proj(hidden), state, return_state=return_state, cu_seqlens=cu_seqlens)
         return self.out_proj(y) if after is None else (self.out_proj(y), after)
 
     def step(self, hidden: Tensor, state: MambaState) -> Tensor:
@@ -167,7 +179,7 @@ class Mamba(SelectiveSSM):
         if (
             device not in ("cpu", "cuda")
             or type(self) is not Mamba
-            or any(type(part) not in _FUSED or part._forward_hooks or part._forward_pre_hooks for part in parts)
+            or not as_made(*parts, kinds=_STEPPED)
             or torch.is_autocast_enabled(device)
         ):
             return None
@@ -203,6 +215,8 @@ class BiMamba(nn.Module):
     Sharing the projections, which hold most parameters, is Caduceus's idea (arXiv 2403.03234, section 3.1).
     """
 
+    projects_input = True
+
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | None = None):
         super().__init__()
         d_inner, rank = expand * d_model, -(-d_model // 16) if dt_rank is None else dt_rank
@@ -213,9 +227,9 @@ class BiMamba(nn.Module):
 
     def forward(self, hidden: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """hidden (B, L, d_model) -> the same shape."""
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        left_to_right, _ = self.forwards(x, z, cu_seqlens=cu_seqlens)
-        right_to_left, _ = self.backwards(x, z, cu_seqlens=cu_seqlens, reverse=True)
+        xz = self.in_proj(hidden)
+        left_to_right, _ = self.forwards(xz, cu_seqlens=cu_seqlens)
+        right_to_left, _ = self.backwards(xz, cu_seqlens=cu_seqlens, reverse=True)
         return self.out_proj(left_to_right + right_to_left)
 
     forward_padded = forward_as_pack

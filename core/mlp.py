@@ -21,6 +21,8 @@ class NoState(NamedTuple):
 class MLP(nn.Module):
     """(.., d_model) -> (.., d_model). `activation` is "swiglu" or "gelu"."""
 
+    projects_input = True
+
     def __init__(self, d_model: int, d_ff: int, activation: str = "swiglu", *, bias: bool = False):
         super().__init__()
         self.gated = activation == "swiglu"

@@ -19,18 +19,22 @@ in an order that may vary. Letters: T tokens, K = top_k, E experts, D d_model, F
 """
 
 import math
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import Order, combine, dispatch, route, sort_by_expert
+from .autocast import autocast_dtype
 from .config import MoEConfig
 from .grouped import grouped_matmul, waits_for_host
 from .mlp import NoState
 from .padding import Padding
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS = {"relu": torch.relu_, "gelu": F.gelu}  # in place where the result tells the gradient
 
 
 class Routes(NamedTuple):
@@ -51,47 +55,10 @@ class Router(nn.Module):
         self.top_k, self.normalise = top_k, normalise
 
     def forward(self, x: Tensor) -> Routes:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
-            probabilities = logits.softmax(-1)
-            if self.top_k == 1:  # several times faster on a GPU
-                gates, experts = probabilities.max(dim=-1, keepdim=True)
-            else:
-                gates, experts = probabilities.topk(self.top_k, dim=-1)
-            if self.normalise:
-                gates = gates / gates.sum(-1, keepdim=True)
+        logits, probabilities, gates, experts = route(x, self.weight, self.top_k)
+        if self.normalise:
+            gates = gates / gates.sum(-1, keepdim=True)
         return Routes(logits, probabilities, gates, experts)
-
-
-class Order(NamedTuple):
-    """The T K assignments (token t's at t K to t K + K - 1) sorted by expert, those without one last."""
-
-    order: Tensor  # (T K,): the assignments in sorted order
-    places: Tensor  # (T K,): where each assignment stands among them
-    ends: Tensor  # (E,) int32: end of each expert's assignments
-
-
-def sort_by_expert(experts: Tensor, n_experts: int) -> Order:
-    """experts int (T K,); n_experts stands for none. The tokens of an expert keep their order."""
-    small = torch.int16 if n_experts < 2**15 else torch.int32  # a GPU sorts by digits: fewer are faster
-    keys, order = experts.to(small).sort(stable=True)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    bounds = torch.arange(n_experts, device=order.device, dtype=small)
-    return Order(order, places, torch.searchsorted(keys, bounds, right=True, out_int32=True))
-
-
-class _Permuted(torch.autograd.Function):
-    """x (T, D) -> x[order]; `places` is the inverse permutation."""
-
-    @staticmethod
-    def forward(ctx, x, order, places):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(places)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return dy.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class ExpertLinear(nn.Module):
@@ -113,6 +80,8 @@ class ExpertLinear(nn.Module):
 
 class MoE(nn.Module):
     """(.., d_model) -> (.., d_model). Raises ValueError for widths that `MoEConfig.width` refuses."""
+
+    projects_input = False  # the router reads it in float32
 
     def __init__(self, d_model: int, config: MoEConfig | None = None):
         super().__init__()
@@ -179,29 +148,28 @@ class MoE(nn.Module):
         if real is not None:
             experts = torch.where(real.repeat_interleave(c.top_k), experts, c.n_experts)
         n_tokens = len(x) if real is None else real.sum()
-        order, places, ends = sorted_ = sort_by_expert(experts, c.n_experts)
+        order = sort_by_expert(experts, c.n_experts)
         weighted = training and torch.is_grad_enabled() and (c.balance_weight or c.z_weight)
-        self.aux_loss = self._auxiliary(routes, ends, real, n_tokens) if weighted else None
+        self.aux_loss = self._auxiliary(routes, order.counts, real, n_tokens) if weighted else None
         factor = c.capacity_factor if training else None
         if factor is not None:
-            experts = within_capacity(experts, sorted_, n_tokens * factor * c.top_k / c.n_experts)
-            order, places, ends = sort_by_expert(experts, c.n_experts)
-        rows = _repeated(_as_autocast(x), c.top_k)
+            experts = within_capacity(experts, order, n_tokens * factor * c.top_k / c.n_experts)
+            order = sort_by_expert(experts, c.n_experts)
         # What belongs to no expert comes out of the grouped products undefined, and so does its gradient: both end
-        # here.
-        lost = (experts == c.n_experts)[:, None] if factor is not None or real is not None else None
-        if lost is not None:
-            rows = rows.masked_fill(lost, 0)
-        inner = self._activated(self.in_proj(_Permuted.apply(rows, order, places), ends))
-        y = _Permuted.apply(self.out_proj(inner, ends), places, order)
-        return _weighted(y if lost is None else y.masked_fill(lost, 0), routes.gates)
+        # in `combine` and `dispatch`.
+        some_lost = factor is not None or real is not None
+        rows = dispatch(_as_autocast(x), order, c.top_k, some_lost=some_lost)
+        inner = self._activated(self.in_proj(rows, order.ends))
+        return combine(self.out_proj(inner, order.ends), routes.gates, order, some_lost=some_lost)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """The same for few tokens, and no gradients."""
         routes = self.router(x)
         experts = routes.experts.flatten()
-        inner = self.in_proj.gathered(_repeated(_as_autocast(x), self.config.top_k), experts)
-        return _weighted(self.out_proj.gathered(self._activated(inner), experts), routes.gates)
+        rows = _as_autocast(x).repeat_interleave(self.config.top_k, 0)
+        y = self.out_proj.gathered(self._activated(self.in_proj.gathered(rows, experts)), experts)
+        y = y.unflatten(0, routes.gates.shape) * routes.gates[..., None].to(y.dtype)
+        return y[:, 0] if self.config.top_k == 1 else y.sum(1)
 
     def _activated(self, inner: Tensor) -> Tensor:
         if self.config.expert == "swiglu":
@@ -209,47 +177,36 @@ class MoE(nn.Module):
             return F.silu(gate) * up
         return ACTIVATIONS[self.config.expert](inner)
 
-    def _auxiliary(self, routes: Routes, ends: Tensor, real: Tensor | None, n_tokens: int | Tensor) -> Tensor:
+    def _auxiliary(self, routes: Routes, counts: Tensor, real: Tensor | None, n_tokens: int | Tensor) -> Tensor:
+        """The auxiliary losses that have a weight, of which there is one at least; counts (E,) of choices."""
         c = self.config
         if isinstance(n_tokens, Tensor):
             n_tokens = n_tokens.clamp(min=1)
 
-        def mean(x: Tensor) -> Tensor:
+        def total(x: Tensor) -> Tensor:
             """Of the real tokens: (T, ..) -> (..)."""
-            return (x if real is None else x.masked_fill(~real.view(-1, *[1] * (x.dim() - 1)), 0)).sum(0) / n_tokens
+            return (x if real is None else x.masked_fill(~real.view(-1, *[1] * (x.dim() - 1)), 0)).sum(0)
 
-        loss = routes.logits.new_zeros(())
+        losses = []
         if c.balance_weight:
-            shares = ends.diff(prepend=ends.new_zeros(1)).to(loss.dtype) / n_tokens
-            loss = loss + c.balance_weight * c.n_experts * (shares * mean(routes.probabilities)).sum()
+            choices = torch.dot(total(routes.probabilities), counts.to(routes.probabilities.dtype))
+            losses.append(choices * (c.balance_weight * c.n_experts / n_tokens**2))
         if c.z_weight:
-            loss = loss + c.z_weight * mean(routes.logits.logsumexp(-1).square())
-        return loss
+            losses.append(total(routes.logits.logsumexp(-1).square()) * (c.z_weight / n_tokens))
+        return reduce(add, losses)
 
 
-def within_capacity(experts: Tensor, sorted_: Order, capacity: float | Tensor) -> Tensor:
+def within_capacity(experts: Tensor, order: Order, capacity: float | Tensor) -> Tensor:
     """experts (T K,) with those that come too late for their expert's capacity (rounded down) at no expert."""
-    starts = F.pad(sorted_.ends, (1, 0))  # (E + 1,), the last one of those without an expert
-    rank = sorted_.places - starts[experts]
-    n_experts = len(sorted_.ends)
+    starts = F.pad(order.ends, (1, 0))  # (E + 1,), the last one of those without an expert
+    rank = order.places - starts[experts]
+    n_experts = len(order.ends)
     return torch.where(rank + 1 <= capacity, experts, n_experts)
 
 
 def _as_autocast(x: Tensor) -> Tensor:
     """x in the dtype in which autocast would compute a linear map of it."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def _repeated(x: Tensor, n: int) -> Tensor:
-    """(T, D) -> (T n, D), each row n times in turn."""
-    return x if n == 1 else x[:, None].expand(-1, n, -1).flatten(0, 1)
-
-
-def _weighted(y: Tensor, gates: Tensor) -> Tensor:
-    """y (T K, D), gates (T, K) -> (T, D): the sum over K of y by its gate."""
-    y = y.unflatten(0, gates.shape) * gates[..., None].to(y.dtype)
-    return y[:, 0] if gates.shape[1] == 1 else y.sum(1)
+    return x.to(autocast_dtype(x))
 
 
 def parameter_counts(model: nn.Module, n_tokens: int = 1) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import layer_norm, rms_norm
+from .autocast import autocast_dtype
 
 
 class AddRMSNorm(nn.Module):
@@ -14,9 +15,16 @@ class AddRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
         self.eps = eps
 
-    def forward(self, x: Tensor, stream: Tensor | None, backend: str | None = None) -> tuple[Tensor, Tensor]:
-        """x, stream (.., D). The stream is float32 even in a bf16 model; what is normed has the weights' dtype."""
-        return rms_norm(x, self.weight, self.eps, residual=stream, backend=backend)
+    def forward(
+        self, x: Tensor, stream: Tensor | None, *, projected: bool = False, backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, stream (.., D). The stream is float32 even in a bf16 model; what is normed has the weights' dtype.
+
+        projected: nothing but linear maps will read what is normed. Under autocast it then comes in the dtype to which
+        they would cast it, and its gradient in the same: the same numbers, without a pass to cast each.
+        """
+        dtype = autocast_dtype(self.weight) if projected else None
+        return rms_norm(x, self.weight, self.eps, residual=stream, dtype=dtype, backend=backend)
 
     def step(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         # On a CPU a few rows cost less in PyTorch's own operations than the call of a kernel.
@@ -30,8 +38,11 @@ class AddLayerNorm(AddRMSNorm):
         super().__init__(d_model, eps)
         self.bias = nn.Parameter(torch.zeros(d_model))
 
-    def forward(self, x: Tensor, stream: Tensor | None, backend: str | None = None) -> tuple[Tensor, Tensor]:
-        return layer_norm(x, self.weight, self.bias, self.eps, residual=stream, backend=backend)
+    def forward(
+        self, x: Tensor, stream: Tensor | None, *, projected: bool = False, backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = autocast_dtype(self.weight) if projected else None
+        return layer_norm(x, self.weight, self.bias, self.eps, residual=stream, dtype=dtype, backend=backend)
 
 
 class AddNoNorm(nn.Module):

@@ -230,7 +230,7 @@ class Embed(_AlongRecords):
     """Embed the records of sequence files, or their windows: the mean of the last hidden states over the bases."""
 
     output: Output
-    """.npy (float32, a row a record or window; their names in .ids.tsv beside it) or .parquet (id, ..., embedding)."""
+    """.npy (float32, a row a record or window; names in .names.tsv beside it) or .parquet (id, ..., embedding)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,20 +3,26 @@
 from .backends import info, plain_operations
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_scan import cross_scan
+from .expert_rows import Order, combine, dispatch, route, sort_by_expert
 from .mamba_step import MambaWeights, mamba_step
 from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
     "MambaWeights",
+    "Order",
     "causal_conv1d",
     "causal_conv1d_step",
+    "combine",
     "cross_scan",
+    "dispatch",
     "info",
     "layer_norm",
     "mamba_step",
     "plain_operations",
     "rms_norm",
+    "route",
     "selective_scan",
     "selective_scan_step",
+    "sort_by_expert",
 ]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import nvrtc
@@ -94,7 +95,11 @@ def traced(*tensors: Tensor | None) -> bool:
     """Whether a compiler or another tracer is to see the operation on these tensors; autograd alone does not count."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return True
-    return any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+    return any(
+        type(x) not in (Tensor, torch.nn.Parameter) or is_batchedtensor(x)  # vmap's look like plain ones
+        for x in tensors
+        if x is not None
+    )
 
 
 def info() -> dict[str, str]:
@@ -108,10 +113,11 @@ def info() -> dict[str, str]:
             from .selective_scan.cuda import usable
 
             scan = scan if usable(torch.cuda.current_device()) else "triton"
-        step = usual if usual == "triton" else "torch"  # a step by itself: numba has none
+        other = usual if usual == "triton" else "torch"  # numba has none: a step by itself, what surrounds experts
         chosen = {
             "selective_scan": scan, "cross_scan": scan, "causal_conv1d": usual, "rms_norm": usual, "layer_norm": usual,
-            "mamba_step": usual, "selective_scan_step": step, "causal_conv1d_step": step,
+            "mamba_step": usual, "selective_scan_step": other, "causal_conv1d_step": other,
+            "route": other, "sort_by_expert": other, "dispatch": other, "combine": other,
         }  # fmt: skip
         found |= {f"{kernel} on {name}": backend for kernel, backend in chosen.items()}
     return found

@@ -182,9 +182,14 @@ def sum_block(shares, total, block, n_terms, n, ROWS: tl.constexpr, TERMS: tl.co
     tl.store(total + at, tl.sum(sums, axis=0), mask=inside)
 
 
+_GROUP = tl.constexpr(512)  # terms of a program: with more, a few programs would walk long columns
+
+
 @triton.jit(do_not_specialize=["n_terms", "n"])
-def _sum_terms(x, total, n_terms, n, TERMS: tl.constexpr):
-    sum_block(x, total, tl.program_id(0), n_terms, n, 1, TERMS)
+def _sum_terms(x, totals, n_terms, n, TERMS: tl.constexpr):
+    group = tl.program_id(1).to(tl.int64)
+    of_group = tl.minimum(n_terms - group * _GROUP, _GROUP).to(tl.int32)
+    sum_block(x + group * _GROUP * n, totals + group * n, tl.program_id(0), of_group, n, 1, TERMS)
 
 
 def sum_first_axis(x: Tensor) -> Tensor:
@@ -192,13 +197,15 @@ def sum_first_axis(x: Tensor) -> Tensor:
 
     float32, contiguous.
     """
-    if len(x) == 1:
-        return x[0]
-    total = torch.empty(x.shape[1:], device=x.device)
-    n = total.numel()
-    if n:
-        _sum_terms[(sum_blocks(n, len(x)),)](x, total, len(x), n, terms_at_once(len(x)))
-    return total
+    while len(x) != 1:
+        n_groups = max(ceil_div(len(x), _GROUP.value), 1)
+        totals = torch.empty(n_groups, *x.shape[1:], device=x.device)
+        n = totals[0].numel()
+        if n:
+            grid = (sum_blocks(n, len(x)), n_groups)
+            _sum_terms[grid](x, totals, len(x), n, terms_at_once(len(x)))
+        x = totals
+    return x[0]
 
 
 def ceil_div(n: int, d: int) -> int:

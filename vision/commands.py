@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -78,10 +78,11 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a classifier on labelled images: folders of classes, a table, .npz, .parquet or IDX files."""
+    """Train a classifier on labelled images: folders of classes, a table, .npz, Parquet, a saved dataset, or IDX."""
 
     data: Positional[Path]
-    """DIR/CLASS/image or DIR/train/CLASS/image; .csv or .tsv of images and labels; .npz; .parquet; a folder of IDX."""
+    """DIR/CLASS/image or DIR/train/CLASS/image; .csv or .tsv of images and labels; .npz; .parquet, or a folder of them
+    such as a dataset of Hugging Face's hub; a folder that `datasets.save_to_disk` wrote; a folder of IDX."""
     output: Output
     """Run folder to make: model, metrics, log, curves, pictures and checkpoints."""
     recipe: RecipeName = "small-image"
@@ -141,7 +142,7 @@ class Predict(_OnModel):
     """Say what images show: a table of the likeliest classes. What cannot be read is reported in it, too."""
 
     images: Positional[tuple[Path, ...]]
-    """Files, folders with images at any depth, or globs."""
+    """Files, folders with images at any depth, globs, .parquet, or folders that `datasets.save_to_disk` wrote."""
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
     """File to write: .csv, .tsv or .json; a table on stdout if left out."""
     top_k: int = 5
@@ -171,7 +172,7 @@ class Features(_OnModel):
     """Write what a model makes of images before its head; with --probe say how well that tells classes apart."""
 
     images: Positional[tuple[Path, ...]]
-    """Files, folders with images at any depth, or globs; with --probe one source of labelled images, as for train."""
+    """As for predict; with --probe one source of labelled images, as for train."""
     output: Output
     """File to write: .npy, with the images' names beside it in .names.tsv, or .parquet."""
     probe: bool = False
@@ -190,14 +191,17 @@ class Explain:
     run: Positional[Path]
     """Run folder of the model, or any model folder."""
     images: Positional[tuple[Path, ...]]
-    """Files, folders with images at any depth, or globs."""
+    """Files, folders with images at any depth, globs, .parquet, or folders that `datasets.save_to_disk` wrote."""
     output: Output
     """Folder to make."""
     class_name: str | None = None
     """The class to explain; left out, each image's likeliest one."""
     most: int = 24
     """No more images than this."""
-    compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU if there is one. Precision is always float32."""
+    debug: bool = False
+    """Show a traceback when something fails."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "most")
@@ -215,10 +219,39 @@ class Export:
     """File to write: .onnx or .pt2; classes and how to prepare an image go to a .json beside it."""
     size: int | None = None
     """Pixels of the square that it will take; left out, what the model was trained on."""
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 4, "size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure models' speed here: images a second, trained on and judged; memory; how near that is to its limit."""
+
+    models: Positional[tuple[Path, ...]]
+    """Run folders, and names of models, ours or any other of timm's, which get random weights; ratios are to the
+    first's."""
+    size: int | None = None
+    """Pixels of the square that the models see; left out, what each was made for."""
+    batch_size: int = 64
+    """Images in a batch."""
+    compile: bool = False
+    """Measure under torch.compile, too: compiling takes minutes."""
+    repeats: int = 5
+    """Times each thing is done; the median is shown."""
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """File to write the table to (.json or .md); it is printed anyway."""
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
         _require_at_least(self, 4, "size")
+        _require_at_least(self, 1, "batch_size", "repeats")
+        if not self.models:
+            raise ValueError("no model; name a run folder, or a model such as vim_tiny_patch16_224")
+        if self.output is not None and self.output.suffix not in (".json", ".md"):
+            raise ValueError(f"output is {self.output}; its ending must be .json or .md")
 
 
 COMMANDS = {
@@ -227,5 +260,6 @@ COMMANDS = {
     "eval": (Eval, "polymamba.vision.verbs.evaluate:evaluate"),
     "features": (Features, "polymamba.vision.verbs.features:features"),
     "explain": (Explain, "polymamba.vision.verbs.explain:explain"),
+    "bench": (Bench, "polymamba.vision.verbs.bench:bench"),
     "export": (Export, "polymamba.vision.verbs.export:export"),
 }

@@ -18,6 +18,9 @@ from ..core.inputs import PARTS
 from .config import Dividing
 from .images import Item
 
+PART_OF = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid",
+           "dev": "valid", "test": "test", "testing": "test", "t10k": "test"}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -36,7 +39,7 @@ class ImageSet:
     def subset(self, chosen: np.ndarray) -> "ImageSet":
         """Of the images at these places."""
         names = [self.names[i] for i in chosen]
-        items = _Chosen(self.items, chosen)
+        items = Chosen(self.items, chosen)
         return replace(self, items=items, names=names, labels=self.labels[chosen], parts=self.parts[chosen])
 
     def part(self, name: str) -> "ImageSet":
@@ -59,7 +62,23 @@ class ImageSet:
         save_tsv(path, ["image", "class", "part"], rows, errors="replace")
 
 
-class _Chosen(Sequence):
+class Joined(Sequence):
+    """Several sequences, one after another, none of them copied."""
+
+    def __init__(self, sequences: Sequence[Sequence[Any] | np.ndarray]):
+        self.sequences, self.ends = sequences, np.cumsum([len(s) for s in sequences])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        which = int(np.searchsorted(self.ends, i, side="right"))
+        return self.sequences[which][int(i - (self.ends[which - 1] if which else 0))]
+
+
+class Chosen(Sequence):
     """Some of a sequence, none of it copied."""
 
     def __init__(self, items: Sequence[Any], chosen: np.ndarray):

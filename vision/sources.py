@@ -3,29 +3,27 @@
 folder     CLASS/image, or train/CLASS/image and so on: torchvision's and timm's ImageFolder
 .csv .tsv  columns image (or path, file), label (or class), perhaps part (or split): paths from the file's own folder
 .npz       x and y, or x_train, y_train, x_valid, ...; or images and labels, train_images, ... (MedMNIST's)
-.parquet   a column of images (bytes, or Hugging Face's {bytes, path}) and one of labels; or a folder of such files,
-           each named after its part (train-00000-of-00001.parquet)
+.parquet   a column of images and one of labels; or a folder of such files, each named after its part
+stored     a folder that Hugging Face's `datasets.save_to_disk` wrote (stored.py, as for Parquet)
 IDX        a folder with train-images-idx3-ubyte and so on, perhaps .gz (MNIST's)
 """
 
 import csv
 import gzip
-import json
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..core.errors import InputError
-from .dataset import ImageSet
+from ..core.terminal import say
+from .dataset import PART_OF, Chosen, ImageSet, Joined
 from .images import SUFFIXES, Item
-
-_PARTS = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid",
-          "dev": "valid", "test": "test", "testing": "test", "t10k": "test"}  # fmt: skip
+from .stored import Shard, find_shards, read_shard
 
 
 def read_source(path: Path) -> ImageSet:
@@ -33,31 +31,47 @@ def read_source(path: Path) -> ImageSet:
     if path.is_dir():
         if any(path.glob("*-images-idx3-ubyte*")):
             return _read_idx(path)
-        parquet = sorted(p for p in (*path.glob("*.parquet"), *path.glob("data/*.parquet")))
-        return _read_parquet(parquet) if parquet else _read_folder(path)
+        shards = find_shards(path)
+        return _read_stored(path, shards) if shards else _read_folder(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    readers = {".csv": _read_table, ".tsv": _read_table, ".npz": _read_npz, ".parquet": lambda p: _read_parquet([p])}
+    readers: dict[str, Callable[[Path], ImageSet]] = {
+        ".csv": _read_table,
+        ".tsv": _read_table,
+        ".npz": _read_npz,
+        ".parquet": lambda p: _read_stored(p, find_shards(p)),
+    }
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: labelled images are a folder or one of {', '.join(readers)}")
     return readers[path.suffix.lower()](path)
 
 
-def find_images(words: Iterable[Path]) -> list[Path]:
-    """Files as named, and all images below folders, in the order of their names. InputError if there are none."""
-    found: list[Path] = []
-    for word in words:
-        if word.is_dir():
-            found += _images_below(word)
-        elif word.exists():
-            found.append(word)
-        elif any(c in word.name for c in "*?["):
-            found += sorted(word.parent.glob(word.name), key=_natural)
-        else:
-            raise InputError(f"{word}: no such file or folder")
-    if not found:
+def find_images(words: Iterable[Path]) -> tuple[Sequence[Item], list[str]]:
+    """(images, names): of files, of folders at any depth in the order of their names, and of tables.
+
+    Raises InputError if there are none.
+    """
+    found: list[Sequence[Item]] = []
+    names: list[str] = []
+    for path in (path for word in words for path in _existing(word)):
+        shards = find_shards(path)
+        for shard in shards:
+            found.append(read_shard(shard.path, labelled=False).images)
+            names += [f"{shard.path}[{i}]" for i in range(len(found[-1]))]
+        if not shards:
+            found.append(_images_below(path) if path.is_dir() else [path])
+            names += map(str, found[-1])
+    if not names:
         raise InputError(f"no image in {' '.join(map(str, words))}; files ending in {' '.join(sorted(SUFFIXES))}")
-    return found
+    return Joined(found), names
+
+
+def _existing(word: Path) -> list[Path]:
+    if word.exists():
+        return [word]
+    if any(c in word.name for c in "*?["):
+        return sorted(word.parent.glob(word.name), key=_natural)
+    raise InputError(f"{word}: no such file or folder")
 
 
 def _natural(path: Path | str) -> list[Any]:
@@ -98,8 +112,8 @@ def _image_set(
 
 def _read_folder(folder: Path) -> ImageSet:
     tops = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-    in_parts = [entry for entry in tops if entry.name.lower() in _PARTS]
-    roots = [(root, _PARTS[root.name.lower()]) for root in in_parts] or [(folder, "")]
+    in_parts = [entry for entry in tops if entry.name.lower() in PART_OF]
+    roots = [(root, PART_OF[root.name.lower()]) for root in in_parts] or [(folder, "")]
     items, labels, parts = [], [], []
     for root, part in roots:
         for path in _images_below(root):
@@ -136,31 +150,17 @@ def _read_table(path: Path) -> ImageSet:
             part = (row[of_part] or "").strip().lower() if of_part else ""
             if not name or not label:
                 raise InputError(f"{where}: no {'image' if not name else 'label'}")
-            if part and part not in _PARTS:
-                raise InputError(f"{where}: part {part!r} is none of {', '.join(_PARTS)}")
+            if part and part not in PART_OF:
+                raise InputError(f"{where}: part {part!r} is none of {', '.join(PART_OF)}")
             image = path.parent / name
             if not image.is_file():
                 raise InputError(f"{where}: {image}: no such file")
             items.append(image)
             labels.append(label)
-            parts.append(_PARTS.get(part, ""))
+            parts.append(PART_OF.get(part, ""))
     if not items:
         raise InputError(f"{path}: no images in it")
     return _image_set(items, [str(p) for p in items], labels, parts, files=[path])
-
-
-class _Rows(Sequence):
-    """The images of several arrays, one after another."""
-
-    def __init__(self, arrays: Sequence[np.ndarray]):
-        self.arrays, self.ends = arrays, np.cumsum([len(a) for a in arrays])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, i: Any) -> np.ndarray:
-        which = int(np.searchsorted(self.ends, i, side="right"))
-        return self.arrays[which][i - (self.ends[which - 1] if which else 0)]
 
 
 def _of_arrays(path: Path, found: Sequence[tuple[str, str, np.ndarray, np.ndarray]], files: Iterable[Path]) -> ImageSet:
@@ -175,7 +175,7 @@ def _of_arrays(path: Path, found: Sequence[tuple[str, str, np.ndarray, np.ndarra
         names += [f"{path}:{name}[{i}]" for i in range(len(x))]
         labels += [str(int(label)) if np.issubdtype(y.dtype, np.number) else str(label) for label in y]
         parts += [part] * len(x)
-    return _image_set(_Rows([x for _, _, x, _ in found]), names, labels, parts, files=files)
+    return _image_set(Joined([x for _, _, x, _ in found]), names, labels, parts, files=files)
 
 
 _PAIRS = [("x", "y"), ("images", "labels"), ("data", "labels"), ("image", "label"), ("X", "Y")]
@@ -189,7 +189,7 @@ def _read_npz(path: Path) -> ImageSet:
         raise InputError(f"{path}: not an .npz file of plain arrays ({error})") from None
     found = []
     for images, labels in _PAIRS:
-        for word, part in (("", ""), *_PARTS.items()):
+        for word, part in (("", ""), *PART_OF.items()):
             for form in ("{0}_{1}", "{1}_{0}") if word else ("{0}",):
                 x, y = form.format(images, word), form.format(labels, word)
                 if x in arrays and y in arrays:
@@ -205,7 +205,7 @@ def _read_idx(folder: Path) -> ImageSet:
         prefix = images.name.partition("-")[0]
         labels = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
         x, y = _read_idx_file(images), _read_idx_file(labels)
-        found.append((prefix, _PARTS.get(prefix, ""), x, y))
+        found.append((prefix, PART_OF.get(prefix, ""), x, y))
         files += [images, labels]
     return _of_arrays(folder, found, files)
 
@@ -223,57 +223,23 @@ def _read_idx_file(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=begin).reshape(sizes)
 
 
-class _Cells(Sequence):
-    """Images in columns of Arrow tables: bytes, or {bytes, path}."""
-
-    def __init__(self, columns: Sequence[Any], folder: Path):
-        self.columns, self.folder, self.ends = columns, folder, np.cumsum([len(c) for c in columns])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, i: Any) -> Item:
-        which = int(np.searchsorted(self.ends, i, side="right"))
-        cell = self.columns[which][int(i - (self.ends[which - 1] if which else 0))].as_py()
-        if isinstance(cell, dict):
-            cell = cell.get("bytes") or self.folder / str(cell.get("path"))
-        return cell if isinstance(cell, bytes | Path) else b""
-
-
-def _read_parquet(paths: Sequence[Path]) -> ImageSet:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError(f"{paths[0]}: Parquet needs pyarrow (pip install 'polymamba[parquet]')") from None
-    columns, names, labels, parts, classes = [], [], [], [], None
-    for path in paths:
-        try:
-            table = pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{path}: not a Parquet file ({' '.join(str(error).split())[:100]})") from None
-        image, label = (_column(table, path, *options) for options in (("image", "img"), ("label", "labels", "class")))
-        declared = _declared_classes(table.schema.metadata, label)
-        classes = declared or classes
-        part = _PARTS.get(re.split(r"[-_.]", path.name.lower())[0], "")
-        columns.append(table[image])
-        names += [f"{path}[{i}]" for i in range(table.num_rows)]
-        values = table[label].to_pylist()
-        labels += [declared[v] if declared else str(v) for v in values]
-        parts += [part] * table.num_rows
-    return _image_set(_Cells(columns, paths[0].parent), names, labels, parts, classes, paths)
-
-
-def _column(table: Any, path: Path, *options: str) -> str:
-    for name in options:
-        if name in table.column_names:
-            return name
-    raise InputError(f"{path}: no column {' or '.join(options)}; there are {', '.join(table.column_names)}")
-
-
-def _declared_classes(metadata: Any, label: str) -> list[str] | None:
-    """The names that Hugging Face's metadata give to the numbers of the label column."""
-    try:
-        return list(json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"])
-    except (LookupError, TypeError, ValueError):
-        return None
+def _read_stored(path: Path, shards: Sequence[Shard]) -> ImageSet:
+    of_parts = [shard for shard in shards if shard.split.lower() in PART_OF]
+    if of_parts and len(of_parts) < len(shards):
+        others = sorted({shard.split for shard in shards if shard not in of_parts})
+        say(f"{path}: left out what is of none of the parts: {', '.join(others)}")
+        shards = of_parts
+    images, names, labels, parts, declared = [], [], [], [], []
+    for shard in shards:
+        table = read_shard(shard.path, labelled=True)
+        images.append(table.images)
+        names += [f"{shard.path}[{i}]" for i in range(len(table.images))]
+        labels += table.labels
+        parts += [PART_OF.get(shard.split.lower(), "")] * len(table.images)
+        declared.append(table.classes)
+    known = np.array([i for i, label in enumerate(labels) if label is not None], dtype=np.int64)
+    if len(known) < len(labels):
+        say(f"{path}: left out {len(labels) - len(known):,} images without a label")
+    classes = None if None in declared else list(dict.fromkeys(name for names in declared for name in names))
+    names, labels, parts = ([column[i] for i in known] for column in (names, labels, parts))
+    return _image_set(Chosen(Joined(images), known), names, labels, parts, classes, [shard.path for shard in shards])

@@ -40,9 +40,9 @@ class VimMixer(BiMamba):
 
     def forward(self, hidden: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - no packs
         """(B, L, D) -> the same shape."""
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        ahead, _ = self.forwards(x, z)
-        back, _ = self.backwards(x, z, reverse=True)
+        xz = self.in_proj(hidden)
+        ahead, _ = self.forwards(xz)
+        back, _ = self.backwards(xz, reverse=True)
         return F.linear(ahead + back, self.out_proj.weight * self.share)
 
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
-        normed, residual = self.norm(x, stream)
+        normed, residual = self.norm(x, stream, projected=True)
         return self.drop_path(self.mixer(normed)), residual
 
 

@@ -21,27 +21,44 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..core.autocast import autocast_dtype
 from ..core.mamba import initial_dt_bias
-from ..kernels import cross_scan, layer_norm
+from ..kernels import cross_scan
+from ..kernels.norm import layer_norm_alone
 from .config import VMambaConfig
+from .conv import Conv
 from .model import ImageModel, drop_path_rates, feature_layout
 
 NORM_EPS = 1e-5
 K = 4  # directions
 
 
-class Conv(nn.Conv2d):
-    """A convolution of (B, H, W, C)."""
+class Norm(nn.LayerNorm):
+    """LayerNorm of (.., C), in the dtype of its weights: on a GPU by our kernel, PyTorch's being slow where C is small.
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    projected: nothing but a linear map reads the result. Under autocast the kernel then gives it in the dtype to which
+    that would cast it, and takes its gradient in the same.
+    """
+
+    def forward(self, x: Tensor, *, projected: bool = False) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not x.is_cuda or torch.compiler.is_compiling():  # a compiler joins it to what comes before and after
+            return super().forward(x)
+        return self.by_kernel(x, projected)
+
+    def by_kernel(self, x: Tensor, projected: bool) -> Tensor:
+        dtype = autocast_dtype(self.weight) if projected else None
+        return layer_norm_alone(x, self.weight, self.bias, self.eps, dtype=dtype)
 
 
-class ScanNorm(nn.LayerNorm):
-    """LayerNorm of the scan's float32 sum, in the dtype of its own weights."""
+class ScanNorm(Norm):
+    """The same of the scan's sum, which is float32 whatever the weights are: PyTorch does not mix dtypes everywhere."""
 
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return layer_norm(x, self.weight, self.bias, self.eps)[0]
+    def forward(self, x: Tensor, *, projected: bool = False) -> Tensor:
+        return self.by_kernel(x, projected)
+
+
+register_notrace_module(Norm)
+register_notrace_module(ScanNorm)
 
 
 @register_notrace_module
@@ -91,7 +108,8 @@ class SS2D(nn.Module):
         projected = rearrange(F.linear(x, self.x_proj_weight.flatten(0, 1)), "b h w (k r) -> b h w k r", k=K)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         skip = self.Ds.unflatten(0, (K, -1))
-        y = self.out_norm(cross_scan(x, dt, self.A, B, C, skip, self.dt_projs_weight, self.dt_projs_bias))
+        y = cross_scan(x, dt, self.A, B, C, skip, self.dt_projs_weight, self.dt_projs_bias)
+        y = self.out_norm(y, projected=z is None)
         return self.out_proj(y if z is None else y * F.silu(z))
 
 
@@ -100,18 +118,18 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, config: VMambaConfig, drop_path: float):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, NORM_EPS)
+        self.norm = Norm(dim, NORM_EPS)
         self.op = SS2D(dim, config)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = self.mlp = None
         if config.mlp_ratio:
-            self.norm2 = nn.LayerNorm(dim, NORM_EPS)
+            self.norm2 = Norm(dim, NORM_EPS)
             self.mlp = Mlp(dim, int(config.mlp_ratio * dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
+        x = x + self.drop_path(self.op(self.norm(x, projected=True)))
         if self.mlp is not None and self.norm2 is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
+            x = x + self.drop_path(self.mlp(self.norm2(x, projected=True)))
         return x
 
 
@@ -121,8 +139,8 @@ class ConvStem(nn.Module):
     def __init__(self, config: VMambaConfig):
         super().__init__()
         half, dim = config.embed_dim // 2, config.embed_dim
-        self.conv1, self.norm1 = Conv(config.in_chans, half, 3, 2, 1), nn.LayerNorm(half, NORM_EPS)
-        self.conv2, self.norm2 = Conv(half, dim, 3, config.patch_size // 2, 1), nn.LayerNorm(dim, NORM_EPS)
+        self.conv1, self.norm1 = Conv(config.in_chans, half, 3, 2, 1), Norm(half, NORM_EPS)
+        self.conv2, self.norm2 = Conv(half, dim, 3, config.patch_size // 2, 1), Norm(dim, NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
@@ -134,7 +152,7 @@ class PatchStem(nn.Module):
     def __init__(self, config: VMambaConfig):
         super().__init__()
         self.conv1 = Conv(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
-        self.norm1 = nn.LayerNorm(config.embed_dim, NORM_EPS)
+        self.norm1 = Norm(config.embed_dim, NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm1(self.conv1(x))
@@ -145,7 +163,7 @@ class ConvDownsample(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv, self.norm = Conv(dim, 2 * dim, 3, 2, 1), nn.LayerNorm(2 * dim, NORM_EPS)
+        self.conv, self.norm = Conv(dim, 2 * dim, 3, 2, 1), Norm(2 * dim, NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -157,14 +175,14 @@ class MergeDownsample(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm, self.reduction = nn.LayerNorm(4 * dim, NORM_EPS), nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm, self.reduction = Norm(4 * dim, NORM_EPS), nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         # the official order of the four: down the first column, then the second
         x = rearrange(x, "b (h i) (w j) c -> b h w (j i c)", i=2, j=2)
-        return self.reduction(self.norm(x))
+        return self.reduction(self.norm(x, projected=True))
 
 
 class Stage(nn.Module):
@@ -193,7 +211,7 @@ class VMamba(ImageModel):
             begin = sum(config.depths[:i])
             last = i + 1 == len(config.depths)
             self.layers.append(Stage(dim, rates[begin : begin + depth], config, last=last))
-        self.norm: nn.Module = nn.LayerNorm(config.dims[-1], NORM_EPS)
+        self.norm: nn.Module = Norm(config.dims[-1], NORM_EPS)
         self.head: ClassifierHead
         self.set_head()
         self.apply(_init_linear)

@@ -1,8 +1,8 @@
 """What the verbs share: the model of a run folder, and sound files as codes at its rate."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -35,29 +35,26 @@ def load_classifier(run: Path, compute: ComputeConfig) -> AudioClassifier:
     return AudioClassifier.from_pretrained(run).to(pick_device(compute))
 
 
-def precise(compute: ComputeConfig) -> ComputeConfig:
-    """For sample by sample work "auto" is float32, on a GPU too: a long recurrence gains nothing by less, and a whole
-    block is one kernel only outside autocast."""
-    return replace(compute, precision="fp32") if compute.precision == "auto" else compute
-
-
 def read_codes(words: Sequence[Path], config: AudioConfig) -> tuple[list[Sound], list[np.ndarray], list[str]]:
     """The sound files that `words` name, their codes as the model wants them, and their folders' names.
 
-    What was resampled or mixed is said.
+    The codes stand in a nameless file, so that hours of sound need no more memory than seconds. What was resampled or
+    mixed is said.
     """
     sounds = find_sounds(words)
     tell_changes(sounds, config.sample_rate)
-    codes = []
-    with progress_bar("reading", sum(sound.seconds for sound in sounds), "s") as advance:
+    starts = []
+    with TemporaryFile() as file, progress_bar("reading", sum(sound.seconds for sound in sounds), "s") as advance:
         for sound in sounds:
-            pieces = [encode(block, config.codec) for block in samples(sound, config.sample_rate)]
-            codes.append(np.concatenate([np.empty(0, np.uint8), *pieces]))
+            starts.append(file.tell())
+            for block in samples(sound, config.sample_rate):
+                file.write(encode(block, config.codec).data)
+            if file.tell() == starts[-1]:
+                raise InputError(f"{sound.path}: too short to have a sample at {config.sample_rate} Hz")
             advance(sound.seconds)
-    if any(len(c) == 0 for c in codes):
-        short = next(sound.path for sound, c in zip(sounds, codes, strict=True) if len(c) == 0)
-        raise InputError(f"{short}: too short to have a sample at {config.sample_rate} Hz")
-    return sounds, codes, folder_labels(sounds)
+        file.flush()
+        codes = np.memmap(file, np.uint8, "r")
+    return sounds, np.split(codes, starts[1:]), folder_labels(sounds)
 
 
 def tell_changes(sounds: Sequence[Sound], rate: int) -> None:

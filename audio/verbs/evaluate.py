@@ -28,7 +28,7 @@ from ..plots import plot_sounds
 from ..scoring import bits_of
 from ..terminal import progress_bar
 from ..training import classify
-from .common import load_causal_model, load_classifier, precise, read_codes
+from .common import load_causal_model, load_classifier, read_codes
 
 COLUMNS = ("sounds", "n", "FAD_mel", "FID", "IS", "mIS", "AM", "recognised")
 DRAWN = 9  # sounds in the picture
@@ -55,7 +55,7 @@ def evaluate(args: Eval) -> None:
     places = {label: i for i, label in enumerate(config.labels)}
     labels = [places.get(folder, len(places)) for folder in folders]
     n_samples = round(args.seconds * config.sample_rate) if args.seconds else int(np.median([len(r) for r in recorded]))
-    with autocast(precise(args.compute)):
+    with autocast(args.compute):
         with progress_bar("scoring", sum(map(len, recorded)), "samples") as advance:
             bits = bits_of(model, recorded, labels, advance=advance)
         made, asked = _make(args, model, n_samples)

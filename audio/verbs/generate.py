@@ -22,7 +22,7 @@ from ..model import AudioModel, Guided
 from ..plots import plot_sounds
 from ..reading import WRITABLE, inspect, samples
 from ..terminal import progress_bar
-from .common import load_model, precise, tell_changes
+from .common import load_model, tell_changes
 
 LARGEST = 32767  # of 16 bits
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
@@ -43,7 +43,7 @@ def generate(args: Generate) -> None:
     n, rate = max(1, round(args.seconds * model.config.sample_rate)), model.config.sample_rate
     watchdog = Watchdog(model.config) if args.watchdog else None
     guided = model if args.guidance == 1 else Guided(model, args.guidance)
-    with autocast(precise(args.compute)):
+    with autocast(args.compute):
         if args.state is not None:
             begun = load_state(args.state, cast(Any, _Saved(model)))
         else:

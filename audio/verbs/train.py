@@ -82,7 +82,7 @@ def _train_classifier(args: Train, config: ClassifierConfig, corpus: dict[str, R
     )
     _tell_model(args, model)
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
-    write_json(run / "labels.json", list(config.labels))
+    write_json(run / "labels.json", dict(enumerate(config.labels)))
     test = corpus["test"]
     if not len(test):
         say("no test part: nothing is held out to measure the model on")

@@ -1,6 +1,5 @@
 """`polymamba bytes bench`: what a model does in a second on this machine, as a table."""
 
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +8,8 @@ import torch
 
 from ...core.config import ComputeConfig
 from ...core.errors import InputError
-from ...core.files import require_writable, write_json, write_text
+from ...core.files import require_writable
+from ...core.speed import cell, cell_mib, cell_ms, describe_machine, save_table, table_line
 from ...core.train import autocast, pick_device, uses_bf16
 from ..bench import Speed, measure
 from ..commands import Bench
@@ -31,9 +31,7 @@ def bench(args: Bench) -> None:
     about: dict[str, Any] = {
         "model": str(args.model),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "precision": "bf16" if bf16 else "fp32",
-        "device": _name(device),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        **describe_machine(device, bf16),
     }
     rows: list[Speed] = []
     with autocast(args.compute):
@@ -53,15 +51,9 @@ def bench(args: Bench) -> None:
                 about["copy bandwidth, GB/s"] = round(result / 1e9, 1)
                 print("\n".join(f"{name}: {value}" for name, value in about.items()))
                 print(_line(COLUMNS), flush=True)
-    if args.output is None:
-        return
-    if args.output.suffix == ".json":
+    if args.output is not None:
         lines = [{**asdict(row), "bytes_per_second": row.bytes_per_second} for row in rows]
-        write_json(args.output, {**about, "rows": lines})
-    else:
-        table = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, rows)]
-        head = [f"{name}: {value}" + "  " for name, value in about.items()]  # two spaces end a line in Markdown
-        write_text(args.output, "\n".join([*head, "", *(f"| {' | '.join(row)} |" for row in table)]) + "\n")
+        save_table(args.output, about, COLUMNS, list(map(_cells, rows)), lines)
 
 
 def _model(word: Path, compute: ComputeConfig) -> ByteLM:
@@ -74,24 +66,17 @@ def _model(word: Path, compute: ComputeConfig) -> ByteLM:
     return ByteLM(preset_config(cast(Preset, name))).to(pick_device(compute))
 
 
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.machine())}, {torch.get_num_threads()} threads"
-
-
 def _cells(row: Speed) -> tuple[str, ...]:
-    def text(value: float | None, form: str) -> str:
-        return "-" if value is None else f"{value:{form}}"
-
-    took = "no memory" if row.seconds is None else f"{1e3 * row.seconds:,.2f}"
-    memory = text(None if row.peak_bytes is None else row.peak_bytes / 2**20, ",.0f")
-    share = text(row.share_of_limit, ".1%")
-    return row.work, f"{row.batch:,}", f"{row.length:,}", took, text(row.bytes_per_second, ",.0f"), memory, share
+    return (
+        row.work,
+        f"{row.batch:,}",
+        f"{row.length:,}",
+        cell_ms(row.seconds),
+        cell(row.bytes_per_second, ",.0f"),
+        cell_mib(row.peak_bytes),
+        cell(row.share_of_limit, ".1%"),
+    )
 
 
 def _line(cells: tuple[str, ...]) -> str:
-    return f"{cells[0]:<10}" + "".join(f"{cell:>16}" for cell in cells[1:])
+    return table_line(COLUMNS, cells, 10)

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 
+from ...core.embeddings import require_embeddings_file, write_embeddings
 from ...core.errors import InputError
 from ...core.files import require_writable, write_tsv, written_whole
 from ...core.terminal import say
@@ -22,8 +22,6 @@ from ..sources import files_of
 from ..terminal import progress_bar
 from ..tracks import Predicted, write_bed, write_bedgraph
 from .common import decisions, load_models, mean_predictions, passes, table_rows, tuned_thresholds
-
-Embedded = Iterator[tuple[list[Piece], np.ndarray]]  # pieces, and their embeddings (n, D)
 
 
 def predict(args: Predict) -> None:
@@ -52,14 +50,11 @@ def predict(args: Predict) -> None:
 
 def embed(args: Embed) -> None:
     """Write the embedding of every record or window."""
-    suffix = args.output.suffix.lower()
-    if suffix not in (".npy", ".parquet"):
-        raise InputError(f"{args.output}: name it .npy or .parquet, which says what is written")
-    require_writable(args.output)
+    require_embeddings_file(args.output)
     model = load_models([args.run], args.compute)[0]
     with _checked_pieces(args, model.config) as pieces:
-        write = _write_npy if suffix == ".npy" else _write_parquet
-        write(args.output, _embedded(model, pieces, args), pieces, model.config.backbone.d_model)
+        shape = pieces.count, model.config.backbone.d_model
+        write_embeddings(args.output, _columns(pieces), shape, _embedded(model, pieces, args))
 
 
 @contextmanager
@@ -93,13 +88,13 @@ def _predicted(
             yield from zip(chunk, labels, predictions, strict=True)
 
 
-def _embedded(model: DNAClassifier, pieces: Pieces, args: Embed) -> Embedded:
+def _embedded(model: DNAClassifier, pieces: Pieces, args: Embed) -> Iterator[tuple[list[tuple], np.ndarray]]:
     with progress_bar("embed", pieces.n_bases) as advance:
         for chunk in in_chunks(pieces, args.batch_size, args.max_tokens):
             tokens = [piece.tokens for piece in chunk]
             with autocast(args.compute):
                 embeddings = embed_sequences(model, tokens, args.batch_size, args.max_tokens, advance=advance)
-            yield chunk, embeddings
+            yield [_where(piece, pieces) for piece in chunk], embeddings
 
 
 def _write_table(file: TextIO, predicted: Iterator[Predicted], pieces: Pieces, config: DNAClassifierConfig) -> None:
@@ -108,44 +103,9 @@ def _write_table(file: TextIO, predicted: Iterator[Predicted], pieces: Pieces, c
     write_tsv(file, header, table_rows(rows, config.target))
 
 
-def _write_npy(path: Path, embedded: Embedded, pieces: Pieces, width: int) -> None:
-    """The embeddings as one array (n, D) float32, and what its rows are of in .ids.tsv beside it."""
-    header: Any = {"descr": "<f4", "fortran_order": False, "shape": (pieces.count, width)}
-
-    def rows(file) -> Iterator[tuple]:
-        for chunk, embeddings in embedded:
-            file.write(embeddings.astype("<f4").tobytes())
-            yield from (_where(piece, pieces) for piece in chunk)
-
-    with (
-        written_whole(path) as beside,
-        written_whole(path.with_suffix(".ids.tsv")) as ids_beside,
-        beside.open("wb") as file,
-        ids_beside.open("w", encoding="utf-8", newline="") as ids,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
-        write_tsv(ids, _columns(pieces), rows(file))
-
-
-def _write_parquet(path: Path, embedded: Embedded, pieces: Pieces, width: int) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError(f"{path}: Parquet needs pyarrow (pip install 'polymamba[parquet]'); or name it .npy") from None
-    types = dict(zip(_columns(pieces), (pa.string(), pa.int64(), pa.int64()), strict=False))
-    schema = pa.schema(types | {"embedding": pa.list_(pa.float32(), width)})
-    with written_whole(path) as beside, pq.ParquetWriter(beside, schema) as writer:
-        for chunk, embeddings in embedded:
-            where = map(list, zip(*(_where(piece, pieces) for piece in chunk), strict=True))
-            flat = pa.array(embeddings.reshape(-1))
-            columns = [*where, pa.FixedSizeListArray.from_arrays(flat, width)]
-            writer.write_table(pa.table(columns, schema))
-
-
-def _columns(pieces: Pieces) -> list[str]:
-    """The columns that say what a row is about."""
-    return ["id"] if pieces.window is None else ["id", "start", "end"]
+def _columns(pieces: Pieces) -> dict[str, type]:
+    """The columns that say what a row is about, and their types."""
+    return {"id": str} if pieces.window is None else {"id": str, "start": int, "end": int}
 
 
 def _where(piece: Piece, pieces: Pieces) -> tuple:

@@ -191,8 +191,9 @@ def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
     return torch.from_numpy(y).to(x.dtype)
 
 
-def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
-    """Gradients of (x, weight, bias, initial_state)."""
+def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, dx=None):
+    """Gradients of (x, weight, bias, initial_state). dx: room for the first, perhaps columns of a wider matrix."""
+    room = dx
     jobs, bounds, arrays = _prepare(x, weight, bias, initial_state, cu_seqlens, batch)
     n_channels, width = weight.shape
     dx = np.empty(x.shape, np.float32)
@@ -200,5 +201,7 @@ def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, revers
     dstate = np.empty_like(arrays[-1])
     n_jobs = len(jobs) * -(-n_channels // TILE)
     parallel(_backward, n_jobs, jobs, bounds, *arrays, silu, reverse, _array(dy), dx, dweight, dbias, dstate)
+    if room is not None:
+        room.copy_(torch.from_numpy(dx))
     shares = torch.from_numpy(dweight).sum(0).mT, torch.from_numpy(dbias).sum((0, 1))
     return torch.from_numpy(dx), *shares, torch.from_numpy(dstate).mT

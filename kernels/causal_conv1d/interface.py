@@ -1,15 +1,14 @@
 """The public causal convolution: checks, choice of a backend, and the operators that torch.compile and autograd see."""
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
 from ..backends import IN_PYTORCH, choose, watched
+from ..operators import Implementations, Operator
 from ..sequences import sequence_bounds
 from .reference import causal_conv1d_reference, causal_conv1d_step_reference
 
-_MODULES = {"numba": "cpu", "triton": "triton"}
+implementation = Implementations(__package__, numba="cpu", triton="triton")
 
 
 def causal_conv1d(
@@ -40,9 +39,7 @@ def causal_conv1d(
     else:
         flat = x.flatten(0, 1)
         silu = activation == "silu"
-        tensors = (flat, weight, bias, initial_state, cu_seqlens)
-        run = _conv if watched(*tensors) else _unwatched_conv
-        y = run(*tensors, x.shape[0], silu, reverse, backend).view(x.shape)
+        y = _conv(flat, weight, bias, initial_state, cu_seqlens, x.shape[0], silu, reverse, backend).view(x.shape)
     if not return_final_state:
         return y
     return y, _final_state(x, weight.shape[1] - 1, initial_state, cu_seqlens, reverse)
@@ -116,38 +113,36 @@ def _check(x, weight, bias, activation, initial_state, cu_seqlens):
 # The operators below see flat tokens (sequences.py): x is (T, D). A tensor that does not apply is returned empty.
 
 
-def _unwatched_conv(
+def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     batch: int, silu: bool, reverse: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    module = import_module(f".{_MODULES[backend]}", __package__)
-    return module.forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    return implementation(backend, "forward")(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
 
 
-_conv = torch.library.custom_op("polymamba::causal_conv1d", _unwatched_conv, mutates_args=())
-
-
-@_conv.register_fake
-def _(x, *_):
+def _fake(x, *_):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("polymamba::causal_conv1d_backward", mutates_args=())
-def _conv_backward(
+_conv = Operator("causal_conv1d", _run, _fake)
+
+
+def _run_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None,
     cu_seqlens: Tensor | None, batch: int, silu: bool, reverse: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    module = import_module(f".{_MODULES[backend]}", __package__)
-    grads = module.backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    grads = implementation(backend, "backward")(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
     inputs = (x, weight, bias, initial_state)
     return tuple(  # pyright: ignore[reportReturnType] - four, by construction
         x.new_empty(0) if i is None else g.to(i.dtype).contiguous() for i, g in zip(inputs, grads, strict=True)
     )
 
 
-@_conv_backward.register_fake
-def _(dy, x, weight, bias, initial_state, *_):
+def _fake_backward(dy, x, weight, bias, initial_state, *_):
     return tuple(x.new_empty(0) if i is None else i.new_empty(i.shape) for i in (x, weight, bias, initial_state))
+
+
+_conv_backward = Operator("causal_conv1d_backward", _run_backward, _fake_backward)
 
 
 def _setup_context(ctx, inputs, output):
@@ -163,11 +158,11 @@ def _backward(ctx, dy):
     return *present, None, None, None, None, None
 
 
-_conv.register_autograd(_backward, setup_context=_setup_context)
+_conv.differentiate(_backward, _setup_context)
 
 
 def _unwatched_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    return import_module(".triton", __package__).step(state, x, weight, bias, silu)
+    return implementation("triton", "step")(state, x, weight, bias, silu)
 
 
 _step = torch.library.custom_op("polymamba::causal_conv1d_step", _unwatched_step, mutates_args={"state"})

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..sequences import checkpoint_slots
-from ..triton_runtime import load_float, load_rows, piece_of, sigmoid, sum_first_axis, token_of, with_rows
+from ..triton_runtime import ceil_div, load_float, load_rows, piece_of, sigmoid, sum_first_axis, token_of, with_rows
 
 PIECE = 64  # steps of a program
 BLOCK_D = 128  # channels of a program, 4 a lane
@@ -79,7 +79,7 @@ def _forward(
 @triton.jit(do_not_specialize=["length", "n_seqs"])
 def _backward(
     dy, x, weight, bias, state, cu_seqlens, dx, dweight, dbias, dstate,
-    dy_stride, x_stride, length, n_seqs, n_channels,
+    dy_stride, dx_stride, x_stride, length, n_seqs, n_channels,
     W: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, K: tl.constexpr,
     SILU: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def _backward(
                 dx_row += taps[W - 1 - k] * grads[k]
             target = step + i - (W - 1)  # the oldest input of the window: no later step sees it
             row = token_of(start, length, target, REVERSE)
-            tl.store(dx + row * n_channels + d, dx_row, mask=in_d & (target >= begin) & (target < end))
+            tl.store(dx + row * dx_stride + d, dx_row, mask=in_d & (target >= begin) & (target < end))
             if dstate is not None:
                 tl.store(dstate + state_at + (W - 1 + target), dx_row, mask=in_d & (target < 0))
             window = window[1:]
@@ -163,7 +163,7 @@ def _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
     n_tokens, n_channels = x.shape
     length = n_tokens // max(batch, 1)
     if cu_seqlens is None:
-        n_seqs, n_pieces = batch, batch * max(triton.cdiv(length, PIECE), 1)
+        n_seqs, n_pieces = batch, batch * max(ceil_div(length, PIECE), 1)
     else:
         n_seqs = cu_seqlens.shape[0] - 1
         n_pieces = checkpoint_slots(n_tokens, n_seqs, PIECE)
@@ -180,21 +180,28 @@ def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
     n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _forward[(n_pieces * triton.cdiv(x.shape[1], BLOCK_D),)](**arguments, y=y)
+        _forward[(n_pieces * ceil_div(x.shape[1], BLOCK_D),)](**arguments, y=y)
     return y
 
 
-def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
-    """Gradients of (x, weight, bias, initial_state)."""
+def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, dx=None):
+    """Gradients of (x, weight, bias, initial_state). dx: room for the first, perhaps columns of a wider matrix."""
     n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     dweight = torch.empty(n_pieces, *weight.shape, device=x.device)
     dbias = None if bias is None else torch.empty(n_pieces, *bias.shape, device=x.device)
     dstate = None if initial_state is None else torch.empty(initial_state.shape, device=x.device)
     dy = with_rows(dy)
     with torch.cuda.device_of(x):
-        _backward[(n_pieces * triton.cdiv(x.shape[1], BLOCK_D),)](
-            **arguments, dy=dy, dy_stride=dy.stride(0), dx=dx, dweight=dweight, dbias=dbias, dstate=dstate
+        _backward[(n_pieces * ceil_div(x.shape[1], BLOCK_D),)](
+            **arguments,
+            dy=dy,
+            dy_stride=dy.stride(0),
+            dx=dx,
+            dx_stride=dx.stride(0),
+            dweight=dweight,
+            dbias=dbias,
+            dstate=dstate,
         )
         return dx, sum_first_axis(dweight), None if dbias is None else sum_first_axis(dbias), dstate
 
@@ -204,7 +211,7 @@ def step(state, x, weight, bias, silu):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, window, bias = with_rows(x), state.contiguous(), None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
-        _step[(n_rows * triton.cdiv(n_channels, BLOCK_D),)](
+        _step[(n_rows * ceil_div(n_channels, BLOCK_D),)](
             window, x, weight.contiguous(), bias, y, x.stride(0), n_channels,
             W=weight.shape[1], BLOCK_D=BLOCK_D, SILU=silu, num_warps=1,
         )  # fmt: skip

@@ -1,12 +1,15 @@
 """The 2-D scan of VMamba (arXiv 2401.10166, section 4.2, SS2D): four selective scans over one image, summed."""
 
+from importlib import import_module
+from types import ModuleType
+
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
-from ..selective_scan import selective_scan
+from ..backends import choose, traced
+from ..operators import Operator
 from .reference import cross_scan_reference
+from .scans import four_scans
 
 
 def cross_scan(
@@ -27,34 +30,80 @@ def cross_scan(
         dt_weight       (K, E, R)
 
     Returns (B, H, W, E), the sum over the directions, in float32 (float64 for float64 inputs): it is normed next.
-    Raises ValueError if shapes disagree or if `backend` (as of `selective_scan`) cannot run these inputs.
+    Raises ValueError if shapes disagree or if `backend` (as of `selective_scan`) cannot run these inputs. One state has
+    a kernel of its own on a GPU (cuda.py); all else is four selective scans (scans.py).
     """
     _check(x, dt, A, B, C, D, dt_weight, dt_bias)
+    tensors = (x, dt, A, B, C, D, dt_weight, dt_bias)
     if backend == "reference":
-        return cross_scan_reference(x, dt, A, B, C, D, dt_weight, dt_bias)
-    # Of x there is one copy, by columns; backwards is the same sequence read from its other end.
-    by_rows, by_columns = "b h w ... -> b (h w) ...", "b h w ... -> b (w h) ..."
-    dts, Bs, Cs = (m.unbind(-2) for m in (dt, B, C))
-    sums = []
-    for first, order in enumerate((by_rows, by_columns)):
-        sequence = rearrange(x, order)
-        total = None
-        for k in (first, first + 2):
-            low_rank, B_k, C_k = (rearrange(m[k], order) for m in (dts, Bs, Cs))
-            y = selective_scan(
-                *(sequence, F.linear(low_rank, dt_weight[k]), A[k], B_k, C_k, D[k]),
-                delta_bias=dt_bias[k],
-                delta_softplus=True,
-                reverse=k >= 2,
-                backend=backend,
-            )
-            assert isinstance(y, Tensor)  # no final state was asked for
-            y = y.to(torch.promote_types(y.dtype, torch.float32))
-            total = y if total is None else total + y
-        sums.append(total)
-    height, width = x.shape[1:3]
-    rows = rearrange(sums[0], "b (h w) e -> b h w e", h=height, w=width)
-    return rows + rearrange(sums[1], "b (w h) e -> b h w e", h=height, w=width)
+        return cross_scan_reference(*tensors)
+    if choose(backend, x.device, x.dtype, in_cuda=True) != "cuda" or not _has_kernel(x, dt, A, B, C):
+        return four_scans(*tensors, backend)
+    save = torch.is_grad_enabled() and any(m.requires_grad for m in tensors)
+    if not traced(*tensors) and not _kernels().usable(x.get_device()):
+        return four_scans(*tensors, backend)
+    return _scan(*tensors, save)[0]
+
+
+def _has_kernel(x, dt, A, B, C) -> bool:
+    """Whether cuda.py takes these shapes and types."""
+    height, width, n_channels = x.shape[1:]
+    return (
+        A.shape[2] == 1
+        and 0 < dt.shape[4] <= 256
+        and x.numel() > 0
+        and all(m.dtype in (torch.float32, torch.bfloat16, torch.float16) for m in (x, dt, B, C))
+        and height * height * width < 2**32  # see Place.token in cuda_kernels/common.cu
+        and 16 * n_channels < 2**31
+    )
+
+
+def _kernels() -> ModuleType:
+    return import_module(".cuda", __package__)  # it imports Triton
+
+
+def _run(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor, save: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, saved states)."""
+    return _kernels().forward(x, dt, A, B, C, D, dt_weight, dt_bias, save)
+
+
+def _fake(x, dt, A, B, C, D, dt_weight, dt_bias, save):
+    shape = _kernels().saved_shape(x, dt) if save else (0,)
+    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+_scan = Operator("cross_scan", _run, _fake)
+
+
+def _run_backward(
+    dy: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_weight: Tensor, dt_bias: Tensor,
+    saved: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of (x, dt, A, B, C, D, dt_weight, dt_bias)."""
+    inputs = (x, dt, A, B, C, D, dt_weight, dt_bias)
+    grads = _kernels().backward(dy, *inputs, saved)
+    return tuple(g.to(m.dtype).contiguous() for m, g in zip(inputs, grads, strict=True))  # pyright: ignore[reportReturnType] - eight
+
+
+def _fake_backward(dy, *inputs):
+    return tuple(m.new_empty(m.shape) for m in inputs[:8])
+
+
+_scan_backward = Operator("cross_scan_backward", _run_backward, _fake_backward)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:8], output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _):
+    return (None,) * 9 if dy is None else (*_scan_backward(dy, *ctx.saved_tensors), None)
+
+
+_scan.differentiate(_backward, _setup_context)
 
 
 def _check(x, dt, A, B, C, D, dt_weight, dt_bias):

@@ -101,14 +101,14 @@ def _jobs(x: Tensor) -> tuple[int, int]:
     return -(-n_rows // piece), piece
 
 
-def forward(x, residual, weight, bias, eps, centred):
+def forward(x, residual, weight, bias, eps, centred, dtype):
     n_jobs, piece = _jobs(x)
     y = np.empty(x.shape, np.float32)
     stream = np.empty((0, 0) if residual is None else x.shape, np.float32)
     arrays = (_array(x), _array(residual, 0, 0), _array(weight), _array(bias, len(weight)))
     parallel(_forward, n_jobs, piece, *arrays, np.float32(eps), centred, stream, y)
     stream = torch.from_numpy(stream)
-    return torch.from_numpy(y).to(weight.dtype), stream.view(-1) if residual is None else stream
+    return torch.from_numpy(y).to(dtype), stream.view(-1) if residual is None else stream
 
 
 def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype):

@@ -5,8 +5,9 @@ from torch import Tensor
 
 
 def norm_reference(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`polymamba.kernels.layer_norm` if centred, else `rms_norm`: (y, stream)."""
     accumulate = torch.promote_types(x.dtype, torch.float32)
     stream = x.to(accumulate) if residual is None else residual + x.to(accumulate)
@@ -14,4 +15,4 @@ def norm_reference(
     y = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * weight.to(accumulate)
     if bias is not None:
         y = y + bias.to(accumulate)
-    return y.to(weight.dtype), stream
+    return y.to(dtype), stream

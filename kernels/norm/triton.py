@@ -4,11 +4,13 @@ A program of the forward has a tile of rows, as many as keep its lanes in work. 
 rows in such tiles and leaves its share of dweight and dbias; the shares are added in a fixed order.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from ..triton_runtime import load_float, sum_first_axis, with_rows
+from ..triton_runtime import ceil_div, load_float, sum_first_axis, with_rows
 
 PIECE = 16  # rows of a program of the backward: fixed, so that sums over rows depend on nothing else
 TILE = 4096  # elements of a tile, unless a row is longer
@@ -75,6 +77,7 @@ def _backward(
         tl.store(dbias + share, tl.sum(dbias_tile, axis=0), mask=tl.arange(0, BLOCK) < width)
 
 
+@cache
 def _shape(width: int) -> dict[str, int]:
     """Shape of a tile and its warps, 32 elements a lane up to rows of 16384."""
     block = triton.next_power_of_2(width)
@@ -82,15 +85,15 @@ def _shape(width: int) -> dict[str, int]:
     return {"ROWS": n_rows, "BLOCK": block, "num_warps": min(max(n_rows * block // 1024, 1), 16)}
 
 
-def forward(x, residual, weight, bias, eps, centred):
+def forward(x, residual, weight, bias, eps, centred, dtype):
     n_rows, width = x.shape
-    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     stream = torch.empty((0,) if residual is None else x.shape, dtype=torch.float32, device=x.device)
     x, residual = with_rows(x), None if residual is None else with_rows(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     shape = _shape(width)
     with torch.cuda.device_of(x):
-        _forward[(triton.cdiv(n_rows, shape["ROWS"]),)](
+        _forward[(ceil_div(n_rows, shape["ROWS"]),)](
             x, residual, weight, bias, stream, y, eps, x.stride(0), 0 if residual is None else residual.stride(0),
             n_rows, width, **shape, CENTRED=centred,
         )  # fmt: skip
@@ -100,7 +103,7 @@ def forward(x, residual, weight, bias, eps, centred):
 def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype):
     """Gradients of (residual, x, weight, bias); None for x's if it is float32, and for that of an absent bias."""
     n_rows, width = stream.shape
-    n_pieces = triton.cdiv(n_rows, PIECE)
+    n_pieces = ceil_div(n_rows, PIECE)
     dresidual = torch.empty(stream.shape, dtype=torch.float32, device=stream.device)
     dx = None if x_dtype == torch.float32 else torch.empty(stream.shape, dtype=x_dtype, device=stream.device)
     dweight = torch.empty(n_pieces, width, device=stream.device)

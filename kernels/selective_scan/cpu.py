@@ -165,8 +165,11 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batc
 
 
 def backward(
-    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, checkpoints, softplus, reverse
-):
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, checkpoints, softplus, reverse,
+    dz=None,
+):  # fmt: skip
+    """dz: room for z's gradient, which may be some columns of a wider matrix."""
+    room = dz
     tiles, bounds, arrays = _prepare(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch)
     n_seqs, n_tokens, (n_channels, n_states) = len(bounds) - 1, u.shape[0], A.shape
     static_B, static_C = B.dim() == 2, C.dim() == 2
@@ -185,6 +188,9 @@ def backward(
         *(_state(dfinal, n_seqs), softplus, reverse),
         *(du, ddelta, dA, dB, dBs, dC, dCs, dD, dz, dbias, dh0),
     )
+
+    if room is not None:
+        room.copy_(torch.from_numpy(dz))
 
     def over_channels(static: bool, partial: np.ndarray, by_channel: np.ndarray, n_groups: int) -> Tensor:
         """The tiles' shares summed in a fixed order: (T, G, N), or (D, N) if static."""

@@ -132,7 +132,7 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
     parts = [f"#define {name} {value}" for name, value in macros]
-    files = ("device", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
+    files = ("device", "numbers", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
     parts += [(_FOLDER / f"{name}.cu").read_text() for name in files]
     return "\n".join(parts) + "\n"
 
@@ -222,6 +222,7 @@ class _Layout(NamedTuple):
     static: tuple[bool, bool]  # whether B and C are
     types: tuple[torch.dtype, ...]
     strides: tuple[int, ...]  # from token to token, in bytes
+    dz_stride: int  # of z's gradient, likewise
     group_strides: tuple[int, int]  # of B and C, in elements
     softplus: bool
     reverse: bool
@@ -248,8 +249,8 @@ def _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, rev
     layout = _Layout(
         _device(u), u.shape[0], n_channels, n_states, n_seqs, batch, cu_seqlens is not None, groups, vector,
         _widest(min(most, n_states & -n_states), *matrices), static, tuple([x.dtype for x in rows]),
-        tuple([x.stride(0) * x.element_size() for x in rows]), (B.stride(1), C.stride(1)), softplus, reverse,
-        z is not None,
+        tuple([x.stride(0) * x.element_size() for x in rows]), n_channels * rows[2].element_size(),
+        (B.stride(1), C.stride(1)), softplus, reverse, z is not None,
     )  # fmt: skip
     tensors = {
         "u": u, "delta": delta, "z": z, "dy": dy, "B": B, "C": C, "A": _floats(A), "D": _floats(D),
@@ -319,8 +320,8 @@ class _Plan:
             ("STATIC_B", int(on.static[0])), ("STATIC_C", int(on.static[1])), *types,
             *zip(self.tile._fields, self.tile, strict=True), *macros,
         )  # fmt: skip
-        sizes = (t.itemsize for t in on.types[:3])
-        strides = (*on.strides, *(on.n_channels * size for size in sizes), 4 * on.groups * on.n_states)
+        of_du, of_ddelta = (on.n_channels * t.itemsize for t in on.types[:2])
+        strides = (*on.strides, of_du, of_ddelta, on.dz_stride, 4 * on.groups * on.n_states)
         numbers = _pack_numbers(
             *on.group_strides, self.length, on.n_tokens, on.n_seqs, on.n_channels, on.n_channels // on.groups,
             self.tiles_of_group, self.n_units, int(on.reverse), int(backwards),
@@ -341,16 +342,18 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batc
 
 
 def backward(
-    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
-):
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse,
+    dz=None,
+):  # fmt: skip
+    """dz: room for z's gradient, which may be some columns of a wider matrix."""
     arguments = (dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved)
     if _serves(u, delta, B, C, z, dy, n_states=A.shape[1]):
         with torch.cuda.device_of(u):
             try:
-                return _backward(*arguments, softplus, reverse)
+                return _backward(*arguments, softplus, reverse, dz)
             except nvrtc.Unavailable as error:
                 _give_up(_device(u), error)
-    return fallback.backward(*arguments, softplus, reverse)
+    return fallback.backward(*arguments, softplus, reverse, dz)
 
 
 def _give_up(device: int, error: nvrtc.Unavailable) -> None:
@@ -429,9 +432,12 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
 
 
 def _backward(
-    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse, room
 ):
     tensors, layout = _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
+    in_room = room is not None and _widest(layout.vector, room) == layout.vector
+    if in_room:
+        layout = layout._replace(dz_stride=room.stride(0) * room.element_size())
     several = u.shape[0] // max(batch, 1) > _chunk_steps(layout.n_channels, layout.n_states)
     from_zero = dfinal is None and not several
     p = _backward_plan(layout, from_zero, D is not None, delta_bias is not None)
@@ -440,7 +446,8 @@ def _backward(
         return None if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
     gradients = {
-        "du": like(u), "ddelta": like(delta), "dz": like(z), "dh0": like(initial_state, torch.float32),
+        "du": like(u), "ddelta": like(delta), "dz": room if in_room else like(z),
+        "dh0": like(initial_state, torch.float32),
         "dA": like(A, torch.float32), "dD": like(D, torch.float32), "dbias": like(delta_bias, torch.float32),
         "dB": like(B, torch.float32 if layout.static[0] else None),
         "dC": like(C, torch.float32 if layout.static[1] else None),
@@ -460,4 +467,6 @@ def _backward(
     )  # fmt: skip
     for launch in p.launches:
         launch(pointers)
+    if room is not None and not in_room:
+        room.copy_(gradients["dz"])
     return tuple(gradients[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dh0"))

@@ -1,17 +1,14 @@
 """The public selective scan: checks, the choice of a backend, and the operator that torch.compile and autograd see."""
 
-from collections.abc import Callable
-from functools import cache
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
-from ..backends import choose, traced, watched
+from ..backends import choose, watched
+from ..operators import Implementations, Operator
 from .plain import selective_scan_plain
 from .reference import selective_scan_reference, selective_scan_step_reference
 
-_MODULES = {"torch": "chunked", "numba": "cpu", "triton": "triton", "cuda": "cuda"}
+implementation = Implementations(__package__, torch="chunked", numba="cpu", triton="triton", cuda="cuda")
 
 
 def selective_scan(
@@ -66,8 +63,7 @@ def selective_scan(
     flat_u, flat_delta, flat_z = u.flatten(0, 1), delta.flatten(0, 1), None if z is None else z.flatten(0, 1)
     flat_B, flat_C = _flat_matrix(B), _flat_matrix(C)
     tensors = (flat_u, flat_delta, A, flat_B, flat_C, D, flat_z, delta_bias, initial_state, cu_seqlens)
-    run = _scan if traced(*tensors) else _EagerScan.apply if save else _unwatched_scan
-    y, final, _ = run(*tensors, u.shape[0], delta_softplus, reverse, save, backend)
+    y, final, _ = _scan(*tensors, u.shape[0], delta_softplus, reverse, save, backend)
     return (y.view(u.shape), final) if return_final_state else y.view(u.shape)
 
 
@@ -144,45 +140,39 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens):
     expect("initial_state", initial_state, (n_seqs, n_channels, n_states))
 
 
-@cache
-def _implementation(backend: str, direction: str) -> Callable:
-    return getattr(import_module(f".{_MODULES[backend]}", __package__), direction)
-
-
 # What the operators below see is flat: T tokens of all sequences laid end to end (sequences.py). u, delta, z are
 # (T, D); B, C (T, G, N) or (D, N); without cu_seqlens each of the `batch` sequences has T / batch tokens. A tensor
 # that does not apply is returned as an empty one.
 
 
-def _unwatched_scan(
+def _run(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     batch: int, softplus: bool, reverse: bool, save: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, final state, saved states)."""
-    forward = _implementation(backend, "forward")
+    forward = implementation(backend, "forward")
     return forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save)
 
 
-_scan = torch.library.custom_op("polymamba::selective_scan", _unwatched_scan, mutates_args=())
-
-
-@_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save, backend):
+def _fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save, backend):
     n_seqs = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = torch.promote_types(u.dtype, torch.float32)
     final = u.new_empty(n_seqs, *A.shape, dtype=dtype.to_complex() if A.is_complex() else dtype)
-    saved = _implementation(backend, "saved_shape")(u.shape[0], n_seqs, *A.shape) if save else (0, *A.shape)
+    saved = implementation(backend, "saved_shape")(u.shape[0], n_seqs, *A.shape) if save else (0, *A.shape)
     return u.new_empty(u.shape), final, final.new_empty(saved)
 
 
-def _unwatched_scan_backward(
+_scan = Operator("selective_scan", _run, _fake)
+
+
+def _run_backward(
     dy: Tensor, dfinal: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     z: Tensor | None, delta_bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     saved: Tensor, batch: int, softplus: bool, reverse: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state)."""
-    backward = _implementation(backend, "backward")
+    backward = implementation(backend, "backward")
     grads = backward(
         dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
     )
@@ -192,15 +182,12 @@ def _unwatched_scan_backward(
     )
 
 
-_scan_backward = torch.library.custom_op(
-    "polymamba::selective_scan_backward", _unwatched_scan_backward, mutates_args=()
-)
-
-
-@_scan_backward.register_fake
-def _(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, *_):
+def _fake_backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, *_):
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+_scan_backward = Operator("selective_scan_backward", _run_backward, _fake_backward)
 
 
 def _setup_context(ctx, inputs, output):
@@ -214,37 +201,19 @@ def _backward(ctx, dy, dfinal, _):
     *tensors, saved = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(tensors[0])
-    run = _scan_backward if watched(dy, dfinal, *tensors) else _unwatched_scan_backward
-    grads = run(*(dy, dfinal, *tensors, saved, *ctx.options))
+    grads = _scan_backward(dy, dfinal, *tensors, saved, *ctx.options)
     present = (None if x is None else g for x, g in zip(tensors[:9], grads, strict=True))
     return *present, None, None, None, None, None, None
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _EagerScan(torch.autograd.Function):
-    """The operator where only autograd watches: it spares about 0.05 ms a call of the operator's own time.
-
-    With a setup_context of its own, `apply` would bind the arguments to forward's signature each time: as much again.
-    """
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _unwatched_scan(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return _backward(ctx, *grads)
+_scan.differentiate(_backward, _setup_context)
 
 
 def _unwatched_step(
     state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, softplus: bool,
 ) -> Tensor:  # fmt: skip
-    return _implementation("triton", "step")(state, u, delta, A, B, C, D, z, delta_bias, softplus)
+    return implementation("triton", "step")(state, u, delta, A, B, C, D, z, delta_bias, softplus)
 
 
 _step = torch.library.custom_op("polymamba::selective_scan_step", _unwatched_step, mutates_args={"state"})

@@ -145,8 +145,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def backward(
-    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse
-):
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse,
+    dz=None,
+):  # fmt: skip
+    """dz: room for z's gradient, which may be some columns of a wider matrix."""
+    room = dz
     with torch.cuda.device_of(u):
         p = _Problem(
             _backward_tile, u, delta, *prepare(A, B, C), D, z, delta_bias, cu_seqlens, batch, softplus, reverse
@@ -179,6 +182,8 @@ def backward(
                 CHUNK_TERMS=terms_at_once(p.n_chunks), TILE_TERMS=terms_at_once(p.tiles_of_group),
             )
         )  # fmt: skip
+        if room is not None:
+            room.copy_(dz)
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dh0
 
 

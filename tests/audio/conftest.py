@@ -9,6 +9,7 @@ import soundfile
 import torch
 
 from polymamba.audio import AudioConfig, AudioModel, UNetConfig
+from polymamba.audio.reading import inspect, samples
 
 RATE = 2000
 TINY = UNetConfig(d_model=6, n_blocks=1, pool=(2, 3), d_state=3)
@@ -22,6 +23,16 @@ def _tone(seconds: float, rate: int, hertz: float = 200, loudness: float = 0.5) 
 def tone() -> Callable[..., np.ndarray]:
     """(seconds, rate, hertz=200, loudness=0.5) -> a sine."""
     return _tone
+
+
+@pytest.fixture
+def heard() -> Callable[..., np.ndarray]:
+    """(path, rate) -> a whole file's samples, mono, as the package reads them block by block."""
+
+    def hear(path: str | Path, rate: int) -> np.ndarray:
+        return np.concatenate([np.empty(0, np.float32), *samples(inspect(Path(path)), rate)])
+
+    return hear
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """From files to a corpus: parts, labels, the cache, windows and what they hold."""
 
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from polymamba.audio import AudioConfig, UNetConfig, reading, scoring
 from polymamba.audio.codec import encode, values
 from polymamba.audio.config import START, Dividing
 from polymamba.audio.corpus import (
@@ -16,8 +18,9 @@ from polymamba.audio.corpus import (
     open_corpus,
     write_splits_tsv,
 )
-from polymamba.audio.reading import read_all
+from polymamba.audio.scoring import order0_bits
 from polymamba.audio.training import PADDING, TrainAudio
+from polymamba.audio.verbs.common import read_codes
 from polymamba.core import InputError, TrainConfig
 
 RATE = 2000
@@ -70,12 +73,12 @@ def test_parts_by_path_or_by_label(put, tone, digits, tmp_path):
     assert folder_labels(sounds[:3]) == [""] * 3  # one folder only
 
 
-def test_parts_by_time(put, tone, tmp_path):
+def test_parts_by_time(put, tone, heard, tmp_path):
     path = put("long.wav", tone(2, RATE, 7))
     recordings = divide(find_sounds([path]), Dividing(split_by="time"), 0)
     corpus = open_corpus(tmp_path / "corpus", recordings, RATE, "mu-law")
     joined = np.concatenate([corpus[part].codes for part in ("train", "valid", "test")])
-    assert np.array_equal(joined, encode(read_all(path, RATE), "mu-law"))
+    assert np.array_equal(joined, encode(heard(path, RATE), "mu-law"))
     assert [len(corpus[part].codes) for part in ("train", "valid", "test")] == [3200, 400, 400]
 
 
@@ -94,7 +97,7 @@ def test_channels(put, tone, tmp_path, capsys):
     assert np.abs(error).max() <= 1
 
 
-def test_the_cache(digits, tmp_path, capsys):
+def test_the_cache(digits, heard, tmp_path, capsys):
     recordings = divide(find_sounds([digits]), Dividing(), 0)
     folder = tmp_path / "corpus"
     corpus = open_corpus(folder, recordings, RATE, "mu-law")
@@ -103,7 +106,7 @@ def test_the_cache(digits, tmp_path, capsys):
         for i, name in enumerate(held.names):
             assert names[name].part == part
             assert names[name].label == held.labels[i]
-            assert np.array_equal(held.recording(i), encode(read_all(names[name].path, RATE), "mu-law"))
+            assert np.array_equal(held.recording(i), encode(heard(names[name].path, RATE), "mu-law"))
     train = np.array(corpus["train"].codes)
     power = [(values("mu-law").numpy()[train[i : i + BLOCK]] ** 2).mean() for i in range(0, len(train), BLOCK)]
     np.testing.assert_allclose(corpus["train"].power, power, rtol=1e-5)
@@ -123,6 +126,29 @@ def test_the_cache(digits, tmp_path, capsys):
     write_splits_tsv(tmp_path / "splits.tsv", recordings)
     assert len((tmp_path / "splits.tsv").read_text().splitlines()) == 29
     assert "train        22 recordings" in describe(recordings, again, RATE)
+
+
+def test_a_long_file_takes_no_more_memory_than_a_short_one(put, heard, tmp_path, monkeypatch):
+    """In training and in what only reads; resampled and not. A short stand-in for hours, with small blocks."""
+    monkeypatch.setattr(reading, "BLOCK", 4000)
+    monkeypatch.setattr(scoring, "AT_ONCE", 4000)
+    wave = np.random.default_rng(0).uniform(-0.3, 0.3, 1_000_000)
+    sounds = find_sounds([put("train/a.wav", wave), put("valid/b.wav", wave[:9])])
+    recordings = divide(sounds, Dividing(test_fraction=0), 0)
+    for rate in (RATE, RATE // 2):
+        n, config = len(wave) * rate // RATE, AudioConfig(unet=UNetConfig(d_model=4, n_blocks=1), sample_rate=rate)
+        heard(sounds[1].path, rate)  # imports what it needs
+        tracemalloc.start()
+        codes = open_corpus(tmp_path / "corpus", recordings, rate, "mu-law")["train"].codes
+        _, (read, _), _ = read_codes([tmp_path / "train", tmp_path / "valid"], config)
+        order0_bits([read])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(codes) == n
+        assert peak < len(wave) / 2, f"{peak} bytes for {len(wave)} samples of the file"
+        truth = encode(heard(sounds[0].path, rate), "mu-law")
+        assert np.array_equal(codes, truth)
+        assert np.array_equal(read, truth)
 
 
 def test_a_file_that_changes_meanwhile(put, tone, tmp_path):

@@ -6,7 +6,7 @@ import soundfile
 import torch
 
 from polymamba.audio import reading
-from polymamba.audio.reading import inspect, read_all, resampled, samples
+from polymamba.audio.reading import inspect, resampled, samples
 from polymamba.core import InputError
 
 RATE = 2000
@@ -25,9 +25,9 @@ RATE = 2000
         ("a.mp3", {}, 0.1),
     ],
 )
-def test_formats(put, tone, name, options, error):
+def test_formats(put, tone, heard, name, options, error):
     wave = tone(0.5, 8000)
-    found = read_all(put(name, wave, 8000, **options), 8000)
+    found = heard(put(name, wave, 8000, **options), 8000)
     assert abs(len(found) - len(wave)) <= (0 if error < 0.1 else 1200)  # mp3's own frames
     n = min(len(found), len(wave))
     assert np.abs(found[:n] - wave[:n]).max() <= error or error == 0.1
@@ -54,13 +54,13 @@ def test_resampling_in_blocks_is_torchaudios_of_the_whole(monkeypatch, old, new,
     np.testing.assert_allclose(ours, resample(torch.from_numpy(wave), old, new).numpy(), rtol=0, atol=1e-5)
 
 
-def test_rates_that_have_nothing_in_common(put, tone):
+def test_rates_that_have_nothing_in_common(put, tone, heard):
     with pytest.raises(InputError, match=r"odd\.wav: 44101 Hz cannot be brought to 16000 Hz.*convert it"):
-        read_all(put("odd.wav", tone(0.1, 44101), 44101), 16000)
+        heard(put("odd.wav", tone(0.1, 44101), 44101), 16000)
 
 
-def test_one_sample(put):
-    assert len(read_all(put("one.wav", np.array([0.25])), RATE)) == 1
+def test_one_sample(put, heard):
+    assert len(heard(put("one.wav", np.array([0.25])), RATE)) == 1
 
 
 def test_a_long_file_is_read_in_blocks(put, tone, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_long_file_is_read_in_blocks(put, tone, monkeypatch):
     np.testing.assert_allclose(np.concatenate(blocks), wave, atol=4e-5)
 
 
-def test_files_that_cannot_be_read(put, tone, tmp_path):
+def test_files_that_cannot_be_read(put, tone, heard, tmp_path):
     for name, content, message in (
         ("empty.wav", b"", "an empty file, of no bytes"),
         ("noise.wav", bytes(range(200)), "cannot be read as sound"),
@@ -85,13 +85,13 @@ def test_files_that_cannot_be_read(put, tone, tmp_path):
     cut = put("cut.flac", tone(3, 8000), 8000)
     cut.write_bytes(cut.read_bytes()[:3000])
     with pytest.raises(InputError, match=r"cut\.flac: "):
-        read_all(cut, 8000)
+        heard(cut, 8000)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_no_numbers(put, tone, bad):
+def test_no_numbers(put, tone, heard, bad):
     wave = tone(1, RATE)
     wave[1500] = bad
     with pytest.raises(InputError, match=r"nan\.wav: the sample at 0\.750 s is no finite number"):
-        read_all(put("nan.wav", wave, subtype="FLOAT"), RATE)
+        heard(put("nan.wav", wave, subtype="FLOAT"), RATE)
     assert soundfile.info(put("ok.wav", tone(1, RATE))).frames == RATE

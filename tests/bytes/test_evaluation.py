@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss
 from polymamba.bytes import ByteLM, check_causality, score
 from polymamba.bytes.config import DOCUMENT
 from polymamba.bytes.evaluation import order0_bits_per_byte, xz_bits_per_byte
+from polymamba.bytes.plots import size_name
 from polymamba.core import BackboneConfig, InputError, LanguageModelConfig
 
 
@@ -101,3 +102,7 @@ def test_what_it_is_compared_with(documents):
         log_loss(list(data), shares, labels=sorted(counts)) / math.log(2)
     )
     assert xz_bits_per_byte(documents) == pytest.approx(8 * len(lzma.compress(data, preset=9)) / len(data))
+
+
+def test_sizes_on_the_axis():
+    assert [size_name(16**k) for k in range(8)] == ["1", "16", "256", "4K", "64K", "1M", "16M", "256M"]

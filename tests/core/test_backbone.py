@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from polymamba.core import Backbone, BackboneConfig, KVCache, Mamba, MoEConfig, aux_loss
 from polymamba.core.config import MIXERS
+from polymamba.core.norm import AddRMSNorm
 
 LENGTHS = (19, 7, 1, 0)
 # Every mixer, then mixtures: a mixer that is added to MIXERS is tested here without more ado.
@@ -250,6 +251,30 @@ def test_residual_stream_stays_float32():
     assert seen == [(torch.float32, torch.float32)]
     assert y.dtype == torch.bfloat16
     assert state[0].ssm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_under_autocast_the_norm_rounds_what_autocast_would(pattern, monkeypatch):
+    """To the bit, gradients too; and only for mixers that do nothing with it but project it."""
+    model, x, seen, forward = backbone(pattern=pattern), inputs(2, 7), [], AddRMSNorm.forward
+    for block in model.layers:
+        block.mixer.register_forward_pre_hook(lambda mixer, args: seen.append((mixer.projects_input, args[0].dtype)))
+    results = []
+    for plainly in (False, True):
+        if plainly:  # as if every mixer had other uses for its input
+            monkeypatch.setattr(AddRMSNorm, "forward", lambda self, x, stream, **_: forward(self, x, stream))
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(leaf)
+            y.float().square().sum().backward()
+        results.append((y, leaf.grad, *(p.grad for p in model.parameters())))
+        model.zero_grad()
+        dtypes = {dtype for projects, dtype in seen if projects}
+        assert dtypes <= ({torch.float32} if plainly else {torch.bfloat16})
+        assert {dtype for projects, dtype in seen if not projects} <= {torch.float32}
+        seen.clear()
+    for ours, plain in zip(*results, strict=True):
+        assert torch.equal(ours, plain)
 
 
 def test_says_what_is_wrong():

@@ -58,13 +58,14 @@ class Counter:
         self.table = torch.randn(997, vocab_size, generator=torch.Generator().manual_seed(2))
         self.longest, self.batches = 0, []
 
-    def __call__(self, tokens, state=None, *, return_state=False, padding_mask=None):
+    def __call__(self, tokens, state=None, *, return_state=False, padding_mask=None, logits_at=None):
         self.longest = max(self.longest, tokens.shape[1])
         if padding_mask is not None:
             tokens = tokens.masked_fill(~padding_mask, 0)
         sums = (tokens + 1 if padding_mask is None else tokens + padding_mask.long()).cumsum(1)
         sums = sums if state is None else sums + state["sum"][:, None]
-        return self.table[sums % 997], {"sum": sums[:, -1].clone()}
+        wanted = sums if logits_at is None else sums[range(len(sums)), logits_at]
+        return self.table[wanted % 997], {"sum": sums[:, -1].clone()}
 
     def step(self, tokens, state):
         self.batches.append(len(tokens))
@@ -153,6 +154,13 @@ def test_prefill_equals_steps_and_one_shot(chunk, pattern):
         for expected in (stepped, at_once):
             assert_same_state(select_state(state, [row]), expected)
     assert all(part.is_contiguous() for part in leaves(state))
+
+
+def test_prefill_makes_logits_of_the_last_tokens_alone():
+    model, prompts, seen = language_model(), prompts_of(), []
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append(tuple(inputs[0].shape)))
+    prefill(model, prompts, chunk=10)
+    assert seen == [(5, 24), (1, 24)]
 
 
 @pytest.mark.parametrize("chunk", [2, 100])

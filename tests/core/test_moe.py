@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from polymamba.core import Backbone, BackboneConfig, MoE, MoEConfig, aux_loss, parameter_counts
 from polymamba.core import moe as moe_module
 from polymamba.core.padding import Padding
+from polymamba.kernels.expert_rows import interface as expert_rows
 
 EXPERTS = ["relu", "gelu", "swiglu"]
 
@@ -158,6 +159,25 @@ def test_padding_neither_routes_nor_counts(capacity_factor, top_k, monkeypatch):
         results.append([y.view(8, 16), aux_loss(module), gradient, *(p.grad.clone() for p in module.parameters())])
     for padded, alone in zip(*results, strict=True):
         close(padded, alone, 2e-6)
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize(("top_k", "capacity_factor"), [(1, None), (2, 0.7)])
+def test_kernels_of_a_gpu_are_the_same_layer(expert, top_k, capacity_factor, monkeypatch):
+    """With padding, a capacity and both losses; in Triton's interpreter."""
+    pytest.importorskip("triton")
+    module = layer(expert=expert, top_k=top_k, capacity_factor=capacity_factor, z_weight=0.1)
+    mask = torch.arange(9) < torch.tensor([[9], [0], [5]])
+    x, results = inputs(3, 9, 16), []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(expert_rows, "_backend", lambda *_, backend=backend: backend)
+        module.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = module.forward_padded(leaf, Padding.of(mask))
+        (y.square().sum() + aux_loss(module)).backward()
+        results.append([y, aux_loss(module), leaf.grad, *(p.grad.clone() for p in module.parameters())])
+    for plain, kernels in zip(*results, strict=True):
+        close(kernels, plain, 3e-6)
 
 
 def test_nothing_but_padding():

@@ -31,13 +31,14 @@ class Table:
         self.logits = scale * torch.randn(vocab_size, vocab_size, vocab_size, generator=random).double()
         self.longest = 0
 
-    def __call__(self, tokens, state=None, *, return_state=False, padding_mask=None):
+    def __call__(self, tokens, state=None, *, return_state=False, padding_mask=None, logits_at=None):
         self.longest = max(self.longest, tokens.shape[1])
         before = self.init_state(len(tokens)) if state is None else state
         pair = torch.cat((before["last"], tokens), 1)
         n_real = torch.full((len(tokens),), tokens.shape[1]) if padding_mask is None else padding_mask.sum(1)
         last = pair.gather(1, n_real[:, None] + torch.arange(1))
-        return self.logits[pair[:, :-1], pair[:, 1:]], {"last": last}
+        logits = self.logits[pair[:, :-1], pair[:, 1:]]
+        return logits if logits_at is None else logits[range(len(tokens)), logits_at], {"last": last}
 
     def step(self, tokens, state):
         logits = self.logits[state["last"][:, 0], tokens]

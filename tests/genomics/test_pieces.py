@@ -85,7 +85,7 @@ def test_a_few_at_a_time(flags, run, records, tmp_path, monkeypatch):
         for a, b in zip(*rows, strict=True):
             figures = [(float(x), float(y)) for x, y in zip(a, b, strict=True) if x != y]
             assert all(x == pytest.approx(y, abs=2e-6) for x, y in figures), (a, b)
-    assert (one / "e.ids.tsv").read_bytes() == (many / "e.ids.tsv").read_bytes()
+    assert (one / "e.names.tsv").read_bytes() == (many / "e.names.tsv").read_bytes()
     arrays = [np.load(folder / "e.npy") for folder in (one, many)]
     assert arrays[1] == pytest.approx(arrays[0], abs=1e-5)
     tables = [parquet.read_table(folder / "e.parquet") for folder in (one, many)]

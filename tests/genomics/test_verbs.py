@@ -238,13 +238,13 @@ def test_embed_equals_each_record_alone(sizes, run, embedded, tmp_path):
     found = np.load(tmp_path / "e.npy", allow_pickle=False)
     assert found.dtype == np.float32
     assert found == pytest.approx(alone, abs=2e-5)
-    assert read_tsv(tmp_path / "e.ids.tsv") == [["id"], *([name] for name in names)]
+    assert read_tsv(tmp_path / "e.names.tsv") == [["id"], *([name] for name in names)]
 
 
 def test_embed_windows(run, embedded, tmp_path):
     _, _, fasta = embedded
     genomics("embed", run, fasta, "-o", tmp_path / "e.npy", "--window", 40)
-    rows = read_tsv(tmp_path / "e.ids.tsv")
+    rows = read_tsv(tmp_path / "e.names.tsv")
     assert rows[0] == ["id", "start", "end"]
     assert rows[1:5] == [["r0", "0", "40"], ["r1", "0", "1"], ["r2", "0", "40"], ["r2", "40", "80"]]
     assert len(np.load(tmp_path / "e.npy")) == len(rows) - 1

@@ -40,6 +40,7 @@ inline unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); r
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float exp2_fast(float x) { float y = exp2f(x); return std::fabs(y) < 1.17549435e-38f ? 0.0f : y; }
+inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float half_to_float(unsigned bits) { uint16_t b = bits; _Float16 x; std::memcpy(&x, &b, 2); return x; }
 inline unsigned one_to_half(float x) { _Float16 y = x; uint16_t b; std::memcpy(&b, &y, 2); return b; }
@@ -49,13 +50,14 @@ inline unsigned one_to_bf16(float x) {
   return x != x ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16;
 }
 inline unsigned floats_to_bf16(float low, float high) { return one_to_bf16(low) | one_to_bf16(high) << 16; }
-inline float add_across(float x, int mask) {
+inline float across(float x, int mask) {
   exchange[threadIdx.x] = x;
   give_way();
   float other = exchange[threadIdx.x ^ mask];
   give_way();
-  return x + other;
+  return other;
 }
+inline float add_across(float x, int mask) { return x + across(x, mask); }
 template <typename X> inline void store_if(bool wanted, void* to, X x) {
   if (wanted) *static_cast<X*>(to) = x;
 }

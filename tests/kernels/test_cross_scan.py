@@ -26,10 +26,12 @@ def inputs(batch=2, height=5, width=7, channels=6, states=1, rank=2):
 
 
 def run(tensors, dtype, backend=None):
-    leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
+    device = "cuda" if backend == "cuda" else "cpu"
+    leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in tensors]
     y = cross_scan(*leaves, backend=backend)
-    loss = (y * torch.linspace(-1, 1, y.shape[-1], dtype=dtype)).sum()
-    return [y.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True)]  # of one pixel, A does nothing
+    loss = (y * torch.linspace(-1, 1, y.shape[-1], dtype=dtype, device=device)).sum()
+    grads = torch.autograd.grad(loss, leaves, materialize_grads=True)  # of one pixel, A does nothing
+    return [m.detach().cpu() for m in (y, *grads)]
 
 
 def assert_all_close(ours, truth, tolerance):
@@ -51,7 +53,7 @@ def test_orders_by_hand():
 
 @pytest.mark.parametrize("shape", [(5, 7), (1, 9), (8, 1), (1, 1), (16, 3)])
 @pytest.mark.parametrize("states", [1, 4])
-@pytest.mark.parametrize("backend", ["torch", "plain", None])
+@pytest.mark.parametrize("backend", ["torch", "plain", None, pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_against_the_definition(shape, states, backend):
     tensors = inputs(height=shape[0], width=shape[1], states=states)
     truth = run(tensors, torch.float64, "reference")
@@ -62,6 +64,29 @@ def test_against_the_definition(shape, states, backend):
 def test_triton():
     tensors = inputs(batch=1, height=3, width=4)
     assert_all_close(run(tensors, torch.float32, "triton"), run(tensors, torch.float64, "reference"), 2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size", "channels", "rank"), [((56, 56), 96, 6), ((23, 31), 100, 12), ((7, 7), 768, 48)])
+def test_at_size_in_cuda(size, channels, rank):
+    """Several rounds of several warps and blocks, in float32 and bf16; and the same bits again."""
+    tensors = inputs(2, *size, channels, 1, rank)
+    tensors[6] /= rank  # weights of dt
+    truth = run(tensors, torch.float64, "torch")
+    first = run(tensors, torch.float32, "cuda")
+    assert_all_close(first, truth, 2e-5)
+    assert all(torch.equal(x, y) for x, y in zip(first, run(tensors, torch.float32, "cuda"), strict=True))
+    rounded = [x.bfloat16() for x in tensors]
+    truth = run([x.double() for x in rounded], torch.float64, "torch")
+    assert_all_close([x.double() for x in run(rounded, torch.bfloat16, "cuda")], truth, 2**-6)
+
+
+@pytest.mark.gpu
+def test_an_image_does_not_feel_its_batch():
+    """A batch that fills a GPU, and an image by itself, whose directions have a block each."""
+    tensors = [x.cuda().bfloat16() for x in inputs(40, 14, 14, 384, 1, 24)]
+    alone = [x[7:8] if i in (0, 1, 3, 4) else x for i, x in enumerate(tensors)]
+    assert torch.equal(cross_scan(*tensors)[7:8], cross_scan(*alone))
 
 
 def test_bf16_sums_in_float32():

@@ -4,16 +4,18 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from polymamba.kernels import nvrtc, selective_scan
+from polymamba.kernels import cross_scan, nvrtc, selective_scan
 
 pytest.importorskip("triton")
 
+from polymamba.kernels.cross_scan import cuda as cross_cuda
 from polymamba.kernels.selective_scan import cuda
 
 HERE = Path(__file__).parent
@@ -22,7 +24,7 @@ HERE = Path(__file__).parent
 def emulation(source: str) -> str:
     """A CUDA source as C++ for the CPU."""
     macros, rest = source.split("// What only a GPU has", 1)
-    return f'#include "{HERE}/emulator.h"\n{macros}{rest[rest.index("// What the CUDA kernels") :]}\n'
+    return f'#include "{HERE}/emulator.h"\n{macros}{rest[rest.index("// Numbers of 16 and 32 bits") :]}\n'
 
 
 def emulated(source: str, name: str, folder: Path):
@@ -44,7 +46,7 @@ def emulated(source: str, name: str, folder: Path):
 
 def forget():
     """Functions and plans made for another machine."""
-    for made in (cuda._function, cuda._forward_plan, cuda._backward_plan):
+    for made in (cuda._function, cuda._forward_plan, cuda._backward_plan, cross_cuda._function):
         made.cache_clear()
 
 
@@ -65,6 +67,7 @@ def on_the_cpu(monkeypatch, folder):
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "CHUNK", 64)
     monkeypatch.setattr(cuda, "UNIT", 32)
+    monkeypatch.setattr(cross_cuda, "_processors", lambda device: 1)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
     forget()
     yield
@@ -149,6 +152,24 @@ def test_emulated_in_bfloat16(on_the_cpu, results_of, cast, assert_close):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize(("channels", "states"), [(10, 3), (7, 16), (12, 1)])
+def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu, results_of, cast, assert_close):
+    """It is some columns of a wider matrix; and of an odd number of channels not where rows can be moved in pairs."""
+    tensors = cast(inputs(70, channels, states, 1, 1), torch.float32)
+    del tensors["initial_state"]
+    arguments = [tensors[name] for name in ("u", "delta", "A", "B", "C", "D", "z")]
+    flat = [x.flatten(0, 1) if x.dim() > 2 else x for x in arguments]
+    dy = torch.randn(70, channels)
+    for reverse in (False, True):
+        _, _, saved = cuda.forward(*flat, tensors["delta_bias"], None, None, 1, True, reverse, True)
+        given = (dy, None, *flat, tensors["delta_bias"], None, None, 1, saved, True, reverse)
+        expected = cuda.backward(*given)[6]
+        wide = torch.full((70, 2 * channels), torch.nan)
+        cuda.backward(*given, wide[:, channels:])
+        assert torch.equal(wide[:, channels:], expected)
+        assert wide[:, :channels].isnan().all()
+
+
 def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch):
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(cuda, "usable", lambda device: device not in cuda._broken)
@@ -253,3 +274,116 @@ def test_machine_code_is_kept(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert nvrtc._compile_or_recall(source, "sm_90") == code
     assert len(count) == 2
+
+
+# The 2-D scan ------------------------------------------------------------------------------------------------------
+
+
+def image(batch: int, height: int, width: int, channels: int, rank: int) -> dict[str, torch.Tensor]:
+    """dt, B and C are parts of one projection, as VMamba has them."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    dt, B, C = normal(batch, height, width, 4, rank + 2).split([rank, 1, 1], dim=-1)
+    return {
+        "x": normal(batch, height, width, channels), "dt": dt, "A": -normal(4, channels, 1).exp(), "B": B, "C": C,
+        "D": normal(4, channels), "dt_weight": normal(4, channels, rank), "dt_bias": normal(4, channels),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def launched(on_the_cpu, monkeypatch):
+    """The names of the kernels of the 2-D scan that were launched."""
+    names, launch = [], cross_cuda._Problem.launch
+
+    def launch_and_tell(self, kernel, *arguments, **values):
+        names.append(kernel)
+        launch(self, kernel, *arguments, **values)
+
+    monkeypatch.setattr(cross_cuda._Problem, "launch", launch_and_tell)
+    return names
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 5, 7, 34, 3),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 1, 40, 4, 8), (1, 13, 1, 6, 1), (2, 1, 1, 4, 2))),
+        (1, 17, 19, 8, 6),
+    ],
+)
+def test_image_emulated(shape, launched, results_of, cast, assert_close):
+    tensors = image(*shape)
+    expected = results_of(cross_scan, tensors, "torch")
+    assert_close(results_of(cross_scan, cast(tensors, torch.float32), "cuda"), expected, 3e-6, shape)
+    assert launched == ["forward", "backward"]
+
+
+def test_image_emulated_in_bfloat16(launched, results_of, cast, assert_close):
+    tensors = image(1, 5, 9, 36, 6)
+    kept = {"A", "D", "dt_bias", "dt_weight"}
+    mixed = {name: x.to(torch.float32 if name in kept else torch.bfloat16) for name, x in tensors.items()}
+    expected = results_of(cross_scan, cast(mixed, torch.float64), "torch")
+    actual = results_of(cross_scan, mixed, "cuda")
+    assert launched == ["forward", "backward"]
+    assert_close(actual, expected, torch.finfo(torch.bfloat16).eps)
+    assert actual["y"].dtype == torch.float32
+    assert_close({"y": actual["y"]}, expected, 2e-6)
+
+
+def test_an_image_feels_neither_its_batch_nor_the_plan(launched, monkeypatch, results_of, cast):
+    """Few blocks have a direction each; any number of warps sums in the same order."""
+    tensors = cast(image(2, 9, 8, 8, 2), torch.float32)
+    y = results_of(cross_scan, tensors, "cuda")["y"]
+    monkeypatch.setattr(cross_cuda, "_processors", lambda device: 132)
+    alone = {name: x[1:] if name in ("x", "dt", "B", "C") else x for name, x in tensors.items()}
+    assert torch.equal(results_of(cross_scan, alone, "cuda")["y"], y[1:])
+    monkeypatch.setattr(
+        cross_cuda, "_plan", lambda kernel, *size: cross_cuda.Plan(8 if kernel == "forward" else 4, 1, 1)
+    )
+    assert torch.equal(results_of(cross_scan, tensors, "cuda")["y"], y)
+
+
+@pytest.mark.slow
+def test_image_operator(launched):
+    tensors = tuple(x.float().requires_grad_() for x in image(1, 3, 4, 4, 2).values())
+    torch.library.opcheck(torch.ops.polymamba.cross_scan.default, (*tensors, True))
+
+
+def test_an_image_compiles_as_one_graph(launched):
+    tensors = tuple(x.float().requires_grad_() for x in image(1, 3, 4, 4, 2).values())
+    compiled = torch.compile(cross_scan, fullgraph=True, backend="aot_eager", dynamic=True)
+    results = []
+    for function in (cross_scan, compiled):
+        y = function(*tensors, backend="cuda")
+        results.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
+    assert launched == ["forward", "backward"] * 2
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_without_nvrtc_an_image_is_four_scans_and_a_warning_says_so(on_the_cpu, monkeypatch, results_of, cast):
+    tensors = cast(image(1, 3, 4, 4, 2), torch.float32)
+
+    def refuse(source, name, device):
+        raise nvrtc.Unavailable("no such library")
+
+    monkeypatch.setattr(nvrtc, "kernel", refuse)
+    monkeypatch.setattr(cross_cuda, "_broken", set())
+    monkeypatch.setattr(cross_cuda, "four_scans", partial(cross_cuda.four_scans, backend="torch"))
+    with pytest.warns(RuntimeWarning, match="runs as four selective scans, which is slower: no such library"):
+        actual = results_of(cross_scan, tensors, "cuda")
+    expected = results_of(cross_scan, tensors, "torch")
+    assert all(torch.equal(x, expected[name]) for name, x in actual.items())
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("length", "channels", "rank"), [(3136, 96, 6), pytest.param(49, 768, 48, marks=pytest.mark.slow)]
+)
+def test_image_sources_compile(kernel, length, channels, rank, compiler):
+    macros = {"U": "bf16", "M": "bf16", "R": rank, "VR": 2, "WIDE": 1, "FAST": 1}
+    plan = cross_cuda._plan(kernel, length, channels, rank)._asdict()
+    source = cross_cuda._source(kernel, tuple({**macros, **plan}.items()))
+    assert nvrtc.compile_source(source, "sm_90")[:4] == b"\x7fELF"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from polymamba.kernels import layer_norm, rms_norm
+from polymamba.kernels.norm import layer_norm_alone
 
 FAST = ["numba", "triton"]
 ALL = ["reference", "torch", *FAST]
@@ -116,6 +117,37 @@ def test_of_float32_rows_with_bfloat16_weights(backend, device_of):
     y, stream = rms_norm(tensors["x"], tensors["weight"].bfloat16(), backend=backend)
     assert y.dtype == torch.bfloat16
     assert stream is tensors["x"]
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alone(dtype, backend, device_of):
+    tensors = problem(4, 9, absent="residual")
+    x, weight, bias = (tensors[name].to(device_of(backend), dtype).requires_grad_() for name in ("x", "weight", "bias"))
+    both = (
+        layer_norm(x, weight, bias, 1e-3, backend=backend)[0],
+        layer_norm_alone(x, weight, bias, 1e-3, backend=backend),
+    )
+    results = [(y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))) for y in both]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+# Triton's interpreter cuts the digits off where a GPU rounds.
+@pytest.mark.parametrize("backend", ["reference", "numba", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_in_a_dtype_of_choice(norm, backend, results_of, cast):
+    """The same numbers as rounded afterwards, to the bit, and so the gradients."""
+    tensors = cast(problem(5, 37, absent="" if norm == "layer_norm" else "bias"), torch.float32)
+    rounding = functools.partial(NORMS[norm], dtype=torch.bfloat16)
+
+    def rounded(*args, **kwargs):
+        y, stream = NORMS[norm](*args, **kwargs)
+        return y.bfloat16(), stream
+
+    results = [results_of(functools.partial(run, norm=n), tensors, backend) for n in (rounding, rounded)]
+    assert results[0]["y"].dtype == torch.bfloat16
+    for name, x in results[0].items():
+        assert torch.equal(x, results[1][name]), name
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -1,9 +1,13 @@
 """The kernels as PyTorch operators: what torch.compile, export and autograd rely on; and which backend is chosen."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import polymamba.kernels
 from polymamba.kernels import causal_conv1d, causal_conv1d_step, info, layer_norm, selective_scan, selective_scan_step
@@ -57,9 +61,12 @@ def test_norm_operator(backend, device_of):
         torch.randn(shape, device=device, requires_grad=True) for shape in ((6, 5), (6, 5), (5,), (5,))
     )
     norm = OPERATORS.norm.default
-    torch.library.opcheck(norm, (x, residual, weight, bias, 1e-5, True, backend))
-    torch.library.opcheck(norm, (x.detach().bfloat16().requires_grad_(), residual, weight, None, 1e-5, False, backend))
-    torch.library.opcheck(norm, (x, None, weight, None, 1e-5, False, backend))
+    torch.library.opcheck(norm, (x, residual, weight, bias, 1e-5, True, torch.float32, backend))
+    half = torch.bfloat16
+    torch.library.opcheck(
+        norm, (x.detach().to(half).requires_grad_(), residual, weight, None, 1e-5, False, half, backend)
+    )
+    torch.library.opcheck(norm, (x, None, weight, None, 1e-5, False, torch.float32, backend))
 
 
 def test_step_operators(device_of):
@@ -176,7 +183,7 @@ def test_a_backend_for_another_device_is_refused(monkeypatch):
 
 
 def test_info_names_every_kernel():
-    others = {"MambaWeights", "info", "plain_operations"}
+    others = {"MambaWeights", "Order", "info", "plain_operations"}
     assert {line.split()[0] for line in info()} == set(polymamba.kernels.__all__) - others
 
 
@@ -195,3 +202,40 @@ def test_tracers_see_the_operators():
     assert torch.equal(traced(other), expected)
     assert torch.equal(graph(other), expected)
     assert torch.equal(causal_conv1d(other, weight.requires_grad_(), backend="numba"), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("trained", [False, True])
+def test_vmap(trained):
+    x, weight = torch.randn(3, 5, 4), torch.randn(4, 3, requires_grad=trained)
+    expected = torch.stack([causal_conv1d(row[None], weight, backend="numba") for row in x])
+    assert torch.equal(torch.vmap(lambda row: causal_conv1d(row[None], weight, backend="numba"))(x), expected)
+    expected = layer_norm(x, weight[:, 0], backend="numba")[0]
+    assert torch.equal(torch.vmap(lambda row: layer_norm(row, weight[:, 0], backend="numba")[0])(x), expected)
+
+
+@pytest.mark.parametrize("function", [causal_conv1d, layer_norm, selective_scan])
+def test_where_autograd_alone_looks_on(function):
+    """The gradients are those of the operator, to the bit, and it is not called."""
+    x, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    run = {
+        causal_conv1d: lambda: causal_conv1d(x, weight, backend="numba"),
+        layer_norm: lambda: layer_norm(x, weight[:, 0], weight[:, 1], residual=x, backend="numba"),
+        selective_scan: lambda: selective_scan(x, x.sigmoid(), -weight.exp(), x[..., :3], x[..., 1:], backend="numba"),
+    }[function]
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, called, types, args=(), kwargs=None):
+            seen.append(str(called))
+            return called(*args, **(kwargs or {}))
+
+    results = {}
+    for watcher in (nullcontext(), FlopCounterMode(display=False)):  # a tracer, which sees the operator
+        seen: list[str] = []
+        with watcher, Calls():
+            outputs = run()
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            gradients = torch.autograd.grad(sum(y.square().sum() for y in outputs), (x, weight))
+        results[any("polymamba" in call for call in seen)] = (*outputs, *gradients)
+    for ours, theirs in zip(results[False], results[True], strict=True):
+        assert torch.equal(ours, theirs)

@@ -76,10 +76,10 @@ def test_at_the_ends_and_nan(name, expected, device_of):
     assert np.array_equal(actual, np.float32(expected), equal_nan=True)
 
 
-@pytest.mark.parametrize("n_terms", [0, 1, 3, 64, 65, 200])
+@pytest.mark.parametrize("n_terms", [0, 1, 3, 64, 65, 200, 512, 1100])
 def test_sum_first_axis(n_terms, device_of):
     x = torch.randn(n_terms, 3, 100, device=device_of("triton"))
     total = sum_first_axis(x)
-    torch.testing.assert_close(total.double(), x.double().sum(0), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(total.double(), x.double().sum(0), rtol=1e-6, atol=3e-5)
     # The order is that of the index: other columns beside it change nothing.
     assert torch.equal(sum_first_axis(x[:, :1, :7].contiguous()), total[:1, :7])

@@ -135,13 +135,18 @@ def test_features(run, pictures, tmp_path, capsys):
     assert main([*words, str(pictures), "-o", str(tmp_path / "c.npy"), "--probe"]) == 1
     assert "divided into train and test" in capsys.readouterr().err
     assert main([*words, str(red), "-o", str(tmp_path / "a.txt")]) == 1
+    (tmp_path / "cut.png").write_bytes((red / "0.png").read_bytes()[:300])
+    capsys.readouterr()
+    assert main([*words, str(red), str(tmp_path / "cut.png"), "-o", str(tmp_path / "d.npy")]) == 1
+    assert "cut.png: a damaged image" in capsys.readouterr().err
+    assert not (tmp_path / "d.npy").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_export(run, tmp_path, suffix, capsys):
     path = tmp_path / f"m.{suffix}"
-    assert main(["vision", "export", str(run), "-o", str(path), "--size", "24", "--device", "cpu"]) == 0
+    assert main(["vision", "export", str(run), "-o", str(path), "--size", "24"]) == 0
     assert "100% of the same class" in capsys.readouterr().out
     about = json.loads(path.with_suffix(".json").read_text())
     assert (about["classes"], about["input_size"]) == (list(COLOURS), [3, 24, 24])
@@ -157,5 +162,5 @@ def test_export(run, tmp_path, suffix, capsys):
 
 
 def test_export_refuses(run, tmp_path, capsys):
-    assert main(["vision", "export", str(run), "-o", str(tmp_path / "m.pb"), "--device", "cpu"]) == 1
+    assert main(["vision", "export", str(run), "-o", str(tmp_path / "m.pb")]) == 1
     assert "name it .onnx or .pt2" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from polymamba.kernels import plain_operations
 from polymamba.vision import Vim, VimConfig, VMamba, VMambaConfig, load_image_model, preset_config
 from polymamba.vision.config import PRESETS, V0, VIM_PRESETS
 from polymamba.vision.vim import join_tokens, resized_positions, split_tokens, tokens_first
+from polymamba.vision.vmamba import Norm
 
 # Published parameter counts: hustvl/Vim's and MzeroMiko/VMamba's models, counted from their code.
 PUBLISHED = {
@@ -144,6 +145,39 @@ def naive_block(block, x):
         y = F.gelu(y @ block.mlp.fc1.weight.T + block.mlp.fc1.bias)
         x = x + y @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
     return x
+
+
+def on_a_gpu(monkeypatch):
+    """VMamba's norms as on a GPU, by whatever kernel there is."""
+    monkeypatch.setattr(Norm, "forward", lambda self, x, *, projected=False: self.by_kernel(x, projected))
+
+
+def test_norms_of_a_gpu_are_pytorchs(monkeypatch):
+    model, images = vmamba(), torch.randn(2, 3, 33, 40)
+    expected = model(images)
+    on_a_gpu(monkeypatch)
+    assert torch.allclose(model(images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, V0])
+def test_under_autocast_norms_round_what_the_next_projection_would(changes, monkeypatch):
+    """To the bit, and so the gradients; what goes elsewhere, the residual stream first of all, stays in float32."""
+    model, images, results, seen = vmamba(**changes), torch.randn(2, 3, 33, 40), [], []
+    on_a_gpu(monkeypatch)
+    rounding = Norm.by_kernel
+    block = model.layers[0].blocks[0]
+    block.op.in_proj.register_forward_pre_hook(lambda layer, args: seen.append(args[0].dtype))
+    block.register_forward_hook(lambda block, args, out: seen.append(out.dtype))
+    for by_kernel in (rounding, lambda self, x, projected: rounding(self, x, False)):
+        monkeypatch.setattr(Norm, "by_kernel", by_kernel)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(images)
+        y.float().square().sum().backward()
+        results.append((y, *(p.grad for p in model.parameters())))
+        model.zero_grad()
+    assert seen[:2] == [torch.bfloat16, torch.float32]
+    for ours, plain in zip(*results, strict=True):
+        assert torch.equal(ours, plain)
 
 
 @torch.no_grad()

@@ -200,9 +200,12 @@ def test_what_is_no_source(tmp_path):
 
 
 def test_find_images(pictures, tmp_path):
-    found = find_images([pictures / "red", pictures / "blue" / "3.png", pictures / "green" / "1*.png"])
-    assert [p.name for p in found[:12]] == [f"{i}.png" for i in range(12)]
-    assert [p.name for p in found[12:]] == ["3.png", "1.png", "10.png", "11.png"]
+    words = [pictures / "red", pictures / "blue" / "3.png", pictures / "green" / "1*.png", pictures / "gre*"]
+    found, names = find_images(words)
+    assert names == list(map(str, found))
+    assert [p.name for p in found][:12] == [f"{i}.png" for i in range(12)]
+    assert [p.name for p in found][12:16] == ["3.png", "1.png", "10.png", "11.png"]
+    assert names[16:] == [str(pictures / "green" / f"{i}.png") for i in range(12)]
     for word in (tmp_path, tmp_path / "none", tmp_path / "*.png"):
         with pytest.raises(InputError, match=r"no image|no such"):
             find_images([word])

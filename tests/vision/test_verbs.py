@@ -119,18 +119,27 @@ def test_init_from_a_run(run, pictures, tmp_path, capsys):
     assert torch.allclose(other.layers[0].blocks[0].op.Ds, before.layers[0].blocks[0].op.Ds, atol=1e-6)
 
 
-@pytest.fixture
-def odd(tmp_path, pictures) -> Path:
+@pytest.fixture(scope="module")
+def odd(pictures, tmp_path_factory) -> Path:
     """Good, odd and bad files."""
-    folder = tmp_path / "odd"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("odd")
     red = Image.open(pictures / "red" / "0.png")
     red.convert("CMYK").save(folder / "cmyk.jpg")
     red.convert("P").save(folder / "palette.gif")
     red.convert("RGBA").save(folder / "alpha.png")
-    red.convert("L").save(folder / "grey.png")
     red.resize((600, 1)).save(folder / "strip.png")
     red.resize((1, 1)).save(folder / "pixel.png")
+    red.resize((6000, 4000)).save(folder / "huge.jpg")
+    grey = np.asarray(red.convert("L"))
+    Image.fromarray(grey).save(folder / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "grey_of_16_bits.png")
+    upright = Image.open(pictures / "green" / "0.png")
+    upright.paste(red, (0, 8))
+    upright.save(folder / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
+    (folder / "bomb.pbm").write_bytes(b"P4 40000 10000\n")
     (folder / "cut.png").write_bytes((pictures / "red" / "0.png").read_bytes()[:300])
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.jpg").write_text("no image")
@@ -141,13 +150,18 @@ def odd(tmp_path, pictures) -> Path:
 def test_predict_goes_on_past_bad_files(run, odd, tmp_path, capsys):
     words = ["vision", "predict", str(run), str(odd), "--device", "cpu", "--top-k", "2", "--batch-size", "4"]
     assert main([*words, "-o", str(tmp_path / "out.csv")]) == 0
-    assert "3 of 9 images could not be read" in capsys.readouterr().err
+    assert "4 of 14 images could not be read" in capsys.readouterr().err
     rows = {Path(row["image"]).name: row for row in read_csv(tmp_path / "out.csv")}
     assert list(rows) == sorted(rows)
-    assert {name for name, row in rows.items() if row["error"]} == {"cut.png", "empty.png", "text.jpg"}
-    for name in ("cmyk.jpg", "palette.gif", "alpha.png", "strip.png", "pixel.png"):
+    assert {name for name, row in rows.items() if row["error"]} == {
+        *("cut.png", "empty.png", "text.jpg", "bomb.pbm"),
+    }
+    assert "more than 178,956,970 pixels" in rows["bomb.pbm"]["error"]
+    for name in ("cmyk.jpg", "palette.gif", "alpha.png", "strip.png", "pixel.png", "huge.jpg"):
         assert rows[name]["class_1"] == "red", name
         assert float(rows[name]["probability_1"]) >= float(rows[name]["probability_2"]) > 0
+    for name, same in (("turned.png", "upright.png"), ("grey_of_16_bits.png", "grey.png")):
+        assert {**rows[name], "image": ""} == {**rows[same], "image": ""}
     assert rows["cut.png"]["class_1"] == ""
     assert "cut.png" in rows["cut.png"]["error"]
     assert main([*words, "-o", str(tmp_path / "out.json"), "--workers", "1"]) == 0
@@ -164,7 +178,7 @@ def test_predict_refuses(run, odd, tmp_path, capsys):
     for words, said in (
         ([str(tmp_path / "none.png")], "none.png: no such file"),
         ([str(odd), "-o", str(tmp_path / "a.txt")], "name it .csv, .tsv or .json"),
-        ([str(tmp_path / "odd" / "*.webp")], "no image in"),
+        ([str(odd / "*.webp")], "no image in"),
     ):
         assert main(["vision", "predict", str(run), *words, "--device", "cpu"]) == 1
         assert said in capsys.readouterr().err
@@ -178,7 +192,9 @@ def test_eval_says_what_train_said(run, pictures, tmp_path, capsys):
     table = tmp_path / "test.csv"
     table.write_text("image,label\n" + "".join(f"{row['image']},{row['class']}\n" for row in rows))
     assert main(["vision", "eval", str(run), str(table), "-o", str(tmp_path / "e"), "--device", "cpu"]) == 0
-    assert "calibration error" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "calibration error" in said.out
+    assert "warning" not in said.err
     ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "e", run))
     assert ours["confusion"] == theirs["confusion"]
     assert ours["calibration_error"] == pytest.approx(theirs["calibration_error"], abs=1e-5)
@@ -192,6 +208,14 @@ def test_eval_says_what_train_said(run, pictures, tmp_path, capsys):
     predictions = read_csv(tmp_path / "w" / "predictions.tsv", "\t")
     assert metrics["accuracy"]["value"] == np.mean([p["true"] == p["predicted"] for p in predictions]) < 1
     assert [p["predicted"] for p in predictions] == [row["class"] for row in rows]
+
+
+def test_eval_warns_of_images_that_were_trained_on(run, pictures, tmp_path, capsys, monkeypatch):
+    """Under another name of the same path, too."""
+    monkeypatch.chdir(pictures.parent)
+    words = ["vision", "eval", str(run), pictures.name, "-o", str(tmp_path / "e"), "--device", "cpu"]
+    assert main(words) == 0
+    assert "warning: 33 of 36 images stand in the model's own train or valid part" in capsys.readouterr().err
 
 
 def test_eval_refuses(run, pictures, odd, tmp_path, capsys):

@@ -1,11 +1,15 @@
 """`polymamba vision eval`: how well does a model do on labelled images?"""
 
+import csv
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder
+from ...core.terminal import say
 from ..commands import Eval
 from ..dataset import ImageSet
 from ..sources import read_source
@@ -24,8 +28,22 @@ def evaluate(args: Eval) -> None:
     model, classes = load_model(args.run, args.compute)
     images = with_classes(images, classes)
     found = measure(model, images, args.batch_size, args.workers, args.compute)
+    n_seen = count_seen(args.run, images)
+    if n_seen:
+        say(f"warning: {n_seen} of {len(images)} images stand in the model's own train or valid part: no fair measure")
     with new_folder(args.output) as beside:
         report(beside, model, images, found, args.compute.seed)
+
+
+def count_seen(run: Path, images: ImageSet) -> int:
+    """How many images the run's splits.tsv names as trained or validated on; copies under other names go unnoticed."""
+    splits = run / "splits.tsv"
+    if not splits.is_file():
+        return 0
+    with splits.open(encoding="utf-8", errors="replace", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        seen = {os.path.abspath(row["image"] or "") for row in rows if row.get("part") in ("train", "valid")}
+    return sum(os.path.abspath(name) in seen for name in images.names)
 
 
 def with_classes(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:

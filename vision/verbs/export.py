@@ -2,6 +2,7 @@
 
 import json
 
+from ...core.config import ComputeConfig
 from ...core.errors import InputError
 from ...core.files import require_writable, write_json
 from ...core.terminal import say
@@ -19,8 +20,8 @@ def export(args: Export) -> None:
     if suffix not in (".onnx", ".pt2"):
         raise InputError(f"{args.output}: name it .onnx or .pt2, which says what is written")
     require_writable(args.output)
-    model, classes = load_model(args.run, args.compute)
-    model, view = model.cpu(), data_config(model)
+    model, classes = load_model(args.run, ComputeConfig(device="cpu"))
+    view = data_config(model)
     size = view["input_size"] if args.size is None else (view["input_size"][0], args.size, args.size)
     say(f"exporting {type(model).__name__} for images of {'x'.join(map(str, size))}; minutes for a deep model")
     parity = (export_onnx if suffix == ".onnx" else export_program)(model, size, args.output)

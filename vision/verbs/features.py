@@ -1,13 +1,10 @@
 """`polymamba vision features`: what a model makes of images before its head, and how much that tells."""
 
-import csv
-from pathlib import Path
-
 import numpy as np
 import torch
 
+from ...core.embeddings import require_embeddings_file, write_embeddings
 from ...core.errors import InputError
-from ...core.files import require_writable, written_whole
 from ...core.train import autocast, pick_device
 from ..commands import Features
 from ..dataset import ImageSet
@@ -22,15 +19,11 @@ NEIGHBOURS = 10
 
 def features(args: Features) -> None:
     """Write the embedding of every image; with --probe also say how well they tell the classes apart."""
-    suffix = args.output.suffix.lower()
-    if suffix not in (".npy", ".parquet"):
-        raise InputError(f"{args.output}: name it .npy or .parquet, which says what is written")
-    require_writable(args.output)
+    require_embeddings_file(args.output)
     labelled = read_source(args.images[0]) if args.probe else None
     if labelled is not None and len(args.images) > 1:
         raise InputError("--probe: give one source of labelled images, as for train")
-    items = find_images(args.images) if labelled is None else labelled.items
-    names = list(map(str, items)) if labelled is None else labelled.names
+    items, names = find_images(args.images) if labelled is None else (labelled.items, labelled.names)
     model = load_image_model(args.run).to(pick_device(args.compute))
     device, found = next(model.parameters()).device, []
     with progress_bar("features", len(names)) as advance, torch.no_grad(), autocast(args.compute):
@@ -39,7 +32,7 @@ def features(args: Features) -> None:
             found.append(y.float().cpu().numpy())
             advance(len(x))
     embeddings = np.concatenate(found)
-    (_write_npy if suffix == ".npy" else _write_parquet)(args.output, embeddings, names)
+    write_embeddings(args.output, {"image": str}, embeddings.shape, [([(name,) for name in names], embeddings)])
     if labelled is not None:
         for name, accuracy in probe(embeddings, labelled, args.compute.seed).items():
             print(f"{name:<16}{accuracy:.4f}")
@@ -69,25 +62,3 @@ def probe(embeddings: np.ndarray, images: ImageSet, seed: int) -> dict[str, floa
         name: float(reader.fit(embeddings[rest], images.labels[rest]).score(embeddings[test], images.labels[test]))
         for name, reader in readers.items()
     }
-
-
-def _write_npy(path: Path, embeddings: np.ndarray, names: list[str]) -> None:
-    """(n, D) float32, and what its rows are of in .names.tsv beside it."""
-    with written_whole(path) as beside, beside.open("wb") as file:
-        np.save(file, embeddings)
-    with (
-        written_whole(path.with_suffix(".names.tsv")) as beside,
-        open(beside, "w", errors="replace", newline="") as file,
-    ):
-        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([["image"], *([name] for name in names)])
-
-
-def _write_parquet(path: Path, embeddings: np.ndarray, names: list[str]) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError(f"{path}: Parquet needs pyarrow (pip install 'polymamba[parquet]'); or name it .npy") from None
-    rows = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), embeddings.shape[1])
-    with written_whole(path) as beside:
-        pq.write_table(pa.table({"image": names, "embedding": rows}), beside)

@@ -2,8 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -14,6 +13,7 @@ from ...core.files import require_writable, write_json, written_whole
 from ...core.terminal import say
 from ...core.train import autocast
 from ..commands import Predict
+from ..images import Item
 from ..inference import batches, probabilities
 from ..model import ImageModel
 from ..sources import find_images
@@ -31,14 +31,14 @@ def predict(args: Predict) -> None:
         raise InputError(f"{args.output}: name it .csv, .tsv or .json, which says what is written")
     if args.output is not None:
         require_writable(args.output)
-    paths = find_images(args.images)
+    items, names = find_images(args.images)
     model, classes = load_model(args.run, args.compute)
     top = min(args.top_k, len(classes))
     n_unreadable = 0
 
     def counted() -> Iterator[Row]:
         nonlocal n_unreadable
-        for row in _rows(model, classes, paths, args, top):
+        for row in _rows(model, classes, items, names, args):
             n_unreadable += bool(row["error"])
             yield row
 
@@ -53,20 +53,22 @@ def predict(args: Predict) -> None:
         ):
             _write_table(file, counted(), top, "," if suffix == ".csv" else "\t")
     if n_unreadable:
-        say(f"{n_unreadable} of {len(paths)} images could not be read: see the column error")
+        say(f"{n_unreadable} of {len(names)} images could not be read: see the column error")
 
 
-def _rows(model: ImageModel, classes: tuple[str, ...], paths: list[Path], args: Predict, top: int) -> Iterator[Row]:
+def _rows(
+    model: ImageModel, classes: tuple[str, ...], items: Sequence[Item], names: list[str], args: Predict
+) -> Iterator[Row]:
     device, done = next(model.parameters()).device, 0
     options: Any = {"workers": args.workers, "bear_unreadable": True}
-    with progress_bar("predict", len(paths)) as advance:
-        for x, problems in batches(paths, list(map(str, paths)), data_config(model), args.batch_size, **options):
+    with progress_bar("predict", len(names)) as advance:
+        for x, problems in batches(items, names, data_config(model), args.batch_size, **options):
             with torch.no_grad(), autocast(args.compute):
                 found = probabilities(model(x.to(device)))
             for row, problem in zip(found, problems, strict=True):
-                best = np.argsort(-row, kind="stable")[:top]
+                best = np.argsort(-row, kind="stable")[: args.top_k]
                 likeliest = [] if problem else [(classes[k], float(row[k])) for k in best]
-                yield {"image": str(paths[done]), "classes": likeliest, "error": problem}
+                yield {"image": names[done], "classes": likeliest, "error": problem}
                 done += 1
             advance(len(x))
 

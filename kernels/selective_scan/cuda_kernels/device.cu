@@ -5,6 +5,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -25,8 +30,9 @@ __device__ __forceinline__ unsigned floats_to_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
-// x plus that of the lane whose number differs in the bits of `mask`.
-__device__ __forceinline__ float add_across(float x, int mask) { return x + __shfl_xor_sync(0xffffffffu, x, mask); }
+// The x of the lane whose number differs in the bits of `mask`; x plus it.
+__device__ __forceinline__ float across(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ float add_across(float x, int mask) { return x + across(x, mask); }
 
 // A store under a condition, without a branch: one would keep the compiler from mixing what stands before with what
 // stands behind it.
@@ -41,5 +47,10 @@ __device__ __forceinline__ void store_if(bool wanted, void* to, unsigned x) {
 __device__ __forceinline__ void store_if(bool wanted, void* to, uint2 x) {
   asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3};}" ::"r"(int(wanted)), "l"(to),
                "r"(x.x), "r"(x.y)
+               : "memory");
+}
+__device__ __forceinline__ void store_if(bool wanted, void* to, uint4 x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.u32 [%1], {%2, %3, %4, %5};}" ::"r"(int(wanted)),
+               "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
 }

@@ -1,4 +1,4 @@
-"""Several mixers side by side: a layer that adds what each makes of the same input (MoE-Mamba's parallel form)."""
+"""The sum of several mixers: a layer that adds what each makes of the same input (MoE-Mamba's parallel form)."""
 
 from collections.abc import Callable, Collection, Iterable
 from functools import reduce
@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from .padding import Padding
 
 
-class Parallel(nn.Module):
+class MixerSum(nn.Module):
     """(B, L, d_model) -> (B, L, d_model), the sum of the mixers' results. Its state is the tuple of theirs."""
 
     def __init__(self, mixers: Iterable[nn.Module]):
         super().__init__()
         self.mixers: Any = nn.ModuleList(mixers)
+
+    @property
+    def projects_input(self) -> bool:
+        return all(mixer.projects_input for mixer in self.mixers)
 
     def forward(self, hidden: Tensor, **options: Any) -> Any:
         return self._added(self.mixers, hidden, **options)
