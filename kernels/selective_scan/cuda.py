@@ -28,8 +28,6 @@ from .triton import checkpoint_every, saved_shape
 
 __all__ = ["backward", "forward", "saved_shape", "usable"]
 
-CHUNK = 2048  # steps, at most
-UNIT = 256  # steps of a share of dA, dD and dbias, and of what a block of the backward walks where blocks are few
 MOST_STATES = 64
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FOLDER = Path(__file__).parent / "cuda_kernels"
@@ -51,11 +49,18 @@ _pack_pointers = struct.Struct(f"{len(_POINTERS)}q").pack
 _pack_numbers = struct.Struct(f"{len(_NUMBERS)}q{len(_STRIDES)}i").pack
 
 
-def _chunk_steps(n_channels: int, n_states: int) -> int:
-    """Where channels are few it takes chunks to fill a GPU; but of several the backward has a pass more to make."""
-    if n_states == 1 or n_channels > 1024:
-        return CHUNK
-    return min(CHUNK, 1024 if n_channels > 512 else 512)
+def _chunk_and_unit(n_channels: int, n_states: int) -> tuple[int, int]:
+    """Steps of a chunk, and of a unit: of a share of dA, dD and dbias, and of what a block of the backward walks where
+    blocks are few.
+
+    Where channels are few it takes chunks to fill a GPU; but of several the backward has a pass more to make. Chunks of
+    512 steps are units themselves: two units in each made a backward with many of them 9 % slower.
+    """
+    if n_states == 1:  # a chunk is a unit: the narrow kernels' warps share out time already
+        return (4096, 4096) if n_channels > 512 else (2048, 2048)
+    if n_channels > 512:
+        return 2048 if n_channels > 1024 else 1024, 256
+    return 512, 512
 
 
 class Tile(NamedTuple):
@@ -109,8 +114,8 @@ def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room:
     states, lanes = _lanes(n_states)
     if states == 1:
         return _narrow(vector, 3 if rows >= 1024 * processors and not gate else 2)
-    # Of 4 warps the blocks take up to 145 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
-    warps = 4 if lanes >= 4 and room >= 160 * 1024 else 2
+    # Of 4 warps the blocks take up to 113 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
+    warps = 4 if lanes >= 4 and room >= 113 * 1024 else 2
     return _fitting(states, lanes, 2, 4 if states == 8 else 8, vector, warps)
 
 
@@ -276,9 +281,8 @@ class _Plan:
         self.layout = layout
         self.processors = _processors(layout.device)
         self.length = layout.n_tokens // max(layout.batch, 1)  # of each sequence; of all if packed
-        self.chunk = _chunk_steps(layout.n_channels, layout.n_states)
+        self.chunk, self.unit = _chunk_and_unit(layout.n_channels, layout.n_states)
         self.several = self.length > self.chunk  # whether a sequence may have more than one chunk
-        self.unit = min(UNIT, self.chunk) if layout.n_states > 1 else self.chunk
         self.span = self.chunk  # steps that a block of the backward walks
         self.n_chunks, self.n_units = self.pieces(self.chunk), self.pieces(self.unit)
         self.every = checkpoint_every(layout.n_states)
@@ -361,7 +365,7 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
     warnings.warn(f"selective_scan runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=2)
 
 
-_BLOCKS_A_PROCESSOR = 1  # up to these of the backward, each walks a unit instead of a chunk, which takes one pass more
+_BLOCKS_A_PROCESSOR = 1.25  # up to these of the backward, each walks a unit, not a chunk, which takes one pass more
 _ROWS_A_PROCESSOR = 40  # below these (sequence, channel) rows, chunks are run all at once: it takes each exp twice
 
 
@@ -435,10 +439,10 @@ def _backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse, room
 ):
     tensors, layout = _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
-    in_room = room is not None and _widest(layout.vector, room) == layout.vector
-    if in_room:
-        layout = layout._replace(dz_stride=room.stride(0) * room.element_size())
-    several = u.shape[0] // max(batch, 1) > _chunk_steps(layout.n_channels, layout.n_states)
+    dz = None if room is None or _widest(layout.vector, room) < layout.vector else room
+    if dz is not None:
+        layout = layout._replace(dz_stride=dz.stride(0) * dz.element_size())
+    several = u.shape[0] // max(batch, 1) > _chunk_and_unit(layout.n_channels, layout.n_states)[0]
     from_zero = dfinal is None and not several
     p = _backward_plan(layout, from_zero, D is not None, delta_bias is not None)
 
@@ -446,7 +450,7 @@ def _backward(
         return None if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
     gradients = {
-        "du": like(u), "ddelta": like(delta), "dz": room if in_room else like(z),
+        "du": like(u), "ddelta": like(delta), "dz": like(z) if dz is None else dz,
         "dh0": like(initial_state, torch.float32),
         "dA": like(A, torch.float32), "dD": like(D, torch.float32), "dbias": like(delta_bias, torch.float32),
         "dB": like(B, torch.float32 if layout.static[0] else None),
@@ -467,6 +471,6 @@ def _backward(
     )  # fmt: skip
     for launch in p.launches:
         launch(pointers)
-    if room is not None and not in_room:
+    if room is not None and dz is None:
         room.copy_(gradients["dz"])
     return tuple(gradients[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dh0"))

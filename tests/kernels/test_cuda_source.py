@@ -57,7 +57,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch, folder):
-    """The CUDA path, its kernels emulated: chunks of 64 steps, units of 32, tiles as on a GPU of one multiprocessor."""
+    """The CUDA path, its kernels emulated: chunks of 64 steps, units of 32 above 4 states, tiles as on a GPU
+    of one multiprocessor."""
     if shutil.which("g++") is None or torch.cuda.is_available():
         pytest.skip("needs g++, and no GPU, where the kernels themselves are tested")
     monkeypatch.setattr(nvrtc, "EMULATED", True)
@@ -65,8 +66,7 @@ def on_the_cpu(monkeypatch, folder):
     monkeypatch.setattr(cuda, "usable", lambda device: True)
     monkeypatch.setattr(cuda, "_processors", lambda device: 1)
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
-    monkeypatch.setattr(cuda, "CHUNK", 64)
-    monkeypatch.setattr(cuda, "UNIT", 32)
+    monkeypatch.setattr(cuda, "_chunk_and_unit", lambda channels, states: (64, 32 if states > 4 else 64))
     monkeypatch.setattr(cross_cuda, "_processors", lambda device: 1)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
     forget()
@@ -223,7 +223,7 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     monkeypatch.setattr(cuda, "_processors", lambda device: 132)
     monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
     forget()
-    u = torch.zeros(3 * cuda.CHUNK, 64, dtype=torch.bfloat16, device="meta")
+    u = torch.zeros(3 * cuda._chunk_and_unit(64, states)[0], 64, dtype=torch.bfloat16, device="meta")
     A, B = torch.zeros(64, states, device="meta"), torch.zeros(len(u), 1, states, dtype=torch.bfloat16, device="meta")
     arguments = (u, u, A, B, B, A[:, 0], u, A[:, 0], None, None, 1)
     y, _, saved = cuda.forward(*arguments, True, False, True)
@@ -236,11 +236,11 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
 @pytest.mark.parametrize("kilobytes", [227, 163, 99])
 @pytest.mark.parametrize("states", [4, 8, 16, 32, 64])
 def test_shared_memory_fits(states, kilobytes, tmp_path):
-    """Of a block of the backward: in 227 KiB on Hopper (a second block beside it too, but for 64 states), 163 on an
-    A100, 99 on a GPU for a desk. The compiler is asked for the size."""
+    """Of a block of the backward: in 227 KiB on Hopper (a second block beside it, too), 163 on an A100, 99 on a GPU for
+    a desk. The compiler is asked for the size."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    limit = kilobytes * 1024 if kilobytes < 227 or states == 64 else (228 // 2 - 1) * 1024
+    limit = kilobytes * 1024 if kilobytes < 227 else (228 // 2 - 1) * 1024
     tile = cuda._backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
     macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
     macros |= {"STATIC_B": 0, "STATIC_C": 0}

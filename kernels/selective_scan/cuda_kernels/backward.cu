@@ -4,10 +4,10 @@
 // A block walks a span of steps: a chunk, or a unit where blocks are few. What enters it is the same to the bit either way
 // (chunk_gradients.cu), and so are the shares, which are of units.
 //
-// A warp takes its channels of a span in pieces of EVERY steps, from the last to the first, each from the state that the
-// forward saved before it. It runs the piece once to find the state before each tile of T steps; then it takes the
-// tiles from the last to the first: it runs one again, its states and decays now kept in registers, and goes back
-// through it.
+// A warp takes its channels of a span in pieces of STRETCH steps, from the last to the first, each from the last state that
+// the forward saved, which may be that before an earlier piece: it is run first, then. It runs the piece once to find the
+// state before each tile of T steps; then it takes the tiles from the last to the first: it runs one again, its states and
+// decays now kept in registers, and goes back through it.
 //
 // Sums over states (for du and ddelta) and over channels (for dB and dC) go by way of shared memory: every lane leaves
 // its part, and another reads all parts of one sum. Shuffles would take twice the instructions.
@@ -78,84 +78,93 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   };
   load(end > 0 ? (end - 1) / T * T : 0, end);
 
-  for (int first = (end - 1) / EVERY * EVERY; first >= span.begin && end > 0; first -= EVERY) {
-    // All that the piece loads is asked for before anything waits.
-#if !STATIC_B
-    MatrixRows<MB, EVERY, THREADS> rows_B;
-    rows_B.load(B, p.B_stride, threadIdx.x, first, end);
-#endif
-#if !STATIC_C
-    MatrixRows<MC, EVERY, THREADS> rows_C;
-    rows_C.load(C, p.C_stride, threadIdx.x, first, end);
-#endif
-    Pairs h;
-    load_by_state(h, p.saved + (span.start / EVERY + span.s + first / EVERY) * N * p.n_channels, p, a);
-    Packed<U, V> u[TILES][ITS];
-    Packed<DELTA, V> delta[TILES][ITS];
-#pragma unroll
-    for (int k = 0; k < TILES; ++k) {
-      u_rows.load(u[k], a, first + k * T, end);
-      delta_rows.load(delta[k], a, first + k * T, end);
-    }
-    __syncthreads();  // all are done with the last piece's rows of B and C
-#if !STATIC_B
-    rows_B.put(&block.B[0][0], threadIdx.x);
-#endif
-#if !STATIC_C
-    rows_C.put(&block.C[0][0], threadIdx.x);
-#endif
-#pragma unroll
-    for (int k = 0; k < TILES; ++k)
-#pragma unroll
-      for (int i = 0; i < ITS; ++i) {
-        const int t = k * T + i * ROWS + a.row;
-        float dt[V], dtu[V], slope[V];
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          dt[v] = step_size(delta[k][i].get(v) + bias[v], slope[v]);
-          if (first + t >= end) dt[v] = 0.0f;  // leaves the state, and its gradient, as they are
-          dtu[v] = dt[v] * u[k][i].get(v);
-        }
-        store_floats(&shared.dt[t][a.column], dt);
-        store_floats(&shared.dtu[t][a.column], dtu);
-#if SOFTPLUS
-        store_floats(&shared.slope[t][a.column], slope);
-#endif
-      }
-    __syncthreads();
-
-    // (channel, state) pairs of dt u B at step t of the piece, and its dt
-    auto inputs = [&](int t, float(&dt)[CL], Pairs& drive) {
-      float dtu[CL];
-      load_floats(&shared.dt[t][mine], dt);
-      load_floats(&shared.dtu[t][mine], dtu);
+  // (channel, state) pairs of dt u B at step t of the piece, and its dt
+  auto inputs = [&](int t, float(&dt)[CL], Pairs& drive) {
+    float dtu[CL];
+    load_floats(&shared.dt[t][mine], dt);
+    load_floats(&shared.dtu[t][mine], dtu);
 #if STATIC_B
-      EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b_static[j][i]);
+    EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b_static[j][i]);
 #else
-      float b[NL];
-      load_floats(&block.B[t][a.n], b);
-      EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b[i]);
+    float b[NL];
+    load_floats(&block.B[t][a.n], b);
+    EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b[i]);
 #endif
-    };
+  };
 
-    const int last = ((end - first < EVERY ? end - first : EVERY) - 1) / T;  // tile of the piece
-    for (int k = 0; k < last; ++k) {
+  for (int first = (end - 1) / STRETCH * STRETCH; first >= span.begin && end > 0; first -= STRETCH) {
+    const int saved_at = STRETCH == EVERY ? first : first / EVERY * EVERY;
+    Pairs h;
+    load_by_state(h, p.saved + (span.start / EVERY + span.s + saved_at / EVERY) * N * p.n_channels, p, a);
+    const int last = ((end - first < STRETCH ? end - first : STRETCH) - 1) / T;  // tile of the piece
+
+    for (int from = saved_at; from <= first; from += STRETCH) {
+      const bool at_hand = STRETCH == EVERY || from == first;  // or a piece before, run for the state at its end
+      // All that the piece loads is asked for before anything waits.
+#if !STATIC_B
+      MatrixRows<MB, STRETCH, THREADS> rows_B;
+      rows_B.load(B, p.B_stride, threadIdx.x, from, end);
+#endif
+#if !STATIC_C
+      MatrixRows<MC, STRETCH, THREADS> rows_C;
+      if (at_hand) rows_C.load(C, p.C_stride, threadIdx.x, from, end);
+#endif
+      Packed<U, V> u[TILES][ITS];
+      Packed<DELTA, V> delta[TILES][ITS];
 #pragma unroll
-      for (int j = 0; j < CL; ++j)
+      for (int k = 0; k < TILES; ++k) {
+        u_rows.load(u[k], a, from + k * T, end);
+        delta_rows.load(delta[k], a, from + k * T, end);
+      }
+      __syncthreads();  // all are done with the last piece's rows of B and C
+#if !STATIC_B
+      rows_B.put(&block.B[0][0], threadIdx.x);
+#endif
+#if !STATIC_C
+      if (at_hand) rows_C.put(&block.C[0][0], threadIdx.x);
+#endif
 #pragma unroll
-        for (int v = 0; v < NL / NV; ++v) {
-          float x[NV];
+      for (int k = 0; k < TILES; ++k)
 #pragma unroll
-          for (int i = 0; i < NV; ++i) x[i] = h[j][v * NV + i];
-          store_floats(&shared.before[k][j][v][a.lane][0], x);
+        for (int i = 0; i < ITS; ++i) {
+          const int t = k * T + i * ROWS + a.row;
+          float dt[V], dtu[V], slope[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            dt[v] = step_size(delta[k][i].get(v) + bias[v], slope[v]);
+            if (from + t >= end) dt[v] = 0.0f;  // leaves the state, and its gradient, as they are
+            dtu[v] = dt[v] * u[k][i].get(v);
+          }
+          store_floats(&shared.dt[t][a.column], dt);
+          store_floats(&shared.dtu[t][a.column], dtu);
+#if SOFTPLUS
+          store_floats(&shared.slope[t][a.column], slope);
+#endif
+        }
+      __syncthreads();
+
+      const int tiles = at_hand ? last : TILES;
+      for (int k = 0; k < tiles; ++k) {
+        if (at_hand) {
+#pragma unroll
+          for (int j = 0; j < CL; ++j)
+#pragma unroll
+            for (int v = 0; v < NL / NV; ++v) {
+              float x[NV];
+#pragma unroll
+              for (int i = 0; i < NV; ++i) x[i] = h[j][v * NV + i];
+              store_floats(&shared.before[k][j][v][a.lane][0], x);
+            }
         }
 #pragma unroll
-      for (int t = 0; t < T; ++t) {
-        float dt[CL];
-        Pairs drive, decay;
-        inputs(k * T + t, dt, drive);
-        advance(h, decay, dt, drive, A2);
+        for (int t = 0; t < T; ++t) {
+          float dt[CL];
+          Pairs drive, decay;
+          inputs(k * T + t, dt, drive);
+          advance(h, decay, dt, drive, A2);
+        }
       }
+      if (STRETCH == EVERY) break;  // so that the compiler knows: it makes fewer instructions of all the rest
     }
 
     for (int k = last; k >= 0; --k) {
