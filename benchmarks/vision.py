@@ -5,9 +5,9 @@
 The steps are those of `polymamba vision bench`, but for training's optimizer. Random weights and images, bf16: weights
 in bf16 for the forward, autocast for training (forward, cross-entropy, backward). Batch 128 at 224 pixels; at larger
 sizes as many images as hold about as many pixels. Medians of --repeats after 3 that warm up. Memory is the most
-allocated during the runs. timm's models have SDPA attention where they have attention. Rows come in the order of their
-weight; what --limit seconds do not allow is left out and said so. On a CPU:
---device cpu --models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
+allocated during the runs. Compiled: in mode reduce-overhead, which replays CUDA graphs. timm's models have SDPA
+attention where they have attention. Rows come in the order of their weight; what --limit seconds do not allow is left
+out and said so. On a CPU: --device cpu --models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
 """
 
 import argparse
@@ -52,7 +52,8 @@ def measure(name: str, size: int, batch: int, kind: str, device: torch.device, r
             labels = torch.randint(model.num_classes, (batch,), device=device)
             backward = backward_step(model, images, labels, bf16=True)
             return median_seconds(lambda: (backward(), model.zero_grad()), device, repeats, WARM_UPS)
-        forward = forward_step(torch.compile(model) if kind.startswith("compiled") else model, images)
+        compiled = kind.startswith("compiled")
+        forward = forward_step(torch.compile(model, mode="reduce-overhead") if compiled else model, images)
         assert forward().isfinite().all(), f"{name} at {size}: not finite"
         return median_seconds(forward, device, repeats, WARM_UPS)
 
