@@ -28,17 +28,16 @@ from .triton import checkpoint_every, saved_shape
 
 __all__ = ["backward", "forward", "saved_shape", "usable"]
 
-CHUNK = 2048  # steps, at most
 MOST_STATES = 64
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _POINTERS = (
-    *("u", "delta", "z", "dy", "B", "C", "A", "D", "bias", "cu_seqlens", "first", "own", "sums", "share_A", "y"),
-    *("final_state", "saved", "du", "ddelta", "dz", "dh0", "share_B", "share_C", "share_D", "share_bias"),
+    *("u", "delta", "z", "dy", "B", "C", "A", "D", "bias", "cu_seqlens", "first", "own", "sums", "entering", "share_A"),
+    *("y", "final_state", "saved", "du", "ddelta", "dz", "dh0", "share_B", "share_C", "share_D", "share_bias"),
     *("dA", "dB", "dC", "dD", "dbias"),
 )
 _NUMBERS = (
-    *("B_group", "C_group", "length", "n_tokens", "n_seqs", "n_channels", "per_group", "tiles_of_group", "n_chunks"),
+    *("B_group", "C_group", "length", "n_tokens", "n_seqs", "n_channels", "per_group", "tiles_of_group", "n_units"),
     *("reverse", "backwards"),
 )
 _STRIDES = (
@@ -50,11 +49,18 @@ _pack_pointers = struct.Struct(f"{len(_POINTERS)}q").pack
 _pack_numbers = struct.Struct(f"{len(_NUMBERS)}q{len(_STRIDES)}i").pack
 
 
-def _chunk_steps(n_channels: int, n_states: int) -> int:
-    """Where channels are few it takes chunks to fill a GPU; but of several the backward has a pass more to make."""
-    if n_states == 1 or n_channels > 1024:
-        return CHUNK
-    return min(CHUNK, 1024 if n_channels > 512 else 512)
+def _chunk_and_unit(n_channels: int, n_states: int) -> tuple[int, int]:
+    """Steps of a chunk, and of a unit: of a share of dA, dD and dbias, and of what a block of the backward walks where
+    blocks are few.
+
+    Where channels are few it takes chunks to fill a GPU; but of several the backward has a pass more to make. Chunks of
+    512 steps are units themselves: two units in each made a backward with many of them 9 % slower.
+    """
+    if n_states == 1:  # a chunk is a unit: the narrow kernels' warps share out time already
+        return (4096, 4096) if n_channels > 512 else (2048, 2048)
+    if n_channels > 512:
+        return 2048 if n_channels > 1024 else 1024, 256
+    return 512, 512
 
 
 class Tile(NamedTuple):
@@ -108,8 +114,8 @@ def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room:
     states, lanes = _lanes(n_states)
     if states == 1:
         return _narrow(vector, 3 if rows >= 1024 * processors and not gate else 2)
-    # Of 4 warps the blocks take up to 145 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
-    warps = 4 if lanes >= 4 and room >= 160 * 1024 else 2
+    # Of 4 warps the blocks take up to 113 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
+    warps = 4 if lanes >= 4 and room >= 113 * 1024 else 2
     return _fitting(states, lanes, 2, 4 if states == 8 else 8, vector, warps)
 
 
@@ -275,17 +281,21 @@ class _Plan:
         self.layout = layout
         self.processors = _processors(layout.device)
         self.length = layout.n_tokens // max(layout.batch, 1)  # of each sequence; of all if packed
-        self.chunk = _chunk_steps(layout.n_channels, layout.n_states)
+        self.chunk, self.unit = _chunk_and_unit(layout.n_channels, layout.n_states)
         self.several = self.length > self.chunk  # whether a sequence may have more than one chunk
-        if layout.packed:
-            self.n_chunks = checkpoint_slots(layout.n_tokens, layout.n_seqs, self.chunk)
-        else:
-            self.n_chunks = layout.batch * max(-(-self.length // self.chunk), 1)
+        self.span = self.chunk  # steps that a block of the backward walks
+        self.n_chunks, self.n_units = self.pieces(self.chunk), self.pieces(self.unit)
         self.every = checkpoint_every(layout.n_states)
         self.states = self.n_chunks * layout.n_states * layout.n_channels  # of all chunks
         self.launches: list[_Launch] = []
         self.at_once = False  # whether the forward runs the chunks of a sequence at once
         self.offsets: list[int] = []  # of the parts of the backward's scratch memory, and its size: floats
+
+    def pieces(self, steps: int) -> int:
+        """How many numbers pieces of time have, all sequences together."""
+        if self.layout.packed:
+            return checkpoint_slots(self.layout.n_tokens, self.layout.n_seqs, steps)
+        return self.layout.batch * max(-(-self.length // steps), 1)
 
     def lay_out(self, tile: Tile) -> None:
         """Take this tile from here on."""
@@ -309,15 +319,16 @@ class _Plan:
         on = self.layout
         types = zip(("U", "DELTA", "Z", "DY", "MB", "MC"), (_TYPES[t] for t in on.types), strict=True)
         all_macros = (
-            ("N", on.n_states), ("VB", on.matrix_vector), ("CHUNK", self.chunk), ("EVERY", self.every),
-            ("SOFTPLUS", int(on.softplus)), ("GATE", int(on.gate)), ("STATIC_B", int(on.static[0])),
-            ("STATIC_C", int(on.static[1])), *types, *zip(self.tile._fields, self.tile, strict=True), *macros,
+            ("N", on.n_states), ("VB", on.matrix_vector), ("CHUNK", self.chunk), ("UNIT", self.unit),
+            ("SPAN", self.span), ("EVERY", self.every), ("SOFTPLUS", int(on.softplus)), ("GATE", int(on.gate)),
+            ("STATIC_B", int(on.static[0])), ("STATIC_C", int(on.static[1])), *types,
+            *zip(self.tile._fields, self.tile, strict=True), *macros,
         )  # fmt: skip
         of_du, of_ddelta = (on.n_channels * t.itemsize for t in on.types[:2])
         strides = (*on.strides, of_du, of_ddelta, on.dz_stride, 4 * on.groups * on.n_states)
         numbers = _pack_numbers(
             *on.group_strides, self.length, on.n_tokens, on.n_seqs, on.n_channels, on.n_channels // on.groups,
-            self.tiles_of_group, self.n_chunks, int(on.reverse), int(backwards),
+            self.tiles_of_group, self.n_units, int(on.reverse), int(backwards),
             *(-x if on.reverse else x for x in strides),
         )  # fmt: skip
         self.launches.append(_Launch(_function(source, name, on.device, all_macros), blocks, threads, numbers))
@@ -354,6 +365,7 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
     warnings.warn(f"selective_scan runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=2)
 
 
+_BLOCKS_A_PROCESSOR = 1.25  # up to these of the backward, each walks a unit, not a chunk, which takes one pass more
 _ROWS_A_PROCESSOR = 40  # below these (sequence, channel) rows, chunks are run all at once: it takes each exp twice
 
 
@@ -398,18 +410,27 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     tile = _backward_tile(states, p.n_chunks * width, layout.vector, p.processors, _room(layout.device), layout.gate)
     if p.several:
         p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS))
-        p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32 * tile.WARPS)
+        p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32 * tile.WARPS, ("SPANS", 0))
     p.lay_out(tile)
     if not from_zero:
         p.carry(backwards=True)
-    p.scan("backward", p.n_chunks * p.n_tiles)
+    if p.unit < min(p.length, p.chunk) and p.n_chunks * p.n_tiles <= _BLOCKS_A_PROCESSOR * p.processors:
+        p.span = p.unit
+        p.lay_out(_fitting(tile.NL, tile.S, 1, 16, tile.V, 1))
+        p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32, ("SPANS", 1))
+        p.lay_out(tile)
+    n_spans = p.pieces(p.span)
+    p.scan("backward", n_spans * p.n_tiles)
     of_matrix = [width * states if static else layout.n_tokens * layout.groups * states for static in layout.static]
     sizes = [width * states, *of_matrix, *([width] * (has_D + has_bias))]
     p.add("sum_shares", "sum_shares", sum(-(-n // 128) for n in sizes), 128)
-    # Where things lie in the scratch memory, in floats: chunks' states (then shares of dA) and sums, other shares.
-    terms = [p.n_chunks if static else p.tiles_of_group for static in layout.static]
-    of_channels = p.n_chunks * width
-    parts = (p.states, of_channels, *(n * of for n, of in zip(terms, of_matrix, strict=True)), of_channels, of_channels)
+    # Where things lie in the scratch memory, in floats: what chunks and spans do and meet, then the shares.
+    terms = [p.n_units if static else p.tiles_of_group for static in layout.static]
+    of_units = p.n_units * width
+    parts = (
+        0 if from_zero else p.states, p.n_chunks * width, n_spans * width * states if p.span < p.chunk else 0,
+        of_units * states, of_units, of_units, *(n * of for n, of in zip(terms, of_matrix, strict=True)),
+    )  # fmt: skip
     p.offsets = [0, *accumulate(-(-n // 4) * 4 for n in parts)]
     return p
 
@@ -418,10 +439,10 @@ def _backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse, room
 ):
     tensors, layout = _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
-    in_room = room is not None and _widest(layout.vector, room) == layout.vector
-    if in_room:
-        layout = layout._replace(dz_stride=room.stride(0) * room.element_size())
-    several = u.shape[0] // max(batch, 1) > _chunk_steps(layout.n_channels, layout.n_states)
+    dz = None if room is None or _widest(layout.vector, room) < layout.vector else room
+    if dz is not None:
+        layout = layout._replace(dz_stride=dz.stride(0) * dz.element_size())
+    several = u.shape[0] // max(batch, 1) > _chunk_and_unit(layout.n_channels, layout.n_states)[0]
     from_zero = dfinal is None and not several
     p = _backward_plan(layout, from_zero, D is not None, delta_bias is not None)
 
@@ -429,7 +450,7 @@ def _backward(
         return None if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
     gradients = {
-        "du": like(u), "ddelta": like(delta), "dz": room if in_room else like(z),
+        "du": like(u), "ddelta": like(delta), "dz": like(z) if dz is None else dz,
         "dh0": like(initial_state, torch.float32),
         "dA": like(A, torch.float32), "dD": like(D, torch.float32), "dbias": like(delta_bias, torch.float32),
         "dB": like(B, torch.float32 if layout.static[0] else None),
@@ -437,15 +458,19 @@ def _backward(
     }  # fmt: skip
     scratch = torch.empty(p.offsets[-1], device=u.device)
     base = scratch.data_ptr()
-    states, sums, share_B, share_C, share_D, share_bias = (base + 4 * offset for offset in p.offsets[:-1])
+    own, sums, entering, share_A, share_D, share_bias, share_B, share_C = (base + 4 * at for at in p.offsets[:-1])
+    if layout.packed:  # the pieces of packed sequences leave numbers out
+        scratch[p.offsets[3] : p.offsets[-1 if any(layout.static) else 6]].zero_()
+    own = None if from_zero else own
     first = _floats(dfinal)
     pointers = _pointers(
-        **tensors, **gradients, saved=saved, first=first, own=None if from_zero else states, sums=sums, share_A=states,
-        share_B=share_B, share_C=share_C, share_D=None if D is None else share_D,
+        **tensors, **gradients, saved=saved, first=first, own=own, sums=sums,
+        entering=entering if p.span < p.chunk else own, share_A=share_A, share_B=share_B, share_C=share_C,
+        share_D=None if D is None else share_D,
         share_bias=None if delta_bias is None else share_bias,
     )  # fmt: skip
     for launch in p.launches:
         launch(pointers)
-    if room is not None and not in_room:
+    if room is not None and dz is None:
         room.copy_(gradients["dz"])
     return tuple(gradients[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dh0"))

@@ -57,7 +57,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch, folder):
-    """The CUDA path with its kernels emulated, chunks of 32 steps and tiles as on a GPU of one multiprocessor."""
+    """The CUDA path, its kernels emulated: chunks of 64 steps, units of 32 above 4 states, tiles as on a GPU
+    of one multiprocessor."""
     if shutil.which("g++") is None or torch.cuda.is_available():
         pytest.skip("needs g++, and no GPU, where the kernels themselves are tested")
     monkeypatch.setattr(nvrtc, "EMULATED", True)
@@ -65,7 +66,7 @@ def on_the_cpu(monkeypatch, folder):
     monkeypatch.setattr(cuda, "usable", lambda device: True)
     monkeypatch.setattr(cuda, "_processors", lambda device: 1)
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
-    monkeypatch.setattr(cuda, "CHUNK", 32)
+    monkeypatch.setattr(cuda, "_chunk_and_unit", lambda channels, states: (64, 32 if states > 4 else 64))
     monkeypatch.setattr(cross_cuda, "_processors", lambda device: 1)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
     forget()
@@ -102,6 +103,7 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
 @pytest.mark.parametrize("name", CASES)
 def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, assert_close):
     monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 10**9 if at_once else 0)
+    monkeypatch.setattr(cuda, "_processors", lambda device: 132 if at_once else 1)
     states, channels, groups, ends, reverse, static, absent = CASES[name]
     tensors = inputs(ends[-1], channels, states, groups, len(ends) - 1)
     tensors |= {m: tensors["A"] * (1.5 if m == "B" else -1.0) for m in static}
@@ -117,7 +119,8 @@ def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, asse
 @pytest.mark.slow
 @pytest.mark.parametrize("states", [1, 4, 16])
 def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monkeypatch, results_of, cast):
-    """Few and many rows for a multiprocessor, chunks one after another and at once, and tensors at odd addresses."""
+    """Few and many rows for a multiprocessor, chunks one after another and at once, units walked by one block and by
+    several, and tensors at odd addresses."""
     tensors = cast(inputs(70, 36, states, 1, 1), torch.float32)
     arguments = {"delta_softplus": True, "return_final_state": True}
     first = results_of(selective_scan, tensors, "cuda", **arguments)
@@ -220,7 +223,7 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     monkeypatch.setattr(cuda, "_processors", lambda device: 132)
     monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
     forget()
-    u = torch.zeros(3 * cuda.CHUNK, 64, dtype=torch.bfloat16, device="meta")
+    u = torch.zeros(3 * cuda._chunk_and_unit(64, states)[0], 64, dtype=torch.bfloat16, device="meta")
     A, B = torch.zeros(64, states, device="meta"), torch.zeros(len(u), 1, states, dtype=torch.bfloat16, device="meta")
     arguments = (u, u, A, B, B, A[:, 0], u, A[:, 0], None, None, 1)
     y, _, saved = cuda.forward(*arguments, True, False, True)
@@ -233,13 +236,14 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
 @pytest.mark.parametrize("kilobytes", [227, 163, 99])
 @pytest.mark.parametrize("states", [4, 8, 16, 32, 64])
 def test_shared_memory_fits(states, kilobytes, tmp_path):
-    """Of a block of the backward: in 227 KiB on Hopper (a second block beside it too, but for 64 states), 163 on an
-    A100, 99 on a GPU for a desk. The compiler is asked for the size."""
+    """Of a block of the backward: in 227 KiB on Hopper (a second block beside it, too), 163 on an A100, 99 on a GPU for
+    a desk. The compiler is asked for the size."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    limit = kilobytes * 1024 if kilobytes < 227 or states == 64 else (228 // 2 - 1) * 1024
+    limit = kilobytes * 1024 if kilobytes < 227 else (228 // 2 - 1) * 1024
     tile = cuda._backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
-    macros = {"N": states, "VB": 4, "CHUNK": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1, "STATIC_B": 0, "STATIC_C": 0}
+    macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
+    macros |= {"STATIC_B": 0, "STATIC_C": 0}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
     source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
     path = tmp_path / "size.cpp"

@@ -197,10 +197,14 @@ CHUNKED = {  # lengths about chunks of 32 steps, which the Triton kernels are ma
 
 @pytest.fixture(params=["triton", "cuda"])
 def walked(request, monkeypatch, device_of):
-    """(backend, chunks): `chunks(at_once)` sets chunks of 32 steps, run all at once or by one program after another."""
+    """(backend, chunks): `chunks(at_once)` has chunks run all at once or by one program after another. They have 32
+    steps in Triton, 64 in CUDA C++: two units, if there is more than one state."""
     device_of(request.param)
     module = import_module(f"polymamba.kernels.selective_scan.{request.param}")
-    monkeypatch.setattr(module, "CHUNK", 32)
+    if request.param == "triton":
+        monkeypatch.setattr(module, "CHUNK", 32)
+    else:
+        monkeypatch.setattr(module, "_chunk_and_unit", lambda channels, states: (64, 64 if states == 1 else 32))
     threshold = {"triton": "_WARPS_A_SM", "cuda": "_ROWS_A_PROCESSOR"}[request.param]
     return request.param, lambda at_once: monkeypatch.setattr(module, threshold, 10**9 if at_once else 0)
 

@@ -1,10 +1,13 @@
 // The scan backwards. No atomics: a block writes its own shares of the gradients that channels or chunks have in common,
 // and they are added up in order afterwards.
 //
-// A warp takes its channels of a chunk in pieces of EVERY steps, from the last to the first, each from the state that
-// the forward saved before it. It runs the piece once to find the state before each tile of T steps; then it takes the
-// tiles from the last to the first: it runs one again, its states and decays now kept in registers, and goes back
-// through it.
+// A block walks a span of steps: a chunk, or a unit where blocks are few. What enters it is the same to the bit either way
+// (chunk_gradients.cu), and so are the shares, which are of units.
+//
+// A warp takes its channels of a span in pieces of STRETCH steps, from the last to the first, each from the last state that
+// the forward saved, which may be that before an earlier piece: it is run first, then. It runs the piece once to find the
+// state before each tile of T steps; then it takes the tiles from the last to the first: it runs one again, its states and
+// decays now kept in registers, and goes back through it.
 //
 // Sums over states (for du and ddelta) and over channels (for dB and dC) go by way of shared memory: every lane leaves
 // its part, and another reads all parts of one sum. Shuffles would take twice the instructions.
@@ -16,10 +19,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const Place a(p, blockIdx.x % n_tiles);
   WarpShared& shared = block.warp[a.warp];
   const int64 number = blockIdx.x / n_tiles;
-  const Piece chunk(p, number, p.length > CHUNK ? (p.length + CHUNK - 1) / CHUNK : 1);
-  const int length = chunk.length;
-  const int end = chunk.begin + CHUNK < length ? chunk.begin + CHUNK : length;
-  const int64 of_chunk = number * N * p.n_channels;
+  const Piece span(p, number, pieces_of(p.length, SPAN), SPAN);
+  const int length = span.length;
+  const int end = span.begin + SPAN < length ? span.begin + SPAN : length;
   const int mine = a.lane / S * CL;  // the lane's first channel in a row, as holder of states
 
   Pairs A2, grad, sum_dA;  // grad: dL/dh after the step at hand
@@ -27,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
   zero(sum_dA);
-  if (p.own) load_by_state(grad, p.own + of_chunk, p, a);
+  if (p.entering) load_by_state(grad, p.entering + number * N * p.n_channels, p, a);
 #if STATIC_B
   Pairs b_static, sum_dB;
   load_by_channel(b_static, p.B, a);
@@ -46,23 +48,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     sum_dD[v] = sum_dbias[v] = 0.0f;
   }
 
-  const Rows<U> u_rows(p.u, p.u_stride, p, chunk, a), du_rows(p.du, p.U_stride, p, chunk, a);
-  const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, chunk, a), ddelta_rows(p.ddelta, p.DELTA_stride, p, chunk, a);
-  const Rows<DY> dy_rows(p.dy, p.dy_stride, p, chunk, a);
+  const Rows<U> u_rows(p.u, p.u_stride, p, span, a), du_rows(p.du, p.U_stride, p, span, a);
+  const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, span, a), ddelta_rows(p.ddelta, p.DELTA_stride, p, span, a);
+  const Rows<DY> dy_rows(p.dy, p.dy_stride, p, span, a);
 #if GATE
-  const Rows<Z> z_rows(p.z, p.z_stride, p, chunk, a), dz_rows(p.dz, p.Z_stride, p, chunk, a);
+  const Rows<Z> z_rows(p.z, p.z_stride, p, span, a), dz_rows(p.dz, p.Z_stride, p, span, a);
 #endif
 #if !STATIC_B
-  MB* B = first_row(p.B, p.B_stride, p, chunk) + a.group * p.B_group;
+  MB* B = first_row(p.B, p.B_stride, p, span) + a.group * p.B_group;
 #endif
 #if !STATIC_C
-  MC* C = first_row(p.C, p.C_stride, p, chunk) + a.group * p.C_group;
+  MC* C = first_row(p.C, p.C_stride, p, span) + a.group * p.C_group;
 #endif
 #if !STATIC_B || !STATIC_C
   // Shares of dB and dC: (tile of the group, T, G, N).
   const int64 of_tile = int64(a.tile) * p.n_tokens * (p.n_channels / p.per_group) * N + a.group * N;
-  float* share_B = first_row(p.share_B + of_tile, p.share_stride, p, chunk);
-  float* share_C = first_row(p.share_C + of_tile, p.share_stride, p, chunk);
+  float* share_B = first_row(p.share_B + of_tile, p.share_stride, p, span);
+  float* share_C = first_row(p.share_C + of_tile, p.share_stride, p, span);
   int buffer = 0;
 #endif
 
@@ -76,91 +78,100 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   };
   load(end > 0 ? (end - 1) / T * T : 0, end);
 
-  for (int first = (end - 1) / EVERY * EVERY; first >= chunk.begin && end > 0; first -= EVERY) {
-    // All that the piece loads is asked for before anything waits.
-#if !STATIC_B
-    MatrixRows<MB, EVERY, THREADS> rows_B;
-    rows_B.load(B, p.B_stride, threadIdx.x, first, end);
-#endif
-#if !STATIC_C
-    MatrixRows<MC, EVERY, THREADS> rows_C;
-    rows_C.load(C, p.C_stride, threadIdx.x, first, end);
-#endif
-    Pairs h;
-    load_by_state(h, p.saved + (chunk.start / EVERY + chunk.s + first / EVERY) * N * p.n_channels, p, a);
-    Packed<U, V> u[TILES][ITS];
-    Packed<DELTA, V> delta[TILES][ITS];
-#pragma unroll
-    for (int k = 0; k < TILES; ++k) {
-      u_rows.load(u[k], a, first + k * T, end);
-      delta_rows.load(delta[k], a, first + k * T, end);
-    }
-    __syncthreads();  // all are done with the last piece's rows of B and C
-#if !STATIC_B
-    rows_B.put(&block.B[0][0], threadIdx.x);
-#endif
-#if !STATIC_C
-    rows_C.put(&block.C[0][0], threadIdx.x);
-#endif
-#pragma unroll
-    for (int k = 0; k < TILES; ++k)
-#pragma unroll
-      for (int i = 0; i < ITS; ++i) {
-        const int t = k * T + i * ROWS + a.row;
-        float dt[V], dtu[V], slope[V];
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          dt[v] = step_size(delta[k][i].get(v) + bias[v], slope[v]);
-          if (first + t >= end) dt[v] = 0.0f;  // leaves the state, and its gradient, as they are
-          dtu[v] = dt[v] * u[k][i].get(v);
-        }
-        store_floats(&shared.dt[t][a.column], dt);
-        store_floats(&shared.dtu[t][a.column], dtu);
-#if SOFTPLUS
-        store_floats(&shared.slope[t][a.column], slope);
-#endif
-      }
-    __syncthreads();
-
-    // (channel, state) pairs of dt u B at step t of the piece, and its dt
-    auto inputs = [&](int t, float(&dt)[CL], Pairs& drive) {
-      float dtu[CL];
-      load_floats(&shared.dt[t][mine], dt);
-      load_floats(&shared.dtu[t][mine], dtu);
+  // (channel, state) pairs of dt u B at step t of the piece, and its dt
+  auto inputs = [&](int t, float(&dt)[CL], Pairs& drive) {
+    float dtu[CL];
+    load_floats(&shared.dt[t][mine], dt);
+    load_floats(&shared.dtu[t][mine], dtu);
 #if STATIC_B
-      EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b_static[j][i]);
+    EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b_static[j][i]);
 #else
-      float b[NL];
-      load_floats(&block.B[t][a.n], b);
-      EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b[i]);
+    float b[NL];
+    load_floats(&block.B[t][a.n], b);
+    EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b[i]);
 #endif
-    };
+  };
 
-    const int last = ((end - first < EVERY ? end - first : EVERY) - 1) / T;  // tile of the piece
-    for (int k = 0; k < last; ++k) {
+  for (int first = (end - 1) / STRETCH * STRETCH; first >= span.begin && end > 0; first -= STRETCH) {
+    const int saved_at = STRETCH == EVERY ? first : first / EVERY * EVERY;
+    Pairs h;
+    load_by_state(h, p.saved + (span.start / EVERY + span.s + saved_at / EVERY) * N * p.n_channels, p, a);
+    const int last = ((end - first < STRETCH ? end - first : STRETCH) - 1) / T;  // tile of the piece
+
+    for (int from = saved_at; from <= first; from += STRETCH) {
+      const bool at_hand = STRETCH == EVERY || from == first;  // or a piece before, run for the state at its end
+      // All that the piece loads is asked for before anything waits.
+#if !STATIC_B
+      MatrixRows<MB, STRETCH, THREADS> rows_B;
+      rows_B.load(B, p.B_stride, threadIdx.x, from, end);
+#endif
+#if !STATIC_C
+      MatrixRows<MC, STRETCH, THREADS> rows_C;
+      if (at_hand) rows_C.load(C, p.C_stride, threadIdx.x, from, end);
+#endif
+      Packed<U, V> u[TILES][ITS];
+      Packed<DELTA, V> delta[TILES][ITS];
 #pragma unroll
-      for (int j = 0; j < CL; ++j)
+      for (int k = 0; k < TILES; ++k) {
+        u_rows.load(u[k], a, from + k * T, end);
+        delta_rows.load(delta[k], a, from + k * T, end);
+      }
+      __syncthreads();  // all are done with the last piece's rows of B and C
+#if !STATIC_B
+      rows_B.put(&block.B[0][0], threadIdx.x);
+#endif
+#if !STATIC_C
+      if (at_hand) rows_C.put(&block.C[0][0], threadIdx.x);
+#endif
 #pragma unroll
-        for (int v = 0; v < NL / NV; ++v) {
-          float x[NV];
+      for (int k = 0; k < TILES; ++k)
 #pragma unroll
-          for (int i = 0; i < NV; ++i) x[i] = h[j][v * NV + i];
-          store_floats(&shared.before[k][j][v][a.lane][0], x);
+        for (int i = 0; i < ITS; ++i) {
+          const int t = k * T + i * ROWS + a.row;
+          float dt[V], dtu[V], slope[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            dt[v] = step_size(delta[k][i].get(v) + bias[v], slope[v]);
+            if (from + t >= end) dt[v] = 0.0f;  // leaves the state, and its gradient, as they are
+            dtu[v] = dt[v] * u[k][i].get(v);
+          }
+          store_floats(&shared.dt[t][a.column], dt);
+          store_floats(&shared.dtu[t][a.column], dtu);
+#if SOFTPLUS
+          store_floats(&shared.slope[t][a.column], slope);
+#endif
+        }
+      __syncthreads();
+
+      const int tiles = at_hand ? last : TILES;
+      for (int k = 0; k < tiles; ++k) {
+        if (at_hand) {
+#pragma unroll
+          for (int j = 0; j < CL; ++j)
+#pragma unroll
+            for (int v = 0; v < NL / NV; ++v) {
+              float x[NV];
+#pragma unroll
+              for (int i = 0; i < NV; ++i) x[i] = h[j][v * NV + i];
+              store_floats(&shared.before[k][j][v][a.lane][0], x);
+            }
         }
 #pragma unroll
-      for (int t = 0; t < T; ++t) {
-        float dt[CL];
-        Pairs drive, decay;
-        inputs(k * T + t, dt, drive);
-        advance(h, decay, dt, drive, A2);
+        for (int t = 0; t < T; ++t) {
+          float dt[CL];
+          Pairs drive, decay;
+          inputs(k * T + t, dt, drive);
+          advance(h, decay, dt, drive, A2);
+        }
       }
+      if (STRETCH == EVERY) break;  // so that the compiler knows: it makes fewer instructions of all the rest
     }
 
     for (int k = last; k >= 0; --k) {
       // Loaded while the tile before was computed; now the next tile's are.
       const Elements now = next;
       const int before = k > 0 ? first + (k - 1) * T : first - T;
-      load(before, before < chunk.begin ? before : end);
+      load(before, before < span.begin ? before : end);
       Pairs states[T + 1], decays[T];
       EACH_PAIR states[0][j][i] = h[j][i];
 #pragma unroll
@@ -313,27 +324,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       buffer ^= 1;  // so one barrier for each tile is enough
 #endif
     }
-  }
 
-  // A number that no chunk has leaves its shares, too: zeros.
-  if (p.dh0 && chunk.begin == 0) store_by_channel(p.dh0 + chunk.s * N * p.n_channels, grad, a);
-  store_by_state(p.share_A + of_chunk, sum_dA, p, a);
+    if (first % UNIT == 0) {  // what the steps of a unit have in common
+      const int64 unit = span.number_of(p, first, UNIT), of_unit = unit * N * p.n_channels;
+      store_by_state(p.share_A + of_unit, sum_dA, p, a);
+      zero(sum_dA);
 #if STATIC_B
-  store_by_state(p.share_B + of_chunk, sum_dB, p, a);
+      store_by_state(p.share_B + of_unit, sum_dB, p, a);
+      zero(sum_dB);
 #endif
 #if STATIC_C
-  store_by_state(p.share_C + of_chunk, sum_dC, p, a);
+      store_by_state(p.share_C + of_unit, sum_dC, p, a);
+      zero(sum_dC);
 #endif
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
+      for (int v = 0; v < V; ++v) {
 #pragma unroll
-    for (int mask = ROW_LANES; mask < 32; mask *= 2) {
-      sum_dD[v] = add_across(sum_dD[v], mask);
-      sum_dbias[v] = add_across(sum_dbias[v], mask);
-    }
-    if (a.row == 0 && a.in_row) {
-      if (p.share_D) p.share_D[number * p.n_channels + a.e + v] = sum_dD[v];
-      if (p.share_bias) p.share_bias[number * p.n_channels + a.e + v] = sum_dbias[v];
+        for (int mask = ROW_LANES; mask < 32; mask *= 2) {
+          sum_dD[v] = add_across(sum_dD[v], mask);
+          sum_dbias[v] = add_across(sum_dbias[v], mask);
+        }
+        if (a.row == 0 && a.in_row) {
+          if (p.share_D) p.share_D[unit * p.n_channels + a.e + v] = sum_dD[v];
+          if (p.share_bias) p.share_bias[unit * p.n_channels + a.e + v] = sum_dbias[v];
+        }
+        sum_dD[v] = sum_dbias[v] = 0.0f;
+      }
     }
   }
+
+  if (p.dh0 && span.begin == 0) store_by_channel(p.dh0 + span.s * N * p.n_channels, grad, a);
 }

@@ -1,17 +1,20 @@
 // What scan_backward keeps in shared memory and in registers, and how dB and dC are summed over channels.
 
-constexpr int TILES = EVERY / T;           // of a piece
+// Steps of a piece: above 32 states half of those between saved states, so that two blocks fit a multiprocessor.
+constexpr int STRETCH = N > 32 ? EVERY / 2 : EVERY;
+constexpr int TILES = STRETCH / T;         // of a piece
 constexpr int NV = 4;                      // numbers moved at once
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
+static_assert(STRETCH % T == 0 && EVERY % STRETCH == 0, "pieces of time must nest");
 constexpr int PARTS = 2 * NL / NV;         // vectors of a lane: what it adds to dB and to dC at a step
 constexpr int LANES_ROW = 32 + S % 8;      // rows of different sums on different banks
 constexpr int SUMS = T * PARTS * S;        // vectors that a tile's dB and dC have
 constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradients of dt u, of dt, and y
 
 struct WarpShared {
-  alignas(16) float dt[EVERY][WC], dtu[EVERY][WC];
+  alignas(16) float dt[STRETCH][WC], dtu[STRETCH][WC];
 #if SOFTPLUS
-  alignas(16) float slope[EVERY][WC];
+  alignas(16) float slope[STRETCH][WC];
 #endif
   alignas(16) float dout[T][WC];
   alignas(16) float sums[KINDS][T][PART_ROW];
@@ -23,10 +26,10 @@ struct WarpShared {
 struct Shared {
   WarpShared warp[WARPS];
 #if !STATIC_B
-  alignas(16) float B[EVERY][NP];
+  alignas(16) float B[STRETCH][NP];
 #endif
 #if !STATIC_C
-  alignas(16) float C[EVERY][NP];
+  alignas(16) float C[STRETCH][NP];
 #endif
 #if !STATIC_B || !STATIC_C
   alignas(16) float of_warp[2][WARPS][SUMS][NV];

@@ -1,5 +1,8 @@
 // What a chunk by itself does to the gradient of the state: dL/dh before it if it is 0 after it, own (chunk, N, D), and
 // the chunk's sum of dt, sums (chunk, D). Not of a sequence's first chunk, before which nothing comes.
+//
+// Or (SPANS) the gradient that enters each of its spans, from the one that enters the chunk: one step after another by
+// the arithmetic of scan_backward, so that it does not matter to a bit who comes by it.
 
 struct WarpShared {
 #if !STATIC_C
@@ -26,9 +29,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
   const Place a(p, blockIdx.x % n_tiles);
   const int64 number = blockIdx.x / n_tiles;
-  const Piece chunk(p, number, p.length > CHUNK ? (p.length + CHUNK - 1) / CHUNK : 1);
+  const Piece chunk(p, number, pieces_of(p.length, CHUNK));
   const int length = chunk.length, begin = chunk.begin;
-  if (begin == 0 || begin >= length || a.e - a.column >= (a.group + 1) * p.per_group) return;
+  if (a.e - a.column >= (a.group + 1) * p.per_group || begin >= (SPANS && length == 0 ? 1 : length)) return;
+  if (!SPANS && begin == 0) return;
   WarpShared& shared = reinterpret_cast<Shared*>(room)->warp[a.warp];
   const int end = begin + CHUNK < length ? begin + CHUNK : length;
 
@@ -36,6 +40,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
+#if SPANS
+  if (p.own) load_by_state(grad, p.own + number * N * p.n_channels, p, a);
+  store_by_state(p.entering + chunk.number_of(p, end > 0 ? end - 1 : 0, SPAN) * N * p.n_channels, grad, p, a);
+#endif
 #if STATIC_C
   Pairs c_static;
   load_by_channel(c_static, p.C, a);
@@ -64,9 +72,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
     next.C.load(C, p.C_stride, a.lane, step, end);
 #endif
   };
+  const int stop = SPANS ? begin + SPAN : begin;
   int step = begin + (end - 1 - begin) / T * T;
   load(step, end);
-  for (; step >= begin; step -= T) {
+  for (; step >= stop; step -= T) {
 #if !STATIC_C
     next.C.put(&shared.C[0][0], a.lane);
 #endif
@@ -109,8 +118,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
       }
     }
     __syncwarp();
+#if SPANS
+    if (step % SPAN == 0)
+      store_by_state(p.entering + chunk.number_of(p, step - 1, SPAN) * N * p.n_channels, grad, p, a);
+#endif
   }
+#if !SPANS
   store_by_state(p.own + number * N * p.n_channels, grad, p, a);
   if (a.lane % S == 0)
     for (int j = 0; j < a.there; ++j) p.sums[number * p.n_channels + a.d + j] = total[j];
+#endif
 }

@@ -8,8 +8,9 @@
 // No result may depend on V, CL, T or WARPS: sums over states are over NL states in a lane and then over S lanes, in
 // order. So the number of sequences may choose CL (how many channels share a warp's work) and changes no bit.
 //
-// Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, CHUNK, EVERY, SOFTPLUS,
-// GATE (whether there is a z), STATIC_B, STATIC_C, and the types U, DELTA, Z, DY, MB, MC of the tensors.
+// Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, EVERY (steps between saved
+// states), CHUNK, UNIT and SPAN (steps of the backward: those of a share of dA, dD and dbias, and those that a block
+// walks), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, and the types U, DELTA, Z, DY, MB, MC of the tensors.
 //
 // Letters: N states, D channels, G groups; T tokens of all sequences laid end to end where a shape names them.
 
@@ -21,7 +22,7 @@ constexpr int ROWS = 32 / ROW_LANES;      // rows that a warp takes at once
 constexpr int ITS = T / ROWS;             // times that it does so in a tile
 constexpr int THREADS = 32 * WARPS;
 static_assert(ROW_LANES >= 1 && ROW_LANES <= 32 && ITS >= 1 && T % ROWS == 0, "a tile does not fit its warp");
-static_assert(EVERY % T == 0 && CHUNK % EVERY == 0, "tiles, checkpoints and chunks must nest");
+static_assert(EVERY % T == 0 && UNIT % EVERY == 0 && SPAN % UNIT == 0 && CHUNK % SPAN == 0, "pieces of time must nest");
 
 // One list of arguments for all kernels, as cuda.py fills it in: 8 bytes each. What is absent is null.
 struct Problem {
@@ -30,12 +31,12 @@ struct Problem {
   const int* cu_seqlens;
   const float* first;                     // (S, D, N): what enters the first chunk of a sequence
   float *own, *sums;                      // (chunk, N, D), (chunk, D)
-  float* share_A;                         // (chunk, N, D); may be own
+  float *entering, *share_A;              // (span, N, D): the gradient that enters it, from the right; (unit, N, D)
   U* y; float *final_state, *saved;       // saved (slot, N, D): the state before every EVERY-th step
   U* du; DELTA* ddelta; Z* dz; float* dh0;
   float *share_B, *share_C, *share_D, *share_bias;
   float* dA; MB* dB; MC* dC; float *dD, *dbias;
-  int64 B_group, C_group, length, n_tokens, n_seqs, n_channels, per_group, tiles_of_group, n_chunks, reverse, backwards;
+  int64 B_group, C_group, length, n_tokens, n_seqs, n_channels, per_group, tiles_of_group, n_units, reverse, backwards;
   // From one step to the next, in bytes: negative if reversed. The outputs' have U's, DELTA's and Z's size. A product of
   // two numbers of 32 bits that is added to an address is one instruction.
   int u_stride, delta_stride, z_stride, dy_stride, B_stride, C_stride, U_stride, DELTA_stride, Z_stride, share_stride;
@@ -93,27 +94,35 @@ INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(x * -LOG2E));
 
 // Who does what ------------------------------------------------------------------------------------------------------
 
+INLINE int64 pieces_of(int64 length, int steps) { return length > steps ? (length + steps - 1) / steps : 1; }
+
 // A piece of time, by its number: as sequences.checkpoint_slots and Triton's piece_of count them. A sequence has one
-// piece at least, though it may be empty. Packed, piece p of sequence s has the number start / CHUNK + s + p, which
+// piece at least, though it may be empty. Packed, piece p of sequence s has the number start / steps + s + p, which
 // leaves gaps: numbers whose piece begins beyond the end of its sequence, and not at 0.
 struct Piece {
   int64 s, start; int length, begin;
 
-  INLINE Piece(const Problem& p, int64 number, int64 pieces_of_one) {
+  INLINE Piece(const Problem& p, int64 number, int64 pieces_of_one, int steps = CHUNK) {
     if (!p.cu_seqlens) {
       s = number / pieces_of_one;
       start = s * p.length, length = p.length;
-      begin = (number - s * pieces_of_one) * CHUNK;
+      begin = (number - s * pieces_of_one) * steps;
     } else {
       int64 beyond = p.n_seqs;  // bisection for the last sequence whose first piece has no higher number
       s = 0;
       while (beyond - s > 1) {
         int64 middle = (s + beyond) / 2;
-        if (p.cu_seqlens[middle] / CHUNK + middle <= number) s = middle; else beyond = middle;
+        if (p.cu_seqlens[middle] / steps + middle <= number) s = middle; else beyond = middle;
       }
       start = p.cu_seqlens[s], length = p.cu_seqlens[s + 1] - p.cu_seqlens[s];
-      begin = (number - s - start / CHUNK) * CHUNK;
+      begin = (number - s - start / steps) * steps;
     }
+  }
+
+  // The number of a piece of this sequence.
+  INLINE int64 number_of(const Problem& p, int step, int steps) const {
+    const int64 first = p.cu_seqlens ? start / steps + s : s * pieces_of(p.length, steps);
+    return first + step / steps;
   }
 };
 

@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 
   // p.own is what enters each chunk, or (ENDS) where their ends go; without it one warp walks a whole sequence.
   const int64 number = blockIdx.x / n_tiles;
-  Piece piece(p, number, p.own && p.length > CHUNK ? (p.length + CHUNK - 1) / CHUNK : 1);
+  Piece piece(p, number, p.own ? pieces_of(p.length, CHUNK) : 1);
   int stop;
   if (!find_run(p, number, piece, stop)) return;
   const int length = piece.length;

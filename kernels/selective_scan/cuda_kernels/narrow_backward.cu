@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_backwa
   const Place a(p, blockIdx.x % n_tiles);
   const int warp = threadIdx.x / 32;
   const int64 number = blockIdx.x / n_tiles;
-  const Piece chunk(p, number, p.length > CHUNK ? (p.length + CHUNK - 1) / CHUNK : 1);
+  const Piece chunk(p, number, pieces_of(p.length, CHUNK));
   const int length = chunk.length;
   const int end = chunk.begin + CHUNK < length ? chunk.begin + CHUNK : length;
   const int64 of_chunk = number * p.n_channels;
@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_backwa
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
-  if (p.own) load_by_state(grad, p.own + of_chunk, p, a);
+  if (p.entering) load_by_state(grad, p.entering + of_chunk, p, a);
 #if STATIC_B
   Pairs b_static;
   load_by_channel(b_static, p.B, a);

@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_forwar
   const Place a(p, blockIdx.x % n_tiles);
   const int warp = threadIdx.x / 32;
   const int64 number = blockIdx.x / n_tiles;
-  Piece piece(p, number, p.own && p.length > CHUNK ? (p.length + CHUNK - 1) / CHUNK : 1);
+  Piece piece(p, number, p.own ? pieces_of(p.length, CHUNK) : 1);
   int stop;
   if (!find_run(p, number, piece, stop)) return;
   const int length = piece.length;

@@ -31,11 +31,11 @@ extern "C" __constant__ int shared_bytes = 0;
 extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_shares(const Problem p) {
   int64 block = blockIdx.x;
   const int64 pairs = N * p.n_channels, of_tokens = p.n_tokens * (p.n_channels / p.per_group) * N;
-  if (add_up(p.share_A, p.dA, block, p.n_chunks, pairs, N)) return;
-  if (add_up(p.share_D, p.dD, block, p.n_chunks, p.n_channels, 1)) return;
-  if (add_up(p.share_bias, p.dbias, block, p.n_chunks, p.n_channels, 1)) return;
-  if (STATIC_B ? add_up(p.share_B, p.dB, block, p.n_chunks, pairs, N)
+  if (add_up(p.share_A, p.dA, block, p.n_units, pairs, N)) return;
+  if (add_up(p.share_D, p.dD, block, p.n_units, p.n_channels, 1)) return;
+  if (add_up(p.share_bias, p.dbias, block, p.n_units, p.n_channels, 1)) return;
+  if (STATIC_B ? add_up(p.share_B, p.dB, block, p.n_units, pairs, N)
                : add_up(p.share_B, p.dB, block, p.tiles_of_group, of_tokens, 1)) return;
-  if (STATIC_C) add_up(p.share_C, p.dC, block, p.n_chunks, pairs, N);
+  if (STATIC_C) add_up(p.share_C, p.dC, block, p.n_units, pairs, N);
   else add_up(p.share_C, p.dC, block, p.tiles_of_group, of_tokens, 1);
 }
