@@ -91,7 +91,8 @@ def step_of(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], tuple[Tenso
         y = layer(x)
         if moe is None:
             return torch.autograd.grad(y, leaves, dy)
-        return torch.autograd.grad([y, moe.aux_loss], leaves, [dy, torch.ones_like(moe.aux_loss)])
+        aux_loss, moe.aux_loss = moe.aux_loss, None  # which would hold this step's graph, and that its stream
+        return torch.autograd.grad([y, aux_loss], leaves, [dy, torch.ones_like(aux_loss)])
 
     return step
 

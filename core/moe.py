@@ -40,6 +40,7 @@ ACTIVATIONS = {"relu": torch.relu_, "gelu": F.gelu}  # in place where the result
 class Routes(NamedTuple):
     """Where each token goes."""
 
+    x: Tensor  # (T, D): the tokens; to read these is to let `route` add up their gradient
     logits: Tensor  # (T, E), float32
     probabilities: Tensor  # (T, E), their softmax
     gates: Tensor  # (T, K): the probabilities of the chosen ones, largest first; normalised, if that is asked for
@@ -55,10 +56,10 @@ class Router(nn.Module):
         self.top_k, self.normalise = top_k, normalise
 
     def forward(self, x: Tensor) -> Routes:
-        logits, probabilities, gates, experts = route(x, self.weight, self.top_k)
+        x, logits, probabilities, gates, experts = route(x, self.weight, self.top_k)
         if self.normalise:
             gates = gates / gates.sum(-1, keepdim=True)
-        return Routes(logits, probabilities, gates, experts)
+        return Routes(x, logits, probabilities, gates, experts)
 
 
 class ExpertLinear(nn.Module):
@@ -158,7 +159,7 @@ class MoE(nn.Module):
         # What belongs to no expert comes out of the grouped products undefined, and so does its gradient: both end
         # in `combine` and `dispatch`.
         some_lost = factor is not None or real is not None
-        rows = dispatch(_as_autocast(x), order, c.top_k, some_lost=some_lost)
+        rows = dispatch(_as_autocast(routes.x), order, c.top_k, some_lost=some_lost)
         inner = self._activated(self.in_proj(rows, order.ends))
         return combine(self.out_proj(inner, order.ends), routes.gates, order, some_lost=some_lost)
 
@@ -189,8 +190,9 @@ class MoE(nn.Module):
 
         losses = []
         if c.balance_weight:
-            choices = torch.dot(total(routes.probabilities), counts.to(routes.probabilities.dtype))
-            losses.append(choices * (c.balance_weight * c.n_experts / n_tokens**2))
+            # The factor goes to the counts, for which autograd need not follow it.
+            counts = counts.to(routes.probabilities.dtype) * (c.balance_weight * c.n_experts / n_tokens**2)
+            losses.append(torch.dot(total(routes.probabilities), counts))
         if c.z_weight:
             losses.append(total(routes.logits.logsumexp(-1).square()) * (c.z_weight / n_tokens))
         return reduce(add, losses)

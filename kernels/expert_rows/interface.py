@@ -1,6 +1,6 @@
 """What a mixture of experts does to rows besides its experts: who takes a token, the sort by expert, there and back.
 
-    logits, probabilities, gates, experts = route(x, router_weight, top_k)
+    x, logits, probabilities, gates, experts = route(x, router_weight, top_k)
     order = sort_by_expert(experts.flatten(), n_experts)
     rows = dispatch(x, order, top_k)                 expert e's are rows[order.ends[e - 1] : order.ends[e]]
     y = combine(expert_of_each(rows), gates, order)
@@ -9,14 +9,14 @@ Letters: T tokens, K = top_k, E experts, D width of a row. An assignment is a to
 are t K to t K + K - 1. All is deterministic, and the backward of a gathering gathers too.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import IN_PYTORCH, choose, traced
+from ..backends import IN_PYTORCH, choose, traced, watched
+from ..operators import Operator
 from . import reference
 
 MOST_SORTED_BY_COUNTING = 1024  # experts
@@ -33,16 +33,19 @@ class Order(NamedTuple):
 
 def route(
     x: Tensor, weight: Tensor, top_k: int, *, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (T, D), weight (E, D) -> logits x weight^T, their softmax, the K largest of it and their experts.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (T, D), weight (E, D) -> x, logits x weight^T, their softmax, the K largest of it and their experts.
 
-    Shapes (T, E), (T, E), (T, K), (T, K). In float32, float64 for float64 inputs, whatever autocast says; the experts
-    int64, and without a gradient.
+    Shapes (T, D), (T, E), (T, E), (T, K), (T, K). In float32, float64 for float64 inputs, whatever autocast says; the
+    experts int64, and without a gradient. x comes out as it was: what reads this one instead spares a pass over its
+    gradient, to which the backward adds its own as it computes that.
     """
     backend = _backend(backend, x)
     if backend in IN_PYTORCH:
-        return reference.route(x, weight, top_k)
-    return (_route if traced(x, weight) else _Route.apply)(x, weight, top_k, backend)
+        return x, *reference.route(x, weight, top_k)
+    if traced(x, weight) or not watched(x, weight):
+        return x, *_route(x, weight, top_k, backend)  # no operator may return its input
+    return _Route.apply(x, weight, top_k, backend)
 
 
 @torch.no_grad()
@@ -51,7 +54,7 @@ def sort_by_expert(experts: Tensor, n_experts: int, *, backend: str | None = Non
     backend = _backend(backend, experts)
     if backend in IN_PYTORCH or n_experts > MOST_SORTED_BY_COUNTING:
         return Order(*reference.sort_by_expert(experts, n_experts))
-    return Order(*(_sort if traced(experts) else _run_sort)(experts, n_experts, backend))
+    return Order(*_sort(experts, n_experts, backend))
 
 
 def dispatch(x: Tensor, order: Order, top_k: int, *, some_lost: bool = False, backend: str | None = None) -> Tensor:
@@ -60,7 +63,7 @@ def dispatch(x: Tensor, order: Order, top_k: int, *, some_lost: bool = False, ba
     some_lost: whether assignments without an expert may be among them; what comes back of these is ignored.
     """
     kept = order.ends[-1:] if some_lost else None
-    return _run(_Dispatch, _dispatch, backend, x, order.order, order.places, kept, top_k)
+    return _run(_dispatch, backend, x, order.order, order.places, kept, top_k)
 
 
 def combine(
@@ -72,7 +75,7 @@ def combine(
     gradients are undefined.
     """
     kept = order.ends[-1:] if some_lost else None
-    return _run(_Combine, _combine, backend, rows, gates, order.order, order.places, kept)
+    return _run(_combine, backend, rows, gates, order.order, order.places, kept)
 
 
 def _backend(backend: str | None, x: Tensor) -> str:
@@ -80,21 +83,16 @@ def _backend(backend: str | None, x: Tensor) -> str:
     return "torch" if backend == "numba" else backend  # whose parts PyTorch has
 
 
-def _run(function: Any, operator: Callable[..., Tensor], backend: str | None, x: Tensor, *inputs: Any) -> Tensor:
-    """A compiler sees the operator; autograd by itself is quicker with a function of its own kind."""
+def _run(operator: Operator, backend: str | None, x: Tensor, *inputs: Any) -> Tensor:
     backend = _backend(backend, x)
-    if backend == "plain":
-        return function.forward(x, *inputs, backend)
-    return (operator if traced(x) else function.apply)(x, *inputs, backend)
+    return (operator.run if backend == "plain" else operator)(x, *inputs, backend)
 
 
 def _implementation(backend: str) -> Any:
     return reference if backend in IN_PYTORCH else import_module(f".{backend}", __package__)
 
 
-# Each operator is a function of tensors and plain numbers, with its backward as another operator. `_Route`, `_Dispatch`
-# and `_Combine` tie the same two together without the operators around them. `kept`, where it is given, is the number
-# of assignments that have an expert, (1,).
+# `kept`, where it is given, is the number of assignments that have an expert, (1,).
 
 
 def _run_route(x: Tensor, weight: Tensor, top_k: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,10 +100,10 @@ def _run_route(x: Tensor, weight: Tensor, top_k: int, backend: str) -> tuple[Ten
 
 
 def _run_route_backward(
-    dlogits: Tensor | None, dprobabilities: Tensor | None, dgates: Tensor | None, x: Tensor, weight: Tensor,
-    probabilities: Tensor, experts: Tensor, backend: str,
+    dx: Tensor | None, dlogits: Tensor | None, dprobabilities: Tensor | None, dgates: Tensor | None,
+    x: Tensor, weight: Tensor, probabilities: Tensor, experts: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    gradients = dlogits, dprobabilities, dgates
+    gradients = dx, dlogits, dprobabilities, dgates
     return _implementation(backend).route_backward(*gradients, x, weight, probabilities, experts)
 
 
@@ -133,12 +131,6 @@ def _run_spread(
     return _implementation(backend).spread(dy, rows, gates, order, places, kept)
 
 
-def _operator(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    operator = torch.library.custom_op(f"polymamba::{name}", run, mutates_args=())
-    operator.register_fake(fake)
-    return operator
-
-
 def _fake_route(x, weight, top_k, backend):
     logits = x.new_empty(len(x), len(weight), dtype=torch.float32)
     gates = logits.new_empty(len(x), top_k)
@@ -151,74 +143,80 @@ def _fake_sort(experts, n_experts, backend):
     return order, torch.empty_like(order), ends, torch.empty_like(ends)
 
 
-_route = _operator("route", _run_route, _fake_route)
-_route_backward = _operator(
-    "route_backward",
-    _run_route_backward,
-    lambda dlogits, dprobabilities, dgates, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-)
-_sort = _operator("sort_by_expert", _run_sort, _fake_sort)
-_dispatch = _operator("dispatch", _run_gather, lambda x, order, *_: x.new_empty(len(order), x.shape[1]))
-_collect = _operator(
-    "collect", _run_collect, lambda rows, places, kept, top_k, _: rows.new_empty(len(places) // top_k, rows.shape[1])
-)
-_combine = _operator("combine", _run_combine, lambda rows, gates, *_: rows.new_empty(len(gates), rows.shape[1]))
-_spread = _operator(
-    "combine_backward", _run_spread, lambda dy, rows, gates, *_: (rows.new_empty(rows.shape), torch.empty_like(gates))
-)
+def _fake_route_backward(dx, dlogits, dprobabilities, dgates, x, weight, probabilities, experts, backend):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _fake_gather(x, order, places, kept, top_k, backend):
+    return x.new_empty(len(order), x.shape[1])
+
+
+def _fake_combine(rows, gates, order, places, kept, backend):
+    return rows.new_empty(len(gates), rows.shape[1])
+
+
+def _fake_collect(rows, places, kept, top_k, backend):
+    return rows.new_empty(len(places) // top_k, rows.shape[1])
+
+
+def _fake_spread(dy, rows, gates, order, places, kept, backend):
+    return rows.new_empty(rows.shape), torch.empty_like(gates)
+
+
+_route = Operator("route", _run_route, _fake_route)
+_route_backward = Operator("route_backward", _run_route_backward, _fake_route_backward)
+_sort = Operator("sort_by_expert", _run_sort, _fake_sort)
+_dispatch = Operator("dispatch", _run_gather, _fake_gather)
+_collect = Operator("collect", _run_collect, _fake_collect)
+_combine = Operator("combine", _run_combine, _fake_combine)
+_spread = Operator("combine_backward", _run_spread, _fake_spread)
+
+
+def _setup_route(ctx, inputs, output):
+    x, weight, _, backend = inputs
+    _, probabilities, _, experts = output
+    ctx.save_for_backward(x, weight, probabilities, experts)
+    ctx.backend = backend
+    ctx.mark_non_differentiable(experts)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_route(ctx, dlogits, dprobabilities, dgates, _, dx=None):
+    return *_route_backward(dx, dlogits, dprobabilities, dgates, *ctx.saved_tensors, ctx.backend), None, None
 
 
 class _Route(torch.autograd.Function):
-    @staticmethod
-    def forward(x, weight, top_k, backend):
-        return _run_route(x, weight, top_k, backend)
+    """The operator with one more output: x itself."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, backend = inputs
-        _, probabilities, _, experts = output
-        ctx.save_for_backward(x, weight, probabilities, experts)
-        ctx.backend = backend
-        ctx.mark_non_differentiable(experts)
-        ctx.set_materialize_grads(False)
+    def forward(ctx, *inputs):
+        output = _run_route(*inputs)
+        _setup_route(ctx, inputs, output)
+        return inputs[0], *output
 
     @staticmethod
-    def backward(ctx, dlogits, dprobabilities, dgates, _):
-        run: Any = _route_backward if traced(*ctx.saved_tensors) else _run_route_backward
-        return *run(dlogits, dprobabilities, dgates, *ctx.saved_tensors, ctx.backend), None, None
+    def backward(ctx, dx, dlogits, dprobabilities, dgates, _):
+        return _backward_route(ctx, dlogits, dprobabilities, dgates, None, dx)
 
 
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(x, order, places, kept, top_k, backend):
-        return _run_gather(x, order, places, kept, top_k, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, places, kept, *ctx.options = inputs
-        ctx.save_for_backward(places, kept)
-
-    @staticmethod
-    def backward(ctx, drows):
-        run: Any = _collect if traced(drows) else _run_collect
-        return run(drows, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+def _setup_dispatch(ctx, inputs, output):
+    _, _, places, kept, *ctx.options = inputs
+    ctx.save_for_backward(places, kept)
 
 
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(rows, gates, order, places, kept, backend):
-        return _run_combine(rows, gates, order, places, kept, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.backend = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, dy):
-        run: Any = _spread if traced(dy) else _run_spread
-        return *run(dy, *ctx.saved_tensors, ctx.backend), None, None, None, None
+def _backward_dispatch(ctx, drows):
+    return _collect(drows, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
-for _operation, _function in ((_route, _Route), (_dispatch, _Dispatch), (_combine, _Combine)):
-    _operation.register_autograd(_function.backward, setup_context=_function.setup_context)
+def _setup_combine(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_combine(ctx, dy):
+    return *_spread(dy, *ctx.saved_tensors, ctx.backend), None, None, None, None
+
+
+_route.differentiate(_backward_route, _setup_route)
+_dispatch.differentiate(_backward_dispatch, _setup_dispatch)
+_combine.differentiate(_backward_combine, _setup_combine)

@@ -3,11 +3,13 @@
 No sum is left to an order that may vary: none uses an atomic operation.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from ..triton_runtime import ceil_div, exp_negative, load_float, with_rows
+from ..triton_runtime import ceil_div, exp_negative, load_float, multiply_add, with_rows
 
 TILE = 4096  # elements of a tile, unless a row is longer
 PIECES = 128  # programs of the sort, at most: each adds up the counts of all
@@ -81,15 +83,33 @@ def route(x, weight, top_k):
     return logits, probabilities, gates, experts
 
 
-def route_backward(dlogits, dprobabilities, dgates, x, weight, probabilities, experts):
-    """Gradients of x and weight."""
+@triton.jit(do_not_specialize=["n_rows"])
+def _add_product(
+    base, a, weight, out, base_stride, n_rows, width, n_inner, n_experts,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """out = base + a weight, or a (weight, weight) where a is as wide as that."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < n_rows) & (d < width)
+    total = load_float(base, row * base_stride + d, inside)
+    for first in range(0, n_inner, INNER):
+        i = first + tl.arange(0, INNER)
+        left = tl.load(a + row * n_inner + i[None, :], mask=(row < n_rows) & (i < n_inner)[None, :], other=0.0)
+        of_expert = weight + (i % n_experts)[:, None] * width + d
+        right = tl.load(of_expert, mask=(i < n_inner)[:, None] & (d < width), other=0.0)
+        total = multiply_add(left, right.to(left.dtype), total)
+    tl.store(out + row * width + d, total, mask=inside)
+
+
+def route_backward(dx, dlogits, dprobabilities, dgates, x, weight, probabilities, experts):
+    """Gradients of x, in addition to dx, and of weight."""
     n_rows, n_experts = probabilities.shape
     # A gradient as the sum of two numbers of bf16 has 16 digits: products in bf16 lose nothing that a result keeps.
     halves = x.dtype == weight.dtype == torch.bfloat16
-    out = torch.empty(
-        n_rows, n_experts * (2 if halves else 1), dtype=x.dtype if halves else torch.float32, device=x.device
-    )
-    shape = _shape(n_experts)
+    n_inner, dtype = (2 * n_experts, torch.bfloat16) if halves else (n_experts, torch.float32)
+    out, dx_sum = torch.empty(n_rows, n_inner, dtype=dtype, device=x.device), x.new_empty(x.shape)
+    dx, shape = None if dx is None else with_rows(dx), _shape(n_experts)
     with torch.cuda.device_of(x):
         _choose_backward[(ceil_div(n_rows, shape["ROWS"]),)](
             dlogits, dprobabilities, None if dgates is None else dgates.contiguous(), probabilities, experts, out,
@@ -97,11 +117,13 @@ def route_backward(dlogits, dprobabilities, dgates, x, weight, probabilities, ex
             *((0, 0) if dprobabilities is None else dprobabilities.stride()),
             n_rows, n_experts, TOP_K=experts.shape[1], **shape, HALVES=halves,
         )  # fmt: skip
+        _add_product[(ceil_div(n_rows, 64), ceil_div(x.shape[1], 128))](
+            dx, out, weight.contiguous(), dx_sum, 0 if dx is None else dx.stride(0), n_rows, x.shape[1], n_inner,
+            n_experts, ROWS=64, COLUMNS=128, INNER=32,
+        )  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
-        if not halves:
-            return torch.mm(out, weight.float()).to(x.dtype), torch.mm(out.T, x.float()).to(weight.dtype)
-        dx = torch.mm(out, weight.repeat(2, 1))
-        return dx, _matmul(out.T, x).unflatten(0, (2, -1)).sum(0).to(weight.dtype)
+        dweight = _matmul(out.T, x)
+    return dx_sum, (dweight.unflatten(0, (2, -1)).sum(0) if halves else dweight).to(weight.dtype)
 
 
 @triton.jit(do_not_specialize=["n", "piece"])
@@ -145,7 +167,7 @@ def _place(
 
 
 def sort_by_expert(experts, n_experts):
-    n, bins = len(experts), triton.next_power_of_2(n_experts + 1)
+    n, bins = len(experts), 1 << n_experts.bit_length()  # and one for none
     at_once = min(max(2 * TILE // bins, 1), SORTED_AT_ONCE)
     piece = max(ceil_div(n, PIECES * at_once), 1) * at_once
     n_pieces = max(ceil_div(n, piece), 1)
@@ -241,6 +263,7 @@ def spread(dy, rows, gates, order, places, kept):
     return drows, dgates
 
 
+@cache
 def _shape(width: int) -> dict[str, int]:
     """Shape of a tile of rows and its warps, 32 elements a lane up to rows of 16384."""
     block = 1 << (width - 1).bit_length()

@@ -33,26 +33,27 @@ def choices(n: int, n_experts: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("n_tokens", "n_experts", "top_k", "width"), SIZES)
 def test_route(n_tokens, n_experts, top_k, width, normalised, backend, device_of):
     x, weight = normal(n_tokens, width), normal(n_experts, width, seed=2) / width**0.5
-    cotangents = normal(n_tokens, n_experts, seed=3), normal(n_tokens, n_experts, seed=4), normal(n_tokens, top_k)
+    cotangents = normal(n_tokens, width), *(normal(n_tokens, n, seed=n) for n in (n_experts, n_experts, top_k))
     results = []
     for run in (True, False):
         dtype, device = (torch.float32, device_of(backend)) if run else (torch.float64, "cpu")
         leaves = [t.to(device, dtype).requires_grad_() for t in (x, weight)]
         if run:
-            logits, p, gates, experts = route(*leaves, top_k, backend=backend)
+            same_x, logits, p, gates, experts = route(*leaves, top_k, backend=backend)
             assert experts.dtype == torch.int64
             assert not experts.requires_grad
         else:
-            logits = leaves[0] @ leaves[1].T
+            same_x = leaves[0]
+            logits = same_x @ leaves[1].T
             p = logits.exp() / logits.exp().sum(1, keepdim=True)
             experts = p.argsort(dim=1, descending=True)[:, :top_k]
             gates = p.gather(1, experts)
         if normalised:
             gates = gates / gates.sum(1, keepdim=True)
-        outputs = logits, p, gates
+        outputs = same_x, logits, p, gates
         sum((y * c.to(device, dtype)).sum() for y, c in zip(outputs, cotangents, strict=True)).backward()
         results.append([*outputs, *(leaf.grad for leaf in leaves), experts])
-    for ours, truth, name in zip(*results, ("logits", "p", "gates", "dx", "dweight", "experts"), strict=True):
+    for ours, truth, name in zip(*results, ("x", "logits", "p", "gates", "dx", "dweight", "experts"), strict=True):
         close(ours, truth, 3e-6, name)
 
 
@@ -64,25 +65,27 @@ def test_route_in_bfloat16_loses_no_digit_of_the_gradient(backend, device_of):
     logits = truth[0] @ truth[1].T
     (logits.softmax(1) * cotangent).sum().backward()
     ours = [t.to(device_of(backend)).requires_grad_() for t in (x, weight)]
-    found, p, *_ = route(*ours, 2, backend=backend)
+    _, found, p, *_ = route(*ours, 2, backend=backend)
     assert found.dtype == p.dtype == torch.float32
     close(found, logits, 1e-6)
     (p * cotangent.to(p)).sum().backward()
+    digits = 0.008 if x.device == ours[0].device else 0.004  # Triton's interpreter cuts off where a GPU rounds
     for a, b in zip(ours, truth, strict=True):
         assert a.grad.dtype == torch.bfloat16
         error = (a.grad.cpu().double() - b.grad).abs()
-        assert torch.all(error <= 0.004 * b.grad.abs() + 2e-5 * b.grad.abs().max())
+        assert torch.all(error <= digits * b.grad.abs() + 2e-5 * b.grad.abs().max())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("used", ["logits", "probabilities", "gates"])
+@pytest.mark.parametrize("used", ["x", "logits", "probabilities", "gates"])
 def test_gradients_of_one_output_of_route(used, backend, device_of):
     results = []
     for name in (backend, "reference"):
         leaves = [t.float().to(device_of(name)).requires_grad_() for t in (normal(9, 8), normal(5, 8, seed=2))]
-        outputs = dict(zip(("logits", "probabilities", "gates"), route(*leaves, 2, backend=name), strict=False))
+        outputs = dict(zip(("x", "logits", "probabilities", "gates"), route(*leaves, 2, backend=name), strict=False))
         outputs[used].square().sum(0).sum().backward()  # an expanded gradient
-        results.append([leaf.grad.cpu() for leaf in leaves])
+        # Of x alone, the weight's is none or 0.
+        results.append([torch.zeros_like(leaf).cpu() if leaf.grad is None else leaf.grad.cpu() for leaf in leaves])
     for ours, truth in zip(*results, strict=True):
         close(ours, truth.double(), 3e-6)
 
@@ -175,6 +178,7 @@ def test_rows_in_half_precision_and_views(backend, device_of):
     close(gates.grad, truth.sum(1, keepdim=True).expand(-1, 2), 0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operators(backend, device_of):
     device, operators = device_of(backend), torch.ops.polymamba
@@ -195,7 +199,7 @@ def test_compiles_as_one_graph(backend, device_of):
     device = device_of(backend)
 
     def layer(x, weight):
-        _, p, gates, experts = route(x, weight, 2, backend=backend)
+        x, _, p, gates, experts = route(x, weight, 2, backend=backend)
         order = sort_by_expert(experts.flatten(), 5, backend=backend)
         rows = dispatch(x, order, 2, backend=backend).square()
         return combine(rows, gates, order, backend=backend), p.sum(0) * order.counts
