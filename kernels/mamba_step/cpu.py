@@ -167,7 +167,7 @@ def step(x, stream, conv_state, ssm_state, weights, eps, centred):
             new_stream.numpy(), out.numpy(),
         )  # fmt: skip
         return out, new_stream
-    normed, new_stream = norm_forward(x, stream, weights.norm, weights.norm_bias, eps, centred)
+    normed, new_stream = norm_forward(x, stream, weights.norm, weights.norm_bias, eps, centred, weights.norm.dtype)
     uz = F.linear(normed, weights.in_proj)
     y = x.new_empty(len(x), weights.D.numel())
     parallel(_between, len(x), uz.numpy(), *states, *map(_array, weights[3:10]), y.numpy())

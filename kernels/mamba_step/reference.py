@@ -11,7 +11,7 @@ def mamba_step_reference(x, stream, conv_state, ssm_state, weights, eps, centred
     """`polymamba.kernels.mamba_step`, its checks aside: (out, stream)."""
     w = weights
     rank, n_states = w.dt_proj.shape[1], w.A_log.shape[1]
-    normed, stream = norm_reference(x, stream, w.norm, w.norm_bias, eps, centred)
+    normed, stream = norm_reference(x, stream, w.norm, w.norm_bias, eps, centred, w.norm.dtype)
     u, z = F.linear(normed, w.in_proj).chunk(2, dim=-1)
     window = torch.cat((conv_state, u[:, :, None]), dim=-1)
     conv_state.copy_(window[..., 1:])

@@ -49,7 +49,7 @@ def _scan(
 
 def step(x, stream, conv_state, ssm_state, w, eps, centred):
     (n_channels, n_states), rank, n_rows = w.A_log.shape, w.dt_proj.shape[1], len(x)
-    normed, new_stream = norm_forward(x, stream, w.norm, w.norm_bias, eps, centred)
+    normed, new_stream = norm_forward(x, stream, w.norm, w.norm_bias, eps, centred, w.norm.dtype)
     u, z = F.linear(normed, w.in_proj).chunk(2, dim=1)
     u = conv_step(conv_state, u, w.conv, w.conv_bias, True)
     y, block_n = torch.empty_like(u), triton.next_power_of_2(n_states)
