@@ -181,8 +181,7 @@ class MoE(nn.Module):
     def _auxiliary(self, routes: Routes, counts: Tensor, real: Tensor | None, n_tokens: int | Tensor) -> Tensor:
         """The auxiliary losses that have a weight, of which there is one at least; counts (E,) of choices."""
         c = self.config
-        if isinstance(n_tokens, Tensor):
-            n_tokens = n_tokens.clamp(min=1)
+        n_tokens = n_tokens.clamp(min=1) if isinstance(n_tokens, Tensor) else max(n_tokens, 1)
 
         def total(x: Tensor) -> Tensor:
             """Of the real tokens: (T, ..) -> (..)."""

@@ -32,6 +32,8 @@ def assert_close(name: str, ours: torch.Tensor, golden: torch.Tensor, tolerance:
 class Mix(nn.Linear):
     """What stands in the S4's place in the structure cases: a linear map of each step."""
 
+    projects_input = True
+
     def forward(self, x, **options):
         y = super().forward(x)
         return (y, []) if options.get("return_state") else y
