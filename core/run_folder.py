@@ -91,9 +91,9 @@ class RunFolder:
         lines = (self / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line
 
-    def rewind_log(self, step: int) -> None:
-        """Drop what was logged after `step`: a resumed run will log it again."""
-        kept = [json.dumps(record) + "\n" for record in self.read_log() if record["step"] <= step]
+    def rewind_log(self, n_records: int) -> None:
+        """Keep the first `n_records` only: a resumed run will log the others again."""
+        kept = [json.dumps(record) + "\n" for record in self.read_log()[:n_records]]
         write_text(self / LOG, "".join(kept))
 
     # Checkpoints

@@ -73,6 +73,7 @@ class _Position:
     best_epoch: int = -1
     loss_sum: float = 0.0  # of this epoch's steps so far, without auxiliary losses
     seconds: float = 0.0
+    n_logged: int = 0  # records in the log: not to be told by the step, of which an epoch's end logs a second one
     metrics: dict[str, float] = field(default_factory=dict)  # of the best epoch
 
 
@@ -279,6 +280,7 @@ class _Trainer:
         if not self.main:
             return
         self.run.append_log({"step": self.position.step, "epoch": self.position.epoch + 1, **figures})
+        self.position.n_logged += 1
         for name, value in figures.items():
             self.board.add_scalar(name, value, self.position.step)
 
@@ -298,7 +300,7 @@ class _Trainer:
             rank = self.accelerator.process_index
             position = checkpoint.load(latest, self.to_save, self.optimizer, self.accelerator.device, rank)
             self.position = _Position(**position)
-        self.run.rewind_log(self.position.step)
+        self.run.rewind_log(self.position.n_logged)
 
     def with_progress(self, loader: DataLoader, n_steps: int) -> Iterator[list[Any]]:
         """The loader's steps under a progress bar on stderr, if that is a terminal."""

@@ -90,12 +90,33 @@ def test_resumes_to_the_same_bits(tmp_path, broken_at, workers):
     assert run(tmp_path / "broken", CountUp(), config, resume=True) == undisturbed
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
+    assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
 
-    def figures(name: str) -> list[dict]:
-        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
-    assert figures("whole") == figures("broken")
+def logged(folder) -> list[dict]:
+    """But for how long it took."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_the_end_of_an_epoch_is_logged_once(tmp_path, monkeypatch):
+    """Broken off after an epoch's figures are logged, before its checkpoint: one of the same step (6) is there already."""
+    run(tmp_path / "whole", CountUp(), CONFIG)
+    save, calls = LanguageModel.save_pretrained, itertools.count(1)
+
+    def breaks(*args):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return save(*args)
+
+    monkeypatch.setattr(LanguageModel, "save_pretrained", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", CountUp(), CONFIG)
+    monkeypatch.undo()
+    assert (tmp_path / "broken" / "checkpoints" / "step-00000006").is_dir()
+    assert logged(tmp_path / "broken")[-1]["step"] == 6
+    run(tmp_path / "broken", CountUp(), CONFIG, resume=True)
+    assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
 
 
 def test_auxiliary_losses_are_trained_on_and_logged_by_themselves(tmp_path):
