@@ -100,7 +100,7 @@ def logged(folder) -> list[dict]:
 
 
 def test_the_end_of_an_epoch_is_logged_once(tmp_path, monkeypatch):
-    """Broken off after an epoch's figures are logged, before its checkpoint: one of the same step (6) is there already."""
+    """Broken off when an epoch's figures are logged and its checkpoint is not there, but one of the same step (6)."""
     run(tmp_path / "whole", CountUp(), CONFIG)
     save, calls = LanguageModel.save_pretrained, itertools.count(1)
 
