@@ -66,6 +66,12 @@ def _nvrtc() -> ctypes.CDLL:
     return library
 
 
+@cache
+def processors(device: int) -> int:
+    """Multiprocessors of a CUDA device: how many blocks fill it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def loads() -> bool:
     """Whether NVRTC is there and loads."""
     try:

@@ -13,7 +13,8 @@ from .backends import traced
 
 
 @cache
-def _module(package: str, name: str) -> ModuleType:
+def module(package: str, name: str) -> ModuleType:
+    """A module of a kernel's package, looked up once: a search at each call takes a small model's time."""
     return import_module(f".{name}", package)
 
 
@@ -24,7 +25,7 @@ class Implementations:
         self.package, self.modules = package or "", modules
 
     def __call__(self, backend: str, function: str) -> Callable[..., Any]:
-        return getattr(_module(self.package, self.modules[backend]), function)
+        return getattr(module(self.package, self.modules[backend]), function)
 
 
 class Operator:

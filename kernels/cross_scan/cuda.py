@@ -95,11 +95,6 @@ def _function(kernel: str, device: int, macros: tuple[tuple[str, Any], ...]):
     return nvrtc.kernel(_source(kernel, macros), f"scan_{kernel}", device)
 
 
-@cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _floats(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
@@ -172,7 +167,7 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
 
 
 def _forward(p: _Problem, saved: Tensor) -> Tensor:
-    split = p.blocks < _processors(p.device)
+    split = p.blocks < nvrtc.processors(p.device)
     shape = (4, *p.x.shape) if split else p.x.shape
     y = torch.empty(shape, dtype=torch.float32, device=p.x.device)
     states = saved if saved.numel() else None

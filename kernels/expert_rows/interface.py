@@ -9,14 +9,13 @@ Letters: T tokens, K = top_k, E experts, D width of a row. An assignment is a to
 are t K to t K + K - 1. All is deterministic, and the backward of a gathering gathers too.
 """
 
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import IN_PYTORCH, choose, traced, watched
-from ..operators import Operator
+from ..operators import Operator, module
 from . import reference
 
 MOST_SORTED_BY_COUNTING = 1024  # experts
@@ -89,7 +88,7 @@ def _run(operator: Operator, backend: str | None, x: Tensor, *inputs: Any) -> Te
 
 
 def _implementation(backend: str) -> Any:
-    return reference if backend in IN_PYTORCH else import_module(f".{backend}", __package__)
+    return reference if backend in IN_PYTORCH else module(__package__ or "", backend)
 
 
 # `kept`, where it is given, is the number of assignments that have an expert, (1,).

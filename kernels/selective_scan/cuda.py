@@ -148,11 +148,6 @@ def _function(kernel: str, name: str, device: int, macros: tuple[tuple[str, Any]
 
 
 @cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
 def _room(device: int) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
@@ -279,7 +274,7 @@ class _Plan:
 
     def __init__(self, layout: _Layout):
         self.layout = layout
-        self.processors = _processors(layout.device)
+        self.processors = nvrtc.processors(layout.device)
         self.length = layout.n_tokens // max(layout.batch, 1)  # of each sequence; of all if packed
         self.chunk, self.unit = _chunk_and_unit(layout.n_channels, layout.n_states)
         self.several = self.length > self.chunk  # whether a sequence may have more than one chunk

@@ -64,10 +64,9 @@ def on_the_cpu(monkeypatch, folder):
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name, folder))
     monkeypatch.setattr(cuda, "usable", lambda device: True)
-    monkeypatch.setattr(cuda, "_processors", lambda device: 1)
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "_chunk_and_unit", lambda channels, states: (64, 32 if states > 4 else 64))
-    monkeypatch.setattr(cross_cuda, "_processors", lambda device: 1)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
     forget()
     yield
@@ -103,7 +102,7 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
 @pytest.mark.parametrize("name", CASES)
 def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, assert_close):
     monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 10**9 if at_once else 0)
-    monkeypatch.setattr(cuda, "_processors", lambda device: 132 if at_once else 1)
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 132 if at_once else 1)
     states, channels, groups, ends, reverse, static, absent = CASES[name]
     tensors = inputs(ends[-1], channels, states, groups, len(ends) - 1)
     tensors |= {m: tensors["A"] * (1.5 if m == "B" else -1.0) for m in static}
@@ -125,7 +124,7 @@ def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monke
     arguments = {"delta_softplus": True, "return_final_state": True}
     first = results_of(selective_scan, tensors, "cuda", **arguments)
     for processors, rows in ((132, 0), (132, 10**9), (1, 10**9)):
-        monkeypatch.setattr(cuda, "_processors", lambda device, n=processors: n)
+        monkeypatch.setattr(nvrtc, "processors", lambda device, n=processors: n)
         monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", rows)
         forget()
         again = results_of(selective_scan, tensors, "cuda", **arguments)
@@ -173,7 +172,7 @@ def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu,
 def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch):
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(cuda, "usable", lambda device: device not in cuda._broken)
-    monkeypatch.setattr(cuda, "_processors", lambda device: 1)
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "_broken", set())
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
@@ -220,7 +219,7 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", compile_only)
     monkeypatch.setattr(cuda, "usable", lambda device: True)
-    monkeypatch.setattr(cuda, "_processors", lambda device: 132)
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
     monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
     forget()
     u = torch.zeros(3 * cuda._chunk_and_unit(64, states)[0], 64, dtype=torch.bfloat16, device="meta")
@@ -337,7 +336,7 @@ def test_an_image_feels_neither_its_batch_nor_the_plan(launched, monkeypatch, re
     """Few blocks have a direction each; any number of warps sums in the same order."""
     tensors = cast(image(2, 9, 8, 8, 2), torch.float32)
     y = results_of(cross_scan, tensors, "cuda")["y"]
-    monkeypatch.setattr(cross_cuda, "_processors", lambda device: 132)
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
     alone = {name: x[1:] if name in ("x", "dt", "B", "C") else x for name, x in tensors.items()}
     assert torch.equal(results_of(cross_scan, alone, "cuda")["y"], y[1:])
     monkeypatch.setattr(

@@ -58,15 +58,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     float bias[V], A[V], skip[V], sum_A[V], sum_bias[V], sum_D[V];
     load_parameter(bias, p.bias, p, a, k);
     load_parameter(A, p.A, p, a, k);
+    load_skip(skip, p, a, k);
 #pragma unroll
-    for (int v = 0; v < V; ++v) bias[v] *= SCALE, skip[v] = sum_A[v] = sum_bias[v] = sum_D[v] = 0.0f;
-    if (k == 0)
-      for (int i = 0; i < 4; ++i) {
-        float of_one[V];
-        load_parameter(of_one, p.D, p, a, i);
-#pragma unroll
-        for (int v = 0; v < V; ++v) skip[v] += of_one[v];
-      }
+    for (int v = 0; v < V; ++v) bias[v] *= SCALE, sum_A[v] = sum_bias[v] = sum_D[v] = 0.0f;
     __syncthreads();
 
     float gradient = 0.0f;  // dL/dh of channel `lane` after the steps at hand, in the warp that carries it

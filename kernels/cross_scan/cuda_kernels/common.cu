@@ -151,6 +151,18 @@ INLINE void load_parameter(float (&x)[V], const float* from, const Problem& p, c
 #pragma unroll
   for (int v = 0; v < V; ++v) x[v] = v < a.there ? from[k * p.n_channels + a.e + v] : 0.0f;
 }
+// D of all directions, which the first one adds.
+INLINE void load_skip(float (&skip)[V], const Problem& p, const Place& a, int k) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) skip[v] = 0.0f;
+  if (k == 0)
+    for (int i = 0; i < 4; ++i) {
+      float of_one[V];
+      load_parameter(of_one, p.D, p, a, i);
+#pragma unroll
+      for (int v = 0; v < V; ++v) skip[v] += of_one[v];
+    }
+}
 
 // dt_weight dt + bias, times SCALE, of a lane's T positions.
 template <int COUNT> INLINE void add_ranks(float (&wide)[T][V], const Shared& shared, int buffer, const Place& a, int r) {

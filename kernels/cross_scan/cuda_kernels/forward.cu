@@ -40,18 +40,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     __syncthreads();  // the last direction's y is there, and its rows and weights are done with
     stage_weight(p, shared, a, k);
     stage_rows(p, shared.rows[0], a, k, order, 0, threadIdx.x, THREADS);
-    float bias[V], A2[V], skip[V];  // skip: D of all directions, which the first one adds
+    float bias[V], A2[V], skip[V];
     load_parameter(bias, p.bias, p, a, k);
     load_parameter(A2, p.A, p, a, k);
+    load_skip(skip, p, a, k);
 #pragma unroll
-    for (int v = 0; v < V; ++v) bias[v] *= SCALE, A2[v] *= LOG2E, skip[v] = 0.0f;
-    if (k == 0)
-      for (int i = 0; i < 4; ++i) {
-        float of_one[V];
-        load_parameter(of_one, p.D, p, a, i);
-#pragma unroll
-        for (int v = 0; v < V; ++v) skip[v] += of_one[v];
-      }
+    for (int v = 0; v < V; ++v) bias[v] *= SCALE, A2[v] *= LOG2E;
     __syncthreads();
 
     float carried = 0.0f;  // of the first warp: the state of channel `lane` that enters the steps at hand
