@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import parallel
 from .attention import Attention
 from .config import BackboneConfig
 from .lru import LRU
@@ -122,9 +123,16 @@ class Backbone(nn.Module):
                       Padding changes no real token's result, its own outputs are zero, and the state returned is that
                       after each row's last real token.
 
-        Raises ValueError for cu_seqlens with padding_mask or B > 1, for a mask with a hole, and for a state with a
-        bidirectional mixer.
+        Inside `context_parallel` x and padding_mask are the pieces of this process, cu_seqlens that of the whole.
+
+        Raises ValueError for cu_seqlens with padding_mask or B > 1, for a mask with a hole, for a state with a
+        bidirectional mixer, and for mixers of which the sequence cannot be cut.
         """
+        if parallel.current() is not None and not self.config.mixers <= parallel.SPLITTABLE:
+            raise ValueError(
+                f"context_parallel: {', '.join(sorted(self.config.mixers - parallel.SPLITTABLE))} cannot be cut along "
+                f"the sequence; use {', '.join(sorted(parallel.SPLITTABLE))}"
+            )
         if (state is not None or return_state) and self.config.bidirectional:
             raise ValueError("a bidirectional backbone has no state: every output depends on the whole sequence")
         if cu_seqlens is not None and (padding_mask is not None or x.shape[0] != 1):
@@ -145,7 +153,9 @@ class Backbone(nn.Module):
             if not self.config.bidirectional:
                 options |= {"state": None if state is None else state[i], "return_state": return_state}
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, stream, block_state = checkpoint(block, x, stream, use_reentrant=False, **options)  # pyright: ignore
+                x, stream, block_state = checkpoint(  # pyright: ignore[reportGeneralTypeIssues]
+                    block, x, stream, use_reentrant=False, context_fn=parallel.recomputing, **options
+                )
             else:
                 x, stream, block_state = block(x, stream, **options)
             states.append(block_state)

@@ -18,18 +18,12 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from ..kernels import (
-    MambaWeights,
-    causal_conv1d,
-    causal_conv1d_step,
-    mamba_step,
-    selective_scan,
-    selective_scan_step,
-)
+from ..kernels import MambaWeights, causal_conv1d_step, mamba_step, selective_scan_step
 from ..kernels.backends import watched
 from .mamba_at_once import as_made, at_once
 from .norm import AddLayerNorm, AddRMSNorm
 from .padding import forward_as_pack
+from .parallel import causal_conv1d, selective_scan
 
 
 class MambaState(NamedTuple):

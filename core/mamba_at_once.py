@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from ..kernels.mamba_block import BlockWeights, mamba_block, serves
+from . import parallel
 from .autocast import autocast_dtype
 
 _INNER = ("conv1d", "x_proj", "dt_proj")
@@ -37,9 +38,10 @@ def at_once(
     """`mixer.forward` of hidden (B, L, M), or if not `projected` of (x, z) (B, L, 2E), where autograd alone looks on.
 
     None where the parts have to be run one after another: outside training, before a compiler, if a part is not what it
-    was made as, and wherever autocast or the weights' dtypes would have the parts compute otherwise.
+    was made as, wherever autocast or the weights' dtypes would have the parts compute otherwise, and where the sequence
+    is cut into pieces (parallel.py).
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or parallel.current() is not None:
         return None
     # Not by attribute: what nn.Module does to find one takes longer than the rest of this.
     parts: dict[str, Any] = {name: mixer._modules[name] for name in (_ALL if projected else _INNER)}

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from . import parallel
+
 
 class Padding(NamedTuple):
     """Rows of L tokens, of which one run is real."""
@@ -57,6 +59,12 @@ def forward_as_pack(
     mixer: Any, hidden: Tensor, padding: Padding, *, state: Any = None, return_state: bool = False
 ) -> Any:
     """`forward_padded` of a mixer that takes packed sequences: each row as three of them. Shapes stay static."""
+    context = parallel.current()
+    if context is not None:  # a row goes on in other pieces: it stays one, in which padding does nothing
+        if state is not None or return_state:
+            raise ValueError("a sequence that is cut into pieces takes no state and returns none")
+        with parallel.with_padding(context, padding.real(hidden.shape[1])):
+            return mixer(hidden)
     options: dict[str, Any] = {"cu_seqlens": padding.cu_seqlens}
     if state is not None:
         options["state"] = type(state)(*(_at_real_tokens(s) for s in state))

@@ -1,6 +1,13 @@
-"""For all tests: Triton's interpreter where there is no GPU, one seed, and `gpu` tests skipped without a GPU."""
+"""For all tests: Triton's interpreter where there is no GPU, one seed, and `gpu` tests skipped without a GPU.
 
+`in_processes` runs a function in several processes that share a gloo group.
+"""
+
+import multiprocessing
 import os
+import runpy
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: see facade/cli.py
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -23,3 +30,30 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def in_processes():
+    """in_processes(n, function, *arguments): what each of n processes returned of `function`, which a test file holds.
+
+    They are forked off a server that has loaded torch already: a fresh interpreter for each takes seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "accelerate", "polymamba.core.train", "polymamba.core.mamba"])
+
+    def run(n, function, *arguments):
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = [(function.__code__.co_filename, function.__name__, rank, n, folder, arguments) for rank in range(n)]
+            script = str(Path(__file__).with_name("in_process.py"))
+            started = [
+                context.Process(target=runpy.run_path, args=(script,), kwargs={"init_globals": {"JOB": job}})
+                for job in jobs
+            ]
+            for process in started:
+                process.start()
+            for process in started:
+                process.join()
+            assert [process.exitcode for process in started] == [0] * n
+            return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(n)]
+
+    return run
