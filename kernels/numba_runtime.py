@@ -188,6 +188,11 @@ def store(tile, order, c0, c1, out):
                 out[row, first + np.uint64(d)] = tile[i, d]
 
 
+def copied(x: Tensor | None) -> Any:
+    """A parameter to be made an array of: `numpy()` fixes a storage's size for good, and FSDP frees and refills it."""
+    return None if x is None else x.detach().clone()
+
+
 def rows(x: Tensor | None) -> tuple[np.ndarray, int]:
     """x (T, D) as a contiguous float32 array and x's first column in it: no copy where x is some columns of a matrix.
 

@@ -39,7 +39,8 @@ def in_processes():
     They are forked off a server that has loaded torch already: a fresh interpreter for each takes seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "accelerate", "polymamba.core.train", "polymamba.core.mamba"])
+    kernels = [f"polymamba.kernels.{name}.cpu" for name in ("selective_scan", "causal_conv1d", "norm")]
+    context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "polymamba.core.train", *kernels])
 
     def run(n, function, *arguments):
         with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import numba_lanes as lanes
 from ..numba_lanes import LANES
-from ..numba_runtime import TILE, buffer, inline, jit, load, parallel, rows, sigmoid, store, wide
+from ..numba_runtime import TILE, buffer, copied, inline, jit, load, parallel, rows, sigmoid, store, wide
 from ..sequences import sequence_bounds
 
 PIECE = 128  # steps of a job: fixed, so that sums over time never depend on the number of threads
@@ -180,7 +180,7 @@ def _prepare(x, weight, bias, initial_state, cu_seqlens, batch):
     jobs = [(s, begin) for s, n in enumerate(np.diff(bounds)) for begin in range(0, max(n, 1), PIECE)]
     bias = weight.new_zeros(n_channels) if bias is None else bias
     state = np.empty((0, width - 1, n_channels), np.float32) if initial_state is None else _array(initial_state.mT)
-    arrays = (*rows(x), _array(weight.mT), _array(bias[None]), state)
+    arrays = (*rows(x), _array(copied(weight).mT), _array(copied(bias)[None]), state)
     return np.array(jobs, np.int64).reshape(-1, 2), bounds, arrays
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..numba_runtime import REDUCE, inline, jit, parallel, wide
+from ..numba_runtime import REDUCE, copied, inline, jit, parallel, wide
 
 PIECE = 1 << 17  # elements of a job: fewer are done before another thread wakes up
 
@@ -105,7 +105,7 @@ def forward(x, residual, weight, bias, eps, centred, dtype):
     n_jobs, piece = _jobs(x)
     y = np.empty(x.shape, np.float32)
     stream = np.empty((0, 0) if residual is None else x.shape, np.float32)
-    arrays = (_array(x), _array(residual, 0, 0), _array(weight), _array(bias, len(weight)))
+    arrays = (_array(x), _array(residual, 0, 0), _array(copied(weight)), _array(copied(bias), len(weight)))
     parallel(_forward, n_jobs, piece, *arrays, np.float32(eps), centred, stream, y)
     stream = torch.from_numpy(stream)
     return torch.from_numpy(y).to(dtype), stream.view(-1) if residual is None else stream
@@ -116,7 +116,7 @@ def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype):
     n_jobs, piece = _jobs(stream)
     dresidual = np.empty(stream.shape, np.float32)
     dweight, dbias = (np.empty((n_jobs, len(weight)), np.float32) for _ in range(2))
-    arrays = (_array(dy), _array(dstream, 0, 0), _array(stream), _array(weight))
+    arrays = (_array(dy), _array(dstream, 0, 0), _array(stream), _array(copied(weight)))
     parallel(_backward, n_jobs, piece, *arrays, np.float32(eps), centred, dresidual, dweight, dbias)
     dresidual = torch.from_numpy(dresidual)
     return dresidual, dresidual.to(x_dtype), torch.from_numpy(dweight).sum(0), torch.from_numpy(dbias).sum(0)

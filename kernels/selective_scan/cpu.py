@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..numba_runtime import LOG2E, TILE, buffer, jit, load, parallel, rows, store
+from ..numba_runtime import LOG2E, TILE, buffer, copied, jit, load, parallel, rows, store
 from ..sequences import checkpoint_slots, sequence_bounds
 from .cpu_forward import CHECKPOINT
 from .cpu_forward import forward as _forward
@@ -144,7 +144,7 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch):
     arrays = (
         *(_array(u, (0, 0)), _array(delta, (0, 0)), _array(A.mT.float() * LOG2E, (0, 0))),
         *(*_split_static(B), *_split_static(C)),
-        *(_array(D, (0, 0)), *rows(z), _array(delta_bias, (0, 0))),
+        *(_array(copied(D), (0, 0)), *rows(z), _array(copied(delta_bias), (0, 0))),
     )
     return np.array(tiles, np.int64).reshape(-1, 3), bounds, arrays
 

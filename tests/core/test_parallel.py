@@ -88,3 +88,71 @@ def test_pieces_are_the_whole(n, in_processes):
     for errors in in_processes(n, all_cases):
         for (pattern, layout, dtype, name), error in errors.items():
             assert error < (1e-5 if dtype == "torch.float32" else 1e-12), (pattern, layout, dtype, name, error)
+
+
+def stacked(n_steps=3):
+    """FSDP2 over all 4 processes, 2 of which share each sequence; blocks recomputed; backward out of the context."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    backbone, x, _, target = case(("mamba", "bimamba"), "rows")
+    x, target = torch.cat((x, x.flip(2)))[:4], torch.cat((target, target.flip(1)))[:4]
+    alone, *_ = case(("mamba", "bimamba"), "rows")
+    backbone.gradient_checkpointing = True
+    for block in backbone.layers:
+        fully_shard(block, mesh=mesh["data", "context"]._flatten())
+    fully_shard(backbone, mesh=mesh["data", "context"]._flatten())
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (backbone, alone)]
+    losses = []
+    row = mesh.get_local_rank("data")
+    for _ in range(n_steps):
+        with context_parallel(mesh["context"]):
+            y = backbone(own_piece(x[2 * row : 2 * row + 2]))
+            loss = F.mse_loss(y, own_piece(target[2 * row : 2 * row + 2]))
+        loss.backward()
+        dist.all_reduce(loss.detach())  # in place
+        truth = F.mse_loss(alone(x), target)
+        truth.backward()
+        losses.append((loss.item() / 4, truth.item()))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = [(p.full_tensor() - q).abs().max().item() for p, q in zip(backbone.parameters(), alone.parameters())]
+    return losses, max(weights)
+
+
+def test_with_fsdp_and_recomputed_blocks(in_processes):
+    for losses, worst_weight in in_processes(4, stacked):
+        for found, truth in losses:
+            assert found == pytest.approx(truth, abs=1e-5)
+        assert losses[-1][1] < losses[0][1]
+        assert worst_weight < 1e-5
+
+
+def refusals():
+    """What each misuse says; and whether what runs outside is the same to the bit after a context as before."""
+    backbone, x, _, _ = case(("mamba",), "rows")
+    before = backbone(x)
+    said = {}
+
+    def attempt(name, run):
+        try:
+            run()
+        except ValueError as error:
+            said[name] = str(error)
+
+    with context_parallel(dist.group.WORLD):
+        attempt("divide", lambda: own_piece(x[:, :-1]))
+        attempt("state", lambda: backbone(x, return_state=True))
+        attempt("padded state", lambda: backbone(x, return_state=True, padding_mask=x[..., 0] < 1e9))
+        attempt("short", lambda: backbone(x[:, :2]))
+        attempt("attention", lambda: case(("mamba", "attention"), "rows")[0](x))
+    return said, torch.equal(backbone(x), before)
+
+
+def test_refusals(in_processes):
+    for said, same in in_processes(2, refusals):
+        assert said["divide"].startswith("length 59 does not divide among 2 processes")
+        assert "takes no state" in said["state"]
+        assert "takes no state" in said["padded state"]
+        assert said["short"].startswith("pieces of 2 tokens are shorter than the convolution's reach of 3")
+        assert said["attention"].startswith("context_parallel: attention cannot be cut")
+        assert same
