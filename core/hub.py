@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from torch import nn
 
 from .errors import InputError
 from .files import write_json, written_whole
+from .sharded import is_sharded, whole_state
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -34,15 +36,32 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin, library_name="polymamba")
     def save_pretrained(self, save_directory: str | Path, *, model_card_kwargs: dict | None = None, **_: Any) -> None:
         """Write config.json and model.safetensors to a folder, each whole or not at all.
 
+        Of a model whose weights are divided among processes all have to call it, and the first one writes.
+
         `push_to_hub` (of the mixin) calls this with `model_card_kwargs` and gets a model card as well.
         """
+        whole = self.on_one_process()
+        if whole is None:
+            return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / WEIGHTS) as beside:
-            save_model(self, str(beside))
-        write_json(folder / CONFIG, {"model": type(self).__name__, **self.describe()})
+            save_model(whole, str(beside))
+        write_json(folder / CONFIG, {"model": type(whole).__name__, **self.describe()})
         if model_card_kwargs is not None:
             self.generate_model_card(**model_card_kwargs).save(folder / "README.md")
+
+    def on_one_process(self) -> nn.Module | None:
+        """This model; if its weights are divided among processes, a whole copy on the first, and None on the others."""
+        if not is_sharded(self):
+            return self
+        state = whole_state(self)
+        if state is None:
+            return None
+        with torch.random.fork_rng(devices=[]):  # training draws no other numbers for it
+            whole = self.from_description(json.loads(json.dumps(self.describe())))
+        whole.load_state_dict(state)
+        return whole
 
     def describe(self) -> dict[str, Any]:
         """What config.json says of the model beside its class; JSON-safe."""

@@ -26,10 +26,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..kernels import Order, combine, dispatch, route, sort_by_expert
 from .autocast import autocast_dtype
 from .config import MoEConfig
+from .expert_parallel import own_experts, through_experts
 from .grouped import grouped_matmul, waits_for_host
 from .mlp import NoState
 from .padding import Padding
@@ -70,8 +72,8 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, n_in, n_out))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x (A, in), sorted by expert, expert e's ending at ends[e] -> (A, out)."""
-        return grouped_matmul(x, self.weight.to(x.dtype), ends)
+        """x (A, in), sorted by expert, expert e's ending at ends[e] -> (A, out). Of spread experts: those here."""
+        return grouped_matmul(x, own_experts(self.weight).to(x.dtype), ends)
 
     def gathered(self, x: Tensor, experts: Tensor) -> Tensor:
         """x (A, in), experts (A,) -> (A, out). For few rows, and no gradients: that of an indexed weight is as large
@@ -106,6 +108,11 @@ class MoE(nn.Module):
             std = math.sqrt(scale / fan_in)
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
+    @property
+    def experts(self) -> tuple[ExpertLinear, ExpertLinear]:
+        """What has a weight for each expert: `spread_experts` divides these among processes."""
+        return self.in_proj, self.out_proj
+
     def forward(
         self,
         hidden: Tensor,
@@ -130,8 +137,9 @@ class MoE(nn.Module):
         """hidden (B, d_model) -> (B, d_model)."""
         # To gather is to copy matrices: no gain on a CPU, nor for more assignments than experts. But sorted ones may
         # have to wait for the host, which a CUDA graph cannot.
+        spread = isinstance(self.in_proj.weight, DTensor)
         few = len(hidden) * self.config.top_k <= self.config.n_experts
-        if hidden.device.type != "cpu" and (few or waits_for_host(_as_autocast(hidden))):
+        if not spread and hidden.device.type != "cpu" and (few or waits_for_host(_as_autocast(hidden))):
             return self._gathered(hidden)
         return self._mixed(hidden, None, training=False)
 
@@ -160,8 +168,16 @@ class MoE(nn.Module):
         # in `combine` and `dispatch`.
         some_lost = factor is not None or real is not None
         rows = dispatch(_as_autocast(routes.x), order, c.top_k, some_lost=some_lost)
-        inner = self._activated(self.in_proj(rows, order.ends))
-        return combine(self.out_proj(inner, order.ends), routes.gates, order, some_lost=some_lost)
+        weight = self.in_proj.weight
+        if isinstance(weight, DTensor):
+            rows = through_experts(self._transformed, rows, order.counts, weight.device_mesh.get_group())
+        else:
+            rows = self._transformed(rows, order.ends)
+        return combine(rows, routes.gates, order, some_lost=some_lost)
+
+    def _transformed(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows (A, D), sorted by expert, expert e's ending at ends[e] -> what their experts make of them, (A, D)."""
+        return self.out_proj(self._activated(self.in_proj(rows, ends)), ends)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """The same for few tokens, and no gradients."""
