@@ -22,9 +22,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..kernels import Order, dispatch, sort_by_expert
+from .sharded import is_part
 
 
 def spread_experts(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
@@ -33,6 +33,8 @@ def spread_experts(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
     All processes get the first one's weights. Make the optimizer after this. Raises ValueError if a layer's experts do
     not divide among the processes.
     """
+    from torch.distributed.tensor import Shard, distribute_tensor  # which takes as long to load as torch
+
     spread = set()
     for name, module in model.named_modules():
         for linear in getattr(module, "experts", ()):
@@ -45,9 +47,9 @@ def spread_experts(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
     return spread
 
 
-def own_experts(weight: Tensor) -> Tensor:
+def own_experts(weight: Any) -> Tensor:
     """The part of an expert's weight (E, ..) that is here: (E / P, ..), or all of a weight that is not spread."""
-    if not isinstance(weight, DTensor):
+    if not is_part(weight):
         return weight
     n = weight.device_mesh.size()
     weight = weight.to_local()

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..kernels import Order, combine, dispatch, route, sort_by_expert
 from .autocast import autocast_dtype
@@ -35,6 +34,7 @@ from .expert_parallel import own_experts, through_experts
 from .grouped import grouped_matmul, waits_for_host
 from .mlp import NoState
 from .padding import Padding
+from .sharded import is_part
 
 ACTIVATIONS = {"relu": torch.relu_, "gelu": F.gelu}  # in place where the result tells the gradient
 
@@ -137,7 +137,7 @@ class MoE(nn.Module):
         """hidden (B, d_model) -> (B, d_model)."""
         # To gather is to copy matrices: no gain on a CPU, nor for more assignments than experts. But sorted ones may
         # have to wait for the host, which a CUDA graph cannot.
-        spread = isinstance(self.in_proj.weight, DTensor)
+        spread = is_part(self.in_proj.weight)
         few = len(hidden) * self.config.top_k <= self.config.n_experts
         if not spread and hidden.device.type != "cpu" and (few or waits_for_host(_as_autocast(hidden))):
             return self._gathered(hidden)
@@ -168,8 +168,8 @@ class MoE(nn.Module):
         # in `combine` and `dispatch`.
         some_lost = factor is not None or real is not None
         rows = dispatch(_as_autocast(routes.x), order, c.top_k, some_lost=some_lost)
-        weight = self.in_proj.weight
-        if isinstance(weight, DTensor):
+        weight: Any = self.in_proj.weight
+        if is_part(weight):
             rows = through_experts(self._transformed, rows, order.counts, weight.device_mesh.get_group())
         else:
             rows = self._transformed(rows, order.ends)

@@ -1,20 +1,35 @@
-"""Weights of which each process holds a part (FSDP2's, spread experts): to clip their gradients, to have them whole."""
+"""Weights of which each process holds a part (FSDP2's, spread experts): to clip their gradients, to have them whole.
+
+Such weights are DTensors. What makes them has loaded torch.distributed.tensor; to load it for a look at a model of one
+process would take as long as to load torch.
+"""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
+
+
+def is_part(x: Any) -> bool:
+    """Whether x is a DTensor."""
+    return hasattr(x, "device_mesh")
+
+
+def here(x: Any) -> Tensor:
+    """What of x is on this process: all of it, if x is no DTensor."""
+    return x.to_local() if is_part(x) else x
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    return any(map(is_part, model.parameters()))
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
     """The state of a sharded model, whole, on the CPU: on the first process; None on others. All have to call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return state if dist.get_rank() == 0 else None  # pyright: ignore[reportReturnType]
 
@@ -27,21 +42,19 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     meshes, together.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    kinds: dict[object, list[Tensor]] = {}
+    kinds: dict[object, list[Any]] = {}
     for gradient in gradients:
-        kind = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        kind = (gradient.device_mesh, gradient.placements) if is_part(gradient) else None  # pyright: ignore[reportAttributeAccessIssue]
         kinds.setdefault(kind, []).append(gradient)
     total = torch.zeros((), device=gradients[0].device)
     for own in kinds.values():
-        first = own[0]
-        locals_ = [g.to_local() if isinstance(g, DTensor) else g for g in own]
-        square = torch.stack(torch._foreach_norm(locals_)).float().square().sum()
-        if isinstance(first, DTensor):
-            for dim, placement in enumerate(first.placements):
+        square = torch.stack(torch._foreach_norm([here(g) for g in own])).float().square().sum()
+        if is_part(own[0]):
+            for dim, placement in enumerate(own[0].placements):
                 if placement.is_shard():
-                    dist.all_reduce(square, group=first.device_mesh.get_group(dim))
+                    dist.all_reduce(square, group=own[0].device_mesh.get_group(dim))
         total += square
     norm = total.sqrt()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
+    torch._foreach_mul_([here(g) for g in gradients], factor)
     return norm

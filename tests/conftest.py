@@ -40,7 +40,7 @@ def in_processes():
     """
     context = multiprocessing.get_context("forkserver")
     kernels = [f"polymamba.kernels.{name}.cpu" for name in ("selective_scan", "causal_conv1d", "norm")]
-    context.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "polymamba.core.train", *kernels])
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "polymamba.core.language_model", *kernels])
 
     def run(n, function, *arguments):
         with tempfile.TemporaryDirectory() as folder:
