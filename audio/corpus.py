@@ -24,6 +24,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.files import new_folder, save_tsv, sha256, write_json
 from ..core.inputs import PARTS, find_files, named_part
+from ..core.processes import is_first
 from ..core.terminal import say
 from .codec import encode, values
 from .config import Dividing
@@ -181,12 +182,13 @@ def _cut_each(recordings: list[Recording], wanted: dict[str, float], seed: int) 
 def open_corpus(folder: Path, recordings: Sequence[Recording], rate: int, codec: str) -> dict[str, Recordings]:
     """The parts of a corpus from the cache in `folder`; decoded there first if it is not.
 
-    A cache that was damaged is built anew, which is said. Raises InputError for sound that cannot be read, and for a
+    A cache that was damaged is built anew, which is said. Of several processes the first looks at it, and the others
+    take what they find (`processes.first_alone`). Raises InputError for sound that cannot be read, and for a
     file that changed meanwhile; OSError if the cache cannot be written.
     """
     what = {"layout": LAYOUT, "rate": rate, "codec": codec, "recordings": [list(r) for r in recordings]}
     cache = folder / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    if cache.exists() and (problem := _damage(cache)):
+    if is_first() and cache.exists() and (problem := _damage(cache)):
         say(f"{cache}: {problem}; building it anew")
         shutil.rmtree(cache)
     if not cache.exists():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ..core.errors import InputError
 from ..core.generation import read, select_state
+from ..core.processes import each_once
 from .config import N_CODES, START
 from .model import AudioModel
 
@@ -35,18 +36,19 @@ def bits_of(
     labels      of each; None for no label
     advance     is told of the samples done
 
+    Several processes, all of which call it, share the work.
     Raises InputError if the model's predictions are not finite.
     """
     bits = np.zeros(len(recordings))
     order = sorted(range(len(recordings)), key=lambda i: len(recordings[i]))
-    group: list[int] = []
+    groups: list[list[int]] = []
     for i in order:
-        if group and (len(group) + 1) * min(len(recordings[i]), chunk) > AT_ONCE:
-            bits[group] = _of_group(model, recordings, labels, group, chunk, advance)
-            group = []
-        group.append(i)
-    if group:
-        bits[group] = _of_group(model, recordings, labels, group, chunk, advance)
+        if not groups or (len(groups[-1]) + 1) * min(len(recordings[i]), chunk) > AT_ONCE:
+            groups.append([])
+        groups[-1].append(i)
+    found = each_once(groups, lambda group: _of_group(model, recordings, labels, group, chunk, advance))
+    for group, of_group in zip(groups, found, strict=True):
+        bits[group] = of_group
     if not np.isfinite(bits).all():
         raise InputError("the model's predictions are not finite; check its weights")
     return bits

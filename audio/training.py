@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.batching import pad_right, shuffled_batches, sorted_batches
 from ..core.config import TrainConfig
+from ..core.processes import each_once
 from ..core.train import Task
 from .codec import decode, encode
 from .config import START
@@ -158,17 +159,17 @@ def classify(model: Any, recordings: list[np.ndarray], context: int, *, features
     """Logits, or `features`, float32 (recordings, K) of each recording's middle `context` samples."""
     device = next(model.parameters()).device
     lengths = np.array([min(len(r), context) for r in recordings])
-    out: list[np.ndarray | None] = [None] * len(recordings)
+    batches = sorted_batches(lengths, 64, 1 << 18)
     with progress_bar("classifying", len(recordings), "recordings") as advance:
-        for batch in sorted_batches(lengths, 64, 1 << 18):
+
+        def run(batch: np.ndarray) -> np.ndarray:
             rows = []
             for i in batch:
                 start = (len(recordings[i]) - lengths[i]) // 2
                 rows.append(recordings[i][start : start + lengths[i]])
             codes, mask = (x.to(device) for x in pad_right(rows, 0))
-            for i, row in zip(
-                batch, (model.features if features else model)(codes, mask).float().cpu().numpy(), strict=True
-            ):
-                out[i] = row
             advance(len(batch))
-    return np.stack([row for row in out if row is not None])
+            return (model.features if features else model)(codes, mask).float().cpu().numpy()
+
+        found = np.concatenate(each_once(batches, run))
+    return found[np.argsort(np.concatenate(batches))]

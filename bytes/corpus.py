@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ..core.errors import InputError
 from ..core.files import new_folder, save_tsv, sha256, write_json, written_whole
 from ..core.inputs import PARTS, named_part
+from ..core.processes import is_first
 from ..core.terminal import say
 from .config import Dividing
 from .documents import Document, Documents, whole_files
@@ -107,11 +108,12 @@ def open_corpus(folder: Path, pieces: Sequence[Piece]) -> dict[str, Documents]:
     """The parts of a corpus, part -> documents, from the cache in `folder`; built there first if it is not.
 
     A cache whose files were damaged (their checksums are compared) is built anew, which is said.
+    Of several processes the first looks at it, and the others take what they find (`processes.first_alone`).
     Raises InputError if a document changed meanwhile, and OSError if the cache cannot be written.
     """
     fingerprint = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16]
     cache = folder / fingerprint
-    if cache.exists() and (problem := _damage(cache, pieces)):
+    if is_first() and cache.exists() and (problem := _damage(cache, pieces)):
         say(f"{cache}: {problem}; building it anew")
         shutil.rmtree(cache)
     if not cache.exists():

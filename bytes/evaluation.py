@@ -8,6 +8,7 @@ import lzma
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core import processes
 from ..core.errors import InputError
 from .config import DOCUMENT, N_BYTES
 from .documents import Documents
@@ -63,7 +65,25 @@ def perplexity(bits: float, n_words: int) -> float:
 def score(
     model: ByteLM, documents: Documents, *, chunk: int = CHUNK, advance: Callable[[int], object] = lambda n: None
 ) -> Score:
-    """Predict every byte of `documents`, on the model's device. `advance` is told of the bytes done."""
+    """Predict every byte of `documents`, on the model's device. `advance` is told of the bytes done.
+
+    Several processes, all of which call it, share the documents.
+    """
+    n, ends = processes.count(), documents.marks[1:]
+    bounds = [int(np.searchsorted(ends, documents.n_tokens * i // n)) for i in range(n)] + [len(documents)]
+    shares = [Documents(documents.documents[a:b]) for a, b in pairwise(bounds)]
+    found = processes.each_once(shares, lambda share: _sums(model, share, chunk, advance))
+    n_words, in_octave = sum(words for words, _ in found), np.sum([sums for _, sums in found], axis=0)
+    total = float(in_octave[0].sum())
+    if not math.isfinite(total):
+        raise InputError("the model's predictions are not finite; check its weights")
+    return Score(len(documents), documents.n_bytes, n_words, total, in_octave[0], in_octave[1].astype(np.int64))
+
+
+def _sums(
+    model: ByteLM, documents: Documents, chunk: int, advance: Callable[[int], object]
+) -> tuple[int, np.ndarray]:
+    """Words; and of each octave of positions bits and bytes, float64 (2, N_OCTAVES)."""
     n_words, in_octave = 0, np.zeros((2, N_OCTAVES))
     for start, ids, bits in _bits(model, documents, chunk):
         is_byte = ids[1:] != DOCUMENT
@@ -73,10 +93,8 @@ def score(
         in_octave += [np.bincount(octave, weights, N_OCTAVES) for weights in (bits[is_byte], None)]
         n_words += int(np.sum(IS_SPACE[ids[:-1]] & ~IS_SPACE[ids[1:]]))
         advance(len(positions))
-    total = float(in_octave[0].sum())
-    if not math.isfinite(total):
-        raise InputError("the model's predictions are not finite; check its weights")
-    return Score(len(documents), documents.n_bytes, n_words, total, in_octave[0], in_octave[1].astype(np.int64))
+        processes.moved()
+    return n_words, in_octave
 
 
 @torch.no_grad()

@@ -232,6 +232,10 @@ class SpeculationConfig:
             raise ValueError(f"draft_length is {self.draft_length}; it must be at least 1")
 
 
+# Of TrainConfig: what changes the way to a result and not the result. A run may resume with others.
+SAME_RESULT = ("save_every", "workers", "fsdp", "stall")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How to train. On the command line every field is a flag."""
@@ -242,7 +246,8 @@ class TrainConfig:
     max_tokens: int = 65536
     """Most tokens in a batch, padding included: long sequences get smaller batches."""
     accumulation: int = 1
-    """Batches whose gradients are added up for one step."""
+    """Batches whose gradients are added up for one step; of several processes, all batches of all of them, so that
+    the result does not depend on how many there are. Their number has to divide it."""
     lr: float = 2e-3
     """Peak learning rate; a linear warm-up leads to it, a cosine from it to 0."""
     warmup: float = 0.1
@@ -260,9 +265,13 @@ class TrainConfig:
     """Recompute each block's activations in the backward: less memory, a third more time."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the main one."""
+    fsdp: bool = False
+    """Divide weights and optimizer among the processes that `accelerate launch` or torchrun started (FSDP2)."""
+    stall: int = 1800
+    """With several processes: seconds without progress after which the run ends and names the one that is stuck."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_tokens", "accumulation", "save_every"):
+        for name in ("epochs", "batch_size", "max_tokens", "accumulation", "save_every", "stall"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("weight_decay", "patience", "workers"):

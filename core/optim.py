@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .sharded import here
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: matrices with weight decay; vectors (norms, biases) and what is marked _no_weight_decay without.
@@ -46,6 +48,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
     def average(means: list[Tensor], currents: list[Tensor], n_averaged: Tensor) -> None:
         n = int(n_averaged)
-        torch._foreach_lerp_(means, currents, 1 - min(decay, (1 + n) / (10 + n)))  # one launch for all on a GPU
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(list(map(here, means)), list(map(here, currents)), weight)  # one launch for all on a GPU
 
     return AveragedModel(model, multi_avg_fn=average)  # pyright: ignore[reportArgumentType]

@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from . import processes
+from .config import SAME_RESULT
 from .errors import InputError
 from .files import is_leftover, sha256, write_json, write_text
 
@@ -32,10 +34,16 @@ class RunFolder:
     def __init__(self, path: str | Path, settings: dict[str, Any], inputs: Iterable[Path], *, resume: bool = False):
         """Claim `path`. Raises InputError if it holds something else, another run, or (resuming) no such run.
 
-        settings  what determines the result; JSON-safe. A run resumes only under the settings that it began with.
+        settings  what determines the result; JSON-safe. A run resumes only under the settings that it began with, save
+                  those that change the way to it only (config.SAME_RESULT).
         inputs    files whose checksums the manifest records, and a resumed run compares.
         """
         self.path = Path(path)
+        with processes.first_alone():
+            if processes.is_first():
+                self._claim(settings, inputs, resume)
+
+    def _claim(self, settings: dict[str, Any], inputs: Iterable[Path], resume: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: a file; the output must be a folder")
         checksums = checksums_of(inputs)
@@ -58,7 +66,7 @@ class RunFolder:
             raise InputError(f"{self.path}: already holds a run; continue it with --resume, or give another folder")
         manifest = self._read_manifest()
         for what, old, new in (
-            ("setting", manifest["settings"], settings),
+            ("setting", _that_matter(manifest["settings"]), _that_matter(settings)),
             ("checksum of", manifest["inputs_sha256"], inputs),
         ):
             changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -99,18 +107,26 @@ class RunFolder:
     # Checkpoints
 
     def save_checkpoint(self, step: int, save: Callable[[Path], object]) -> None:
-        """Let `save` fill a folder, rename it into place, and only then remove the older ones."""
+        """Let `save` fill a folder, rename it into place, and only then remove the older ones.
+
+        Of several processes all have to call it, and each calls `save`.
+        """
         checkpoints = self / "checkpoints"
         beside, final = checkpoints / f".writing-{step:08d}", checkpoints / f"step-{step:08d}"
         while final.exists():  # one of this step already: it is removed when the new one is there, as all others are
             final = final.with_name(f"{final.name}+")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        if processes.is_first():
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        processes.wait()
         try:
             save(beside)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
+        processes.wait()
+        if not processes.is_first():
+            return
         os.replace(beside, final)
         for other in checkpoints.iterdir():
             if other != final:
@@ -118,6 +134,10 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Path | None:
         return max((self / "checkpoints").glob("step-*"), default=None)
+
+
+def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in SAME_RESULT}
 
 
 def checksums_of(inputs: Iterable[Path]) -> dict[str, str]:

@@ -4,7 +4,8 @@ Such weights are DTensors. What makes them has loaded torch.distributed.tensor; 
 process would take as long as to load torch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,38 @@ def here(x: Any) -> Tensor:
 
 def is_sharded(model: nn.Module) -> bool:
     return any(map(is_part, model.parameters()))
+
+
+def shard(model: nn.Module) -> None:
+    """Divide all weights among all processes, by FSDP2: a unit is what a model calls its Block, and what is left."""
+    from torch.distributed.fsdp import fully_shard
+
+    marks = {name: dict(vars(p)) for name, p in model.named_parameters()}  # such as optim.py reads
+    for module in model.modules():
+        if type(module).__name__ == "Block":
+            fully_shard(module)
+    fully_shard(model)
+    for name, p in model.named_parameters():
+        vars(p).update(marks[name])
+
+
+@contextmanager
+def all_weights(model: nn.Module) -> Iterator[None]:
+    """Within it each process has all weights of a model that `shard` divided, and may run it as often as it likes."""
+    if not is_sharded(model):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    reshards = [unit is not model for unit in units]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    yield
+    for unit, reshard in zip(units, reshards, strict=True):
+        unit.set_reshard_after_forward(reshard, recurse=False)
+        unit.reshard()
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:

@@ -5,15 +5,21 @@ accumulation, clipping, schedule, weight averaging, early stopping, logs, the be
 killed run continues to exactly the numbers of an undisturbed one. That is possible at little cost because the batches
 of an epoch are a pure function of (seed, epoch): beside the weights, the optimizer and the random state, a position
 is all there is to save.
+
+Several processes (processes.py) share the batches of a step, each of which one of them makes and reads: what a step does
+is the same for any number of them, short of the order in which floats are added and of what dropout draws. Gradients go
+round by DDP; with `fsdp` weights, gradients and optimizer are divided, by FSDP2.
 """
 
 import math
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 
-from . import checkpoint
+from . import checkpoint, processes
 from .backbone import aux_loss
 from .config import ComputeConfig, TrainConfig
 from .errors import InputError
@@ -34,6 +40,7 @@ from .interrupt import deferred_interrupt
 from .optim import averaged, learning_rate, parameter_groups, warmup_cosine
 from .plots import plot_curves
 from .run_folder import RunFolder
+from .sharded import all_weights, clip_gradients, shard
 
 LOG_EVERY = 10  # steps
 
@@ -55,7 +62,10 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Validation figures, named valid_*. Called without gradients and in evaluation mode."""
+        """Validation figures, named valid_*. Called without gradients and in evaluation mode.
+
+        Of several processes all call it, and have to return the same: `processes.each_once` shares the work.
+        """
 
     def score(self, metrics: dict[str, float]) -> float:
         """The one figure that decides which model is best, higher being better: by default the first one."""
@@ -77,17 +87,26 @@ class _Position:
     metrics: dict[str, float] = field(default_factory=dict)  # of the best epoch
 
 
-class _Steps(Dataset):
-    """The optimizer steps of (the rest of) an epoch, each a list of batches to accumulate."""
+class _Step(NamedTuple):
+    """What one process does in an optimizer step."""
 
-    def __init__(self, task: Task, descriptions: list[list[Any]], epoch: int):
-        self.task, self.descriptions, self.epoch = task, descriptions, epoch
+    batches: list[Any]  # or their descriptions
+    n_own: int  # those that count: of the last step of an epoch there may be too few for all processes
+    n_all: int  # that count, of all processes
+
+
+class _Steps(Dataset):
+    """The optimizer steps of (the rest of) an epoch."""
+
+    def __init__(self, task: Task, steps: list[_Step], epoch: int):
+        self.task, self.steps, self.epoch = task, steps, epoch
 
     def __len__(self) -> int:
-        return len(self.descriptions)
+        return len(self.steps)
 
-    def __getitem__(self, i: int) -> list[Any]:
-        return [self.task.batch(d, self.epoch) for d in self.descriptions[i]]
+    def __getitem__(self, i: int) -> _Step:
+        step = self.steps[i]
+        return step._replace(batches=[self.task.batch(d, self.epoch) for d in step.batches])
 
 
 def pick_device(compute: ComputeConfig) -> torch.device:
@@ -117,36 +136,57 @@ def train_model(
     """Train `model`, leaving its best weights in the run folder. Returns the best epoch's validation figures.
 
     On Ctrl-C it ends the step, saves a checkpoint and raises KeyboardInterrupt, whose message says how to go on.
-    Raises InputError if the loss stops being finite, and OSError, which says how to go on, if the disk is full.
+    Raises InputError if the loss stops being finite, or for an accumulation that the number of processes does not
+    divide, and OSError, which says how to go on, if the disk is full. Where a launcher started several processes, each is
+    alone after it.
     """
-    trainer = _Trainer(model, task, config, compute, run)
-    if resume:
-        trainer.load_checkpoint()
-    with deferred_interrupt() as trainer.interrupted:
-        try:
-            return trainer.run_all()
-        except OSError as error:
-            how = "the same command with --resume goes on from the last checkpoint"
-            raise OSError(f"{error}; stopped after step {trainer.position.step}; {how}") from error
+    processes.join()
+    with processes.watched(config.stall):
+        trainer = _Trainer(model, task, config, compute, run)
+        if resume:
+            trainer.load_checkpoint()
+        # Ctrl-C reaches several processes at unlike moments: these it ends at once.
+        deferred = deferred_interrupt() if processes.count() == 1 else nullcontext(lambda: False)
+        with deferred as trainer.interrupted:
+            try:
+                metrics = trainer.run_all()
+            except OSError as error:
+                how = "the same command with --resume goes on from the last checkpoint"
+                raise OSError(f"{error}; stopped after step {trainer.position.step}; {how}") from error
+        processes.leave()
+    return metrics
 
 
 class _Trainer:
     def __init__(self, model, task: Task, config: TrainConfig, compute: ComputeConfig, run: RunFolder):
         AcceleratorState._reset_state(reset_partial_state=True)  # a process may train twice, on other devices
-        device = pick_device(compute)
+        device, world = pick_device(compute), processes.count()
+        if config.accumulation % world:
+            raise InputError(
+                f"--accumulation {config.accumulation}: {world} processes share the batches of a step; give a multiple "
+                f"of {world} (and divide --batch-size, if a step is to see as many sequences as before)"
+            )
+        fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true" or config.fsdp  # an accelerate config's, or ours
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="bf16" if uses_bf16(compute, device) else "no"
         )
-        set_seed(compute.seed)
+        set_seed(compute.seed + processes.rank())
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):  # Backbone, and what else is a stack of blocks
                 module.gradient_checkpointing = config.gradient_checkpointing
+        self.sharded = fsdp and world > 1
+        model = model.to(self.accelerator.device)
+        self.average = averaged(model, config.ema) if config.ema else None
+        if self.sharded:
+            shard(model)
+            if self.average:
+                shard(self.average.module)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.average = averaged(self.bare_model, config.ema).to(self.accelerator.device) if config.ema else None
+        self.model: Any = model if self.sharded else self.accelerator.prepare(model)
+        self.optimizer: Any = optimizer if self.sharded else self.accelerator.prepare(optimizer)
         self.task, self.config, self.run = task, config, run
         self.position = _Position()
-        self.main = self.accelerator.is_main_process
+        self.main = processes.is_first()
         self.interrupted: Callable[[], bool] = lambda: False
 
     @property
@@ -171,14 +211,14 @@ class _Trainer:
         began = time.monotonic() - position.seconds
         while position.epoch < config.epochs and not self.out_of_patience():
             losses = self.run_epoch(began)
-            with torch.no_grad(), self.accelerator.autocast():
-                metrics = self.task.evaluate(self.best_candidate.eval())
+            best = self.best_candidate.eval()
+            with torch.no_grad(), self.accelerator.autocast(), all_weights(best):
+                metrics = self.task.evaluate(best)
             self.finish_epoch(metrics, losses, began)
             self.stop_if_interrupted()
         if self.main:
             self.board.close()
             plot_curves(self.run / "curves.png", self.run.read_log())
-        self.accelerator.wait_for_everyone()
         return position.metrics
 
     def out_of_patience(self) -> bool:
@@ -193,9 +233,10 @@ class _Trainer:
         # A generator of its own: each new iterator draws a seed, and one more draw would shift a resumed run's dropout.
         loader = DataLoader(todo, batch_size=None, num_workers=config.workers, generator=torch.Generator())
         recent: list[Tensor] = []
-        for batches in self.with_progress(loader, len(steps)):
+        for step in self.with_progress(loader, len(steps)):
+            processes.moved(position.step + 1)
             progress = (position.epoch + position.step_in_epoch / len(steps)) / config.epochs
-            recent.append(self.step(batches, progress))
+            recent.append(self.step(step, progress))
             position.step += 1
             position.step_in_epoch += 1
             saving = position.step % config.save_every == 0 or self.interrupted()
@@ -212,46 +253,67 @@ class _Trainer:
         if self.interrupted():
             raise KeyboardInterrupt(f"step {self.position.step} is saved; the same command with --resume goes on")
 
-    def step(self, batches: list[Any], progress: float) -> Tensor:
+    def step(self, step: _Step, progress: float) -> Tensor:
         """One optimizer step over the accumulated batches.
 
-        Returns the mean loss and the mean of the model's auxiliary losses, (2,), still on the device.
+        Returns this process's share of the mean loss and of the mean of the model's auxiliary losses, (2,), still on
+        the device.
         """
         self.model.train()
         factor = warmup_cosine(progress, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(group, self.config.lr, factor)
         total = torch.zeros(2, device=self.accelerator.device)
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(step.batches):
             batch = send_to_device(batch, self.accelerator.device)
             with self.accelerator.autocast():
                 loss = self.task.loss(self.model, batch)
-                parts = torch.stack((loss, loss.new_zeros(()) + aux_loss(self.model))) / len(batches)
-                loss = parts.sum()
-            if i + 1 < len(batches):
-                with self.accelerator.no_sync(self.model):
-                    self.accelerator.backward(loss)
-            else:
-                self.accelerator.backward(loss)
+                parts = torch.stack((loss, loss.new_zeros(()) + aux_loss(self.model))) / step.n_all
+            if i >= step.n_own:
+                parts = parts * 0  # it is here only so that the gradients meet
+            with self.gradients_meet(last=i + 1 == len(step.batches)):
+                # The mean over the processes is taken of what is to be a sum.
+                self.accelerator.backward(parts.sum() * processes.count())
             total += parts.detach()
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if self.sharded:
+            clip_gradients(self.model.parameters(), self.config.clip)
+        else:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
             self.average.update_parameters(self.bare_model)
         return total
 
-    def steps_of_epoch(self, epoch: int) -> list[list[Any]]:
-        """This process's share of the epoch's batches, in groups of `accumulation`; the same number in each process."""
-        plan = self.task.plan(epoch)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = plan[rank : len(plan) - len(plan) % world : world] if len(plan) >= world else plan
-        return [mine[i : i + self.config.accumulation] for i in range(0, len(mine), self.config.accumulation)]
+    @contextmanager
+    def gradients_meet(self, *, last: bool) -> Iterator[None]:
+        """The backward in it adds up gradients; of the last batch of a step those of all processes."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+        with nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model):
+            yield
+
+    def steps_of_epoch(self, epoch: int) -> list[_Step]:
+        """The epoch's batches in groups of `accumulation`, and of each group this process's share.
+
+        All have as many: where the last group does not divide, its last batch comes again, and does not count.
+        """
+        plan, rank, world = self.task.plan(epoch), processes.rank(), processes.count()
+        steps = []
+        for i in range(0, len(plan), self.config.accumulation):
+            group = plan[i : i + self.config.accumulation]
+            share = -(-len(group) // world)
+            own = group[rank::world]
+            steps.append(_Step([*own, *group[-1:] * (share - len(own))], len(own), len(group)))
+        return steps
 
     # What is left behind
 
     def log_losses(self, recent: list[Tensor], progress: float) -> None:
-        losses, auxiliary = torch.stack(recent).T.tolist()
+        shares = torch.stack(recent)
+        if processes.count() > 1:
+            torch.distributed.all_reduce(shares)
+        losses, auxiliary = shares.T.tolist()
         if not all(map(math.isfinite, losses + auxiliary)):
             raise InputError(f"the loss is not finite at step {self.position.step}; try a lower --lr")
         self.position.loss_sum += math.fsum(losses)
@@ -271,7 +333,7 @@ class _Trainer:
             print(f"epoch {position.epoch + 1:>3}  train_loss {train_loss:.4f}  {figures}{note}", file=sys.stderr)
         if better:
             position.best_score, position.best_epoch, position.metrics = score, position.epoch, metrics
-            if self.main:
+            if self.main or self.sharded:
                 self.best_candidate.save_pretrained(self.run.path)
         position.epoch, position.step_in_epoch, position.loss_sum = position.epoch + 1, 0, 0.0
         self.save_checkpoint()
@@ -285,24 +347,22 @@ class _Trainer:
             self.board.add_scalar(name, value, self.position.step)
 
     def save_checkpoint(self) -> None:
-        states = checkpoint.random_states(self.accelerator.device)
-        if self.main:
-            position = asdict(self.position)
-            self.run.save_checkpoint(
-                self.position.step,
-                lambda folder: checkpoint.save(folder, self.to_save, self.optimizer, position, states),
-            )
+        states, position = checkpoint.random_states(self.accelerator.device), asdict(self.position)
+        self.run.save_checkpoint(
+            self.position.step,
+            lambda folder: checkpoint.save(folder, self.to_save, self.optimizer, position, states),
+        )
 
     def load_checkpoint(self) -> None:
         """Go back to the newest checkpoint; to the very start if the run was killed before its first one."""
         latest = self.run.latest_checkpoint()
         if latest is not None:
-            rank = self.accelerator.process_index
-            position = checkpoint.load(latest, self.to_save, self.optimizer, self.accelerator.device, rank)
+            position = checkpoint.load(latest, self.to_save, self.optimizer, self.accelerator.device)
             self.position = _Position(**position)
-        self.run.rewind_log(self.position.n_logged)
+        if self.main:
+            self.run.rewind_log(self.position.n_logged)
 
-    def with_progress(self, loader: DataLoader, n_steps: int) -> Iterator[list[Any]]:
+    def with_progress(self, loader: DataLoader, n_steps: int) -> Iterator[_Step]:
         """The loader's steps under a progress bar on stderr, if that is a terminal."""
         columns = (
             TextColumn("{task.description}"),
@@ -312,13 +372,16 @@ class _Trainer:
         )
         console = Console(stderr=True)
         bar = Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+            *(*columns, TimeRemainingColumn()),
+            console=console,
+            transient=True,
+            disable=not (console.is_terminal and self.main),
         )
         with bar as progress:
             done = self.position.step_in_epoch
             work = progress.add_task(f"epoch {self.position.epoch + 1}/{self.config.epochs}", total=n_steps, rate="")
             progress.update(work, completed=done)
             began = time.monotonic()
-            for i, batches in enumerate(loader, start=1):
-                yield batches
+            for i, step in enumerate(loader, start=1):
+                yield step
                 progress.update(work, advance=1, rate=f"{i / (time.monotonic() - began):.1f} steps/s")

@@ -10,9 +10,10 @@ import os
 import re
 import select
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -22,6 +23,7 @@ from polymamba.flags import Convert, Doctor
 
 Command = tuple[type, str]
 
+OTHERS_WAIT = 5  # seconds before another process than the first says what went wrong
 CUT_OFF = 128 + 13  # what a shell reports of a tool that SIGPIPE ended
 
 TOP_LEVEL: dict[str, Command] = {
@@ -42,6 +44,20 @@ def main(argv: Sequence[str] | None = None, *, extra: Mapping[str, str] | None =
     `extra`: domains beside the known ones.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return _run_and_tell(words, extra)
+    # Of several processes, which a launcher has started, the first one speaks.
+    said = io.StringIO()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(said):
+        code = _run_and_tell(words, extra)
+    if code:
+        time.sleep(OTHERS_WAIT)  # what was wrong for all the first has told, and the launcher ends the others
+        print(f"process {rank}: {' '.join(said.getvalue().splitlines()[-1:])}", file=sys.stderr)
+    return code
+
+
+def _run_and_tell(words: list[str], extra: Mapping[str, str] | None) -> int:
     # Between its own loops, torch's OpenMP threads spin for milliseconds on the cores that our CPU kernels want
     # (measured: a scan on two threads then takes as long as on one). With this count they spin some tens of
     # microseconds, in which torch's next loop still finds them awake. Has to be said before torch loads.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.batching import pad_right, sorted_batches
+from ..core.processes import each_once
 from .alphabet import PAD, reverse_complement
 from .model import DNAClassifier
 
@@ -25,18 +26,21 @@ def run_over(
 ) -> Tensor:
     """What `forward(tokens (B, L), mask (B, L)) -> (B, ...)` makes of n token sequences: (n, ...) float32 on the CPU.
 
-    `advance` is called with the bases done since the last call.
+    `advance` is called with the bases done since the last call. Several processes, all of which call it, share the work.
     """
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     if device.type == "cpu":
         max_tokens = min(max_tokens, CPU_TOKENS)
-    outputs, order = [], []
-    for batch in sorted_batches(lengths, batch_size, max_tokens):
+    order = sorted_batches(lengths, batch_size, max_tokens)
+
+    def run(batch: np.ndarray) -> Tensor:
         padded, mask = pad_right([tokens[i] for i in batch], PAD)
-        outputs.append(forward(padded.to(device), mask.to(device)).float().cpu())
-        order.append(batch)
+        output = forward(padded.to(device), mask.to(device)).float().cpu()
         if advance is not None:
             advance(int(lengths[batch].sum()))
+        return output
+
+    outputs = each_once(order, run)
     in_order = torch.empty_like(torch.cat(outputs))
     in_order[torch.from_numpy(np.concatenate(order))] = torch.cat(outputs)
     return in_order

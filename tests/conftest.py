@@ -40,7 +40,8 @@ def in_processes():
     """
     context = multiprocessing.get_context("forkserver")
     kernels = [f"polymamba.kernels.{name}.cpu" for name in ("selective_scan", "causal_conv1d", "norm")]
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "polymamba.core.language_model", *kernels])
+    torch_s = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
+    context.set_forkserver_preload([*torch_s, "polymamba.core.language_model", "polymamba.core.train", *kernels])
 
     def run(n, function, *arguments):
         with tempfile.TemporaryDirectory() as folder:

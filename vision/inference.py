@@ -1,12 +1,14 @@
 """A model over many images, in their order. n images, K classes, D channels of the features."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..core import processes
 from ..core.errors import InputError
 from .dataset import ImageSet
 from .images import Item, read_image
@@ -59,12 +61,23 @@ def predict(
     model: ImageModel, images: ImageSet, batch_size: int, *, workers: int = 0,
     advance: Callable[[int], object] = lambda n: None,
 ) -> np.ndarray:  # fmt: skip
-    """Probabilities (n, K) float64; `advance` is told how many images are done."""
-    device, config, found = next(model.parameters()).device, data_config(model), []
-    for x, _ in batches(images.items, images.names, config, batch_size, workers=workers):
-        found.append(probabilities(model(x.to(device))))
-        advance(len(x))
-    return np.concatenate(found) if found else np.zeros((0, model.num_classes))
+    """Probabilities (n, K) float64; `advance` is told how many images are done.
+
+    Several processes, all of which call it, share the images.
+    """
+    device, config = next(model.parameters()).device, data_config(model)
+    bounds = [len(images) * i // processes.count() for i in range(processes.count() + 1)]
+
+    def run(part: tuple[int, int]) -> np.ndarray:
+        found = [np.zeros((0, model.num_classes))]
+        own = images.subset(np.arange(*part))
+        for x, _ in batches(own.items, own.names, config, batch_size, workers=workers):
+            found.append(probabilities(model(x.to(device))))
+            advance(len(x))
+            processes.moved()
+        return np.concatenate(found)
+
+    return np.concatenate(processes.each_once(list(pairwise(bounds)), run))
 
 
 def probabilities(logits: Tensor) -> np.ndarray:

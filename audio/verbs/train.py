@@ -11,6 +11,7 @@ from ...core.errors import InputError
 from ...core.files import write_json
 from ...core.metrics import classification_metrics, format_table, write_confusion_tsv
 from ...core.plots import plot_confusion
+from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.train import autocast, pick_device, train_model, uses_bf16
@@ -27,9 +28,9 @@ from .common import load_causal_model, load_classifier
 def train(args: Train) -> None:
     """Train, then measure the best epoch's model on the test part."""
     torch.manual_seed(args.compute.seed)
-    sounds = find_sounds(args.files, leave_out=args.output)
+    sounds = from_first(lambda: find_sounds(args.files, leave_out=args.output))
     rate = args.sample_rate or Counter(sound.rate for sound in sounds).most_common(1)[0][0]
-    recordings = divide(sounds, args.dividing, args.compute.seed)
+    recordings = from_first(lambda: divide(sounds, args.dividing, args.compute.seed))
     labels = tuple(sorted({r.label for r in recordings if r.part == "train"} - {""}))
     _require_labels(args, labels)
     options: dict[str, Any] = {"unet": args.unet(), "sample_rate": rate, "codec": args.codec}
@@ -38,9 +39,10 @@ def train(args: Train) -> None:
     else:
         config = AudioConfig(labels=labels if args.labels else (), **options)
     run = RunFolder(args.output, _settings(args, rate), [sound.path for sound in sounds], resume=args.resume)
-    write_splits_tsv(run / "splits.tsv", recordings)
     _tell_rates(sounds, rate)
-    corpus = open_corpus(args.corpus or run / "corpus", recordings, rate, args.codec)
+    with first_alone():
+        write_splits_tsv(run / "splits.tsv", recordings)
+        corpus = open_corpus(args.corpus or run / "corpus", recordings, rate, args.codec)
     say(describe(recordings, corpus, rate))
     if not len(corpus["valid"]):
         raise InputError("the valid part has no samples; give longer recordings, or more of them")
@@ -59,6 +61,8 @@ def _train_model(args: Train, config: AudioConfig, corpus: dict[str, Recordings]
     )
     _tell_model(args, model)
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
+    if not is_first():
+        return
     test = corpus["test"]
     if not len(test):
         say("no test part: nothing is held out to measure the model on")
@@ -82,6 +86,8 @@ def _train_classifier(args: Train, config: ClassifierConfig, corpus: dict[str, R
     )
     _tell_model(args, model)
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
+    if not is_first():
+        return
     write_json(run / "labels.json", dict(enumerate(config.labels)))
     test = corpus["test"]
     if not len(test):

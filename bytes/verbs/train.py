@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ...core.moe import parameter_counts
+from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.train import pick_device, train_model, uses_bf16
@@ -21,12 +22,13 @@ from .common import load_causal_model, measure_routing, report
 def train(args: Train) -> None:
     """Train, then measure the best epoch's model on the test part."""
     torch.manual_seed(args.compute.seed)
-    files = find_files(args.files, leave_out=args.output)
-    pieces = divide(files, args.dividing, args.compute.seed)
+    files = from_first(lambda: find_files(args.files, leave_out=args.output))
+    pieces = from_first(lambda: divide(files, args.dividing, args.compute.seed))
     run = RunFolder(args.output, _settings(args), files, resume=args.resume)
     say(describe(pieces))
-    write_splits_tsv(run / "splits.tsv", pieces)
-    corpus = open_corpus(args.corpus or run / "corpus", pieces)
+    with first_alone():
+        write_splits_tsv(run / "splits.tsv", pieces)
+        corpus = open_corpus(args.corpus or run / "corpus", pieces)
 
     model = ByteLM(preset_config(args.preset, args.dropout, args.pattern, args.moe))
     task = TrainBytes(corpus["train"], corpus["valid"], args.train, args.context, args.compute.seed, args.windows)
@@ -37,6 +39,8 @@ def train(args: Train) -> None:
         say(f"the training documents are shorter than a window: windows of {task.context} bytes")
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
 
+    if not is_first():
+        return
     if not len(corpus["test"]):
         say("no test part: nothing is held out to measure the model on")
         return

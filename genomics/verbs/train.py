@@ -9,6 +9,7 @@ import torch
 
 from ...core.errors import InputError
 from ...core.files import write_json
+from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.thresholds import best_thresholds
@@ -29,7 +30,11 @@ from .common import THRESHOLDS, input_files, report
 def train(args: Train) -> None:
     """Train, then test on the test part with the best epoch's model."""
     torch.manual_seed(args.compute.seed)
-    records = divide(read_source(args.source, args.target, hard_mask=args.hard_mask), args.dividing, args.compute.seed)
+    records = from_first(
+        lambda: divide(
+            read_source(args.source, args.target, hard_mask=args.hard_mask), args.dividing, args.compute.seed
+        )
+    )
     windows = cut_windows(records, args.windows.window, args.windows.stride)
     data, n_dropped = without_n_rich(windows, args.windows.max_n)
     for part, flag in (("train", "--max-n"), ("valid", "--valid-fraction")):
@@ -44,8 +49,9 @@ def train(args: Train) -> None:
     say(data.describe())
     if n_dropped:
         say(f"{n_dropped} left out: more than {args.windows.max_n:.0%} of their bases are N")
-    records.write_splits_tsv(run / "splits.tsv")
-    write_json(run / "labels.json", dict(enumerate(data.classes)))
+    if is_first():
+        records.write_splits_tsv(run / "splits.tsv")
+        write_json(run / "labels.json", dict(enumerate(data.classes)))
 
     mean, scale = value_scale(data.subset("train")) if args.target == "regression" else (0.0, 1.0)
     config = DNAClassifierConfig(
@@ -77,7 +83,8 @@ def train(args: Train) -> None:
         move=move,
     )
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
-    _test(args, data, run)
+    if is_first():
+        _test(args, data, run)
 
 
 def _test(args: Train, data: LabelledSequences, run: RunFolder) -> None:

@@ -10,6 +10,7 @@ import torch
 from ...core.errors import InputError
 from ...core.files import write_json
 from ...core.inputs import PARTS
+from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.train import pick_device, train_model, uses_bf16
@@ -32,14 +33,16 @@ def train(args: Train) -> None:
     torch.manual_seed(args.compute.seed)
     config, augment = args.training(), args.augmentation()
     given = readable(read_source(args.data), skip=args.skip_unreadable)
-    images, n_copies = divide(given, args.dividing, args.compute.seed)
+    parts, n_copies = from_first(lambda: _parts(divide(given, args.dividing, args.compute.seed)))
+    images = replace(given, parts=parts)
     model = _model(args, images)  # before the folder is taken: what is wrong with the settings shows here
     run = RunFolder(args.output, _settings(args, images), images.files, resume=args.resume)
     say(images.describe())
     if n_copies:
         say(f"warning: {n_copies} images of valid and test also stand in train")
-    images.write_splits(run / "splits.tsv")
-    write_json(run / "labels.json", dict(enumerate(images.classes)))
+    if is_first():
+        images.write_splits(run / "splits.tsv")
+        write_json(run / "labels.json", dict(enumerate(images.classes)))
 
     n_parameters = sum(p.numel() for p in model.parameters())
     size = "x".join(map(str, data_config(model)["input_size"][1:]))
@@ -49,6 +52,8 @@ def train(args: Train) -> None:
     )
     train_model(model, task, config, args.compute, run, resume=args.resume)
 
+    if not is_first():
+        return
     test = images.part("test")
     if not len(test):
         say("no test part: nothing is held out to measure the model on")
@@ -58,11 +63,28 @@ def train(args: Train) -> None:
     report(run.path, best, test, found, args.compute.seed)
 
 
+def _parts(divided: tuple[ImageSet, int]) -> tuple[np.ndarray, int]:
+    return divided[0].parts, divided[1]
+
+
 def readable(images: ImageSet, *, skip: bool) -> ImageSet:
     """All images are read once, so that a damaged one is told now and not in the night.
 
     Raises InputError for the first that cannot be read; with skip it is left out, and said.
     """
+    problems = from_first(lambda: _problems(images))
+    if not problems:
+        return images
+    first = problems[min(problems)]
+    if not skip:
+        more = f"; {len(problems) - 1} more cannot be read" if len(problems) > 1 else ""
+        raise InputError(f"{first}{more}; --skip-unreadable leaves them out")
+    say(f"{len(problems)} images left out that cannot be read; the first: {first}")
+    return images.subset(np.array([i for i in range(len(images)) if i not in problems], dtype=np.int64))
+
+
+def _problems(images: ImageSet) -> dict[int, str]:
+    """What is wrong with those that cannot be read, by their places."""
     problems: dict[int, str] = {}
 
     def check(i: int) -> None:
@@ -74,14 +96,7 @@ def readable(images: ImageSet, *, skip: bool) -> ImageSet:
     with progress_bar("checking", len(images)) as advance, ThreadPoolExecutor(8) as pool:
         for _ in pool.map(check, range(len(images))):
             advance(1)
-    if not problems:
-        return images
-    first = problems[min(problems)]
-    if not skip:
-        more = f"; {len(problems) - 1} more cannot be read" if len(problems) > 1 else ""
-        raise InputError(f"{first}{more}; --skip-unreadable leaves them out")
-    say(f"{len(problems)} images left out that cannot be read; the first: {first}")
-    return images.subset(np.array([i for i in range(len(images)) if i not in problems], dtype=np.int64))
+    return problems
 
 
 def _model(args: Train, images: ImageSet) -> ImageModel:
