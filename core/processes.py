@@ -204,21 +204,21 @@ def _watch(reader: int, over: threading.Event, most_seconds: float) -> None:
             continue
         looks.append([_Sign(*json.loads(store.get(f"sign/{r}"))) for r in range(world)])
         if len(looks) > 3 and (problem := stuck(looks[-4], looks[-1])):
-            _give_up(f"{problem} since {most_seconds:.0f} s or more")
+            _give_up(f"{problem} for {most_seconds:.0f} s or more")
 
 
 def stuck(before: list[_Sign], after: list[_Sign]) -> str | None:
     """Which process holds the others up, from what all told at two times; None if any of them moves."""
     for r, (old, new) in enumerate(zip(before, after, strict=True)):
         if old.number == new.number:
-            return f"process {r} ({new.name}) is silent, in step {new.step},"
+            return f"process {r} ({new.name}), last heard of in step {new.step}, is silent"
     if any(old.moves != new.moves for old, new in zip(before, after, strict=True)):
         return None
     working = [(sign.step, r) for r, sign in enumerate(after) if not sign.waits]
     behind = [r for step, r in working if step == min(working)[0]]
     if not behind or len(behind) == len(after):
-        return f"no process has moved, in step {after[0].step},"
-    return f"process {behind[0]} ({after[behind[0]].name}) holds the others up, in step {after[behind[0]].step},"
+        return f"no process has moved on from step {after[0].step}"
+    return f"process {behind[0]} ({after[behind[0]].name}), in step {after[behind[0]].step}, holds the others up"
 
 
 def _give_up(problem: str) -> NoReturn:

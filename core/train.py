@@ -170,6 +170,8 @@ class _Trainer:
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="bf16" if uses_bf16(compute, device) else "no"
         )
+        if self.accelerator.num_processes != world:
+            raise InputError("several processes, but none that `accelerate launch` or torchrun started: use one of these")
         set_seed(compute.seed + processes.rank())
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):  # Backbone, and what else is a stack of blocks

@@ -34,7 +34,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def in_processes():
-    """in_processes(n, function, *arguments): what each of n processes returned of `function`, which a test file holds.
+    """in_processes(n, function, ...): what each of n processes returned of `function`, which a test file holds.
 
     They are forked off a server that has loaded torch already: a fresh interpreter for each takes seconds.
     """
@@ -43,9 +43,9 @@ def in_processes():
     torch_s = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"]
     context.set_forkserver_preload([*torch_s, "polymamba.core.language_model", "polymamba.core.train", *kernels])
 
-    def run(n, function, *arguments):
+    def run(n, function, *arguments, **named):
         with tempfile.TemporaryDirectory() as folder:
-            jobs = [(function.__code__.co_filename, function.__name__, rank, n, folder, arguments) for rank in range(n)]
+            jobs = [(function.__code__.co_filename, function.__name__, rank, n, folder, arguments, named) for rank in range(n)]
             script = str(Path(__file__).with_name("in_process.py"))
             started = [
                 context.Process(target=runpy.run_path, args=(script,), kwargs={"init_globals": {"JOB": job}})

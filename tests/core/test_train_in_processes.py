@@ -1,0 +1,160 @@
+"""Training on 2 and 4 processes, by DDP and FSDP2: the numbers of one, and checkpoints that any number goes on from."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from polymamba.core import (
+    BackboneConfig,
+    ComputeConfig,
+    InputError,
+    LanguageModel,
+    LanguageModelConfig,
+    RunFolder,
+    Task,
+    TrainConfig,
+    processes,
+    train_model,
+)
+from polymamba.core.processes import _Sign, stuck
+
+N_BATCHES, N_VALID = 10, 7  # of an epoch; in steps of 4 batches, the last one of 2
+CONFIG = TrainConfig(epochs=3, lr=1e-2, save_every=2, accumulation=4, clip=0.3, ema=0.9)
+
+
+class CountUp(Task):
+    """Next-token prediction of sequences that count upwards modulo 7, in batches of unlike sizes."""
+
+    def __init__(self, broken_at: int | None = None):
+        self.broken_at, self.made, self.n_losses = broken_at, [], 0
+
+    def plan(self, epoch):
+        return np.random.default_rng((5, epoch)).permutation(N_BATCHES).tolist()
+
+    def batch(self, description, epoch):
+        self.made.append((epoch, description))
+        starts = np.random.default_rng((description, epoch)).integers(0, 7, (2 + description % 3, 1))
+        return torch.from_numpy((starts + np.arange(9)) % 7)
+
+    def loss(self, model, batch):
+        self.n_losses += 1
+        if self.n_losses == self.broken_at:
+            raise KeyboardInterrupt
+        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def evaluate(self, model):
+        def of_batch(number):
+            batch = CountUp().batch(100 + number, 0)
+            return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).item()
+
+        return {"valid_loss": float(np.mean(processes.each_once(range(N_VALID), of_batch)))}
+
+    def score(self, metrics):
+        return -metrics["valid_loss"]
+
+
+def run(folder, *, fsdp=False, broken_at=None, resume=False):
+    """Train in `folder`, perhaps only up to a certain batch of each process. Returns the batches that this one made."""
+    torch.manual_seed(2)
+    model = LanguageModel(LanguageModelConfig(backbone=BackboneConfig(d_model=16, n_layer=2, d_state=4), vocab_size=7))
+    task = CountUp(broken_at)
+    out = RunFolder(folder, {"fsdp": fsdp}, [], resume=resume)
+    config, cpu = replace(CONFIG, fsdp=fsdp), ComputeConfig(device="cpu", seed=1)
+    try:
+        train_model(model, task, config, cpu, out, resume=resume)
+    except KeyboardInterrupt:
+        assert broken_at is not None
+    return task.made
+
+
+def results(folder):
+    """The best model's tensors, and the curve."""
+    curve = RunFolder(folder, {}, [], resume=True).read_log()
+    weights = LanguageModel.from_pretrained(folder).state_dict()
+    return weights, [{k: v for k, v in record.items() if k != "seconds"} for record in curve]
+
+
+def assert_same(folder, truth):
+    weights, curve = results(folder)
+    for name, tensor in truth[0].items():
+        assert (weights[name] - tensor).abs().max() < 1e-5, name
+    assert len(curve) == len(truth[1])
+    for found, expected in zip(curve, truth[1], strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "run"
+    run(folder)
+    return results(folder)
+
+
+def test_two_processes_are_one_and_read_different_batches(tmp_path, truth, in_processes):
+    made = in_processes(2, run, tmp_path / "run")
+    assert_same(tmp_path / "run", truth)
+    assert not set(made[0]) & set(made[1])
+    assert len(set(made[0] + made[1])) == CONFIG.epochs * N_BATCHES
+
+
+def broken(folder, *, fsdp):
+    run(folder, fsdp=fsdp, broken_at=9)  # in step 5, the second epoch's second, of which the last checkpoint knows nothing
+
+
+def resumed(folder, *, fsdp):
+    run(folder, fsdp=fsdp, resume=True)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_save_on_two_resume_on_one_and_on_four(fsdp, tmp_path, truth, in_processes):
+    in_processes(2, broken, tmp_path / "two", fsdp=fsdp)
+    files = [path.name for path in (tmp_path / "two" / "checkpoints" / "step-00000004").glob("optimizer*")]
+    assert len(files) == (2 if fsdp else 1)
+    shutil.copytree(tmp_path / "two", tmp_path / "four")
+    resumed(tmp_path / "two", fsdp=fsdp)
+    assert_same(tmp_path / "two", truth)
+    in_processes(4, resumed, tmp_path / "four", fsdp=fsdp)
+    assert_same(tmp_path / "four", truth)
+
+
+def undivided():
+    try:
+        train_model(
+            *(torch.nn.Linear(2, 2), CountUp(), replace(CONFIG, accumulation=3), ComputeConfig(device="cpu"), None),
+            resume=False,
+        )
+    except InputError as error:
+        return str(error)
+
+
+def test_an_accumulation_that_does_not_divide(in_processes):
+    for said in in_processes(2, undivided):
+        assert said.startswith("--accumulation 3: 2 processes share the batches of a step; give a multiple of 2")
+
+
+def sign(number=2, moves=5, step=3, waits=0, name="host, pid 1"):
+    return _Sign(number, moves, step, waits, name)
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ([sign(3), sign(2, name="host, pid 7"), sign(3)], "process 1 (host, pid 7), last heard of in step 3, is silent"),
+        ([sign(3), sign(3, moves=6), sign(3)], None),
+        ([sign(3, step=4), sign(3, step=4), sign(3)], "process 2 (host, pid 1), in step 3, holds the others up"),
+        ([sign(3, waits=1), sign(3), sign(3, waits=1)], "process 1 (host, pid 1), in step 3, holds the others up"),
+        ([sign(3), sign(3), sign(3)], "no process has moved on from step 3"),
+        ([sign(3, waits=1), sign(3, waits=1), sign(3, waits=1)], "no process has moved on from step 3"),
+    ],
+)
+def test_who_is_stuck(after, said):
+    assert stuck([sign()] * 3, after) == said
+
+
+def test_each_once_alone():
+    assert processes.each_once(range(3), lambda i: 2 * i) == [0, 2, 4]
+    assert processes.from_first(lambda: 7) == 7
