@@ -80,9 +80,7 @@ def score(
     return Score(len(documents), documents.n_bytes, n_words, total, in_octave[0], in_octave[1].astype(np.int64))
 
 
-def _sums(
-    model: ByteLM, documents: Documents, chunk: int, advance: Callable[[int], object]
-) -> tuple[int, np.ndarray]:
+def _sums(model: ByteLM, documents: Documents, chunk: int, advance: Callable[[int], object]) -> tuple[int, np.ndarray]:
     """Words; and of each octave of positions bits and bytes, float64 (2, N_OCTAVES)."""
     n_words, in_octave = 0, np.zeros((2, N_OCTAVES))
     for start, ids, bits in _bits(model, documents, chunk):

@@ -39,7 +39,9 @@ from .. import kernels
 SPLITTABLE = {"mamba", "bimamba", "mlp", "moe"}  # mixers that know what to do in a context, or see single tokens only
 AT_ONCE = 1 << 15  # tokens whose step sizes are added up at a time, in float32
 
-_context: "Context | None" = None  # not a ContextVar: a GPU's backward, which recomputes blocks, has a thread of its own
+_context: "Context | None" = (
+    None  # not a ContextVar: a GPU's backward, which recomputes blocks, has a thread of its own
+)
 
 
 class Pack(NamedTuple):
@@ -64,7 +66,8 @@ class Context:
             starts = torch.arange(self.size, device=cu_seqlens.device) * length
             ends = cu_seqlens[1:].contiguous()
             first, last = (
-                torch.searchsorted(ends, at, right=True).clamp(max=len(ends) - 1) for at in (starts, starts + length - 1)
+                torch.searchsorted(ends, at, right=True).clamp(max=len(ends) - 1)
+                for at in (starts, starts + length - 1)
             )
             own = (cu_seqlens - self.rank * length).clamp(0, length)
             self._packs = cu_seqlens, Pack(own, first, last)

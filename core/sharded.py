@@ -27,15 +27,17 @@ def is_sharded(model: nn.Module) -> bool:
     return any(map(is_part, model.parameters()))
 
 
-def shard(model: nn.Module) -> None:
-    """Divide all weights among all processes, by FSDP2: a unit is what a model calls its Block, and what is left."""
+def shard(model: nn.Module, mesh: Any = None, *, apart: set[nn.Parameter] | None = None) -> None:
+    """Divide all weights among the processes of a mesh, or all, by FSDP2: a unit is what a model calls its Block, and
+    what is left. apart: parameters to leave as they are, such as `spread_experts` returns.
+    """
     from torch.distributed.fsdp import fully_shard
 
     marks = {name: dict(vars(p)) for name, p in model.named_parameters()}  # such as optim.py reads
     for module in model.modules():
         if type(module).__name__ == "Block":
-            fully_shard(module)
-    fully_shard(model)
+            fully_shard(module, mesh=mesh, ignored_params=apart)
+    fully_shard(model, mesh=mesh, ignored_params=apart)
     for name, p in model.named_parameters():
         vars(p).update(marks[name])
 

@@ -166,12 +166,16 @@ class _Trainer:
                 f"--accumulation {config.accumulation}: {world} processes share the batches of a step; give a multiple "
                 f"of {world} (and divide --batch-size, if a step is to see as many sequences as before)"
             )
-        fsdp = os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true" or config.fsdp  # an accelerate config's, or ours
+        fsdp = (
+            os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true" or config.fsdp
+        )  # an accelerate config's, or ours
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="bf16" if uses_bf16(compute, device) else "no"
         )
         if self.accelerator.num_processes != world:
-            raise InputError("several processes, but none that `accelerate launch` or torchrun started: use one of these")
+            raise InputError(
+                "several processes, but none that `accelerate launch` or torchrun started: use one of these"
+            )
         set_seed(compute.seed + processes.rank())
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):  # Backbone, and what else is a stack of blocks

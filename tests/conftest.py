@@ -45,7 +45,10 @@ def in_processes():
 
     def run(n, function, *arguments, **named):
         with tempfile.TemporaryDirectory() as folder:
-            jobs = [(function.__code__.co_filename, function.__name__, rank, n, folder, arguments, named) for rank in range(n)]
+            jobs = [
+                (function.__code__.co_filename, function.__name__, rank, n, folder, arguments, named)
+                for rank in range(n)
+            ]
             script = str(Path(__file__).with_name("in_process.py"))
             started = [
                 context.Process(target=runpy.run_path, args=(script,), kwargs={"init_globals": {"JOB": job}})

@@ -102,7 +102,9 @@ def test_two_processes_are_one_and_read_different_batches(tmp_path, truth, in_pr
 
 
 def broken(folder, *, fsdp):
-    run(folder, fsdp=fsdp, broken_at=9)  # in step 5, the second epoch's second, of which the last checkpoint knows nothing
+    run(
+        folder, fsdp=fsdp, broken_at=9
+    )  # in step 5, the second epoch's second, of which the last checkpoint knows nothing
 
 
 def resumed(folder, *, fsdp):
@@ -143,7 +145,10 @@ def sign(number=2, moves=5, step=3, waits=0, name="host, pid 1"):
 @pytest.mark.parametrize(
     ("after", "said"),
     [
-        ([sign(3), sign(2, name="host, pid 7"), sign(3)], "process 1 (host, pid 7), last heard of in step 3, is silent"),
+        (
+            [sign(3), sign(2, name="host, pid 7"), sign(3)],
+            "process 1 (host, pid 7), last heard of in step 3, is silent",
+        ),
         ([sign(3), sign(3, moves=6), sign(3)], None),
         ([sign(3, step=4), sign(3, step=4), sign(3)], "process 2 (host, pid 1), in step 3, holds the others up"),
         ([sign(3, waits=1), sign(3), sign(3, waits=1)], "process 1 (host, pid 1), in step 3, holds the others up"),
