@@ -5,8 +5,8 @@
 Each number of GPUs is a group of the processes that torchrun started; the others wait meanwhile. A step is forward,
 loss, backward and AdamW, bf16 by autocast, of random data that lies on the GPU; medians of STEPS after WARM. Weak: each
 GPU has the same work at every number of GPUs; strong: all share the work of the first line. "of n": the rate, over n
-times that of one GPU. Memory is what PyTorch has allocated at the peak, on the GPU with most. About 200 s on four H100s; the
-file is written anew after each line. --tiny tries the script on CPUs (gloo).
+times that of one GPU. Memory is what PyTorch has allocated at the peak, on the GPU with most. About 200 s on four
+H100s; the file is written anew after each line. --tiny tries the script on CPUs (gloo).
 """
 
 import argparse

@@ -5,8 +5,8 @@
         logits = model(own_piece(tokens[:, :-1]))
         F.cross_entropy(logits.flatten(0, 1), own_piece(tokens[:, 1:]).flatten()).backward()
 
-Process r of P has the tokens [r L / P, (r + 1) L / P) of each row. Of the layers that such a model may have only Mamba's
-look across time, and those need little of other pieces:
+Process r of P has the tokens [r L / P, (r + 1) L / P) of each row. Of the layers that such a model may have only
+Mamba's look across time, and those need little of other pieces:
 
     convolution   the W - 1 inputs beside the piece, which are the neighbour's last ones
     scan          the state before the piece, a sum over the pieces q before it, not a walk from one to the next:
@@ -14,9 +14,10 @@ look across time, and those need little of other pieces:
                       h_r = sum_q exp(A s_qr) f_q      f_q   final state of piece q, begun at zero
                                                        s_qr  sum of dt over the pieces between q and r
 
-f_q (B, E, N) and the sums (B, E) go round by one all-gather, whatever L is: nothing that grows with it leaves a process.
-The price is a second scan, for f_q has to be known before the scan from h_r begins. (To add what h_r does to y would
-cost as much: that is a scan, too.) Gradients go the same way back. What runs outside of the context does not change.
+f_q (B, E, N) and the sums (B, E) go round by one all-gather, whatever L is: nothing that grows with it leaves a
+process. The price is a second scan, for f_q has to be known before the scan from h_r begins. (To add what h_r does to y
+would cost as much: that is a scan, too.) Gradients go the same way back. What runs outside of the context does not
+change.
 
 Loss: each process takes the mean over its own targets, and gradients are averaged over the processes as in data
 parallelism. Every process has to call backward, of a loss that its own outputs have a part in.
@@ -39,9 +40,8 @@ from .. import kernels
 SPLITTABLE = {"mamba", "bimamba", "mlp", "moe"}  # mixers that know what to do in a context, or see single tokens only
 AT_ONCE = 1 << 15  # tokens whose step sizes are added up at a time, in float32
 
-_context: "Context | None" = (
-    None  # not a ContextVar: a GPU's backward, which recomputes blocks, has a thread of its own
-)
+# Not a ContextVar: a GPU's backward, which recomputes blocks, has a thread of its own.
+_context: "Context | None" = None
 
 
 class Pack(NamedTuple):
@@ -138,8 +138,8 @@ def own_piece(x: Tensor, dim: int = 1) -> Tensor:
         return x
     if x.shape[dim] % context.size:
         raise ValueError(
-            f"length {x.shape[dim]} does not divide among {context.size} processes; pad it to a multiple, and say so by "
-            "padding_mask"
+            f"length {x.shape[dim]} does not divide among {context.size} processes; pad it to a multiple, and say so "
+            "by padding_mask"
         )
     return x.chunk(context.size, dim)[context.rank]
 

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 -m polymamba bytes train books/ -o runs/books --accumulation 4
 
-What needs to be done once is `from_first`, or done by the first process before the others look (`first_alone`); what can
-be shared is `each_once`. All that is nothing in a run of one process.
+What needs to be done once is `from_first`, or done by the first process before the others look (`first_alone`); what
+can be shared is `each_once`. All that is nothing in a run of one process.
 
 While `watched`, each process has a thread that says every few seconds that it is alive, and that ends the process with
 one line, which one of them prints, where training cannot go on: if the launcher ends the run because another process
@@ -16,7 +16,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -186,7 +185,7 @@ def _is_of_connection(error: RuntimeError) -> bool:
 
 
 def _watch(reader: int, over: threading.Event, most_seconds: float) -> None:
-    store = dist.distributed_c10d._get_default_store().clone()  # whose connection nobody else uses
+    store = _store()
     period = min(PERIOD, most_seconds / 4)
     own, world = rank(), count()
     name = f"{socket.gethostname()}, pid {os.getpid()}"
@@ -221,10 +220,16 @@ def stuck(before: list[_Sign], after: list[_Sign]) -> str | None:
     return f"process {behind[0]} ({after[behind[0]].name}), in step {after[behind[0]].step}, holds the others up"
 
 
+def _store() -> Any:
+    """The launcher's, by a connection that nobody else uses."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
+
+
 def _give_up(problem: str) -> NoReturn:
     """End this process; the first one to come here says why."""
     try:
-        says = dist.distributed_c10d._get_default_store().clone().add("given up", 1) == 1
+        says = _store().add("given up", 1) == 1
     except RuntimeError:  # the launcher is gone as well
         says = is_first()
     if says:

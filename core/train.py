@@ -6,9 +6,9 @@ killed run continues to exactly the numbers of an undisturbed one. That is possi
 of an epoch are a pure function of (seed, epoch): beside the weights, the optimizer and the random state, a position
 is all there is to save.
 
-Several processes (processes.py) share the batches of a step, each of which one of them makes and reads: what a step does
-is the same for any number of them, short of the order in which floats are added and of what dropout draws. Gradients go
-round by DDP; with `fsdp` weights, gradients and optimizer are divided, by FSDP2.
+Several processes (processes.py) share the batches of a step, each of which one of them makes and reads: what a step
+does is the same for any number of them, short of the order in which floats are added and of what dropout draws.
+Gradients go round by DDP; with `fsdp` weights, gradients and optimizer are divided, by FSDP2.
 """
 
 import math
@@ -137,8 +137,8 @@ def train_model(
 
     On Ctrl-C it ends the step, saves a checkpoint and raises KeyboardInterrupt, whose message says how to go on.
     Raises InputError if the loss stops being finite, or for an accumulation that the number of processes does not
-    divide, and OSError, which says how to go on, if the disk is full. Where a launcher started several processes, each is
-    alone after it.
+    divide, and OSError, which says how to go on, if the disk is full. Where a launcher started several processes, each
+    is alone after it.
     """
     processes.join()
     with processes.watched(config.stall):
@@ -166,9 +166,8 @@ class _Trainer:
                 f"--accumulation {config.accumulation}: {world} processes share the batches of a step; give a multiple "
                 f"of {world} (and divide --batch-size, if a step is to see as many sequences as before)"
             )
-        fsdp = (
-            os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true" or config.fsdp
-        )  # an accelerate config's, or ours
+        by_accelerate = os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"  # its config asks for FSDP
+        self.sharded = (config.fsdp or by_accelerate) and world > 1
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="bf16" if uses_bf16(compute, device) else "no"
         )
@@ -180,7 +179,6 @@ class _Trainer:
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):  # Backbone, and what else is a stack of blocks
                 module.gradient_checkpointing = config.gradient_checkpointing
-        self.sharded = fsdp and world > 1
         model = model.to(self.accelerator.device)
         self.average = averaged(model, config.ema) if config.ema else None
         if self.sharded:

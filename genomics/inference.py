@@ -26,7 +26,8 @@ def run_over(
 ) -> Tensor:
     """What `forward(tokens (B, L), mask (B, L)) -> (B, ...)` makes of n token sequences: (n, ...) float32 on the CPU.
 
-    `advance` is called with the bases done since the last call. Several processes, all of which call it, share the work.
+    `advance` is called with the bases done since the last call. Several processes, all of which call this, share the
+    work.
     """
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
     if device.type == "cpu":

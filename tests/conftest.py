@@ -45,10 +45,8 @@ def in_processes():
 
     def run(n, function, *arguments, **named):
         with tempfile.TemporaryDirectory() as folder:
-            jobs = [
-                (function.__code__.co_filename, function.__name__, rank, n, folder, arguments, named)
-                for rank in range(n)
-            ]
+            work = function.__code__.co_filename, function.__name__
+            jobs = [(*work, rank, n, folder, arguments, named) for rank in range(n)]
             script = str(Path(__file__).with_name("in_process.py"))
             started = [
                 context.Process(target=runpy.run_path, args=(script,), kwargs={"init_globals": {"JOB": job}})

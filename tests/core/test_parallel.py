@@ -115,8 +115,8 @@ def stacked(n_steps=3):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    weights = [(p.full_tensor() - q).abs().max().item() for p, q in zip(backbone.parameters(), alone.parameters())]
-    return losses, max(weights)
+    pairs = zip(backbone.parameters(), alone.parameters(), strict=True)
+    return losses, max((p.full_tensor() - q).abs().max().item() for p, q in pairs)
 
 
 def test_with_fsdp_and_recomputed_blocks(in_processes):
