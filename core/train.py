@@ -11,6 +11,7 @@ does is the same for any number of them, short of the order in which floats are 
 Gradients go round by DDP; with `fsdp` weights, gradients and optimizer are divided, by FSDP2.
 """
 
+import gc
 import math
 import os
 import sys
@@ -153,6 +154,9 @@ def train_model(
             except OSError as error:
                 how = "the same command with --resume goes on from the last checkpoint"
                 raise OSError(f"{error}; stopped after step {trainer.position.step}; {how}") from error
+        # If DDP held the last reference to the group, whose threads may want the GIL to end, it would wait for ever.
+        del trainer
+        gc.collect()
         processes.leave()
     return metrics
 
