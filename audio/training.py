@@ -112,7 +112,7 @@ class TrainClassifier(Task):
         seed: int,
         augment: bool,
     ):
-        """context: most samples that are looked at. augment: vary speed and loudness of what is trained on."""
+        """context: most samples that are looked at. augment: vary speed, colour and loudness of what is trained on."""
         self.train, self.valid, self.labels, self.config = train, valid, labels, config
         self.context, self.codec, self.seed, self.augment = context, codec, seed, augment
         self.label_ids, self.valid_ids = label_ids(train, labels), label_ids(valid, labels)
@@ -141,15 +141,21 @@ class TrainClassifier(Task):
         return metrics["valid_accuracy"] - 1e-3 * metrics["valid_loss"]  # the loss decides between equals
 
     def _varied(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A window of the recording; at another speed (a sixth at most), loudness (6 dB) and with faint noise."""
+        """A window of the recording, as another voice, microphone and room might have made it.
+
+        At another speed and pitch (up to a third), colour (a filter of 8 random taps), loudness (12 dB), with noise.
+        """
         start = rng.integers(max(len(codes) - self.context, 0) + 1)
         codes = codes[start : start + self.context]
         if not self.augment:
             return codes
         wave = decode(codes, self.codec)
-        n = max(1, round(len(wave) * rng.uniform(0.85, 1.18)))
+        n = max(1, round(len(wave) * 1.33 ** rng.uniform(-1, 1)))
         wave = np.interp(np.linspace(0, len(wave) - 1, n), np.arange(len(wave)), wave)[: self.context]
-        wave = wave * 10 ** rng.uniform(-0.3, 0.3) + rng.standard_normal(len(wave)) * 10 ** rng.uniform(-4, -2.5)
+        colour = rng.standard_normal(8) * 0.5 ** np.arange(8)
+        colour[0] = 1.0
+        wave = np.convolve(wave, colour / np.linalg.norm(colour))[:n]
+        wave = wave * 10 ** rng.uniform(-0.6, 0.6) + rng.standard_normal(len(wave)) * 10 ** rng.uniform(-4, -2)
         return encode(wave, self.codec)
 
 
