@@ -7,12 +7,16 @@ arguments. A tree is kept if it has more than `shortest` and fewer than `longest
 them, drawn again otherwise. MED is the median, rounded down; SM the sum modulo 10.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numba
 import numpy as np
 
 OPERATIONS = ("MIN", "MAX", "MED", "SM")
 NAMES = (*map(str, range(10)), *(f"[{name}" for name in OPERATIONS), "]", "<pad>")
 END, PADDING = 14, 15
+SHARD = 1000  # examples that have a seed of their own, so that threads can share the work
 
 
 @numba.njit(cache=True)
@@ -57,7 +61,7 @@ def _tree(row, longest, most_depth, most_arguments, waiting, operation, values, 
         n_values[depth] += 1
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _generate(tokens, lengths, answers, seed, shortest, longest, most_depth, most_arguments):
     np.random.seed(seed)
     waiting = np.zeros(most_depth + 1, np.int64)
@@ -77,5 +81,12 @@ def listops(
     """n examples: (tokens uint8 (n, longest) padded on the right, lengths (n,), answers (n,))."""
     tokens = np.empty((n, longest), np.uint8)
     lengths, answers = np.empty(n, np.int64), np.empty(n, np.int64)
-    _generate(tokens, lengths, answers, seed, shortest, longest, most_depth, most_arguments)
+
+    def generate(start: int) -> None:  # numba has a random state in each thread
+        part = slice(start, start + SHARD)
+        made = tokens[part], lengths[part], answers[part]
+        _generate(*made, seed * 10_000 + start // SHARD, shortest, longest, most_depth, most_arguments)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(generate, range(0, n, SHARD)))
     return tokens, lengths, answers

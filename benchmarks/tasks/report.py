@@ -122,7 +122,7 @@ def named(run: dict, among: Iterable[dict]) -> str:
     """The model, with what of its size differs among these runs."""
     words, s = [run["settings"]["mixer"]], run["settings"]
     others = [other["settings"] for other in among]
-    for name, letter in (("d_model", "d"), ("n_layer", "layers"), ("d_state", "N")):
+    for name, letter in (("d_model", "d"), ("n_layer", "layers"), ("d_state", "N"), ("weight_decay", "decay")):
         if len({o[name] for o in others}) > 1 and not (name == "d_state" and s["mixer"] not in ("mamba", "hybrid")):
             words.append(f"{letter} {s[name]}")
     if s["mixer"] in ("attention", "hybrid") and not s["rope"]:

@@ -127,7 +127,7 @@ class InductionHeads(Growing):
     def tests(self) -> list[tuple[int, int, Make]]:
         lengths = [n for n in (1 << i for i in range(6, 21)) if n <= self.longest]
         return [
-            (length, min(1024, max(64, (1 << 25) // length)), lambda n, g, L=length: induction_heads(n, L, 16, g))
+            (length, min(1024, max(64, (1 << 23) // length)), lambda n, g, L=length: induction_heads(n, L, 16, g))
             for length in lengths
         ]
 
@@ -242,8 +242,9 @@ TASKS = {
 
 def name_of(task: str, run: Run) -> str:
     key = f"-{run.key}" if isinstance(run, NgramLookup) else ""
-    rope = "" if run.rope else "-nope"
-    return f"{task}{key}-{run.mixer}{rope}-d{run.d_model}-n{run.d_state}-l{run.n_layer}-s{run.seed}"
+    rope = "" if run.rope or run.mixer not in ("attention", "hybrid") else "-nope"
+    decay = f"-w{run.weight_decay:g}" if run.weight_decay else ""
+    return f"{task}{key}-{run.mixer}{rope}-d{run.d_model}-n{run.d_state}-l{run.n_layer}{decay}-s{run.seed}"
 
 
 def settings_of(run: Run) -> dict:
