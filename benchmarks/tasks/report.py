@@ -256,7 +256,7 @@ def report(folder: Path, out: Path) -> str:
     lines = [
         "# The papers' synthetic tables",
         "",
-        "Made by `python benchmarks/tasks/report.py` from what `benchmarks/tasks/all.sh` left: models of "
+        "Made by `python benchmarks/tasks/report.py` from what `benchmarks/tasks/all.py` left: models of "
         "`polymamba.core` alone, sequences made as they are needed, percentages. Several runs shared a GPU, so minutes "
         "are no measure of speed. Papers' figures are quoted, not run again.",
         "",
