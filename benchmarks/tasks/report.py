@@ -119,12 +119,11 @@ def section_of(run: dict) -> str:
 
 
 def named(run: dict, among: Iterable[dict]) -> str:
-    """The model, with what of its size differs among these runs."""
+    """The model, with what differs among these runs of it."""
     words, s = [run["settings"]["mixer"]], run["settings"]
-    others = [other["settings"] for other in among]
-    for name, letter in (("d_model", "d"), ("n_layer", "layers"), ("d_state", "N"), ("weight_decay", "decay")):
-        if len({o[name] for o in others}) > 1 and not (name == "d_state" and s["mixer"] not in ("mamba", "hybrid")):
-            words.append(f"{letter} {s[name]}")
+    others = [other["settings"] for other in among if other["settings"]["mixer"] == s["mixer"]]
+    letters = {"d_model": "d", "n_layer": "layers", "d_state": "N", "lr": "lr", "weight_decay": "decay"}
+    words += [f"{letter} {s[name]}" for name, letter in letters.items() if len({o[name] for o in others}) > 1]
     if s["mixer"] in ("attention", "hybrid") and not s["rope"]:
         words.append("NoPE")
     return " ".join(words)
@@ -223,7 +222,7 @@ def plot_section(path: Path, name: str, runs: list[dict]) -> None:
 
 def _curves(axes, section: Section, runs: list[dict]) -> None:
     of_mixer: dict[str, list[str]] = {}
-    for run in sorted(runs, key=lambda r: (r["settings"]["d_model"], r["settings"]["d_state"])):
+    for run in sorted(runs, key=lambda r: [r["settings"][name] for name in ("d_model", "d_state", "lr")]):
         mixer, name = run["settings"]["mixer"], named(run, runs)
         known = of_mixer.setdefault(mixer, [])
         label = None if name in known else name

@@ -244,7 +244,8 @@ def name_of(task: str, run: Run) -> str:
     key = f"-{run.key}" if isinstance(run, NgramLookup) else ""
     rope = "" if run.rope or run.mixer not in ("attention", "hybrid") else "-nope"
     decay = f"-w{run.weight_decay:g}" if run.weight_decay else ""
-    return f"{task}{key}-{run.mixer}{rope}-d{run.d_model}-n{run.d_state}-l{run.n_layer}{decay}-s{run.seed}"
+    size = f"d{run.d_model}-n{run.d_state}-l{run.n_layer}"
+    return f"{task}{key}-{run.mixer}{rope}-{size}-lr{run.lr:g}{decay}-s{run.seed}"
 
 
 def settings_of(run: Run) -> dict:
