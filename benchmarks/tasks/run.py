@@ -127,7 +127,11 @@ class InductionHeads(Growing):
     def tests(self) -> list[tuple[int, int, Make]]:
         lengths = [n for n in (1 << i for i in range(6, 21)) if n <= self.longest]
         return [
-            (length, min(1024, max(64, (1 << 23) // length)), lambda n, g, L=length: induction_heads(n, L, 16, g))
+            (
+                length,
+                min(1024, max(64, (1 << 23) // length)),
+                lambda n, g, L=length: induction_heads(n, L, self.vocab_size, g),
+            )
             for length in lengths
         ]
 
