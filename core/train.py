@@ -148,7 +148,7 @@ class _Trainer:
         optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.parameters = list(self.model.parameters())
-        self.average = averaged(self.bare_model, config.ema).to(self.accelerator.device) if config.ema else None
+        self.average = averaged(self.bare_model, config.ema) if config.ema else None
         self.task, self.config, self.run = task, config, run
         self.position = _Position()
         if config.cuda_graph and not task.same_kernels:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ..kernels import cross_scan
 from ..kernels.norm import layer_norm_alone
 from .config import VMambaConfig
 from .conv import Conv
+from .mlp import Mlp
 from .model import ImageModel, drop_path_rates, feature_layout
 
 NORM_EPS = 1e-5
