@@ -42,31 +42,32 @@ def at_once(
     dtype = autocast_dtype(hidden)
     if not projected and hidden.dtype != dtype:
         return None  # the convolution is in the dtype of its input, whatever autocast says
-    outer = _linear_weights(mixer, "in_proj", "out_proj") if projected else (None, None)
+    outer = _linear_weights(mixer, "in_proj", "out_proj") if projected else [None, None]
     inner = [_scan_weights(scan) for scan in scans or (mixer,)]
     if outer is None or None in inner:
         return None
-    weights = BlockWeights(*outer, tuple(filter(None, inner)))
-    multiplied = [*(w for w in outer if w is not None), *(w for scan in weights.scans for w in (scan[2], scan[3]))]
-    if any(autocast_dtype(w) != dtype for w in multiplied) or not serves(hidden, weights, dtype):
+    in_proj, out_proj = outer
+    weights = BlockWeights(in_proj, out_proj, tuple(filter(None, inner)))
+    matrices = in_proj, out_proj, *(w for scan in weights.scans for w in (scan.x_proj, scan.dt_proj))
+    if any(w is not None and autocast_dtype(w) != dtype for w in matrices) or not serves(hidden, weights, dtype):
         return None
     return mamba_block(hidden, weights, dtype=dtype, cu_seqlens=cu_seqlens, reverse=reverse, scale=scale)
 
 
-def _linear_weights(module: nn.Module, *names: str) -> tuple[Tensor, ...] | None:
+def _linear_weights(module: nn.Module, *names: str) -> list[Any] | None:
     """Of these linear maps without bias, if they are as they were made."""
     # Not by attribute: what nn.Module does to find one takes longer than the rest of this.
     parts: list[Any] = [module._modules[name] for name in names]
     if not as_made(*parts) or any(part._parameters["bias"] is not None for part in parts):
         return None
-    return tuple(part._parameters["weight"] for part in parts)
+    return [part._parameters["weight"] for part in parts]
 
 
 def _scan_weights(module: nn.Module) -> ScanWeights | None:
     parts: Any = module._modules
-    own: Any = module._parameters
-    conv, dt_proj, x_proj = parts["conv1d"], parts["dt_proj"], _linear_weights(module, "x_proj")
-    if x_proj is None or not as_made(conv, dt_proj):
+    conv, dt, x_proj = parts["conv1d"], parts["dt_proj"], _linear_weights(module, "x_proj")
+    if x_proj is None or not as_made(conv, dt):
         return None
-    (conv, conv_bias), (dt_proj, dt_bias) = ((p._parameters["weight"], p._parameters["bias"]) for p in (conv, dt_proj))
-    return ScanWeights(conv, conv_bias, *x_proj, dt_proj, dt_bias, own["A_log"], own["D"])
+    own: dict[str, Any] = module._parameters  # pyright: ignore[reportAssignmentType] - all are there
+    conv, dt = conv._parameters, dt._parameters
+    return ScanWeights(*(conv["weight"], conv["bias"], x_proj[0], dt["weight"], dt["bias"], own["A_log"], own["D"]))

@@ -13,6 +13,8 @@ Saved are x and h. Backward, with g = gelu(h):
 Letters: T tokens, C channels, F inner width.
 """
 
+from typing import Any
+
 import timm.layers
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ class Mlp(timm.layers.Mlp):
         super().__init__(dim, d_inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        weights: Any = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         dtype = autocast_dtype(x)
         if (
             not torch.is_grad_enabled()

@@ -186,7 +186,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     cu_seqlens, rows, xz, y, in_proj, out_proj = saved_tensors[:6]
     of_hidden, of_in_proj, of_out_proj = ctx.needs_input_grad[2:5]
     d_in_proj = d_out_proj = dhidden = None
-    found: list[ScanWeights] = []
+    found: list[list[Tensor | None]] = []  # of each scan, in the order of ScanWeights
     with torch.autocast(rows.device.type, enabled=False):
         dy = dout.flatten(0, 1)
         if out_proj is not None:
@@ -222,11 +222,11 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
             if in_proj is not None and of_hidden:
                 dhidden = torch.mm(dxz, in_proj) if dhidden is None else dhidden.addmm_(dxz, in_proj)
             biases = dconv_bias if conv_bias is not None else None, dbias if dt_bias is not None else None
-            found.append(ScanWeights(dconv[:, None], biases[0], d_x_proj, d_dt_proj, biases[1], dA * A, dD))
-        products = (d_in_proj, d_out_proj, *(w for scan in found for w in (scan.x_proj, scan.dt_proj)))
+            found.append([dconv[:, None], biases[0], d_x_proj, d_dt_proj, biases[1], dA * A, dD])
+        products = d_in_proj, d_out_proj, *(product for scan in found for product in scan[2:4])
         d_in_proj, d_out_proj, *low_rank = cast_all(ctx.weight_dtype, *products)
-        pairs = zip(found, low_rank[::2], low_rank[1::2], strict=True)
-        found = [scan._replace(x_proj=d_x, dt_proj=d_dt) for scan, d_x, d_dt in pairs]
+        for i, scan in enumerate(found):
+            scan[2:4] = low_rank[2 * i : 2 * i + 2]
     dhidden = None if dhidden is None else dhidden.view(ctx.hidden_shape)
     # What is still in another dtype than its input the engine converts.
     return None, None, dhidden, d_in_proj, d_out_proj, *(w for scan in found for w in scan)

@@ -81,7 +81,8 @@ OPTIONS = {
     },
     "both ways, their mean": {"scans": 2, "reverse": (False, True), "scale": 0.5},
     "both ways, packed, no biases": {
-        "scans": 2, "batch": 1, "length": 12, "ends": [0, 5, 12], "reverse": (False, True), "absent": "conv_bias dt_bias",
+        "scans": 2, "reverse": (False, True), "batch": 1, "length": 12, "ends": [0, 5, 12],
+        "absent": "conv_bias dt_bias",
     },
     "both ways, between the projections": {"scans": 2, "reverse": (True, False), "absent": "in_proj out_proj"},
 }  # fmt: skip
