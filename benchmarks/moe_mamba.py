@@ -210,8 +210,8 @@ def report(s: Setting, folder: Path, results: list[dict], rates: dict[str, float
     lines += [
         f"d_model {s.d_model}, {s.n_layer} layers, {s.n_experts} experts, {_choice(s)}, lr {s.lr}; {last} steps of "
         f"{s.batch} x {s.context} bytes, {passes:.2f} passes over {n_bytes / 1e6:.1f} MB. Bits per byte, means of "
-        f"{len(seeds)} seeds (smallest to largest), the lowest of a run. Ratio: the steps of Mamba of the same seed to its "
-        "own lowest loss, divided by those of the model to the same loss.",
+        f"{len(seeds)} seeds (smallest to largest), the lowest of a run. Ratio: the steps of Mamba of the same seed to "
+        "its own lowest loss, divided by those of the model to the same loss.",
         "",
         "| | parameters, active, millions | held out | ratio | training | ratio | least used expert | bytes/s alone |",
         "|---|---|---|---|---|---|---|---|",
