@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, TrainConfig
+from ..core.inputs import require_fractions
 from .config import Preset, Target
 
 Output = Annotated[Path, arg(aliases=["-o"])]
@@ -104,6 +105,31 @@ class Dividing:
 
     def __post_init__(self) -> None:
         _require_shares(similarity=self.similarity)  # the fractions depend on the parts that the data have: see divide
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenomeDividing:
+    """Dividing a genome into train, valid and test. Parts that the files give stay; others are taken from train."""
+
+    regions: tuple[Path, ...] = ()
+    """BED files of what to learn from; a column split (train, valid or test), named in a header line, gives parts. All
+    of the genome if left out."""
+    valid_chromosomes: tuple[str, ...] = ()
+    """These make up the validation part."""
+    test_chromosomes: tuple[str, ...] = ()
+    """These make up the test part."""
+    split_by: Literal["block", "chromosome"] = "block"
+    """What missing parts are taken from train by: blocks of chromosomes, or whole chromosomes."""
+    block: int = 1_000_000
+    """Bases of a block."""
+    valid_fraction: float = 0.1
+    """Share of train's bases to set aside for validation, if there is no validation part."""
+    test_fraction: float = 0.1
+    """Share of train's bases to set aside for the final test, if there is no test part; 0 for none."""
+
+    def __post_init__(self) -> None:
+        require_fractions(self.valid_fraction, self.test_fraction)
+        _require_at_least_1(block=self.block)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,9 @@ from typing import Literal
 
 from ..core.config import BackboneConfig
 
+# What a language model learns: each base from those before it; hidden bases from both sides.
+Objective = Literal["next", "masked"]
+
 # What is said of a sequence: one of several classes; any number of labels; a number.
 Target = Literal["multiclass", "multilabel", "regression"]
 
