@@ -101,6 +101,41 @@ def score_windows(
 
 
 @torch.no_grad()
+def bits_in_context(
+    model: Any,
+    genome: Genome,
+    places: Sequence[tuple[int, int]],
+    n_target: int,
+    context: int,
+    objective: Objective,
+    max_tokens: int,
+    *,
+    advance: Callable[[int], object] = lambda n: None,
+) -> np.ndarray:
+    """Bits float64 (places, n_target), nan for N, of the bases from each place (contig, start) on.
+
+    A causal model is given BOS and the `context` bases before them; a masked one half of these and as many after them.
+    """
+    device = next(model.parameters()).device
+    before = context if objective == "next" else context // 2
+    size = n_target + context
+    found = []
+    for batch in _grouped(places, max(1, max_tokens // size)):
+        sequences = [genome.tokens(contig, at - before, at - before + size)[0] for contig, at in batch]
+        if objective == "masked":
+            each = _hidden_bits(model, sequences, [at - before for _, at in batch], device)
+            found += [bits[before : before + n_target] for bits in each]
+        else:
+            tokens = pad_right(sequences, PAD)[0].to(device)
+            logits = model(F.pad(tokens[:, :-1], (1, 0), value=BOS))[:, before:]
+            nats = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, before:], reduction="none")
+            bits = nats.cpu().double().numpy() / math.log(2)
+            found += [_of_bases(row, whole[before:]) for row, whole in zip(bits, sequences, strict=True)]
+        advance(size * len(batch))
+    return np.stack(found)
+
+
+@torch.no_grad()
 def causal_bits(
     model: Any, pieces: Iterator[tuple[int, np.ndarray]], state: Any = None
 ) -> Iterator[tuple[int, np.ndarray]]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ..core.errors import InputError
 from ..core.files import save_tsv
 from ..core.inputs import PARTS, named_part
-from .commands import GenomeDividing
+from .language_commands import GenomeDividing
 from .reading.chromosomes import match_names
 from .reading.genome import Genome
 from .reading.regions import read_regions
@@ -44,12 +44,7 @@ def divide_genome(genome: Genome, how: GenomeDividing, seed: int) -> list[Stretc
     Raises InputError for regions that are none of the genome's or that two parts share, for chromosomes that it has
     not, and if too little is left to take the missing parts from.
     """
-    if how.regions:
-        stretches = _of_regions(genome, how.regions)
-    else:
-        stretches = [
-            Stretch(i, 0, contig.length, named_part(contig.path) or "train") for i, contig in enumerate(genome.contigs)
-        ]
+    stretches = parts_given(genome, how.regions)
     stretches = _with_named_chromosomes(genome, stretches, how)
     found = {stretch.part for stretch in stretches}
     if "train" not in found:
@@ -59,6 +54,13 @@ def divide_genome(genome: Genome, how: GenomeDividing, seed: int) -> list[Stretc
     if missing:
         stretches = _taken_from_train(genome, stretches, missing, how, seed)
     return _joined(stretches)
+
+
+def parts_given(genome: Genome, regions: Sequence[Path]) -> list[Stretch]:
+    """The parts that BED files, or else the files' paths, say; train where they say nothing. Regions may overlap."""
+    if regions:
+        return _of_regions(genome, regions)
+    return [Stretch(i, 0, contig.length, named_part(contig.path) or "train") for i, contig in enumerate(genome.contigs)]
 
 
 def write_splits_bed(path: Path, genome: Genome, stretches: Sequence[Stretch]) -> None:

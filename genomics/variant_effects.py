@@ -38,7 +38,8 @@ def flank(window: int) -> int:
 
 
 def other_strand(site: Site) -> Site:
-    return Site(*map(reverse_complement, (site.after, site.before)), list(map(reverse_complement, site.alleles)))
+    alleles = [reverse_complement(allele) for allele in site.alleles]
+    return Site(reverse_complement(site.after), reverse_complement(site.before), alleles)
 
 
 @torch.no_grad()

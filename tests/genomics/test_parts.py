@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from polymamba.core.errors import InputError
 from polymamba.genomics.alphabet import N, tokenize
-from polymamba.genomics.commands import GenomeDividing
+from polymamba.genomics.language_commands import GenomeDividing
 from polymamba.genomics.n_runs import find_n_runs
 from polymamba.genomics.parts import Stretch, divide_genome, write_splits_bed
 from polymamba.genomics.reading.genome import Genome
