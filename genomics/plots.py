@@ -12,13 +12,17 @@ _MODEL, _OTHER = "#4878a8", "#d1603d"
 
 
 def plot_perplexity(path: Path, rows: Sequence[Sequence[Any]], window: int) -> None:
-    """Bits per base over the context, with its interval; rows are (context, bits, low, high, perplexity, ...)."""
+    """Bits per base over the context; rows are (context, bits, perplexity, change, low, high, ...).
+
+    The interval is that of the change from the shortest context: all are of the same bases.
+    """
     from matplotlib.figure import Figure
 
-    contexts, bits, low, high = (np.array([float(row[i]) for row in rows]) for i in range(4))
+    contexts, bits, low, high = (np.array([float(row[i]) for row in rows]) for i in (0, 1, 4, 5))
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.fill_between(contexts, low, high, color=_MODEL, alpha=0.2, linewidth=0, label="95 % interval")
+    label = "95 % interval of the change from the shortest context"
+    axes.fill_between(contexts, bits[0] + low, bits[0] + high, color=_MODEL, alpha=0.2, linewidth=0, label=label)
     axes.plot(contexts, bits, color=_MODEL, marker="o", markersize=4, label="model")
     axes.axvline(window, color=_OTHER, linestyle="--", linewidth=1, label="window in training")
     axes.set_xscale("log", base=2)

@@ -1,7 +1,7 @@
 """`polymamba genomics score` and `perplexity`: how probable does a language model find these sequences?"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -132,25 +132,35 @@ def perplexity(args: Perplexity) -> None:
         chosen = np.linspace(0, len(places) - 1, min(args.stretches, len(places))).round().astype(int)
         places = [places[i] for i in chosen]
         sizes = [args.target + context for context in args.contexts]
-        rows = []
+        found = []
         with autocast(args.compute), progress_bar("perplexity", sum(sizes) * len(places)) as advance:
             for context in args.contexts:
-                bits = bits_in_context(
-                    model, genome, places, args.target, context, objective, CONTEXT_TOKENS, advance=advance
+                options: Any = {"advance": advance}
+                found.append(
+                    bits_in_context(model, genome, places, args.target, context, objective, CONTEXT_TOKENS, **options)
                 )
-                rows.append(_with_interval(context, bits, args.compute.seed))
-    header = ["context", "bits_per_base", "low", "high", "perplexity", "bases", "stretches"]
+    header = ["context", "bits_per_base", "perplexity", "change", "low", "high", "bases", "stretches"]
+    rows = _changes(args.contexts, np.stack(found), args.compute.seed)
     with new_folder(args.output) as folder:
         save_tsv(folder / "perplexity.tsv", header, rows)
         plot_perplexity(folder / "perplexity.png", rows, model.config.window)
     write_tsv(sys.stdout, header, rows)
 
 
-def _with_interval(context: int, bits: np.ndarray, seed: int, n_resamples: int = 1000) -> list[Any]:
-    """A line of the table; the 95 % interval of bits per base is over stretches, drawn anew. bits (stretches, n)."""
-    sums, counts = np.nansum(bits, axis=1), np.sum(~np.isnan(bits), axis=1)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(n_resamples, len(sums)))
-    n_bases = int(counts.sum())
-    mean = sums.sum() / max(n_bases, 1)
-    low, high = np.quantile(sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1), [0.025, 0.975])
-    return [context, *(f"{x:.5f}" for x in (mean, low, high, 2**mean)), n_bases, len(sums)]
+def _changes(contexts: Sequence[int], bits: np.ndarray, seed: int, n_resamples: int = 1000) -> list[list[Any]]:
+    """The table's lines. bits (contexts, stretches, n), nan for N.
+
+    change is that of bits per base from the shortest context, over the very same bases; low and high are its 95 %
+    interval, for which stretches are drawn anew.
+    """
+    sums, counts = np.nansum(bits, axis=2), np.sum(~np.isnan(bits[0]), axis=1)
+    drawn = np.random.default_rng(seed).integers(len(counts), size=(n_resamples, len(counts)))
+    rows = []
+    for context, of_stretch in zip(contexts, sums, strict=True):
+        mean = of_stretch.sum() / counts.sum()
+        difference = of_stretch - sums[0]
+        change = difference.sum() / counts.sum()
+        low, high = np.quantile(difference[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1), [0.025, 0.975])
+        figures = [f"{x:.5f}" for x in (mean, 2**mean, change, low, high)]
+        rows.append([context, *figures, int(counts.sum()), len(counts)])
+    return rows
