@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.batching import pad_right
-from ..core.generation import prefill, read, select_state
+from ..core.generation import select_state
 from .alphabet import BOS, MASK, PAD, A, T, reverse_complement
 from .config import Objective
 
@@ -57,6 +57,7 @@ def llrs(
 
 
 def _causal(model: Any, sites: list[Site], window: int, max_tokens: int) -> list[np.ndarray]:
+    device = next(model.parameters()).device
     n_before, n_rest = window // 2, flank(window)
     prefixes, rests = [], []
     for site in sites:
@@ -65,20 +66,22 @@ def _causal(model: Any, sites: list[Site], window: int, max_tokens: int) -> list
         n_common = min(map(len, rest))
         rests.append([r[:n_common] for r in rest])
     found: list[np.ndarray] = [np.empty(0)] * len(sites)
-    # Those of one shape together, which needs no padding.
-    order = sorted(range(len(sites)), key=lambda i: (len(prefixes[i]), len(rests[i][0])))
-    for batch in _batches(order, [window + n_rest * len(rest) for rest in rests], max_tokens):
-        rows = [row for row, i in enumerate(batch) for _ in rests[i]]  # of each allele its site's
-        alleles = [torch.from_numpy(rest.astype(np.int64)) for i in batch for rest in rests[i]]
-        at_first, state = prefill(model, [torch.from_numpy(prefixes[i]) for i in batch], chunk=window + 1)
-        alleles = [allele.to(at_first.device) for allele in alleles]
-        at_others, _ = read(model, alleles, select_state(state, rows))
-        logits = torch.cat((at_first[rows][:, None], at_others[:, :-1]), 1)
-        targets, mask = pad_right([allele.cpu().numpy() for allele in alleles], PAD)
-        likelihoods = _of_targets(logits, targets, mask).sum(1)
-        for i, of_site in zip(
-            batch, np.split(likelihoods, np.cumsum([len(rests[i]) for i in batch])[:-1]), strict=True
-        ):
+    by_shape: dict[tuple[int, int], list[int]] = {}  # those of one shape together: no padding
+    for i in range(len(sites)):
+        by_shape.setdefault((len(prefixes[i]), len(rests[i][0])), []).append(i)
+    sizes = [window + n_rest * len(rest) for rest in rests]
+    for batch in (batch for members in by_shape.values() for batch in _batches(members, sizes, max_tokens)):
+        rows = np.repeat(np.arange(len(batch)), [len(rests[i]) for i in batch])  # of each allele its site's
+        prefix = _on_device(np.stack([prefixes[i] for i in batch]), device)
+        alleles = _on_device(np.stack([rest for i in batch for rest in rests[i]]), device)
+        last = torch.full((len(batch),), prefix.shape[1] - 1, device=device)
+        at_first, state = model(prefix, return_state=True, logits_at=last)
+        at_others = model(alleles[:, :-1], select_state(state, rows.tolist())) if alleles.shape[1] > 1 else None
+        at_first = at_first[torch.from_numpy(rows).to(device)][:, None]
+        logits = at_first if at_others is None else torch.cat((at_first, at_others), 1)
+        likelihoods = _of_bases(logits, alleles).sum(1).cpu().numpy()
+        of_sites = np.split(likelihoods, np.flatnonzero(np.diff(rows)) + 1)
+        for i, of_site in zip(batch, of_sites, strict=True):
             found[i] = of_site[1:] - of_site[0]
     return found
 
@@ -139,11 +142,14 @@ def _last(tokens: np.ndarray, n: int) -> np.ndarray:
     return tokens[max(0, len(tokens) - n) :]
 
 
-def _of_targets(logits: Tensor, targets: Tensor, mask: Tensor) -> np.ndarray:
-    """ln of the probability of each target, float64 (B, L); 0 for padding and what is no base."""
-    log_p = logits.float().log_softmax(-1).gather(-1, targets.to(logits.device)[..., None])[..., 0]
-    asked = mask & (targets >= A) & (targets <= T)
-    return np.where(asked.numpy(), log_p.cpu().double().numpy(), 0.0)
+def _on_device(tokens: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(tokens).to(device).long()
+
+
+def _of_bases(logits: Tensor, tokens: Tensor) -> Tensor:
+    """ln of the probability of each token, float64 (B, L); 0 for what is no base."""
+    log_p = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    return torch.where((tokens >= A) & (tokens <= T), log_p.double(), 0.0)
 
 
 def _batches(order: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
