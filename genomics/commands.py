@@ -11,21 +11,11 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, TrainConfig
+from ..core.inputs import require_at_least_1, require_shares
 from .config import Preset, Target
+from .language_commands import LANGUAGE_COMMANDS
 
 Output = Annotated[Path, arg(aliases=["-o"])]
-
-
-def _require_at_least_1(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-def _require_shares(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; it is a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +67,8 @@ class Windows:
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
     def __post_init__(self) -> None:
-        _require_at_least_1(window=self.window, stride=self.stride)
-        _require_shares(max_n=self.max_n)
+        require_at_least_1(window=self.window, stride=self.stride)
+        require_shares(max_n=self.max_n)
         if self.stride is not None and self.window is None:
             raise ValueError("stride says how far apart windows are; give window too")
 
@@ -103,7 +93,7 @@ class Dividing:
     """Records are alike if they share this share of the shorter one's 20-mers, either strand; 0: any at all."""
 
     def __post_init__(self) -> None:
-        _require_shares(similarity=self.similarity)  # the fractions depend on the parts that the data have: see divide
+        require_shares(similarity=self.similarity)  # the fractions depend on the parts that the data have: see divide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +129,7 @@ class Train:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_shares(label_smoothing=self.label_smoothing, mask_rate=self.mask_rate)
+        require_shares(label_smoothing=self.label_smoothing, mask_rate=self.mask_rate)
         if self.heads < 0:
             raise ValueError(f"heads is {self.heads}; it must not be negative")
         if self.balance == "sampling" and self.target != "multiclass":
@@ -162,7 +152,7 @@ class _WithModel:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_at_least_1(batch_size=self.batch_size, max_tokens=self.max_tokens)
+        require_at_least_1(batch_size=self.batch_size, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +177,10 @@ class _AlongRecords(_WithModel):
     """Leave out windows of which a larger share is N; how many is said. Whole records are never left out."""
 
     def __post_init__(self) -> None:
-        _require_shares(max_n=self.max_n)
+        require_shares(max_n=self.max_n)
         if not self.fasta:
             raise ValueError("no sequence file; name one or more after the run folder, or - for standard input")
-        _require_at_least_1(window=self.window, stride=self.stride)
+        require_at_least_1(window=self.window, stride=self.stride)
         super().__post_init__()
 
 
@@ -212,8 +202,8 @@ class Eval(_Deciding):
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
     def __post_init__(self) -> None:
-        _require_shares(max_n=self.max_n)
-        _require_at_least_1(window=self.window)
+        require_shares(max_n=self.max_n)
+        require_at_least_1(window=self.window)
         super().__post_init__()
 
 
@@ -272,4 +262,5 @@ COMMANDS = {
     "eval": (Eval, "polymamba.genomics.verbs.evaluate:evaluate"),
     "predict": (Predict, "polymamba.genomics.verbs.predict:predict"),
     "embed": (Embed, "polymamba.genomics.verbs.predict:embed"),
+    **LANGUAGE_COMMANDS,
 }

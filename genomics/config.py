@@ -5,6 +5,9 @@ from typing import Literal
 
 from ..core.config import BackboneConfig
 
+# What a language model learns: each base from those before it; hidden bases from both sides.
+Objective = Literal["next", "masked"]
+
 # What is said of a sequence: one of several classes; any number of labels; a number.
 Target = Literal["multiclass", "multilabel", "regression"]
 
@@ -38,9 +41,44 @@ class DNAClassifierConfig:
             raise ValueError(f"classes {self.classes}: a regression has one value")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DNALanguageModelConfig:
+    """A backbone between a token embedding and a head over the tokens.
+
+    objective   what it was trained for; a masked model's backbone sees both ways, a next-nucleotide model's does not
+    window      bases of the windows that it was trained on
+    """
+
+    backbone: BackboneConfig
+    objective: Objective = "next"
+    window: int = 1024
+    vocab_size: int = 16  # alphabet.VOCAB_SIZE, rounded up to whole 8s
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.objective == "masked") != self.backbone.bidirectional:
+            raise ValueError(f"objective {self.objective}: a masked model has a bidirectional backbone, no other has")
+
+
 Preset = Literal["tiny", "small", "base"]
 PRESETS = {
     "tiny": BackboneConfig(d_model=32, n_layer=1, d_state=8, dropout=0.2, pattern=("bimamba",)),
     "small": BackboneConfig(d_model=128, n_layer=4, d_state=16, dropout=0.2, pattern=("bimamba",)),
     "base": BackboneConfig(d_model=256, n_layer=8, d_state=16, dropout=0.2, pattern=("bimamba",)),
 }
+
+# Mamba's DNA models (arXiv 2312.00752, section E.3.2) by their parameters; those that see both ways have a few more.
+# tiny, of 70 thousand, is for trying things out.
+LanguagePreset = Literal["tiny", "250k", "700k", "1.4m", "3.5m", "7m", "19m", "41m"]
+_WIDTH_AND_DEPTH = {"tiny": (64, 2), "250k": (64, 8), "700k": (96, 10), "1.4m": (128, 12), "3.5m": (192, 14)}
+_WIDTH_AND_DEPTH |= {"7m": (256, 16), "19m": (384, 20), "41m": (512, 24)}
+
+
+def language_model_config(
+    preset: LanguagePreset, objective: Objective, window: int, dropout: float = 0.0
+) -> DNALanguageModelConfig:
+    """The configuration of a `DNALanguageModel` of this size."""
+    d_model, n_layer = _WIDTH_AND_DEPTH[preset]
+    pattern = ("mamba",) if objective == "next" else ("bimamba",)
+    backbone = BackboneConfig(d_model=d_model, n_layer=n_layer, pattern=pattern, dropout=dropout)
+    return DNALanguageModelConfig(backbone=backbone, objective=objective, window=window)

@@ -1,0 +1,127 @@
+"""`polymamba genomics pretrain`: from genomes to a run folder with a tested language model."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ...core.errors import InputError
+from ...core.files import write_json
+from ...core.run_folder import RunFolder
+from ...core.terminal import say
+from ...core.train import autocast, pick_device, train_model, uses_bf16
+from ..baselines import order_bits
+from ..config import language_model_config
+from ..evaluation import score_windows
+from ..language_commands import Pretrain
+from ..language_model import DNALanguageModel
+from ..n_runs import find_n_runs
+from ..parts import Stretch, describe_parts, divide_genome, write_splits_bed
+from ..pretraining import TrainGenome, Windows, cut_stretches
+from ..reading.genome import Genome
+from ..sources import files_of
+from ..terminal import progress_bar
+
+
+def pretrain(args: Pretrain) -> None:
+    """Train, then measure the best epoch's model on the test part."""
+    torch.manual_seed(args.compute.seed)
+    files = list(files_of(args.fasta))
+    with Genome(files) as genome:
+        stretches = divide_genome(genome, args.dividing, args.compute.seed)
+        inputs = [path for path in (*files, *args.dividing.regions) if path.is_file()]
+        run = RunFolder(args.output, _settings(args, genome), inputs, resume=args.resume)
+        say(describe_parts(stretches))
+        write_splits_bed(run / "splits.bed", genome, stretches)
+        parts = _parts(genome, stretches, args)
+        model = DNALanguageModel(language_model_config(args.preset, args.objective, args.length, args.dropout))
+        task = TrainGenome(
+            genome,
+            parts["train"],
+            parts["valid"],
+            args.train,
+            args.compute.seed,
+            objective=args.objective,
+            length=args.length,
+            first_length=args.first_length or args.length,
+            steps_per_epoch=args.steps_per_epoch,
+            mask_rate=args.mask_rate,
+            lower_case_weight=args.lower_case_weight,
+            rc_augment=args.rc_augment,
+            valid_bases=args.valid_bases,
+        )
+        n_parameters = sum(p.numel() for p in model.parameters())
+        step = f"{task.tokens * args.train.accumulation:,} bases a step"
+        say(f"model {args.preset}: {n_parameters:,} parameters; {step}; training on {pick_device(args.compute)}")
+        train_model(model, task, args.train, args.compute, run, resume=args.resume)
+        if not parts["test"].stretches:
+            say("no test part: nothing is held out to measure the model on")
+            return
+        _test(args, genome, parts, task.tokens, run)
+
+
+def _parts(genome: Genome, stretches: Sequence[Stretch], args: Pretrain) -> dict[str, Windows]:
+    """The windows of each part; how many are mostly N is said. Raises InputError if train or valid has none left."""
+    with progress_bar("letters", sum(s.n_bases for s in stretches)) as advance:
+        runs = find_n_runs(genome, stretches, advance=advance)
+    parts, dropped = {}, []
+    for part in ("train", "valid", "test"):
+        members = [i for i, stretch in enumerate(stretches) if stretch.part == part]
+        parts[part] = Windows([stretches[i] for i in members], [runs[i] for i in members], args.max_n)
+        windows, n_dropped = cut_stretches(parts[part], args.length, None)
+        dropped.append(f"{n_dropped:,} of {n_dropped + len(windows):,} {part}")
+        if not len(windows) and members:
+            raise InputError(
+                f"all {n_dropped} windows of the {part} part are more than {args.max_n:.0%} N; see --max-n"
+            )
+    say(f"windows left out, more than {args.max_n:.0%} of their bases being N: {', '.join(dropped)}")
+    return parts
+
+
+def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], max_tokens: int, run: RunFolder) -> None:
+    """Figures of the test part: of the best epoch's model, and of counting."""
+    model = DNALanguageModel.from_pretrained(run.path).to(pick_device(args.compute))
+    test = parts["test"]
+    windows = [
+        (test.stretches[i].contig, at, size) for i, at, size in cut_stretches(test, args.length, None)[0].tolist()
+    ]
+    with autocast(args.compute), progress_bar("test", sum(size for _, _, size in windows)) as advance:
+        found = score_windows(model, genome, windows, args.objective, max_tokens, advance=advance)
+    metrics: dict[str, Any] = {
+        "bits_per_base": found.bits_per_base,
+        "perplexity": found.perplexity,
+        "bases": found.n_bases,
+        "windows": len(windows),
+        "window": args.length,
+    }
+    if args.baselines:
+        train = parts["train"].stretches
+        n_bases = sum(s.n_bases for s in (*train, *test.stretches))
+        with progress_bar("baselines", n_bases) as advance:
+            orders = order_bits(genome, train, test.stretches, advance=advance)
+        metrics["order_bits_per_base"] = orders
+    write_json(run / "metrics.json", metrics)
+    for name in ("bits_per_base", "perplexity"):
+        print(f"{name:<22}{metrics[name]:>12.4f}")
+    print(f"{'bases':<22}{found.n_bases:>12,}")
+    for order, bits in enumerate(metrics.get("order_bits_per_base", [])):
+        print(f"{f'order {order}':<22}{bits:>12.4f}")
+
+
+def _settings(args: Pretrain, genome: Genome) -> dict[str, Any]:
+    """What determines the result, beside the files."""
+    groups = {"output", "resume", "dividing", "train", "compute", "fasta"}
+    device = pick_device(args.compute)
+    dividing = {name: value for name, value in asdict(args.dividing).items() if name != "regions"}
+    return {
+        **{name: value for name, value in asdict(args).items() if name not in groups},
+        **dividing,
+        "regions": [str(path) for path in args.dividing.regions],
+        **asdict(args.train),
+        "seed": args.compute.seed,
+        "device": device.type,
+        "bf16": uses_bf16(args.compute, device),
+        "contigs": len(genome.contigs),
+        "bases": genome.n_bases,
+    }
