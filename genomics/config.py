@@ -11,6 +11,9 @@ TOKEN_NAMES = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK
 # What a language model learns: each base from those before it; hidden bases from both sides.
 Objective = Literal["next", "masked"]
 
+# A base, k bases, or what occurs often, is a token.
+TokenizerName = Literal["char", "kmer", "bpe"]
+
 # What is said of a sequence: one of several classes; any number of labels; a number.
 Target = Literal["multiclass", "multilabel", "regression"]
 
@@ -50,12 +53,15 @@ class DNALanguageModelConfig:
 
     objective   what it was trained for; a masked model's backbone sees both ways, a next-nucleotide model's does not
     window      bases of the windows that it was trained on
+    tokenizer   what a token is (tokenizers.py); k of k-mers
     """
 
     backbone: BackboneConfig
     objective: Objective = "next"
     window: int = 1024
-    vocab_size: int = 16  # alphabet.VOCAB_SIZE, rounded up to whole 8s
+    tokenizer: TokenizerName = "char"
+    k: int = 1
+    vocab_size: int = 16  # of the tokenizer, rounded up to whole 8s
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
@@ -137,10 +143,19 @@ _WIDTH_AND_DEPTH |= {"7m": (256, 16), "19m": (384, 20), "41m": (512, 24)}
 
 
 def language_model_config(
-    preset: LanguagePreset, objective: Objective, window: int, dropout: float = 0.0
+    preset: LanguagePreset,
+    objective: Objective,
+    window: int,
+    dropout: float = 0.0,
+    *,
+    tokenizer: TokenizerName = "char",
+    k: int = 1,
+    vocab_size: int = 16,
 ) -> DNALanguageModelConfig:
-    """The configuration of a `DNALanguageModel` of this size."""
+    """The configuration of a `DNALanguageModel` of this size. vocab_size: of the tokenizer, at least."""
     d_model, n_layer = _WIDTH_AND_DEPTH[preset]
     pattern = ("mamba",) if objective == "next" else ("bimamba",)
     backbone = BackboneConfig(d_model=d_model, n_layer=n_layer, pattern=pattern, dropout=dropout)
-    return DNALanguageModelConfig(backbone=backbone, objective=objective, window=window)
+    vocab_size = -(-vocab_size // 8) * 8
+    shape = {"backbone": backbone, "objective": objective, "window": window}
+    return DNALanguageModelConfig(**shape, tokenizer=tokenizer, k=k, vocab_size=vocab_size)

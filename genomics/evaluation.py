@@ -8,6 +8,8 @@ masked    Each base from both sides, while it is hidden: of every STRIDE-th base
           central.
 
 N and other ambiguity codes are read as N, and are not scored. Probabilities are the model's own over all its tokens.
+Of a model of longer tokens "base" is to be read as "token" above; a token's bits are spread evenly over its bases, and
+pieces of a sequence are cut into tokens one by one.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from torch import Tensor
 
 from ..core.batching import pad_right
 from ..core.errors import InputError
-from .alphabet import BOS, MASK, PAD, A, T
+from .alphabet import BOS, MASK, PAD
 from .config import Objective
 from .reading.genome import Genome
+from .tokenizers import Tokenizer, is_asked, per_base
 
 Item = TypeVar("Item")
 STRIDE = 7  # prime: a codon's three places are hidden in turn
@@ -67,47 +70,54 @@ def base_nats(model: Any, inputs: Tensor, targets: Tensor, padding_mask: Tensor 
     return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
 
+class Reader(NamedTuple):
+    """A language model and how it reads."""
+
+    model: Any
+    tokenizer: Tokenizer
+    objective: Objective
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
 @torch.no_grad()
 def score_windows(
-    model: Any,
+    reader: Reader,
     genome: Genome,
     windows: Sequence[tuple[int, int, int]],
-    objective: Objective,
     max_tokens: int,
     *,
     advance: Callable[[int], object] = lambda n: None,
 ) -> Score:
-    """Bits of windows (contig, start, size), each by itself; of a masked model every STRIDE-th base of a window alone.
+    """Bits of windows (contig, start, size), each by itself; of a masked model every STRIDE-th token of a window alone.
 
-    Windows stand in batches of at most max_tokens tokens (or one), by their order. `advance` is told of the bases done.
+    Windows stand in batches of at most max_tokens bases (or one), by their order. `advance` is told of the bases done.
     """
-    device = next(model.parameters()).device
     total = Score(0, 0.0)
     longest = max((size for _, _, size in windows), default=1)
     for number, batch in enumerate(_grouped(windows, max(1, max_tokens // longest))):
         sequences = [genome.tokens(contig, start, start + size)[0] for contig, start, size in batch]
-        targets, mask = pad_right(sequences, PAD)
-        asked = (targets >= A) & (targets <= T)
-        if objective == "next":
-            inputs, options = F.pad(targets[:, :-1], (1, 0), value=BOS), {}
+        tokens = _Tokens(reader.tokenizer, sequences)
+        if reader.objective == "next":
+            bits = tokens.causal_bits(reader)
         else:
-            place = torch.arange(targets.shape[1]) + torch.arange(len(batch))[:, None] + number
-            asked &= place % STRIDE == 0
-            inputs, options = targets.masked_fill(asked, MASK), _unless_full(mask, device)
-        nats = base_nats(model, inputs.to(device), targets.to(device), **options).cpu().double()
-        total = total.plus(_finite((nats[asked] / math.log(2)).numpy()))
+            place = torch.arange(tokens.ids.shape[1]) + torch.arange(len(batch))[:, None] + number
+            bits = tokens.hidden_bits(reader, place % STRIDE == 0)
+        for of_window in bits:
+            total = total.plus(of_window)
         advance(sum(map(len, sequences)))
     return total
 
 
 @torch.no_grad()
 def bits_in_context(
-    model: Any,
+    reader: Reader,
     genome: Genome,
     places: Sequence[tuple[int, int]],
     n_target: int,
     context: int,
-    objective: Objective,
     max_tokens: int,
     *,
     advance: Callable[[int], object] = lambda n: None,
@@ -116,103 +126,97 @@ def bits_in_context(
 
     A causal model is given BOS and the `context` bases before them; a masked one half of these and as many after them.
     """
-    device = next(model.parameters()).device
-    before = context if objective == "next" else context // 2
+    before = context if reader.objective == "next" else context // 2
     size = n_target + context
     found = []
     for batch in _grouped(places, max(1, max_tokens // size)):
         sequences = [genome.tokens(contig, at - before, at - before + size)[0] for contig, at in batch]
-        if objective == "masked":
-            each = _hidden_bits(model, sequences, [at - before for _, at in batch], device)
-            found += [bits[before : before + n_target] for bits in each]
-        else:
-            tokens = pad_right(sequences, PAD)[0].to(device)
-            logits = model(F.pad(tokens[:, :-1], (1, 0), value=BOS))[:, before:]
-            nats = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, before:], reduction="none")
-            bits = nats.cpu().double().numpy() / math.log(2)
-            found += [_of_bases(row, whole[before:]) for row, whole in zip(bits, sequences, strict=True)]
+        tokens = _Tokens(reader.tokenizer, sequences)
+        starts = [at - before for _, at in batch]
+        bits = tokens.causal_bits(reader) if reader.objective == "next" else tokens.all_hidden_bits(reader, starts)
+        found += [row[before : before + n_target] for row in bits]
         advance(size * len(batch))
     return np.stack(found)
 
 
 @torch.no_grad()
-def causal_bits(
-    model: Any, pieces: Iterator[tuple[int, np.ndarray]], state: Any = None
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(start, tokens) of pieces of a sequence, one after another -> (start, bits float64 (n,)), nan for N.
+def causal_bits(reader: Reader, pieces: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    """(start, bases) of pieces of a sequence, one after another -> (start, bits float64 (n,)), nan for N.
 
     Each base from all before it, by the carried state; before the first one stands BOS.
     """
-    device = next(model.parameters()).device
-    last = BOS
-    for start, tokens in pieces:
-        targets = torch.from_numpy(tokens.astype(np.int64)).to(device)
-        inputs = F.pad(targets[:-1], (1, 0), value=last)
-        logits, state = model(inputs[None], state, return_state=True)
-        nats = F.cross_entropy(logits[0].float(), targets, reduction="none").cpu().double().numpy()
-        last = int(tokens[-1])
-        yield start, _of_bases(nats / math.log(2), tokens)
+    state, last = None, BOS
+    for start, bases in pieces:
+        ids, sizes = reader.tokenizer.encode(bases)
+        targets = torch.from_numpy(ids.astype(np.int64)).to(reader.device)
+        logits, state = reader.model(F.pad(targets[:-1], (1, 0), value=last)[None], state, return_state=True)
+        nats = F.cross_entropy(logits[0].float(), targets, reduction="none")
+        last = int(ids[-1])
+        yield start, per_base(_bits_where_asked(nats, ids), sizes)
 
 
 @torch.no_grad()
 def masked_bits(
-    model: Any, genome: Genome, contig: int, start: int, end: int, *, window: int, overlap: int, max_tokens: int
+    reader: Reader, genome: Genome, contig: int, start: int, end: int, *, window: int, overlap: int, max_tokens: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(start, bits float64 (n,)) of consecutive pieces of bases start .. end - 1 of a contig, nan for N.
 
     The windows' inner parts, window - overlap bases long, lie side by side; half of the overlap stands on either side.
-    A base's bits do not depend on where it stands in a batch. Raises ValueError unless 0 <= overlap < window.
+    Which bases are hidden together follows from their places. Raises ValueError unless 0 <= overlap < window.
     """
     if not 0 <= overlap < window:
         raise ValueError(f"overlap is {overlap}; it must be at least 0 and less than the window, which is {window}")
-    device = next(model.parameters()).device
     inner, margin = window - overlap, overlap // 2
     parts = ((left, min(left + inner, end)) for left in range(start, end, inner))
     for group in _grouped(parts, max(1, max_tokens // window)):
-        ends = [min(end, right + overlap - margin) for _, right in group]
         starts = [max(start, left - margin) for left, _ in group]
+        ends = [min(end, right + overlap - margin) for _, right in group]
         sequences = [genome.tokens(contig, first, last)[0] for first, last in zip(starts, ends, strict=True)]
-        for (left, right), first, bits in zip(
-            group, starts, _hidden_bits(model, sequences, starts, device), strict=True
-        ):
+        found = _Tokens(reader.tokenizer, sequences).all_hidden_bits(reader, starts)
+        for (left, right), first, bits in zip(group, starts, found, strict=True):
             yield left, bits[left - first : right - first]
 
 
-def _hidden_bits(
-    model: Any, sequences: Sequence[np.ndarray], starts: Sequence[int], device: torch.device
-) -> list[np.ndarray]:
-    """Bits float64 (L,) of every base of some windows, each base hidden in one of STRIDE passes; nan for N.
+class _Tokens:
+    """Sequences of a batch as tokens, padded on the right."""
 
-    starts  of the windows: which bases are hidden together follows from their places in the genome
-    """
-    targets, mask = pad_right(list(sequences), PAD)
-    targets = targets.to(device)
-    place = torch.arange(targets.shape[1]) + torch.tensor(starts)[:, None]
-    bits = np.empty(targets.shape)
-    for k in range(STRIDE):
-        hidden = ((place % STRIDE == k) & mask).to(device)
-        inputs = targets.masked_fill(hidden & (targets >= A) & (targets <= T), MASK)
-        nats = base_nats(model, inputs, targets, **_unless_full(mask, device)).cpu().double().numpy()
-        bits = np.where(hidden.cpu().numpy(), nats / math.log(2), bits)
-    return [_of_bases(row[: len(tokens)], tokens) for row, tokens in zip(bits, sequences, strict=True)]
+    def __init__(self, tokenizer: Tokenizer, sequences: Sequence[np.ndarray]):
+        self.each = [tokenizer.encode(bases) for bases in sequences]  # ids, sizes
+        self.ids, self.mask = pad_right([ids for ids, _ in self.each], PAD)
+
+    def causal_bits(self, reader: Reader) -> list[np.ndarray]:
+        """Of each base of each sequence, nan for N."""
+        inputs = F.pad(self.ids[:, :-1], (1, 0), value=BOS).to(reader.device)
+        return self._of_bases(base_nats(reader.model, inputs, self.ids.to(reader.device)))
+
+    def hidden_bits(self, reader: Reader, hidden: Tensor) -> list[np.ndarray]:
+        """Those of the tokens that `hidden` (B, M) says, which are hidden together; nan for others."""
+        hidden = hidden & self.mask & torch.from_numpy(is_asked(self.ids.numpy()))
+        device = reader.device
+        options = {} if self.mask.all() else {"padding_mask": self.mask.to(device)}
+        nats = base_nats(reader.model, self.ids.masked_fill(hidden, MASK).to(device), self.ids.to(device), **options)
+        return self._of_bases(nats.masked_fill(~hidden.to(device), torch.nan), hidden)
+
+    def all_hidden_bits(self, reader: Reader, starts: Sequence[int]) -> list[np.ndarray]:
+        """Of each base, each hidden in one of STRIDE passes; nan for N. starts: the sequences' places in the genome."""
+        place = torch.arange(self.ids.shape[1]) + torch.tensor(starts)[:, None]
+        passes = [self.hidden_bits(reader, place % STRIDE == k) for k in range(STRIDE)]
+        return [np.where(np.isnan(rows).all(0), np.nan, np.nansum(rows, 0)) for rows in zip(*passes, strict=True)]
+
+    def _of_bases(self, nats: Tensor, hidden: Tensor | None = None) -> list[np.ndarray]:
+        return [
+            per_base(_bits_where_asked(row[: len(ids)], ids, None if hidden is None else hidden[i, : len(ids)]), sizes)
+            for i, (row, (ids, sizes)) in enumerate(zip(nats.cpu(), self.each, strict=True))
+        ]
 
 
-def _unless_full(mask: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """The option that says which tokens are real, where not all are."""
-    return {} if bool(mask.all()) else {"padding_mask": mask.to(device)}
-
-
-def _of_bases(bits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The same with nan where no base is known."""
-    known = (tokens >= A) & (tokens <= T)
-    _finite(bits[known])
-    return np.where(known, bits, np.nan)
-
-
-def _finite(bits: np.ndarray) -> np.ndarray:
-    if not np.isfinite(bits).all():
+def _bits_where_asked(nats: Tensor, ids: np.ndarray, hidden: Tensor | None = None) -> np.ndarray:
+    """float64 (M,), nan where nothing is asked. Raises InputError if a figure is not finite."""
+    asked = is_asked(ids) if hidden is None else hidden.numpy()
+    bits = nats.cpu().double().numpy() / math.log(2)
+    if not np.isfinite(bits[asked]).all():
         raise InputError("the model's predictions are not finite; check its weights")
-    return bits
+    return np.where(asked, bits, np.nan)
 
 
 def _grouped(items: Iterable[Item], n: int) -> Iterator[list[Item]]:

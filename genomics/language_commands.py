@@ -8,7 +8,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..core.config import ComputeConfig, SamplingConfig, TrainConfig
 from ..core.inputs import require_at_least_1, require_fractions, require_shares
-from .config import LanguagePreset, Objective
+from .config import LanguagePreset, Objective, TokenizerName
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
@@ -56,6 +56,12 @@ class Pretrain:
     """Size of the model, in parameters; tiny, of 70 thousand, is for trying things out."""
     objective: Objective = "next"
     """next: each base from those before it, a causal model; masked: hidden bases, a model that sees both ways."""
+    tokenizer: TokenizerName = "char"
+    """A token is a base; kmer: --k bases, side by side; bpe: what occurs often (needs the extra polymamba[bpe])."""
+    k: int = 1
+    """Bases of a k-mer."""
+    vocab_size: int = 4096
+    """Of bpe: tokens to learn."""
     length: int = 1024
     """Bases in a training window."""
     first_length: int | None = None
@@ -86,6 +92,10 @@ class Pretrain:
         require_at_least_1(length=self.length, first_length=self.first_length, steps_per_epoch=self.steps_per_epoch)
         require_at_least_1(valid_bases=self.valid_bases)
         require_shares(mask_rate=self.mask_rate, lower_case_weight=self.lower_case_weight, max_n=self.max_n)
+        if (self.tokenizer == "kmer") != (self.k > 1) or self.k > 8:
+            raise ValueError(f"k is {self.k}; of tokenizer kmer it is 2 to 8, of others it is left out")
+        if self.vocab_size < 20:
+            raise ValueError(f"vocab_size is {self.vocab_size}; it must be at least 20")
         if self.objective == "masked" and not self.mask_rate:
             raise ValueError("mask_rate is 0; a masked model must be asked for some bases")
         if not 0 <= self.dropout < 1:

@@ -23,13 +23,14 @@ from torch import Tensor
 from ..core.batching import pad_right, shuffled_batches
 from ..core.config import TrainConfig
 from ..core.train import Task
-from .alphabet import BOS, MASK, PAD, A, T, reverse_complement
+from .alphabet import BOS, MASK, PAD, VOCAB_SIZE, A, T, reverse_complement
 from .config import Objective
-from .evaluation import base_nats, score_windows
+from .evaluation import Reader, base_nats, score_windows
 from .n_runs import NRuns
 from .parts import Stretch
 from .reading.genome import Genome
 from .terminal import progress_bar
+from .tokenizers import Tokenizer, is_asked
 
 KEPT, REPLACED = 0.1, 0.1  # of the chosen bases: those that stay, and those that become any base; the rest is [MASK]
 
@@ -93,6 +94,7 @@ class TrainGenome(Task):
         seed: int,
         *,
         objective: Objective,
+        tokenizer: Tokenizer,
         length: int,
         first_length: int,
         steps_per_epoch: int | None,
@@ -104,6 +106,7 @@ class TrainGenome(Task):
         """first_length   of the windows in the first epoch; half of `length`, a quarter, ... or `length` itself"""
         self.genome, self.where, self.config, self.seed = genome, train, config, seed
         self.objective: Objective = objective
+        self.tokenizer = tokenizer
         self.length, self.first_length, self.steps_per_epoch = length, first_length, steps_per_epoch
         self.mask_rate, self.lower_case_weight, self.rc_augment = mask_rate, lower_case_weight, rc_augment
         self.valid, self.valid_windows = valid, spread(cut_stretches(valid, length, None)[0], valid_bases)
@@ -133,11 +136,13 @@ class TrainGenome(Task):
             tokens, lower = self.genome.tokens(self.where.stretches[i].contig, start, start + size)
             if self.rc_augment and rng.random() < 0.5:
                 tokens, lower = reverse_complement(tokens), lower[::-1]
-            weights = np.where(lower, self.lower_case_weight, 1.0).astype(np.float32) * is_base(tokens)
+            ids, sizes = self.tokenizer.encode(tokens)
+            of_base = np.where(lower, self.lower_case_weight, 1.0)
+            weights = np.add.reduceat(of_base, np.cumsum(sizes) - sizes) / sizes * is_asked(ids)
             if self.objective == "next":
-                examples.append((after_bos(tokens), tokens, weights))
+                examples.append((after_bos(ids), ids, weights))
             else:
-                examples.append(masked_example(tokens, weights, self.mask_rate, rng))
+                examples.append(masked_example(ids, weights, self.mask_rate, self.tokenizer.vocab_size, rng))
         return batch_of(examples)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -151,32 +156,29 @@ class TrainGenome(Task):
         n_bases = int(self.valid_windows[:, 2].sum())
         with progress_bar("validation", n_bases) as advance:
             windows = [(self.valid.stretches[i].contig, start, size) for i, start, size in self.valid_windows.tolist()]
-            found = score_windows(model, self.genome, windows, self.objective, self.tokens, advance=advance)
+            reader = Reader(model, self.tokenizer, self.objective)
+            found = score_windows(reader, self.genome, windows, self.tokens, advance=advance)
         return {"valid_bits_per_base": found.bits_per_base}
 
     def score(self, metrics: dict[str, float]) -> float:
         return -metrics["valid_bits_per_base"]
 
 
-def is_base(tokens: np.ndarray) -> np.ndarray:
-    """Which tokens are A, C, G or T, bool of the same shape."""
-    return (tokens >= A) & (tokens <= T)
-
-
-def after_bos(tokens: np.ndarray) -> np.ndarray:
-    """What a causal model reads to tell each of the tokens (L,): BOS and all but the last."""
-    return np.concatenate(([np.uint8(BOS)], tokens[:-1]))
+def after_bos(ids: np.ndarray) -> np.ndarray:
+    """What a causal model reads to tell each of the tokens (M,): BOS and all but the last."""
+    return np.concatenate((np.array([BOS], ids.dtype), ids[:-1]))
 
 
 def masked_example(
-    tokens: np.ndarray, weights: np.ndarray, mask_rate: float, rng: np.random.Generator
+    ids: np.ndarray, weights: np.ndarray, mask_rate: float, vocab_size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, targets and weights (L,) of a window in which some of the bases are to be told."""
-    chosen = (rng.random(len(tokens)) < mask_rate) & is_base(tokens)
-    fate = rng.random(len(tokens))
-    any_base = rng.integers(A, T + 1, len(tokens), dtype=np.uint8)
-    inputs = np.where(chosen & (fate >= KEPT), np.where(fate < KEPT + REPLACED, any_base, np.uint8(MASK)), tokens)
-    return inputs, tokens, weights * chosen
+    """Inputs, targets and weights (M,) of a window in which some of the tokens are to be told."""
+    chosen = (rng.random(len(ids)) < mask_rate) & is_asked(ids)
+    fate = rng.random(len(ids))
+    low, high = (A, T + 1) if vocab_size == VOCAB_SIZE else (VOCAB_SIZE, vocab_size)  # bases, or longer tokens
+    others = rng.integers(low, high, len(ids)).astype(ids.dtype)
+    inputs = np.where(chosen & (fate >= KEPT), np.where(fate < KEPT + REPLACED, others, ids.dtype.type(MASK)), ids)
+    return inputs, ids, weights * chosen
 
 
 def batch_of(examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Batch:
@@ -185,5 +187,5 @@ def batch_of(examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> B
     padded_inputs, mask = pad_right(list(inputs), PAD)
     padded_weights = torch.zeros(mask.shape)
     for row, values in zip(padded_weights, weights, strict=True):
-        row[: len(values)] = torch.from_numpy(values)
+        row[: len(values)] = torch.from_numpy(values.astype(np.float32))
     return Batch(padded_inputs, pad_right(list(targets), PAD)[0], padded_weights, None if mask.all() else mask)

@@ -12,28 +12,31 @@ from ...core.errors import InputError
 from ...core.files import require_writable, written_whole
 from ...core.generation import generate as continuations
 from ...core.train import autocast
-from ..alphabet import BOS, A, LetterError, T, decode, tokenize
+from ..alphabet import BOS, LetterError, decode, tokenize
 from ..language_commands import Generate
 from ..language_model import DNALanguageModel
 from ..reading.records import read_records
 from ..sources import files_of
 from ..terminal import progress_bar
-from .language import load_causal_model
+from ..tokenizers import Tokenizer, is_asked
+from .language import load_reader
 
 WIDTH = 60  # letters in a line
 AT_ONCE = 64  # sequences
 
 
 class OnlyBases(nn.Module):
-    """A language model that can write nothing but A, C, G and T."""
+    """A language model that can write nothing but A, C, G and T, or tokens of several of them."""
 
     bases: Tensor
 
-    def __init__(self, model: DNALanguageModel):
+    def __init__(self, model: DNALanguageModel, n_ids: int):
+        """n_ids   of the tokenizer; what is above them only pads the model's tables"""
         super().__init__()
         self.model = model
         forbidden = torch.full((model.config.vocab_size,), -torch.inf)
-        forbidden[A : T + 1] = 0
+        allowed = np.arange(n_ids)
+        forbidden[torch.from_numpy(allowed[is_asked(allowed)])] = 0
         self.register_buffer("bases", forbidden.to(next(model.parameters()).device))
         self.eval()
 
@@ -53,13 +56,16 @@ def generate(args: Generate) -> None:
     if args.output is not None:
         require_writable(args.output)
     prompts = list(_prompts(args))
-    model = OnlyBases(load_causal_model(args.run, args.compute, "generate"))
+    reader = load_reader(args.run, args.compute)
+    if reader.objective != "next":
+        raise InputError(f"{args.run}: a masked model, which sees both ways; generate needs one of --objective next")
+    model = OnlyBases(reader.model, reader.tokenizer.vocab_size)
     with autocast(args.compute), torch.no_grad():
         if args.output is None:
-            _write(sys.stdout, args, model, prompts)
+            _write(sys.stdout, args, model, reader.tokenizer, prompts)
         else:
             with written_whole(args.output) as beside, beside.open("w", encoding="utf-8") as file:
-                _write(file, args, model, prompts)
+                _write(file, args, model, reader.tokenizer, prompts)
 
 
 def _prompts(args: Generate) -> Iterator[tuple[str, np.ndarray]]:
@@ -74,19 +80,22 @@ def _prompts(args: Generate) -> Iterator[tuple[str, np.ndarray]]:
             yield record.name, record.tokens
 
 
-def _write(file: TextIO, args: Generate, model: OnlyBases, prompts: list[tuple[str, np.ndarray]]) -> None:
+def _write(
+    file: TextIO, args: Generate, model: OnlyBases, tokenizer: Tokenizer, prompts: list[tuple[str, np.ndarray]]
+) -> None:
     wanted = [(f"{name}_{i + 1}", ids) for name, ids in prompts for i in range(args.number)]
     with progress_bar("generate", len(wanted) * args.length) as advance:
         for first in range(0, len(wanted), AT_ONCE):
             batch = wanted[first : first + AT_ONCE]
-            given = [torch.from_numpy(np.concatenate(([np.uint8(BOS)], ids))) for _, ids in batch]
+            given = [torch.from_numpy(np.append(BOS, tokenizer.encode(bases)[0])) for _, bases in batch]
             seeds = [args.compute.seed + first + i for i in range(len(batch))]
             written: list[list[int]] = [[] for _ in batch]
             for step in continuations(model, given, args.length, args.sampling, seeds=seeds):
                 for tokens, new in zip(written, step.tokens, strict=True):
                     tokens += new
                 advance(len(batch))
-            for (name, ids), new in zip(batch, written, strict=True):
-                letters = decode(np.concatenate((ids, np.array(new, dtype=np.uint8))))
+            for (name, bases), ids in zip(batch, written, strict=True):
+                new = tokenizer.decode(np.array(ids))[: args.length]
+                letters = decode(np.concatenate((bases, new)))
                 lines = [letters[i : i + WIDTH] for i in range(0, len(letters), WIDTH)]
-                file.write(f">{name} {len(new)} bases after {len(ids)}\n" + "\n".join(lines) + "\n")
+                file.write(f">{name} {len(new)} bases after {len(bases)}\n" + "\n".join(lines) + "\n")

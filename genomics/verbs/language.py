@@ -5,7 +5,9 @@ from pathlib import Path
 from ...core.config import ComputeConfig
 from ...core.errors import InputError
 from ...core.train import pick_device
+from ..evaluation import Reader
 from ..language_model import DNALanguageModel
+from ..tokenizers import load_tokenizer
 
 
 def load_language_model(run: Path, compute: ComputeConfig) -> DNALanguageModel:
@@ -15,9 +17,7 @@ def load_language_model(run: Path, compute: ComputeConfig) -> DNALanguageModel:
     return DNALanguageModel.from_pretrained(run).to(pick_device(compute))
 
 
-def load_causal_model(run: Path, compute: ComputeConfig, verb: str) -> DNALanguageModel:
-    """The same. Raises InputError if it sees both ways."""
+def load_reader(run: Path, compute: ComputeConfig) -> Reader:
+    """The same with its tokenizer."""
     model = load_language_model(run, compute)
-    if model.config.objective != "next":
-        raise InputError(f"{run}: a masked model, which sees both ways; {verb} needs one of pretrain --objective next")
-    return model
+    return Reader(model, load_tokenizer(run, model.config), model.config.objective)

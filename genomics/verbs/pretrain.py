@@ -13,15 +13,18 @@ from ...core.terminal import say
 from ...core.train import autocast, pick_device, train_model, uses_bf16
 from ..baselines import order_bits
 from ..config import language_model_config
-from ..evaluation import score_windows
+from ..evaluation import Reader, score_windows
 from ..language_commands import Pretrain
 from ..language_model import DNALanguageModel
 from ..n_runs import find_n_runs
 from ..parts import Stretch, describe_parts, divide_genome, write_splits_bed
-from ..pretraining import TrainGenome, Windows, cut_stretches
+from ..pretraining import TrainGenome, Windows, cut_stretches, spread
 from ..reading.genome import Genome
 from ..sources import files_of
 from ..terminal import progress_bar
+from ..tokenizers import BPE_FILE, CHARACTERS, BytePairs, KMers, Tokenizer, save_tokenizer
+
+BPE_BASES = 10_000_000  # that a byte-pair encoding is learned from
 
 
 def pretrain(args: Pretrain) -> None:
@@ -35,7 +38,12 @@ def pretrain(args: Pretrain) -> None:
         say(describe_parts(stretches))
         write_splits_bed(run / "splits.bed", genome, stretches)
         parts = _parts(genome, stretches, args)
-        model = DNALanguageModel(language_model_config(args.preset, args.objective, args.length, args.dropout))
+        tokenizer = _tokenizer(genome, parts["train"], args, run)
+        save_tokenizer(run.path, tokenizer)
+        reading: Any = {"tokenizer": args.tokenizer, "k": args.k, "vocab_size": tokenizer.vocab_size}
+        model = DNALanguageModel(
+            language_model_config(args.preset, args.objective, args.length, args.dropout, **reading)
+        )
         task = TrainGenome(
             genome,
             parts["train"],
@@ -43,6 +51,7 @@ def pretrain(args: Pretrain) -> None:
             args.train,
             args.compute.seed,
             objective=args.objective,
+            tokenizer=tokenizer,
             length=args.length,
             first_length=args.first_length or args.length,
             steps_per_epoch=args.steps_per_epoch,
@@ -58,7 +67,7 @@ def pretrain(args: Pretrain) -> None:
         if not parts["test"].stretches:
             say("no test part: nothing is held out to measure the model on")
             return
-        _test(args, genome, parts, task.tokens, run)
+        _test(args, genome, parts, task, run)
 
 
 def _parts(genome: Genome, stretches: Sequence[Stretch], args: Pretrain) -> dict[str, Windows]:
@@ -79,7 +88,21 @@ def _parts(genome: Genome, stretches: Sequence[Stretch], args: Pretrain) -> dict
     return parts
 
 
-def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], max_tokens: int, run: RunFolder) -> None:
+def _tokenizer(genome: Genome, train: Windows, args: Pretrain, run: RunFolder) -> Tokenizer:
+    """That of the flags; a byte-pair encoding is learned from windows spread over the train part, once."""
+    if args.tokenizer == "char":
+        return CHARACTERS
+    if args.tokenizer == "kmer":
+        return KMers(args.k)
+    if (learned := run / BPE_FILE).is_file():
+        return BytePairs(learned.read_text(encoding="utf-8"))
+    windows = spread(cut_stretches(train, args.length, None)[0], BPE_BASES)
+    stretches = train.stretches
+    sequences = (genome.tokens(stretches[i].contig, at, at + size)[0] for i, at, size in windows.tolist())
+    return BytePairs.learned(sequences, args.vocab_size)
+
+
+def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], task: TrainGenome, run: RunFolder) -> None:
     """Figures of the test part: of the best epoch's model, and of counting."""
     model = DNALanguageModel.from_pretrained(run.path).to(pick_device(args.compute))
     test = parts["test"]
@@ -87,7 +110,8 @@ def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], max_tokens:
         (test.stretches[i].contig, at, size) for i, at, size in cut_stretches(test, args.length, None)[0].tolist()
     ]
     with autocast(args.compute), progress_bar("test", sum(size for _, _, size in windows)) as advance:
-        found = score_windows(model, genome, windows, args.objective, max_tokens, advance=advance)
+        reader = Reader(model, task.tokenizer, task.objective)
+        found = score_windows(reader, genome, windows, task.tokens, advance=advance)
     metrics: dict[str, Any] = {
         "bits_per_base": found.bits_per_base,
         "perplexity": found.perplexity,

@@ -11,17 +11,16 @@ from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, write_tsv, written_whole
 from ...core.terminal import say
 from ...core.train import autocast
+from ..evaluation import Reader, bits_in_context, causal_bits, masked_bits
 from ..evaluation import Score as Cost
-from ..evaluation import bits_in_context, causal_bits, masked_bits
 from ..language_commands import Perplexity, Score
-from ..language_model import DNALanguageModel
 from ..parts import parts_given
 from ..plots import plot_perplexity
 from ..reading.genome import Genome
 from ..sources import files_of
 from ..terminal import progress_bar
 from ..tracks import BinnedTrack
-from .language import load_language_model
+from .language import load_reader
 
 CONTEXT_TOKENS = 1 << 18  # in a batch of `perplexity`
 
@@ -31,13 +30,13 @@ def score(args: Score) -> None:
     for path in (args.output, args.track):
         if path is not None:
             require_writable(path)
-    model = load_language_model(args.run, args.compute)
-    masked = model.config.objective == "masked"
+    reader = load_reader(args.run, args.compute)
+    masked = reader.objective == "masked"
     for name in ("window", "overlap", "one_shot"):
         if getattr(args, name) and not masked:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} is of masked models; {args.run} carries its state along a record, leave it out")
-    window = args.window or model.config.window
+    window = args.window or reader.model.config.window
     overlap = window // 2 if args.overlap is None else args.overlap
     if masked and not 0 <= overlap < window:
         raise InputError(f"--overlap {overlap}: must be at least 0 and less than the window, which is {window}")
@@ -51,7 +50,7 @@ def score(args: Score) -> None:
             beside = stack.enter_context(written_whole(args.track))
             track = BinnedTrack(stack.enter_context(beside.open("w", encoding="utf-8")), "bits per base", args.bin)
         stack.enter_context(autocast(args.compute))
-        rows = _rows(args, model, genome, (window, overlap), track)
+        rows = _rows(args, reader, genome, (window, overlap), track)
         if args.output is None:
             write_tsv(sys.stdout, header, rows)
         else:
@@ -61,17 +60,17 @@ def score(args: Score) -> None:
 
 
 def _rows(
-    args: Score, model: DNALanguageModel, genome: Genome, geometry: tuple[int, int], track: BinnedTrack | None
+    args: Score, reader: Reader, genome: Genome, geometry: tuple[int, int], track: BinnedTrack | None
 ) -> Iterator[list[Any]]:
     window, overlap = geometry
     with progress_bar("score", genome.n_bases) as advance:
         for i, contig in enumerate(genome.contigs):
 
             def bits_by(window: int, overlap: int, i: int = i, length: int = contig.length):
-                if model.config.objective == "next":
-                    return causal_bits(model, genome.pieces(i, 0, length, args.chunk))
+                if reader.objective == "next":
+                    return causal_bits(reader, genome.pieces(i, 0, length, args.chunk))
                 sizes: Any = {"window": window, "overlap": overlap, "max_tokens": args.chunk}
-                return masked_bits(model, genome, i, 0, length, **sizes)
+                return masked_bits(reader, genome, i, 0, length, **sizes)
 
             total = Cost(0, 0.0)
             kept: list[np.ndarray] = []
@@ -113,10 +112,9 @@ def _require_unlike_names(genome: Genome) -> None:
 def perplexity(args: Perplexity) -> None:
     """Of the same bases after more and more context: a table and a picture."""
     require_new_folder(args.output)
-    model = load_language_model(args.run, args.compute)
-    objective = model.config.objective
+    reader = load_reader(args.run, args.compute)
     longest = args.contexts[-1]
-    before = longest if objective == "next" else longest // 2
+    before = longest if reader.objective == "next" else longest // 2
     with Genome(list(files_of(args.fasta))) as genome:
         stretches = [s for s in parts_given(genome, args.regions) if args.part in (None, s.part)]
         places = [
@@ -136,14 +134,12 @@ def perplexity(args: Perplexity) -> None:
         with autocast(args.compute), progress_bar("perplexity", sum(sizes) * len(places)) as advance:
             for context in args.contexts:
                 options: Any = {"advance": advance}
-                found.append(
-                    bits_in_context(model, genome, places, args.target, context, objective, CONTEXT_TOKENS, **options)
-                )
+                found.append(bits_in_context(reader, genome, places, args.target, context, CONTEXT_TOKENS, **options))
     header = ["context", "bits_per_base", "perplexity", "change", "low", "high", "bases", "stretches"]
     rows = _changes(args.contexts, np.stack(found), args.compute.seed)
     with new_folder(args.output) as folder:
         save_tsv(folder / "perplexity.tsv", header, rows)
-        plot_perplexity(folder / "perplexity.png", rows, model.config.window)
+        plot_perplexity(folder / "perplexity.png", rows, reader.model.config.window)
     write_tsv(sys.stdout, header, rows)
 
 

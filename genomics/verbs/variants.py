@@ -43,7 +43,7 @@ def variants(args: Variants) -> None:
     for path in (args.output, args.metrics):
         if path is not None:
             require_writable(path)
-    model = load_language_model(args.run, args.compute)
+    model = _model_of_bases(args)
     window = args.window or model.config.window
     labels = Labels(args.label_field, args.labels, args.positive) if args.labels or args.label_field else None
     tally = _Tally(labels)
@@ -73,6 +73,15 @@ def variants(args: Variants) -> None:
             say(f"{name.upper()} of -LLR: {figure['value']:.4f}   ({figure['low']:.4f} to {figure['high']:.4f})")
         if args.metrics is not None:
             write_json(args.metrics, metrics)
+
+
+def _model_of_bases(args: Variants | Mutagenesis) -> DNALanguageModel:
+    model = load_language_model(args.run, args.compute)
+    if model.config.tokenizer != "char":
+        raise InputError(
+            f"{args.run}: reads tokens of several bases; variants are scored by models of --tokenizer char"
+        )
+    return model
 
 
 def _of_sites(
@@ -137,7 +146,7 @@ def mutagenesis(args: Mutagenesis) -> None:
     if match is None:
         raise InputError(f"region {args.region!r}: write it CHROM:START-END, from 1, as in chr22:1,000-1,200")
     start, end = int(match[2].replace(",", "")) - 1, int(match[3].replace(",", ""))
-    model = load_language_model(args.run, args.compute)
+    model = _model_of_bases(args)
     window = args.window or model.config.window
     with Genome(list(files_of(args.genome))) as genome:
         names = [contig.name for contig in genome.contigs]

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from polymamba.core.config import BackboneConfig, LanguageModelConfig
 from polymamba.core.errors import InputError
 from polymamba.core.language_model import LanguageModel
-from polymamba.genomics.alphabet import BOS, MASK, VOCAB_SIZE, A, T
+from polymamba.genomics.alphabet import BOS, MASK, VOCAB_SIZE, A, N, T
 from polymamba.genomics.baselines import order_bits
-from polymamba.genomics.evaluation import STRIDE, Score, causal_bits, masked_bits, score_windows
+from polymamba.genomics.evaluation import STRIDE, Reader, Score, causal_bits, masked_bits, score_windows
 from polymamba.genomics.parts import Stretch
 from polymamba.genomics.reading.genome import Genome
+from polymamba.genomics.tokenizers import CHARACTERS, KMers
 
 
 def model_of(mixer: str) -> LanguageModel:
@@ -72,7 +73,7 @@ def hidden(model, tokens: list[int], first: int) -> list[float]:
 @pytest.mark.parametrize("chunk", [1, 13, 64, 1000])
 def test_along_a_sequence_causally(chunk, genome, causal):
     tokens = genome.tokens(0, 100, 220)[0].tolist()
-    found = list(causal_bits(causal, genome.pieces(0, 100, 220, chunk)))
+    found = list(causal_bits(reader(causal), genome.pieces(0, 100, 220, chunk)))
     assert [start for start, _ in found] == list(range(100, 220, chunk))
     np.testing.assert_allclose(np.concatenate([bits for _, bits in found]), causally(causal, tokens), rtol=1e-5)
 
@@ -80,20 +81,28 @@ def test_along_a_sequence_causally(chunk, genome, causal):
 def test_along_a_sequence_masked_in_one_window(genome, both_ways):
     """As long as all fits into one window, the figures are those of one shot."""
     tokens = genome.tokens(0, 10, 80)[0].tolist()
-    found = list(masked_bits(both_ways, genome, 0, 10, 80, window=90, overlap=20, max_tokens=1000))
+    found = list(masked_bits(reader(both_ways, "masked"), genome, 0, 10, 80, window=90, overlap=20, max_tokens=1000))
     assert [start for start, _ in found] == [10]
     np.testing.assert_allclose(found[0][1], hidden(both_ways, tokens, 10), rtol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 39), st.integers(1, 200), st.integers(0, 60), st.integers(1, 90))
 def test_along_a_sequence_masked_in_windows(genome, both_ways, window, overlap, max_tokens, start, size):
     end = start + size
     if overlap >= window:
         with pytest.raises(ValueError, match="must be at least 0 and less than the window"):
-            list(masked_bits(both_ways, genome, 0, start, end, window=window, overlap=overlap, max_tokens=9))
+            list(
+                masked_bits(
+                    reader(both_ways, "masked"), genome, 0, start, end, window=window, overlap=overlap, max_tokens=9
+                )
+            )
         return
-    found = list(masked_bits(both_ways, genome, 0, start, end, window=window, overlap=overlap, max_tokens=max_tokens))
+    found = list(
+        masked_bits(
+            reader(both_ways, "masked"), genome, 0, start, end, window=window, overlap=overlap, max_tokens=max_tokens
+        )
+    )
     at = start
     for left, bits in found:
         assert left == at
@@ -108,6 +117,10 @@ def test_along_a_sequence_masked_in_windows(genome, both_ways, window, overlap, 
     assert at == end
 
 
+def reader(model, objective="next", tokenizer=CHARACTERS) -> Reader:
+    return Reader(model, tokenizer, objective)
+
+
 WINDOWS = [(0, 0, 30), (0, 200, 30), (1, 0, 10), (0, 370, 17)]
 
 
@@ -115,7 +128,7 @@ WINDOWS = [(0, 0, 30), (0, 200, 30), (1, 0, 10), (0, 370, 17)]
 def test_windows_causally(max_tokens, genome, causal):
     bits = np.concatenate([causally(causal, genome.tokens(c, s, s + n)[0].tolist()) for c, s, n in WINDOWS])
     seen = []
-    found = score_windows(causal, genome, WINDOWS, "next", max_tokens, advance=seen.append)
+    found = score_windows(reader(causal), genome, WINDOWS, max_tokens, advance=seen.append)
     assert found.n_bases == np.sum(~np.isnan(bits))
     assert found.bits == pytest.approx(np.nansum(bits), rel=1e-5)
     assert sum(seen) == 87
@@ -124,7 +137,7 @@ def test_windows_causally(max_tokens, genome, causal):
 @pytest.mark.parametrize("max_tokens", [1, 61, 10_000])
 def test_windows_masked(max_tokens, genome, both_ways):
     """One base in STRIDE is asked; which ones does not matter much, as an untrained model's figures are much alike."""
-    found = score_windows(both_ways, genome, WINDOWS * 7, "masked", max_tokens)
+    found = score_windows(reader(both_ways, "masked"), genome, WINDOWS * 7, max_tokens)
     bits = np.concatenate([hidden(both_ways, genome.tokens(c, s, s + n)[0].tolist(), s) for c, s, n in WINDOWS])
     assert found.n_bases == pytest.approx(np.sum(~np.isnan(bits)), rel=0.15)
     assert found.bits_per_base == pytest.approx(np.nanmean(bits), rel=0.02)
@@ -143,9 +156,30 @@ def test_predictions_that_are_no_numbers(genome):
     broken = model_of("mamba")
     broken.lm_head.weight.data[A] = math.nan
     with pytest.raises(InputError, match="predictions are not finite"):
-        list(causal_bits(broken, genome.pieces(0, 0, 10)))
+        list(causal_bits(reader(broken), genome.pieces(0, 0, 10)))
     with pytest.raises(InputError, match="predictions are not finite"):
-        score_windows(broken, genome, WINDOWS, "next", 1000)
+        score_windows(reader(broken), genome, WINDOWS, 1000)
+
+
+def test_kmers_along_a_sequence(genome):
+    """Pieces that are whole k-mers give what one piece does; a token's bits are spread over its bases."""
+    torch.manual_seed(2)
+    kmers = KMers(3)
+    backbone = BackboneConfig(d_model=16, n_layer=1, d_state=4)
+    config = LanguageModelConfig(backbone=backbone, vocab_size=kmers.vocab_size, tie_embeddings=False)
+    model = LanguageModel(config).double().eval()
+    found = [
+        np.concatenate([bits for _, bits in causal_bits(reader(model, tokenizer=kmers), genome.pieces(0, 0, 400, n))])
+        for n in (60, 1000)
+    ]
+    tokens = genome.tokens(0, 0, 400)[0]
+    ids, sizes = kmers.encode(tokens)
+    truth = [bits_of(model, [BOS, *ids[:i].tolist()], i, int(t)) if t != N else math.nan for i, t in enumerate(ids)]
+    np.testing.assert_allclose(found[1], np.repeat(np.array(truth) / sizes, sizes), rtol=1e-5)
+    assert np.array_equal(np.isnan(found[1]), tokens == N)
+    aligned = [len(list(kmers.encode(tokens[: 60 * k])[0])) for k in (1, 2)]
+    assert aligned[0] < aligned[1]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 # Counting

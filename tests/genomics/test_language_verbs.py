@@ -241,6 +241,43 @@ def test_refusals_of_scoring(run, masked_run, genome, tmp_path, error):
     assert "x.fa.fai, line 1: not a line of a FASTA index" in error("score", run, tmp_path / "x.fa", *CPU)
 
 
+# Longer tokens
+
+
+@pytest.mark.parametrize("words", [["kmer", "--k", "3"], ["bpe", "--vocab-size", "40"]])
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_longer_tokens(words, objective, genome, sequences, tmp_path, capsys, error):
+    output, few = tmp_path / "run", ["--no-baselines", "--epochs", 1, "--objective", objective]
+    genomics("pretrain", *flags(genome), *few, "--tokenizer", *words, "-o", output)
+    assert json.loads((output / "config.json").read_text())["tokenizer"] == words[0]
+    assert (output / "tokenizer.json").exists() == (words[0] == "bpe")
+    capsys.readouterr()
+    genomics("score", output, genome, "--track", tmp_path / "t.bedgraph", *CPU)
+    rows = table(capsys.readouterr().out)
+    assert [int(row["scored"]) for row in rows] == [len(text) - text.count("N") for text in sequences.values()]
+    track = [line.split("\t") for line in (tmp_path / "t.bedgraph").read_text().splitlines()[1:]]
+    for row in rows:
+        bits = [float(value) for name, _, _, value in track if name == row["id"]]
+        assert np.mean(bits) == pytest.approx(float(row["bits_per_base"]), abs=1e-3)
+    if objective == "next":
+        genomics("generate", output, "--prompt", "ACGTNACG", "--length", 50, *CPU)
+        written = "".join(capsys.readouterr().out.splitlines()[1:])
+        assert written.startswith("ACGTNACG")
+        assert len(written) == 58
+        assert set(written[8:]) <= set("ACGT")
+    vcf = genome.parent / "none.vcf"
+    assert "variants are scored by models of --tokenizer char" in error(
+        "variants", output, vcf, "--genome", genome, *CPU
+    )
+
+
+def test_refusals_of_tokens(genome, tmp_path, error):
+    words = ["pretrain", genome, "-o", tmp_path / "r"]
+    assert "k is 1; of tokenizer kmer it is 2 to 8" in error(*words, "--tokenizer", "kmer", code=2)
+    assert "k is 3; of tokenizer kmer" in error(*words, "--k", 3, code=2)
+    assert "vocab_size is 3; it must be at least 20" in error(*words, "--tokenizer", "bpe", "--vocab-size", 3, code=2)
+
+
 # Context
 
 

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymamba.core.config import TrainConfig
-from polymamba.genomics.alphabet import BOS, MASK, PAD, A, N, T, reverse_complement
+from polymamba.genomics.alphabet import BOS, MASK, PAD, VOCAB_SIZE, A, N, T, decode, reverse_complement
 from polymamba.genomics.n_runs import find_n_runs
 from polymamba.genomics.parts import Stretch
 from polymamba.genomics.pretraining import TrainGenome, Windows, cut_stretches, masked_example, spread
 from polymamba.genomics.reading.genome import Genome
+from polymamba.genomics.tokenizers import CHARACTERS, KMers
 
 LENGTH = 1000
 
@@ -37,6 +38,7 @@ def windows_of(genome, stretches=None, max_n=0.5) -> Windows:
 def task(genome, **changes) -> TrainGenome:
     options = {
         "objective": "next",
+        "tokenizer": CHARACTERS,
         "length": 32,
         "first_length": 32,
         "steps_per_epoch": None,
@@ -166,7 +168,7 @@ def test_masks_are_berts():
     rng = np.random.default_rng(0)
     tokens = rng.integers(A, N + 1, 400_000).astype(np.uint8)
     weights = rng.choice([0.5, 1.0], len(tokens)).astype(np.float32)
-    inputs, targets, counted = masked_example(tokens, weights, 0.15, rng)
+    inputs, targets, counted = masked_example(tokens, weights, 0.15, VOCAB_SIZE, rng)
     chosen = counted > 0
     n = chosen.sum()
     assert np.array_equal(targets, tokens)
@@ -228,3 +230,31 @@ def test_a_batch_that_asks_nothing_has_no_loss(genome):
     loss.backward()
     assert loss.item() == 0
     assert model.logits.grad.eq(0).all()
+
+
+def test_kmers_are_masked_whole():
+    rng, kmers = np.random.default_rng(0), KMers(3)
+    ids, _ = kmers.encode(np.tile(np.array([A, A + 1, T, N, A, T, A, A, A], np.uint8), 20_000))
+    inputs, targets, counted = masked_example(ids, np.ones(len(ids)), 0.15, kmers.vocab_size, rng)
+    chosen = counted > 0
+    assert np.array_equal(targets, ids)
+    assert not chosen[ids == N].any()
+    assert np.mean(inputs[chosen] == MASK) == pytest.approx(0.8, abs=0.01)
+    others = inputs[chosen & (inputs != MASK) & (inputs != ids)]
+    assert set(others.tolist()) == set(range(VOCAB_SIZE, kmers.vocab_size))
+
+
+def test_kmers_of_a_window(genome):
+    made = task(genome, tokenizer=KMers(3), lower_case_weight=0.5)
+    description = made.plan(0)[0]
+    inputs, targets, weights, _ = made.batch(description, 0)
+    for row, (i, start, size) in enumerate(description.tolist()):
+        tokens, lower = genome.tokens(i, start, start + size)
+        ids, sizes = made.tokenizer.encode(tokens)
+        assert targets[row, : len(ids)].tolist() == ids.tolist()
+        assert inputs[row, 1 : len(ids)].tolist() == ids[:-1].tolist()
+        at = 0
+        for id, n, weight in zip(ids.tolist(), sizes.tolist(), weights[row].tolist(), strict=False):
+            wanted = 0 if id == N else np.where(lower[at : at + n], 0.5, 1).mean()
+            assert weight == pytest.approx(wanted), decode(tokens[at : at + n])
+            at += n
