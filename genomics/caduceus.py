@@ -27,23 +27,26 @@ from .alphabet import COMPLEMENT, TOKEN_NAMES
 from .config import CaduceusClassifierConfig, CaduceusConfig
 
 
+NEVER = -1e4  # finite: where nothing is asked, its likelihood times a weight of 0 is 0
+
+
 def complements(vocabulary: tuple[str, ...], vocab_size: int) -> list[int]:
     """The id of each id's complement: of A that of T, of N and other tokens and of padding their own."""
     of_name = {name: TOKEN_NAMES[COMPLEMENT[i]] for i, name in enumerate(TOKEN_NAMES)}
     return [vocabulary.index(of_name[name]) for name in vocabulary] + list(range(len(vocabulary), vocab_size))
 
 
-def both_strands(tokens: Tensor, mask: Tensor | None, complement: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(B, L) and its reverse complement below it, (2B, L); so the mask, bool (B, L), True = real."""
-    tokens = torch.cat((tokens, complement[tokens.flip(1)]))
-    return tokens, None if mask is None else torch.cat((mask, mask.flip(1)))
+def both_strands(tokens: Tensor, complement: Tensor) -> Tensor:
+    """Ids (B, L), and below them their reverse complements: (2B, L). complement: of each id."""
+    tokens = tokens.long()
+    return torch.cat((tokens, complement[tokens.flip(1)]))
 
 
 class Caduceus(LanguageModel):
     """Logits (B, L, V) for token ids (B, L) of genomics.alphabet, in its order: V is at least its size.
 
-    A vocabulary of another order (PlantCaduceus's) is translated: what it does not know it reads as [UNK], and never
-    says (logits -inf). Its own order and size the logits have otherwise.
+    A vocabulary of another order (PlantCaduceus's) is translated: what it does not know it reads as [UNK], and says
+    with a probability of 0 (a logit of NEVER).
     """
 
     config_class = CaduceusConfig
@@ -69,7 +72,8 @@ class Caduceus(LanguageModel):
         rcps = self.config.rcps if rcps is None else rcps
         tokens = self.ids[tokens] if self.translates else tokens.long()
         if rcps:
-            tokens, padding_mask = both_strands(tokens, padding_mask, self.complement)
+            tokens = both_strands(tokens, self.complement)
+            padding_mask = None if padding_mask is None else torch.cat((padding_mask, padding_mask.flip(1)))
         h = self.backbone(self.embedding(tokens), padding_mask=padding_mask)
         assert isinstance(h, Tensor)  # it has no state
         strands = h.unflatten(0, (2 if rcps else 1, -1))
@@ -81,7 +85,7 @@ class Caduceus(LanguageModel):
         logits = of_strands[0]
         if self.config.rcps:
             logits = logits + of_strands[1].flip(1)[..., self.complement]
-        return logits[..., self.ids].masked_fill(self.unknown, -torch.inf) if self.translates else logits
+        return logits[..., self.ids].masked_fill(self.unknown, NEVER) if self.translates else logits
 
 
 class CaduceusClassifier(PretrainedModel):

@@ -4,6 +4,7 @@ Letters, everywhere: case is ignored unless --hard-mask is given, U reads as T, 
 letter is an error.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -110,7 +111,14 @@ class Train:
     hard_mask: bool = False
     """Read lower-case (soft-masked) letters as N. The model remembers it."""
     preset: Preset = "tiny"
-    """Size of the model: tiny 25 thousand, small 0.6 and base 4.0 million parameters."""
+    """Size of the model: tiny 25 thousand, small 0.6 and base 4.0 million parameters. Without --init."""
+    init: Path | None = None
+    """Begin with the backbone of this language model: a run folder of `pretrain`, or a folder that `polymamba convert
+    caduceus` made; the head begins anew. A model that reads both strands (Caduceus-PS) goes on doing so."""
+    backbone_lr: float | None = None
+    """Peak learning rate of the backbone that --init gave; a tenth of --lr if left out."""
+    freeze: bool = False
+    """Leave the backbone that --init gave as it is: the head alone learns."""
     heads: int = 64
     """Places of a sequence that the model attends to; 0 for what the mean over all bases shows, such as a species."""
     balance: Literal["none", "loss", "sampling"] = "none"
@@ -130,6 +138,12 @@ class Train:
 
     def __post_init__(self) -> None:
         require_shares(label_smoothing=self.label_smoothing, mask_rate=self.mask_rate)
+        if self.init is None and (self.freeze or self.backbone_lr is not None):
+            raise ValueError("freeze and backbone_lr are of a backbone that --init gave; give --init, too")
+        if self.freeze and self.backbone_lr is not None:
+            raise ValueError("freeze and backbone_lr: a frozen backbone learns at no rate; give one of them")
+        if self.backbone_lr is not None and not 0 < self.backbone_lr < math.inf:
+            raise ValueError(f"backbone_lr is {self.backbone_lr}; it must be a number above 0")
         if self.heads < 0:
             raise ValueError(f"heads is {self.heads}; it must not be negative")
         if self.balance == "sampling" and self.target != "multiclass":

@@ -26,6 +26,7 @@ class DNAClassifierConfig:
     mean, scale   regression: the value is mean + scale * output
     window        bases of the windows that long sequences were cut into for training; None if they were left whole
     hard_mask     lower-case letters of the files are read as N
+    both_strands  what is said of a sequence is the mean of what is said of either strand, by the same weights
     """
 
     backbone: BackboneConfig
@@ -37,6 +38,7 @@ class DNAClassifierConfig:
     hard_mask: bool = False
     n_heads: int = 64  # of the attention pooling; 0: the mean over the bases alone, and no places
     head_dropout: float = 0.5
+    both_strands: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON gives a list
