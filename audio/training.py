@@ -21,6 +21,7 @@ from .corpus import Recordings
 from .model import AudioModel
 from .scoring import bits_of, check_causality
 from .terminal import progress_bar
+from .variation import varied
 
 PADDING = -100  # no target
 UNLABELLED = 0.1  # share of windows that are read without their label
@@ -110,11 +111,10 @@ class TrainClassifier(Task):
         context: int,
         codec: str,
         seed: int,
-        augment: bool,
     ):
-        """context: most samples that are looked at. augment: vary speed, colour and loudness of what is trained on."""
+        """context: most samples that are looked at."""
         self.train, self.valid, self.labels, self.config = train, valid, labels, config
-        self.context, self.codec, self.seed, self.augment = context, codec, seed, augment
+        self.context, self.codec, self.seed = context, codec, seed
         self.label_ids, self.valid_ids = label_ids(train, labels), label_ids(valid, labels)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -124,7 +124,7 @@ class TrainClassifier(Task):
 
     def batch(self, description: np.ndarray, epoch: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((self.seed, epoch, int(description[0]), len(description)))
-        rows = [self._varied(self.train.recording(i), rng) for i in description]
+        rows = [self._window(self.train.recording(i), rng) for i in description]
         codes, mask = pad_right(rows, 0)
         return {"codes": codes, "mask": mask, "labels": torch.from_numpy(self.label_ids[description])}
 
@@ -140,23 +140,11 @@ class TrainClassifier(Task):
     def score(self, metrics: dict[str, float]) -> float:
         return metrics["valid_accuracy"] - 1e-3 * metrics["valid_loss"]  # the loss decides between equals
 
-    def _varied(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A window of the recording, as another voice, microphone and room might have made it.
-
-        At another speed and pitch (up to a third), colour (a filter of 8 random taps), loudness (12 dB), with noise.
-        """
+    def _window(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A window of the recording, varied."""
         start = rng.integers(max(len(codes) - self.context, 0) + 1)
         codes = codes[start : start + self.context]
-        if not self.augment:
-            return codes
-        wave = decode(codes, self.codec)
-        n = max(1, round(len(wave) * 1.33 ** rng.uniform(-1, 1)))
-        wave = np.interp(np.linspace(0, len(wave) - 1, n), np.arange(len(wave)), wave)[: self.context]
-        colour = rng.standard_normal(8) * 0.5 ** np.arange(8)
-        colour[0] = 1.0
-        wave = np.convolve(wave, colour / np.linalg.norm(colour))[:n]
-        wave = wave * 10 ** rng.uniform(-0.6, 0.6) + rng.standard_normal(len(wave)) * 10 ** rng.uniform(-4, -2)
-        return encode(wave, self.codec)
+        return encode(varied(decode(codes, self.codec), rng)[: self.context], self.codec)
 
 
 @torch.no_grad()

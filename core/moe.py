@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import Order, combine, dispatch, route, sort_by_expert
+from ..kernels import Order, combine, dispatch, expert_mlp, fuses_experts, route, sort_by_expert
 from .autocast import autocast_dtype
 from .config import MoEConfig
 from .grouped import grouped_matmul, waits_for_host
@@ -160,8 +160,13 @@ class MoE(nn.Module):
         # in `combine` and `dispatch`.
         some_lost = factor is not None or real is not None
         rows = dispatch(_as_autocast(routes.x), order, c.top_k, some_lost=some_lost)
-        inner = self._activated(self.in_proj(rows, order.ends))
-        return combine(self.out_proj(inner, order.ends), routes.gates, order, some_lost=some_lost)
+        return combine(self._experts(rows, order.ends), routes.gates, order, some_lost=some_lost)
+
+    def _experts(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """rows (A, D), sorted by expert, expert e's ending at ends[e] -> (A, D)."""
+        if self.config.expert == "relu" and fuses_experts(rows):
+            return expert_mlp(rows, self.in_proj.weight.to(rows.dtype), self.out_proj.weight.to(rows.dtype), ends)
+        return self.out_proj(self._activated(self.in_proj(rows, ends)), ends)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """The same for few tokens, and no gradients."""

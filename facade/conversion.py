@@ -27,6 +27,7 @@ KINDS = {
     "sashimi": "polymamba.audio.sashimi:from_sashimi",
     "vim": "polymamba.vision.official:from_vim",
     "vmamba": "polymamba.vision.official:from_vmamba",
+    "caduceus": "polymamba.genomics.official:from_caduceus",
 }
 
 

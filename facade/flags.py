@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-Kind = Literal["mamba-ssm", "hf-mamba", "moe-mamba", "mambabyte", "sashimi", "vim", "vmamba"]
+Kind = Literal["mamba-ssm", "hf-mamba", "moe-mamba", "mambabyte", "sashimi", "vim", "vmamba", "caduceus"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .alphabet import reverse_complement, tokenize
+    from .caduceus import Caduceus, CaduceusClassifier
     from .commands import Dividing, Source
-    from .config import DNAClassifierConfig
+    from .config import CaduceusClassifierConfig, CaduceusConfig, DNAClassifierConfig
     from .dataset import LabelledSequences
     from .dividing import divide
     from .inference import embed, predict
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 # Lazy, so that the flags of the command line can be read before torch has loaded.
 _MODULE_OF = {
+    "Caduceus": "caduceus",
+    "CaduceusClassifier": "caduceus",
+    "CaduceusClassifierConfig": "config",
+    "CaduceusConfig": "config",
     "DNAClassifier": "model",
     "DNAClassifierConfig": "config",
     "Dividing": "commands",
@@ -35,6 +40,10 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Caduceus",
+    "CaduceusClassifier",
+    "CaduceusClassifierConfig",
+    "CaduceusConfig",
     "DNAClassifier",
     "DNAClassifierConfig",
     "Dividing",

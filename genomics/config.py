@@ -5,6 +5,9 @@ from typing import Literal
 
 from ..core.config import BackboneConfig
 
+# Of genomics.alphabet, which gives them their ids.
+TOKEN_NAMES = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", "A", "C", "G", "T", "N")
+
 # What a language model learns: each base from those before it; hidden bases from both sides.
 Objective = Literal["next", "masked"]
 
@@ -64,6 +67,65 @@ class DNALanguageModelConfig:
     def __post_init__(self) -> None:
         if (self.objective == "masked") != self.backbone.bidirectional:
             raise ValueError(f"objective {self.objective}: a masked model has a bidirectional backbone, no other has")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaduceusConfig:
+    """A masked language model with a bidirectional backbone, that of one strand (Ph) or of both (PS).
+
+    rcps         reverse-complement equivariant by parameter sharing: both strands through the backbone, Caduceus-PS
+    vocabulary   the model's tokens by id, by their names in `alphabet`; ids that are left are padding
+    n_token      what pretraining showed where a genome has N: fine-tuning begins with its embedding for N
+    mirrored     the head reads the hidden states with strands, places and channels all reversed: official PS models of
+                 an odd number of layers (see official.py)
+    window       bases of the windows that it was trained on
+    """
+
+    backbone: BackboneConfig
+    rcps: bool = False
+    vocab_size: int = 16  # rounded up to whole 8s
+    vocabulary: tuple[str, ...] = TOKEN_NAMES
+    n_token: str = "N"
+    mirrored: bool = False
+    window: int = 1024
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))  # JSON gives a list
+        missing = {"A", "C", "G", "T", "[MASK]", "[UNK]", "[PAD]", self.n_token} - set(self.vocabulary)
+        strange = set(self.vocabulary) - set(TOKEN_NAMES)
+        if missing or strange or len(set(self.vocabulary)) != len(self.vocabulary):
+            raise ValueError(
+                f"vocabulary {self.vocabulary}: it must have A, C, G, T, [MASK], [UNK], [PAD] and {self.n_token}, each "
+                f"once, and beside them only {', '.join(TOKEN_NAMES)}"
+            )
+        if len(self.vocabulary) > self.vocab_size:
+            raise ValueError(f"vocab_size is {self.vocab_size}, for {len(self.vocabulary)} tokens")
+        if self.backbone.mixers != {"bimamba"}:
+            raise ValueError(f"pattern is {self.backbone.pattern}; Caduceus has bimamba layers")
+        if self.mirrored and not self.rcps:
+            raise ValueError("mirrored is set, but not rcps: there is no other strand")
+
+    @property
+    def objective(self) -> Objective:
+        return "masked"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaduceusClassifierConfig:
+    """A Caduceus trunk and a linear head over its pooled hidden states; of both strands, the mean of their logits.
+
+    conjoin   read both strands, also by a trunk that is no rcps model (Caduceus-Ph's post-hoc conjoining)
+    """
+
+    trunk: CaduceusConfig
+    n_classes: int
+    pooling: Literal["mean", "max"] = "mean"
+    conjoin: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("mean", "max"):
+            raise ValueError(f"pooling is {self.pooling!r}; it must be mean or max")
 
 
 Preset = Literal["tiny", "small", "base"]
