@@ -155,9 +155,9 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         write_text(folder / BPE_FILE, tokenizer.description)
 
 
-def load_tokenizer(folder: Path, config: DNALanguageModelConfig) -> Tokenizer:
-    """That of the model in a run folder."""
-    if config.tokenizer == "char":
+def load_tokenizer(folder: Path, config: Any) -> Tokenizer:
+    """That of the model in a run folder; what says no tokenizer in its config (Caduceus) reads characters."""
+    if not isinstance(config, DNALanguageModelConfig) or config.tokenizer == "char":
         return CHARACTERS
     if config.tokenizer == "kmer":
         return KMers(config.k)

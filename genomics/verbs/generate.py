@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ...core.errors import InputError
 from ...core.files import require_writable, written_whole
 from ...core.generation import generate as continuations
+from ...core.language_model import LanguageModel
 from ...core.train import autocast
 from ..alphabet import BOS, LetterError, decode, tokenize
 from ..language_commands import Generate
-from ..language_model import DNALanguageModel
 from ..reading.records import read_records
 from ..sources import files_of
 from ..terminal import progress_bar
@@ -30,7 +30,7 @@ class OnlyBases(nn.Module):
 
     bases: Tensor
 
-    def __init__(self, model: DNALanguageModel, n_ids: int):
+    def __init__(self, model: LanguageModel, n_ids: int):
         """n_ids   of the tokenizer; what is above them only pads the model's tables"""
         super().__init__()
         self.model = model

@@ -13,12 +13,12 @@ import pysam
 
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, write_json, written_whole
+from ...core.language_model import LanguageModel
 from ...core.terminal import say
 from ...core.train import autocast
 from ..alphabet import A, N, T, decode
 from ..labels import Labels, measure
 from ..language_commands import Mutagenesis, Variants
-from ..language_model import DNALanguageModel
 from ..plots import plot_mutagenesis
 from ..reading.chromosomes import match_names
 from ..reading.genome import Genome
@@ -26,10 +26,11 @@ from ..reading.source import opened
 from ..reading.vcf import VariantFile, header_with, index_if_sorted
 from ..sources import files_of
 from ..terminal import progress_bar
+from ..tokenizers import CHARACTERS
 from ..tracks import BinnedTrack
 from ..variant_effects import Site, flank, llrs
 from ..variants import Asker, Scored, header_lines, info_entries, score_variants
-from .language import load_language_model
+from .language import load_reader
 
 _REGION = re.compile(r"(.+):([0-9,]+)-([0-9,]+)")
 AT_A_TIME = 1024  # places of a region
@@ -75,17 +76,16 @@ def variants(args: Variants) -> None:
             write_json(args.metrics, metrics)
 
 
-def _model_of_bases(args: Variants | Mutagenesis) -> DNALanguageModel:
-    model = load_language_model(args.run, args.compute)
-    if model.config.tokenizer != "char":
-        raise InputError(
-            f"{args.run}: reads tokens of several bases; variants are scored by models of --tokenizer char"
-        )
-    return model
+def _model_of_bases(args: Variants | Mutagenesis) -> LanguageModel:
+    reader = load_reader(args.run, args.compute)
+    if reader.tokenizer is not CHARACTERS:
+        tokens = "reads tokens of several bases; variants are scored by models of --tokenizer char"
+        raise InputError(f"{args.run}: {tokens}")
+    return reader.model
 
 
 def _of_sites(
-    model: DNALanguageModel, window: int, args: Variants | Mutagenesis, sites: list[Site]
+    model: LanguageModel, window: int, args: Variants | Mutagenesis, sites: list[Site]
 ) -> Sequence[np.ndarray]:
     return llrs(model, sites, model.config.objective, window, args.max_tokens, both_strands=args.both_strands)
 
