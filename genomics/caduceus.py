@@ -26,7 +26,6 @@ from ..core.language_model import LanguageModel
 from .alphabet import COMPLEMENT, TOKEN_NAMES
 from .config import CaduceusClassifierConfig, CaduceusConfig
 
-
 NEVER = -1e4  # finite: where nothing is asked, its likelihood times a weight of 0 is 0
 
 

@@ -231,7 +231,10 @@ class Predict(_AlongRecords, _Deciding):
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(_AlongRecords):
-    """Embed the records of sequence files, or their windows: the mean of the last hidden states over the bases."""
+    """Embed the records of sequence files, or their windows: the mean of the last hidden states over the bases.
+
+    By a classifier, or by a language model of `pretrain` or `polymamba convert caduceus`.
+    """
 
     output: Output
     """.npy (float32, a row a record or window; names in .names.tsv beside it) or .parquet (id, ..., embedding)."""

@@ -62,6 +62,9 @@ class Pretrain:
     """Bases of a k-mer."""
     vocab_size: int = 4096
     """Of bpe: tokens to learn."""
+    both_strands: bool = False
+    """Of a masked model: read both strands by the same weights (Caduceus-PS). What it says of one is then exactly what
+    it says of the other, so that --rc-augment has nothing to add; twice the time."""
     length: int = 1024
     """Bases in a training window."""
     first_length: int | None = None
@@ -96,6 +99,8 @@ class Pretrain:
             raise ValueError(f"k is {self.k}; of tokenizer kmer it is 2 to 8, of others it is left out")
         if self.vocab_size < 20:
             raise ValueError(f"vocab_size is {self.vocab_size}; it must be at least 20")
+        if self.both_strands and (self.objective, self.tokenizer, self.rc_augment) != ("masked", "char", False):
+            raise ValueError("both_strands: of --objective masked with --tokenizer char, and without --rc-augment")
         if self.objective == "masked" and not self.mask_rate:
             raise ValueError("mask_rate is 0; a masked model must be asked for some bases")
         if not 0 <= self.dropout < 1:

@@ -140,7 +140,7 @@ class DNAClassifier(PretrainedModel):
         place = window_position(mask)
         x = self.embedding(tokens)
         if self.place is not None:
-            x = x + self.place(place)
+            x = x + self.place(place.to(x.dtype))
         return self.backbone(x, padding_mask=mask), place, mask
 
     def _mean_of_strands(self, x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.train import autocast, pick_device, train_model, uses_bf16
 from ..baselines import order_bits
-from ..config import language_model_config
+from ..caduceus import Caduceus
+from ..config import CaduceusConfig, language_model_config
 from ..evaluation import Reader, score_windows
 from ..language_commands import Pretrain
 from ..language_model import DNALanguageModel
@@ -21,6 +22,7 @@ from ..parts import Stretch, describe_parts, divide_genome, write_splits_bed
 from ..pretraining import TrainGenome, Windows, cut_stretches, spread
 from ..reading.genome import Genome
 from ..sources import files_of
+from ..stored import read_language_model
 from ..terminal import progress_bar
 from ..tokenizers import BPE_FILE, CHARACTERS, BytePairs, KMers, Tokenizer, save_tokenizer
 
@@ -41,9 +43,10 @@ def pretrain(args: Pretrain) -> None:
         tokenizer = _tokenizer(genome, parts["train"], args, run)
         save_tokenizer(run.path, tokenizer)
         reading: Any = {"tokenizer": args.tokenizer, "k": args.k, "vocab_size": tokenizer.vocab_size}
-        model = DNALanguageModel(
-            language_model_config(args.preset, args.objective, args.length, args.dropout, **reading)
-        )
+        config = language_model_config(args.preset, args.objective, args.length, args.dropout, **reading)
+        model = DNALanguageModel(config)
+        if args.both_strands:
+            model = Caduceus(CaduceusConfig(backbone=config.backbone, rcps=True, window=args.length))
         task = TrainGenome(
             genome,
             parts["train"],
@@ -104,7 +107,7 @@ def _tokenizer(genome: Genome, train: Windows, args: Pretrain, run: RunFolder) -
 
 def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], task: TrainGenome, run: RunFolder) -> None:
     """Figures of the test part: of the best epoch's model, and of counting."""
-    model = DNALanguageModel.from_pretrained(run.path).to(pick_device(args.compute))
+    model = read_language_model(run.path).to(pick_device(args.compute))
     test = parts["test"]
     windows = [
         (test.stretches[i].contig, at, size) for i, at, size in cut_stretches(test, args.length, None)[0].tolist()

@@ -18,9 +18,9 @@ from ..config import PRESETS, DNAClassifierConfig
 from ..dataset import LabelledSequences
 from ..dividing import divide
 from ..inference import predict
-from ..initial import begin_with, read_start
 from ..model import DNAClassifier
 from ..sources import read_source
+from ..stored import begin_with, read_start
 from ..terminal import progress_bar
 from ..training import TrainDNA, value_scale
 from ..windows import cut_windows, moved, without_n_rich

@@ -1,4 +1,4 @@
-"""Where a classifier's backbone begins: at that of a language model."""
+"""Language models in folders, of whatever class, and classifiers that begin with one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from ..core.errors import InputError
 from ..core.hub import CONFIG, WEIGHTS, model_name
 from .alphabet import VOCAB_SIZE, N
 from .caduceus import Caduceus, ids_of
-from .config import DNALanguageModelConfig
+from .config import DNAClassifierConfig
 from .language_model import DNALanguageModel
 from .model import DNAClassifier
+from .tokenizers import CHARACTERS, load_tokenizer
+
+
+def read_language_model(folder: Path) -> DNALanguageModel | Caduceus:
+    """The model in a folder of `pretrain` or `convert caduceus`. Raises InputError if there is none."""
+    if not folder.is_dir():  # from_pretrained would look for a model of this name on the hub
+        raise InputError(f"{folder}: no such run folder")
+    return (Caduceus if model_name(folder) == "Caduceus" else DNALanguageModel).from_pretrained(folder)
 
 
 class Start(NamedTuple):
@@ -23,25 +31,25 @@ class Start(NamedTuple):
 
     config: BackboneConfig
     both_strands: bool  # it reads both with the same weights
+    window: int  # bases of the windows that it was trained on
     embedding: Tensor  # (VOCAB_SIZE, D)
     backbone: dict[str, Tensor]
     files: list[Path]
 
 
 def read_start(folder: Path) -> Start:
-    """From a folder of `pretrain` or `convert caduceus`. Raises InputError if it holds no model of single bases."""
-    if not folder.is_dir():  # from_pretrained would look for a model of this name on the hub
-        raise InputError(f"{folder}: no such folder; --init takes one of `pretrain` or of `polymamba convert caduceus`")
-    model = (Caduceus if model_name(folder) == "Caduceus" else DNALanguageModel).from_pretrained(folder)
-    ids = list(range(VOCAB_SIZE))
+    """From a language model's folder. Raises InputError if it holds none of single bases."""
+    model = read_language_model(folder)
+    if load_tokenizer(folder, model.config) is not CHARACTERS:
+        raise InputError(f"{folder}: reads tokens of several bases; only models of --tokenizer char will do here")
+    ids, both_strands = list(range(VOCAB_SIZE)), False
     if isinstance(model, Caduceus):
-        ids = ids_of(model.config)
+        ids, both_strands = ids_of(model.config), model.config.rcps
         ids[N] = model.config.vocabulary.index(model.config.n_token)
-    elif isinstance(model.config, DNALanguageModelConfig) and model.config.tokenizer != "char":
-        raise InputError(f"{folder}: its tokens are {model.config.tokenizer}; a classifier reads single bases (char)")
     return Start(
         model.config.backbone,
-        isinstance(model, Caduceus) and model.config.rcps,
+        both_strands,
+        model.config.window,
         model.embedding.weight.detach()[torch.tensor(ids)],
         model.backbone.state_dict(),
         [folder / CONFIG, folder / WEIGHTS],
@@ -65,3 +73,12 @@ def begin_with(model: DNAClassifier, start: Start, lr_scale: float | None) -> No
             parameter.requires_grad_(False)
         else:
             parameter._lr_scale = lr_scale  # pyright: ignore[reportAttributeAccessIssue] - read by optim.py
+
+
+def embedding_model(folder: Path) -> DNAClassifier:
+    """A language model's backbone as a classifier whose head has learned nothing: what `embed` asks for."""
+    start = read_start(folder)
+    shape = {"backbone": start.config, "both_strands": start.both_strands, "window": start.window}
+    model = DNAClassifier(DNAClassifierConfig(**shape, classes=("",), target="regression", n_heads=0))
+    begin_with(model, start, None)
+    return model.eval()
