@@ -4,16 +4,19 @@ import json
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from ...core.config import ComputeConfig
 from ...core.errors import InputError
 from ...core.hub import CONFIG
 from ...core.language_model import LanguageModel
 from ...core.train import pick_device
+from ..caduceus import Caduceus
 from ..evaluation import Reader
 from ..tokenizers import load_tokenizer
 
 # Class -> its module: models of ids of alphabet.py (and above), whose configs say `objective` and `window`.
-MODELS = {"DNALanguageModel": "language_model"}
+MODELS = {"DNALanguageModel": "language_model", "Caduceus": "caduceus"}
 
 
 def load_language_model(run: Path, compute: ComputeConfig) -> LanguageModel:
@@ -27,7 +30,19 @@ def load_language_model(run: Path, compute: ComputeConfig) -> LanguageModel:
     except (OSError, ValueError, AttributeError):
         pass  # from_pretrained says what is wrong
     model_class = getattr(import_module(f"...{MODELS[name]}", __name__), name)
-    return model_class.from_pretrained(run).to(pick_device(compute))
+    model = model_class.from_pretrained(run).to(pick_device(compute))
+    if name == "Caduceus":
+        reads_n_as_pretrained(model)
+    return model
+
+
+@torch.no_grad()
+def reads_n_as_pretrained(model: Caduceus) -> None:
+    """Let N have the embedding of what stood for it in pretraining: an official model never saw its own."""
+    vocabulary = model.config.vocabulary
+    if "N" in vocabulary and model.config.n_token != "N":
+        weight = model.embedding.weight
+        weight[vocabulary.index("N")] = weight[vocabulary.index(model.config.n_token)]
 
 
 def load_reader(run: Path, compute: ComputeConfig) -> Reader:

@@ -12,8 +12,9 @@ from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.train import autocast, pick_device, train_model, uses_bf16
 from ..baselines import order_bits
-from ..config import language_model_config
-from ..evaluation import Reader, score_windows
+from ..caduceus import Caduceus
+from ..config import CaduceusConfig, language_model_config
+from ..evaluation import score_windows
 from ..language_commands import Pretrain
 from ..language_model import DNALanguageModel
 from ..n_runs import find_n_runs
@@ -23,6 +24,7 @@ from ..reading.genome import Genome
 from ..sources import files_of
 from ..terminal import progress_bar
 from ..tokenizers import BPE_FILE, CHARACTERS, BytePairs, KMers, Tokenizer, save_tokenizer
+from .language import load_reader
 
 BPE_BASES = 10_000_000  # that a byte-pair encoding is learned from
 
@@ -40,10 +42,7 @@ def pretrain(args: Pretrain) -> None:
         parts = _parts(genome, stretches, args)
         tokenizer = _tokenizer(genome, parts["train"], args, run)
         save_tokenizer(run.path, tokenizer)
-        reading: Any = {"tokenizer": args.tokenizer, "k": args.k, "vocab_size": tokenizer.vocab_size}
-        model = DNALanguageModel(
-            language_model_config(args.preset, args.objective, args.length, args.dropout, **reading)
-        )
+        model = _model(args, tokenizer)
         task = TrainGenome(
             genome,
             parts["train"],
@@ -88,6 +87,15 @@ def _parts(genome: Genome, stretches: Sequence[Stretch], args: Pretrain) -> dict
     return parts
 
 
+def _model(args: Pretrain, tokenizer: Tokenizer) -> DNALanguageModel | Caduceus:
+    """A masked model of bases is a Caduceus: Ph, or with rcps PS."""
+    reading: Any = {"tokenizer": args.tokenizer, "k": args.k, "vocab_size": tokenizer.vocab_size}
+    config = language_model_config(args.preset, args.objective, args.length, args.dropout, **reading)
+    if args.objective == "masked" and args.tokenizer == "char":
+        return Caduceus(CaduceusConfig(backbone=config.backbone, rcps=args.rcps, window=args.length))
+    return DNALanguageModel(config)
+
+
 def _tokenizer(genome: Genome, train: Windows, args: Pretrain, run: RunFolder) -> Tokenizer:
     """That of the flags; a byte-pair encoding is learned from windows spread over the train part, once."""
     if args.tokenizer == "char":
@@ -104,13 +112,12 @@ def _tokenizer(genome: Genome, train: Windows, args: Pretrain, run: RunFolder) -
 
 def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], task: TrainGenome, run: RunFolder) -> None:
     """Figures of the test part: of the best epoch's model, and of counting."""
-    model = DNALanguageModel.from_pretrained(run.path).to(pick_device(args.compute))
+    reader = load_reader(run.path, args.compute)
     test = parts["test"]
     windows = [
         (test.stretches[i].contig, at, size) for i, at, size in cut_stretches(test, args.length, None)[0].tolist()
     ]
     with autocast(args.compute), progress_bar("test", sum(size for _, _, size in windows)) as advance:
-        reader = Reader(model, task.tokenizer, task.objective)
         found = score_windows(reader, genome, windows, task.tokens, advance=advance)
     metrics: dict[str, Any] = {
         "bits_per_base": found.bits_per_base,
