@@ -264,6 +264,20 @@ def test_an_equivariant_model_says_the_same_of_either_strand(genome, sequences, 
     assert "rcps is of masked models" in error("pretrain", genome, "-o", tmp_path / "r", "--rcps", code=2)
 
 
+def test_n_is_read_as_an_official_model_learned_it(tmp_path):
+    """There padding stood for it."""
+    from polymamba.core.config import ComputeConfig
+    from polymamba.genomics.config import CaduceusConfig, language_model_config
+    from polymamba.genomics.verbs.language import load_language_model
+
+    backbone = language_model_config("tiny", "masked", 32).backbone
+    Caduceus(CaduceusConfig(backbone=backbone, n_token="[PAD]")).save_pretrained(tmp_path)
+    weight = load_language_model(tmp_path, ComputeConfig(device="cpu")).embedding.weight
+    n, pad, a = (TOKEN_NAMES.index(name) for name in ("N", "[PAD]", "A"))
+    assert torch.equal(weight[n], weight[pad])
+    assert not torch.equal(weight[n], weight[a])
+
+
 # Longer tokens
 
 
