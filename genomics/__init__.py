@@ -1,4 +1,4 @@
-"""DNA: classification, labels and regression of sequences, from the files that people hold."""
+"""DNA: classification, labels and regression of sequences; language models; from the files that people hold."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,13 +7,15 @@ if TYPE_CHECKING:
     from .alphabet import reverse_complement, tokenize
     from .caduceus import Caduceus, CaduceusClassifier
     from .commands import Dividing, Source
-    from .config import CaduceusClassifierConfig, CaduceusConfig, DNAClassifierConfig
+    from .config import CaduceusClassifierConfig, CaduceusConfig, DNAClassifierConfig, DNALanguageModelConfig
     from .dataset import LabelledSequences
     from .dividing import divide
     from .inference import embed, predict
+    from .language_model import DNALanguageModel
     from .model import DNAClassifier
     from .reading.fasta import read_fasta
     from .reading.format import Record
+    from .reading.genome import Genome
     from .reading.records import read_records
     from .sources import read_source
 
@@ -25,7 +27,10 @@ _MODULE_OF = {
     "CaduceusConfig": "config",
     "DNAClassifier": "model",
     "DNAClassifierConfig": "config",
+    "DNALanguageModel": "language_model",
+    "DNALanguageModelConfig": "config",
     "Dividing": "commands",
+    "Genome": "reading.genome",
     "LabelledSequences": "dataset",
     "Record": "reading.format",
     "Source": "commands",
@@ -46,7 +51,10 @@ __all__ = [
     "CaduceusConfig",
     "DNAClassifier",
     "DNAClassifierConfig",
+    "DNALanguageModel",
+    "DNALanguageModelConfig",
     "Dividing",
+    "Genome",
     "LabelledSequences",
     "Record",
     "Source",

@@ -56,15 +56,14 @@ class Pretrain:
     """Size of the model, in parameters; tiny, of 70 thousand, is for trying things out."""
     objective: Objective = "next"
     """next: each base from those before it, a causal model; masked: hidden bases, a model that sees both ways."""
+    rcps: bool = False
+    """Of a masked model: read both strands by the same weights (Caduceus-PS), so that it says the same of either."""
     tokenizer: TokenizerName = "char"
     """A token is a base; kmer: --k bases, side by side; bpe: what occurs often (needs the extra polymamba[bpe])."""
     k: int = 1
     """Bases of a k-mer."""
     vocab_size: int = 4096
     """Of bpe: tokens to learn."""
-    both_strands: bool = False
-    """Of a masked model: read both strands by the same weights (Caduceus-PS). What it says of one is then exactly what
-    it says of the other, so that --rc-augment has nothing to add; twice the time."""
     length: int = 1024
     """Bases in a training window."""
     first_length: int | None = None
@@ -97,10 +96,10 @@ class Pretrain:
         require_shares(mask_rate=self.mask_rate, lower_case_weight=self.lower_case_weight, max_n=self.max_n)
         if (self.tokenizer == "kmer") != (self.k > 1) or self.k > 8:
             raise ValueError(f"k is {self.k}; of tokenizer kmer it is 2 to 8, of others it is left out")
+        if self.rcps and (self.objective == "next" or self.tokenizer != "char"):
+            raise ValueError("rcps is of masked models (--objective masked) whose tokens are bases")
         if self.vocab_size < 20:
             raise ValueError(f"vocab_size is {self.vocab_size}; it must be at least 20")
-        if self.both_strands and (self.objective, self.tokenizer, self.rc_augment) != ("masked", "char", False):
-            raise ValueError("both_strands: of --objective masked with --tokenizer char, and without --rc-augment")
         if self.objective == "masked" and not self.mask_rate:
             raise ValueError("mask_rate is 0; a masked model must be asked for some bases")
         if not 0 <= self.dropout < 1:

@@ -36,8 +36,6 @@ from ..core.hub import model_name
 from .alphabet import TOKEN_NAMES
 from .caduceus import Caduceus, CaduceusClassifier, complements
 from .config import CaduceusClassifierConfig, CaduceusConfig
-from .language_model import DNALanguageModel
-from .stored import read_language_model
 
 # PlantCaduceus's tokenizer is GPN's.
 _VOCABULARIES = [TOKEN_NAMES, ("[PAD]", "[MASK]", "[UNK]", "A", "C", "G", "T")]
@@ -112,23 +110,20 @@ def caduceus_config(official: Mapping[str, Any]) -> CaduceusConfig:
         rcps=rcps,
         vocab_size=vocab_size,
         vocabulary=vocabulary,
-        n_token=n_token,
+        n_token=official.get("n_token", n_token),
+        window=official.get("window", CaduceusConfig.window),
         mirrored=rcps and official.get("fused_add_norm", True) and backbone.n_layer % 2 == 1,
     )
 
 
 def to_caduceus(
-    model: Caduceus | CaduceusClassifier | DNALanguageModel, *, fused_add_norm: bool | None = None
+    model: Caduceus | CaduceusClassifier, *, fused_add_norm: bool | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict, config.json) that the official code loads: tied tensors under each of their keys.
-
-    A masked `DNALanguageModel` of single bases is a Caduceus-Ph; ValueError for another one.
 
     fused_add_norm   how it should run there; by default fused, which is faster, where the model allows it: a PS model
                      of an odd number of layers is one or the other (ValueError)
     """
-    if isinstance(model, DNALanguageModel):
-        model = _as_caduceus(model)
     trunk = model.trunk if isinstance(model, CaduceusClassifier) else model
     c = trunk.config
     is_odd = c.rcps and c.backbone.n_layer % 2 == 1
@@ -167,6 +162,8 @@ def to_caduceus(
         "rcps": c.rcps,
         "complement_map": {str(i): k for i, k in enumerate(complement)} if c.rcps else None,
         "pad_token_id": c.vocabulary.index("[PAD]"),
+        "n_token": c.n_token,  # not the official code's, which keeps what it does not know
+        "window": c.window,
     }
     if isinstance(model, CaduceusClassifier):
         config |= {
@@ -178,23 +175,11 @@ def to_caduceus(
 
 
 def official_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`to_caduceus` of the model in a folder. Raises InputError if it is no such model."""
-    if model_name(folder) == "CaduceusClassifier":
-        return to_caduceus(CaduceusClassifier.from_pretrained(folder))
-    model = read_language_model(folder)
-    try:
-        return to_caduceus(model)
-    except ValueError as error:
-        raise InputError(f"{folder}: {error}") from None
-
-
-def _as_caduceus(model: DNALanguageModel) -> Caduceus:
-    c = model.config
-    if c.objective != "masked" or c.tokenizer != "char" or c.backbone.mixers != {"bimamba"} or not c.tie_embeddings:
-        raise ValueError("not a masked model of single bases with bimamba layers: no Caduceus model is like it")
-    twin = Caduceus(CaduceusConfig(backbone=c.backbone, vocab_size=c.vocab_size, window=c.window))
-    twin.load_state_dict(model.state_dict())
-    return twin
+    """`to_caduceus` of the model in a folder. Raises InputError if there is none of its kind."""
+    if not folder.is_dir():  # from_pretrained would look for a model of this name on the hub
+        raise InputError(f"{folder}: no such folder")
+    kind = CaduceusClassifier if model_name(folder) == "CaduceusClassifier" else Caduceus
+    return to_caduceus(kind.from_pretrained(folder))
 
 
 def _vocabulary(official: Mapping[str, Any], vocab_size: int) -> tuple[tuple[str, ...], str]:

@@ -19,11 +19,20 @@ from .model import DNAClassifier
 from .tokenizers import CHARACTERS, load_tokenizer
 
 
+@torch.no_grad()
 def read_language_model(folder: Path) -> DNALanguageModel | Caduceus:
-    """The model in a folder of `pretrain` or `convert caduceus`. Raises InputError if there is none."""
+    """The model in a folder of `pretrain` or `convert caduceus`. Raises InputError if there is none.
+
+    It reads N as what stood for it in pretraining: an official model never saw its own.
+    """
     if not folder.is_dir():  # from_pretrained would look for a model of this name on the hub
         raise InputError(f"{folder}: no such run folder")
-    return (Caduceus if model_name(folder) == "Caduceus" else DNALanguageModel).from_pretrained(folder)
+    if model_name(folder) != "Caduceus":
+        return DNALanguageModel.from_pretrained(folder)
+    model = Caduceus.from_pretrained(folder)
+    ids, weight = ids_of(model.config), model.embedding.weight
+    weight[ids[N]] = weight[model.config.vocabulary.index(model.config.n_token)]
+    return model
 
 
 class Start(NamedTuple):
@@ -45,7 +54,6 @@ def read_start(folder: Path) -> Start:
     ids, both_strands = list(range(VOCAB_SIZE)), False
     if isinstance(model, Caduceus):
         ids, both_strands = ids_of(model.config), model.config.rcps
-        ids[N] = model.config.vocabulary.index(model.config.n_token)
     return Start(
         model.config.backbone,
         both_strands,

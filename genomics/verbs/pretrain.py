@@ -14,7 +14,7 @@ from ...core.train import autocast, pick_device, train_model, uses_bf16
 from ..baselines import order_bits
 from ..caduceus import Caduceus
 from ..config import CaduceusConfig, language_model_config
-from ..evaluation import Reader, score_windows
+from ..evaluation import score_windows
 from ..language_commands import Pretrain
 from ..language_model import DNALanguageModel
 from ..n_runs import find_n_runs
@@ -22,9 +22,9 @@ from ..parts import Stretch, describe_parts, divide_genome, write_splits_bed
 from ..pretraining import TrainGenome, Windows, cut_stretches, spread
 from ..reading.genome import Genome
 from ..sources import files_of
-from ..stored import read_language_model
 from ..terminal import progress_bar
 from ..tokenizers import BPE_FILE, CHARACTERS, BytePairs, KMers, Tokenizer, save_tokenizer
+from .language import load_reader
 
 BPE_BASES = 10_000_000  # that a byte-pair encoding is learned from
 
@@ -42,11 +42,7 @@ def pretrain(args: Pretrain) -> None:
         parts = _parts(genome, stretches, args)
         tokenizer = _tokenizer(genome, parts["train"], args, run)
         save_tokenizer(run.path, tokenizer)
-        reading: Any = {"tokenizer": args.tokenizer, "k": args.k, "vocab_size": tokenizer.vocab_size}
-        config = language_model_config(args.preset, args.objective, args.length, args.dropout, **reading)
-        model = DNALanguageModel(config)
-        if args.both_strands:
-            model = Caduceus(CaduceusConfig(backbone=config.backbone, rcps=True, window=args.length))
+        model = _model(args, tokenizer)
         task = TrainGenome(
             genome,
             parts["train"],
@@ -91,6 +87,15 @@ def _parts(genome: Genome, stretches: Sequence[Stretch], args: Pretrain) -> dict
     return parts
 
 
+def _model(args: Pretrain, tokenizer: Tokenizer) -> DNALanguageModel | Caduceus:
+    """A masked model of bases is a Caduceus: Ph, or with rcps PS."""
+    reading: Any = {"tokenizer": args.tokenizer, "k": args.k, "vocab_size": tokenizer.vocab_size}
+    config = language_model_config(args.preset, args.objective, args.length, args.dropout, **reading)
+    if args.objective == "masked" and args.tokenizer == "char":
+        return Caduceus(CaduceusConfig(backbone=config.backbone, rcps=args.rcps, window=args.length))
+    return DNALanguageModel(config)
+
+
 def _tokenizer(genome: Genome, train: Windows, args: Pretrain, run: RunFolder) -> Tokenizer:
     """That of the flags; a byte-pair encoding is learned from windows spread over the train part, once."""
     if args.tokenizer == "char":
@@ -107,13 +112,12 @@ def _tokenizer(genome: Genome, train: Windows, args: Pretrain, run: RunFolder) -
 
 def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], task: TrainGenome, run: RunFolder) -> None:
     """Figures of the test part: of the best epoch's model, and of counting."""
-    model = read_language_model(run.path).to(pick_device(args.compute))
+    reader = load_reader(run.path, args.compute)
     test = parts["test"]
     windows = [
         (test.stretches[i].contig, at, size) for i, at, size in cut_stretches(test, args.length, None)[0].tolist()
     ]
     with autocast(args.compute), progress_bar("test", sum(size for _, _, size in windows)) as advance:
-        reader = Reader(model, task.tokenizer, task.objective)
         found = score_windows(reader, genome, windows, task.tokens, advance=advance)
     metrics: dict[str, Any] = {
         "bits_per_base": found.bits_per_base,

@@ -40,15 +40,17 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def genome(tmp_path_factory) -> Path:
     rng = np.random.default_rng(5)
     path = tmp_path_factory.mktemp("genome") / "g.fa"
-    path.write_text("".join(f">chr{i}\n{''.join(rng.choice(list('AACGT'), n))}\n" for i, n in enumerate((700, 150, 90))))
+    path.write_text(
+        "".join(f">chr{i}\n{''.join(rng.choice(list('AACGT'), n))}\n" for i, n in enumerate((700, 150, 90)))
+    )
     return path
 
 
 @pytest.fixture(scope="module")
-def both_strands_run(genome, tmp_path_factory) -> Path:
+def rcps_run(genome, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "ps"
     flags = ["--valid-chromosomes", "chr1", "--test-chromosomes", "chr2", "--length", "32", "--batch-size", "8"]
-    kind = ["--objective", "masked", "--both-strands", "--no-baselines", "--epochs", "2", *CPU]
+    kind = ["--objective", "masked", "--rcps", "--no-baselines", "--epochs", "2", *CPU]
     assert main(["genomics", "pretrain", str(genome), *flags, *kind, "-o", str(output)]) == 0
     return output
 
@@ -76,11 +78,22 @@ def test_there_and_back(case, folders, tmp_path, capsys):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folders[case] / "model.safetensors").read_bytes()
 
 
+def test_what_was_pretrained_here_goes_there(rcps_run, tmp_path):
+    """And comes back as it was: what stands for N, the window, an even number of layers that change places there."""
+    assert main(["convert", "caduceus", str(rcps_run), str(tmp_path / "there"), "--back"]) == 0
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    assert (config["fused_add_norm"], config["n_layer"]) == (True, 2)
+    assert main(["convert", "caduceus", str(tmp_path / "there"), str(tmp_path / "back")]) == 0
+    ours, back = Caduceus.from_pretrained(rcps_run), Caduceus.from_pretrained(tmp_path / "back")
+    assert ours.config == back.config
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
+
+
 def test_refusals_of_the_way_back(run, folders, tmp_path, capsys):
     for words, said in (
         (["mamba-ssm", folders["ph_mlm"]], "there is no way back to mamba-ssm, only to caduceus"),
-        (["caduceus", run], "holds DNAClassifier, but a DNALanguageModel is wanted here"),
-        (["caduceus", tmp_path / "no"], f"{tmp_path / 'no'}: no such run folder"),
+        (["caduceus", run], "holds DNAClassifier, but a Caduceus is wanted here"),
+        (["caduceus", tmp_path / "no"], f"{tmp_path / 'no'}: no such folder"),
     ):
         assert main(["convert", *map(str, words), str(tmp_path / "out"), "--back"]) == 1
         assert said in capsys.readouterr().err
@@ -135,11 +148,11 @@ def test_a_classifier_of_both_strands(heads, two_classes, folders, tmp_path):
             assert (other[0] - row).abs().max() > 1e-6
 
 
-def test_init_from_pretraining_is_learned_from(both_strands_run, two_classes, tmp_path, capsys):
-    train(two_classes, tmp_path / "run", "--init", both_strands_run, "--heads", 0)
+def test_init_from_pretraining_is_learned_from(rcps_run, two_classes, tmp_path, capsys):
+    train(two_classes, tmp_path / "run", "--init", rcps_run, "--heads", 0)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["accuracy"]["value"] > 0.6
-    train(two_classes, tmp_path / "run", "--init", both_strands_run, "--heads", 0, "--resume")
+    train(two_classes, tmp_path / "run", "--init", rcps_run, "--heads", 0, "--resume")
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
 
 
@@ -158,13 +171,13 @@ def test_refusals_of_init(error, two_classes, run, folders, tmp_path):
 # The other verbs
 
 
-def test_a_model_of_both_strands_scores_either_alike(both_strands_run, genome, tmp_path, capsys):
-    assert json.loads((both_strands_run / "config.json").read_text())["rcps"] is True
+def test_a_model_of_both_strands_scores_either_alike(rcps_run, genome, tmp_path, capsys):
+    assert json.loads((rcps_run / "config.json").read_text())["rcps"] is True
     lines = genome.read_text().split()
     other = decode(reverse_complement(tokenize(lines[3])))
     (tmp_path / "two.fa").write_text(f">a\n{lines[3]}\n>b\n{other}\n")
     capsys.readouterr()
-    words = ["score", both_strands_run, tmp_path / "two.fa", "--window", len(lines[3]), "--overlap", 0]
+    words = ["score", rcps_run, tmp_path / "two.fa", "--window", len(lines[3]), "--overlap", 0]
     assert main(["genomics", *map(str, words), *CPU]) == 0
     (_, *one), (_, *same) = (row.split("\t") for row in capsys.readouterr().out.splitlines()[1:])
     assert one == same  # bases that are hidden together are so on either strand

@@ -13,6 +13,7 @@ import torch
 
 from polymamba.cli import main
 from polymamba.genomics.alphabet import BOS, MASK, TOKEN_NAMES, A, T, tokenize
+from polymamba.genomics.caduceus import Caduceus
 from polymamba.genomics.evaluation import STRIDE
 from polymamba.genomics.language_model import DNALanguageModel
 
@@ -200,7 +201,7 @@ def test_a_binned_track_of_packed_records(run, sequences, tmp_path):
 
 def test_score_by_a_masked_model(masked_run, genome, sequences, capsys):
     genomics("score", masked_run, genome, "--window", 1500, "--overlap", 0, *CPU)
-    model = DNALanguageModel.from_pretrained(masked_run)
+    model = Caduceus.from_pretrained(masked_run)
     rows = table(capsys.readouterr().out)
     for row, text in zip(rows, sequences.values(), strict=True):
         tokens = tokenize(text)
@@ -239,6 +240,42 @@ def test_refusals_of_scoring(run, masked_run, genome, tmp_path, error):
     )
     (tmp_path / "x.fa.fai").write_text("chr1\t3\n")
     assert "x.fa.fai, line 1: not a line of a FASTA index" in error("score", run, tmp_path / "x.fa", *CPU)
+
+
+# Both strands by the same weights
+
+
+def test_an_equivariant_model_says_the_same_of_either_strand(genome, sequences, tmp_path, capsys, error):
+    run = tmp_path / "run"
+    genomics("pretrain", *flags(genome), "--no-baselines", "--epochs", 1, "--objective", "masked", "--rcps", "-o", run)
+    assert json.loads((run / "config.json").read_text())["rcps"]
+    text = sequences["chr2"]
+    rows = [f"chr2\t{at + 1}\t.\t{text[at]}\t{'C' if text[at] != 'C' else 'G'}\t.\t.\t." for at in range(200, 230)]
+    lines = ["##fileformat=VCFv4.2", "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO", *rows]
+    (tmp_path / "x.vcf").write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    found = []
+    for strands in ("--both-strands", "--no-both-strands"):  # 33 bases: as many on either side
+        genomics("variants", run, tmp_path / "x.vcf", "--genome", genome, "--window", 33, strands, *CPU)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != "#"]
+        found.append([float(split_record(line)[1]["PM_LLR"]) for line in lines])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert np.std(found[0]) > 1e-3
+    assert "rcps is of masked models" in error("pretrain", genome, "-o", tmp_path / "r", "--rcps", code=2)
+
+
+def test_n_is_read_as_an_official_model_learned_it(tmp_path):
+    """There padding stood for it."""
+    from polymamba.core.config import ComputeConfig
+    from polymamba.genomics.config import CaduceusConfig, language_model_config
+    from polymamba.genomics.verbs.language import load_language_model
+
+    backbone = language_model_config("tiny", "masked", 32).backbone
+    Caduceus(CaduceusConfig(backbone=backbone, n_token="[PAD]")).save_pretrained(tmp_path)
+    weight = load_language_model(tmp_path, ComputeConfig(device="cpu")).embedding.weight
+    n, pad, a = (TOKEN_NAMES.index(name) for name in ("N", "[PAD]", "A"))
+    assert torch.equal(weight[n], weight[pad])
+    assert not torch.equal(weight[n], weight[a])
 
 
 # Longer tokens
