@@ -98,7 +98,7 @@ class Training:
         self.s, self.model = s, build(name, s)
         groups = parameter_groups(self.model, 0.1)
         self.optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95))
-        self.average = averaged(self.model, 0.99).to(s.device)
+        self.average = averaged(self.model, 0.99)
         self.done = 0
 
     def autocast(self) -> torch.autocast:

@@ -45,10 +45,14 @@ def warmup_cosine(progress: float, warmup: float) -> float:
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights; young averages forget faster, so that the start does not linger."""
+    """An exponential moving average of the weights; young averages forget faster, so that the start does not linger.
 
-    def average(means: list[Tensor], currents: list[Tensor], n_averaged: Tensor) -> None:
-        n = int(n_averaged)
+    How many were averaged is counted on the CPU (leave it there): to read it from a GPU would be to wait for the step.
+    """
+
+    def average(means: list[Tensor], currents: list[Tensor], _: Tensor) -> None:
+        n = int(found.n_averaged)
         torch._foreach_lerp_(means, currents, 1 - min(decay, (1 + n) / (10 + n)))  # one launch for all on a GPU
 
-    return AveragedModel(model, multi_avg_fn=average)  # pyright: ignore[reportArgumentType]
+    found = AveragedModel(model, multi_avg_fn=average)  # pyright: ignore[reportArgumentType]
+    return found

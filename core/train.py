@@ -12,6 +12,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ from .hub import PretrainedModel
 from .interrupt import deferred_interrupt
 from .optim import averaged, learning_rate, parameter_groups, warmup_cosine
 from .plots import plot_curves
+from .replayed import Replayed, own_stream
 from .run_folder import RunFolder
 
 LOG_EVERY = 10  # steps
@@ -40,6 +42,8 @@ LOG_EVERY = 10  # steps
 
 class Task(ABC):
     """What the loop asks of a modality. A batch is whatever `batch` returns: tensors in dicts, tuples or lists."""
+
+    same_kernels = False  # whether `loss` launches the same ones for all batches of a shape, and waits for none
 
     @abstractmethod
     def plan(self, epoch: int) -> list[Any]:
@@ -122,7 +126,7 @@ def train_model(
     trainer = _Trainer(model, task, config, compute, run)
     if resume:
         trainer.load_checkpoint()
-    with deferred_interrupt() as trainer.interrupted:
+    with deferred_interrupt() as trainer.interrupted, trainer.stream():
         try:
             return trainer.run_all()
         except OSError as error:
@@ -143,9 +147,17 @@ class _Trainer:
                 module.gradient_checkpointing = config.gradient_checkpointing
         optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.average = averaged(self.bare_model, config.ema).to(self.accelerator.device) if config.ema else None
+        self.parameters = list(self.model.parameters())
+        self.average = averaged(self.bare_model, config.ema) if config.ema else None
         self.task, self.config, self.run = task, config, run
         self.position = _Position()
+        if config.cuda_graph and not task.same_kernels:
+            raise InputError("--cuda-graph: this kind of training cannot be recorded; leave the flag out")
+        # Of several processes the backward waits for the others' gradients.
+        alone = self.accelerator.device.type == "cuda" and self.accelerator.num_processes == 1
+        self.replayed = None
+        if config.cuda_graph and alone:
+            self.replayed = Replayed(self.fresh_gradients, self.accelerator.device)
         self.main = self.accelerator.is_main_process
         self.interrupted: Callable[[], bool] = lambda: False
 
@@ -223,23 +235,49 @@ class _Trainer:
             group["lr"] = learning_rate(group, self.config.lr, factor)
         total = torch.zeros(2, device=self.accelerator.device)
         for i, batch in enumerate(batches):
-            batch = send_to_device(batch, self.accelerator.device)
-            with self.accelerator.autocast():
-                loss = self.task.loss(self.model, batch)
-                parts = torch.stack((loss, loss.new_zeros(()) + aux_loss(self.model))) / len(batches)
-                loss = parts.sum()
-            if i + 1 < len(batches):
-                with self.accelerator.no_sync(self.model):
-                    self.accelerator.backward(loss)
-            else:
-                self.accelerator.backward(loss)
-            total += parts.detach()
+            backward = self.backward if self.replayed is None else self.replayed_backward
+            total += backward(batch, len(batches), last=i + 1 == len(batches))
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
             self.average.update_parameters(self.bare_model)
         return total
+
+    def backward(self, batch: Any, n: int, *, last: bool) -> Tensor:
+        """Add to the gradients those of one of n batches. Returns its share of the losses, (2,)."""
+        batch = send_to_device(batch, self.accelerator.device)
+        with self.accelerator.autocast():
+            loss = self.task.loss(self.model, batch)
+            parts = torch.stack((loss, loss.new_zeros(()) + aux_loss(self.model))) / n
+            loss = parts.sum()
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            self.accelerator.backward(loss)
+        return parts.detach()
+
+    def fresh_gradients(self, inputs: tuple[Any, int]) -> tuple[Tensor, list[Tensor | None]]:
+        """The losses and the gradients of one of n batches alone: what is recorded as a CUDA graph."""
+        self._set_gradients([None] * len(self.parameters))
+        parts = self.backward(*inputs, last=True)
+        return parts, [p.grad for p in self.parameters]
+
+    def replayed_backward(self, batch: Any, n: int, *, last: bool) -> Tensor:
+        """`backward` by a graph, once there is one for batches of this shape."""
+        assert self.replayed is not None
+        so_far = [p.grad for p in self.parameters]
+        parts, found = self.replayed((batch, n))
+        if n > 1:  # the next batch's are written over these
+            found = [_sum(old, new) for old, new in zip(so_far, found, strict=True)]
+        self._set_gradients(found)
+        return parts
+
+    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def stream(self) -> AbstractContextManager[None]:
+        """In which all of the training runs."""
+        return nullcontext() if self.replayed is None else own_stream(self.accelerator.device)
 
     def steps_of_epoch(self, epoch: int) -> list[list[Any]]:
         """This process's share of the epoch's batches, in groups of `accumulation`; the same number in each process."""
@@ -322,3 +360,10 @@ class _Trainer:
             for i, batches in enumerate(loader, start=1):
                 yield batches
                 progress.update(work, advance=1, rate=f"{i / (time.monotonic() - began):.1f} steps/s")
+
+
+def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """In memory of its own."""
+    if old is None or new is None:
+        return old if new is None else new.clone()
+    return old + new

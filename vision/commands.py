@@ -50,6 +50,9 @@ class Training:
     """Steps between the checkpoints for --resume (each epoch's end has one anyway); 200."""
     gradient_checkpointing: bool | None = None
     """Recompute each block's activations in the backward: less memory, a third more time."""
+    cuda_graph: bool | None = None
+    """On one GPU: launch forward and backward of each batch as a CUDA graph, for the same numbers. Of use where the GPU
+    waits for the processor; how much it gains is not measured."""
     workers: int | None = None
     """Processes that prepare batches; 0 prepares them in the main one."""
 

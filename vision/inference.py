@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.replayed import Replayed
 from .dataset import ImageSet
 from .images import Item, read_image
 from .model import ImageModel
@@ -60,11 +61,21 @@ def predict(
     advance: Callable[[int], object] = lambda n: None,
 ) -> np.ndarray:  # fmt: skip
     """Probabilities (n, K) float64; `advance` is told how many images are done."""
-    device, config, found = next(model.parameters()).device, data_config(model), []
-    for x, _ in batches(images.items, images.names, config, batch_size, workers=workers):
-        found.append(probabilities(model(x.to(device))))
+    call, found = for_batches(model, model), []
+    for x, _ in batches(images.items, images.names, data_config(model), batch_size, workers=workers):
+        found.append(probabilities(call(x)))
         advance(len(x))
     return np.concatenate(found) if found else np.zeros((0, model.num_classes))
+
+
+def for_batches(model: ImageModel, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of images (B, 3, H, W) by the model, on the model's device. Call it without gradients.
+
+    On a GPU batches of one size soon run as a CUDA graph (core/replayed.py): read a result before the next call. Under
+    autocast it must not outlive that: the graph reads autocast's own copies of the weights.
+    """
+    device = next(model.parameters()).device
+    return Replayed(function, device) if device.type == "cuda" else lambda x: function(x.to(device))
 
 
 def probabilities(logits: Tensor) -> np.ndarray:
