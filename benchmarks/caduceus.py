@@ -2,9 +2,9 @@
 
     python benchmarks/caduceus.py [--output FILE.md]
 
-The published 7.7 M model (d_model 256, 16 layers) with random weights, in bf16: forward, loss of hidden bases, backward,
-AdamW; the median of 5 steps after one. PS reads each base twice; "PS against two of Ph" is its time over that of Ph with
-twice the batch (at 2^20 bases: over twice the time of Ph).
+The published model of 7.7 million parameters (d_model 256, 16 layers), random weights, bf16: forward, loss of hidden
+bases, backward, AdamW; the median of 5 steps after one. PS reads each base twice; "PS against two of Ph" is its time
+over that of Ph with twice the batch (at 2^20 bases: over twice the time of Ph).
 """
 
 import argparse
