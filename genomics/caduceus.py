@@ -37,7 +37,7 @@ def complements(vocabulary: tuple[str, ...], vocab_size: int) -> list[int]:
 
 def both_strands(tokens: Tensor, complement: Tensor) -> Tensor:
     """Ids (B, L), and below them their reverse complements: (2B, L). complement: of each id."""
-    tokens = tokens.long()
+    tokens = tokens.long()  # uint8 would index as a mask
     return torch.cat((tokens, complement[tokens.flip(1)]))
 
 
@@ -69,7 +69,7 @@ class Caduceus(LanguageModel):
         rcps   whether to read both; by default what the configuration says
         """
         rcps = self.config.rcps if rcps is None else rcps
-        tokens = self.ids[tokens] if self.translates else tokens.long()
+        tokens = self.ids[tokens.long()] if self.translates else tokens.long()
         if rcps:
             tokens = both_strands(tokens, self.complement)
             padding_mask = None if padding_mask is None else torch.cat((padding_mask, padding_mask.flip(1)))

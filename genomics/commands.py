@@ -114,13 +114,16 @@ class Train:
     """Size of the model: tiny 25 thousand, small 0.6 and base 4.0 million parameters. Without --init."""
     init: Path | None = None
     """Begin with the backbone of this language model: a run folder of `pretrain`, or a folder that `polymamba convert
-    caduceus` made; the head begins anew. A model that reads both strands (Caduceus-PS) goes on doing so."""
+    caduceus` made; the head begins anew."""
     backbone_lr: float | None = None
     """Peak learning rate of the backbone that --init gave; a tenth of --lr if left out."""
     freeze: bool = False
     """Leave the backbone that --init gave as it is: the head alone learns."""
     heads: int = 64
     """Places of a sequence that the model attends to; 0 for what the mean over all bases shows, such as a species."""
+    strands: Literal["one", "both"] | None = None
+    """both: read either strand by the same weights and take the mean, in training, too; wrong for signals that belong
+    to one strand, such as splice sites. If left out: one, but both if --init gave a Caduceus-PS."""
     balance: Literal["none", "loss", "sampling"] = "none"
     """Against rare classes: weight the loss by the inverse of a class's frequency, or draw each class equally often."""
     label_smoothing: float = 0.0

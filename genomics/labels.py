@@ -30,13 +30,14 @@ _COLUMNS = {
 class Labels:
     """The label of each allele: True, False, or None without one.
 
-    field      an INFO entry, with a value for the record or one for each allele; a flag is positive where it stands
+    field      an INFO entry, with a value for the record or one for each allele
+    is_flag    that has no value: True where it stands, and else False
     table      a TSV or CSV table with columns chrom, pos (from 1), ref, alt and label
     positive   which values mean True
     """
 
-    def __init__(self, field: str | None, table: Path | None, positive: Collection[str]):
-        self.field, self.positive = field, set(positive)
+    def __init__(self, field: str | None, table: Path | None, positive: Collection[str], *, is_flag: bool = False):
+        self.field, self.positive, self.is_flag = field, set(positive), is_flag
         self.rows: dict[tuple[str, str, str, str], str] = {}
         if table is not None:
             for line, cells in read_table(table, _COLUMNS, required=_COLUMNS):
@@ -51,8 +52,8 @@ class Labels:
             words = [self.rows.get((*place, allele.upper()), NO_LABEL) for allele in alternatives]
             return [self._meaning(word) for word in words]
         value = variant.info(self.field)
-        if value == "":
-            return [True] * len(alternatives)
+        if self.is_flag:
+            return [value is not None] * len(alternatives)
         words = [NO_LABEL] if value is None else value.split(",")
         if len(words) != len(alternatives):  # of the record
             words = [value or NO_LABEL] * len(alternatives)

@@ -96,6 +96,11 @@ class VariantFile:
         """The INFO entries that the header declares."""
         return {match[1] for line in self.header if (match := _INFO_ID.match(line))}
 
+    def is_flag(self, key: str) -> bool:
+        """Whether the header declares an INFO entry that is there or not, without a value."""
+        lines = (line for line in self.header if line.startswith(f"##INFO=<ID={key},"))
+        return any("Type=Flag" in line for line in lines)
+
     def __iter__(self) -> Iterator[Variant]:
         for line, text in self._lines:
             if text:

@@ -59,7 +59,7 @@ def train(args: Train) -> None:
         hard_mask=args.hard_mask,
         n_heads=args.heads,
         head_dropout=0.5 if args.heads else 0.0,  # places are soon learned by heart; a mean is not
-        both_strands=start is not None and start.both_strands,
+        both_strands=args.strands == "both" or (args.strands is None and start is not None and start.both_strands),
     )
     model = DNAClassifier(config)
     if start is not None:

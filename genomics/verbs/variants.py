@@ -46,13 +46,16 @@ def variants(args: Variants) -> None:
             require_writable(path)
     model = _model_of_bases(args)
     window = args.window or model.config.window
-    labels = Labels(args.label_field, args.labels, args.positive) if args.labels or args.label_field else None
-    tally = _Tally(labels)
     with ExitStack() as stack:
         source = stack.enter_context(opened(args.vcf))
         file = VariantFile(source)
         if taken := {f"{args.tag}_LLR", f"{args.tag}_WHY"} & file.declared:
             raise InputError(f"{source.name}: has {' and '.join(sorted(taken))} already; give another --tag")
+        labels = None
+        if args.labels or args.label_field:
+            is_flag = args.label_field is not None and file.is_flag(args.label_field)
+            labels = Labels(args.label_field, args.labels, args.positive, is_flag=is_flag)
+        tally = _Tally(labels)
         genome = stack.enter_context(Genome(list(files_of(args.genome))))
         write = stack.enter_context(_written(args.output, packed))
         stack.enter_context(autocast(args.compute))

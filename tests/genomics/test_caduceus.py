@@ -197,6 +197,8 @@ def test_tied_tensors_once_twice_and_torn(case):
     assert len(once) < len(weights)
     model = polymamba.convert("caduceus", once, config)
     assert model.lm_head.weight is model.embedding.weight
+    n_stored = sum(tensor.numel() for key, tensor in once.items() if not key.endswith("complement_map"))
+    assert sum(p.numel() for p in model.parameters()) == n_stored
     with torch.no_grad():
         assert_close("logits", model(io["input_ids"]), io["out.logits"], 2e-5)
     torn = {k: v + 1 if "mamba_rev.in_proj" in k else v for k, v in weights.items()}

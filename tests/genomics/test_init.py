@@ -148,6 +148,13 @@ def test_a_classifier_of_both_strands(heads, two_classes, folders, tmp_path):
             assert (other[0] - row).abs().max() > 1e-6
 
 
+def test_strands(two_classes, folders, tmp_path):
+    few = ["--epochs", 1, "--heads", 0]
+    assert train(two_classes, tmp_path / "both", "--strands", "both", *few).config.both_strands
+    one = train(two_classes, tmp_path / "one", "--init", folders["ps_mlm"], "--strands", "one", *few)
+    assert not one.config.both_strands
+
+
 def test_init_from_pretraining_is_learned_from(rcps_run, two_classes, tmp_path, capsys):
     train(two_classes, tmp_path / "run", "--init", rcps_run, "--heads", 0)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
