@@ -22,6 +22,7 @@ from .corpus import Recordings
 from .model import AudioModel
 from .scoring import bits_of, check_causality
 from .terminal import progress_bar
+from .variation import varied
 
 PADDING = -100  # no target
 UNLABELLED = 0.1  # share of windows that are read without their label
@@ -111,11 +112,10 @@ class TrainClassifier(Task):
         context: int,
         codec: str,
         seed: int,
-        augment: bool,
     ):
-        """context: most samples that are looked at. augment: vary speed and loudness of what is trained on."""
+        """context: most samples that are looked at."""
         self.train, self.valid, self.labels, self.config = train, valid, labels, config
-        self.context, self.codec, self.seed, self.augment = context, codec, seed, augment
+        self.context, self.codec, self.seed = context, codec, seed
         self.label_ids, self.valid_ids = label_ids(train, labels), label_ids(valid, labels)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
@@ -125,7 +125,7 @@ class TrainClassifier(Task):
 
     def batch(self, description: np.ndarray, epoch: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((self.seed, epoch, int(description[0]), len(description)))
-        rows = [self._varied(self.train.recording(i), rng) for i in description]
+        rows = [self._window(self.train.recording(i), rng) for i in description]
         codes, mask = pad_right(rows, 0)
         return {"codes": codes, "mask": mask, "labels": torch.from_numpy(self.label_ids[description])}
 
@@ -141,17 +141,11 @@ class TrainClassifier(Task):
     def score(self, metrics: dict[str, float]) -> float:
         return metrics["valid_accuracy"] - 1e-3 * metrics["valid_loss"]  # the loss decides between equals
 
-    def _varied(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A window of the recording; at another speed (a sixth at most), loudness (6 dB) and with faint noise."""
+    def _window(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A window of the recording, varied."""
         start = rng.integers(max(len(codes) - self.context, 0) + 1)
         codes = codes[start : start + self.context]
-        if not self.augment:
-            return codes
-        wave = decode(codes, self.codec)
-        n = max(1, round(len(wave) * rng.uniform(0.85, 1.18)))
-        wave = np.interp(np.linspace(0, len(wave) - 1, n), np.arange(len(wave)), wave)[: self.context]
-        wave = wave * 10 ** rng.uniform(-0.3, 0.3) + rng.standard_normal(len(wave)) * 10 ** rng.uniform(-4, -2.5)
-        return encode(wave, self.codec)
+        return encode(varied(decode(codes, self.codec), rng)[: self.context], self.codec)
 
 
 @torch.no_grad()

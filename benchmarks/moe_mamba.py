@@ -4,7 +4,7 @@
 
 TEXT are folders with train.txt and valid.txt. Each model of each seed is trained in a process of its own, several side
 by side on one device; what a run leaves is FOLDER/MODEL-SEED.json, and runs that are there already are not made again.
-Then FOLDER/moe_mamba.md and moe_mamba.png say: loss against steps; how many times the steps Mamba needs for its final
+Then FOLDER/moe_mamba.md and moe_mamba.png say: loss against steps; how many times the steps Mamba needs for its lowest
 loss, compared with each other model for the same loss; how evenly experts are used; and speed, each model alone.
 
 As in the paper a MoE-Mamba has half of Mamba's layers and, between them, as many layers of experts 3 d_model wide; a
@@ -98,7 +98,7 @@ class Training:
         self.s, self.model = s, build(name, s)
         groups = parameter_groups(self.model, 0.1)
         self.optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95))
-        self.average = averaged(self.model, 0.99).to(s.device)
+        self.average = averaged(self.model, 0.99)
         self.done = 0
 
     def autocast(self) -> torch.autocast:
@@ -210,8 +210,8 @@ def report(s: Setting, folder: Path, results: list[dict], rates: dict[str, float
     lines += [
         f"d_model {s.d_model}, {s.n_layer} layers, {s.n_experts} experts, {_choice(s)}, lr {s.lr}; {last} steps of "
         f"{s.batch} x {s.context} bytes, {passes:.2f} passes over {n_bytes / 1e6:.1f} MB. Bits per byte, means of "
-        f"{len(seeds)} seeds (smallest to largest). Ratio: the steps of Mamba of the same seed to its own last loss, "
-        "divided by those of the model to the same loss.",
+        f"{len(seeds)} seeds (smallest to largest), the lowest of a run. Ratio: the steps of Mamba of the same seed to "
+        "its own lowest loss, divided by those of the model to the same loss.",
         "",
         "| | parameters, active, millions | held out | ratio | training | ratio | least used expert | bytes/s alone |",
         "|---|---|---|---|---|---|---|---|",
@@ -221,13 +221,13 @@ def report(s: Setting, folder: Path, results: list[dict], rates: dict[str, float
         mine = [result for result in results if result["model"] == name]
         cells = [f"{mine[0]['total'] / 1e6:.1f}, {mine[0]['active'] / 1e6:.2f}"]
         for kind in ("held out", "training"):
-            finals = [of[name, r["seed"]][kind][1][-1] for r in mine]
+            lowest = [of[name, r["seed"]][kind][1].min() for r in mine]
             ratios = []
             for r in mine:
                 steps, losses = of["Mamba", r["seed"]][kind]
-                reached = first_at(steps, losses, losses[-1])  # it may have been as low before
-                ratios.append(reached / first_at(*of[name, r["seed"]][kind], losses[-1]))
-            cells += [_spread(finals, 3), _spread(ratios, 2)]
+                reached = first_at(steps, losses, losses.min())
+                ratios.append(reached / first_at(*of[name, r["seed"]][kind], losses.min()))
+            cells += [_spread(lowest, 3), _spread(ratios, 2)]
         shares = [layer["least_used"] for r in mine for layer in r["routing"]]
         cells += [f"{min(shares):.2f} of even" if shares else "-", f"{rates[name]:,.0f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -58,7 +58,7 @@ def measure_training(model: ByteLM, batch: int, context: int, repeats: int) -> S
     def train() -> float:
         model.train()
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.0, betas=(0.9, 0.95))
-        average = averaged(model, 0.99).to(device)
+        average = averaged(model, 0.99)
 
         def step() -> None:
             (next_byte_loss(model, windows) + aux_loss(model)).backward()

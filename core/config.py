@@ -233,7 +233,7 @@ class SpeculationConfig:
 
 
 # Of TrainConfig: what changes the way to a result and not the result. A run may resume with others.
-SAME_RESULT = ("save_every", "workers", "fsdp", "stall")
+SAME_RESULT = ("save_every", "workers", "fsdp", "stall", "cuda_graph")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +263,9 @@ class TrainConfig:
     """Steps between the checkpoints for --resume (each epoch's end has one anyway)."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward: less memory, a third more time."""
+    cuda_graph: bool = False
+    """On one GPU: launch the forward and backward of all batches of a shape as a CUDA graph, for the same numbers. Of
+    use where the GPU waits for the processor; how much it gains is not measured. For models of images."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the main one."""
     fsdp: bool = False
@@ -271,6 +274,8 @@ class TrainConfig:
     """With several processes: seconds without progress after which the run ends and names the one that is stuck."""
 
     def __post_init__(self) -> None:
+        if self.cuda_graph and self.gradient_checkpointing:
+            raise ValueError("cuda_graph and gradient_checkpointing exclude each other; leave one of them out")
         for name in ("epochs", "batch_size", "max_tokens", "accumulation", "save_every", "stall"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -101,6 +101,14 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin, library_name="polymamba")
         return model.eval()
 
 
+def model_name(folder: Path) -> str | None:
+    """The class of the model in a folder, as its config.json says; None if it does not."""
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, AttributeError):
+        return None  # from_pretrained says what is wrong
+
+
 def config_from_dict(config_class: type, fields: dict[str, Any]) -> Any:
     """A config dataclass from its JSON form, nested dataclasses included. TypeError names an unknown field."""
     hints = typing.get_type_hints(config_class)

@@ -15,6 +15,20 @@ def require_files(words: Sequence[Path]) -> None:
         raise ValueError("no files; name at least one file or folder")
 
 
+def require_at_least_1(**values: int | None) -> None:
+    """Raises ValueError for a value below 1, by its name; None is left out."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def require_shares(**values: float) -> None:
+    """Raises ValueError for a value outside 0 to 1, by its name."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it is a share from 0 to 1")
+
+
 def require_fractions(valid: float, test: float) -> None:
     """Raises ValueError unless validation and test parts of these shares leave something to train on."""
     if not (valid > 0 and test >= 0 and valid + test < 1):

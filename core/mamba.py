@@ -92,7 +92,7 @@ class SelectiveSSM(nn.Module):
     ) -> tuple[Tensor, MambaState | None]:
         """xz (B, L, 2E), x and z side by side -> y (B, L, E), and the state after it if asked for."""
         if state is None and not return_state and type(self) in (SelectiveSSM, Mamba):
-            y = at_once(self, xz, cu_seqlens, reverse=reverse, projected=False)
+            y = at_once(self, xz, cu_seqlens, reverse=(reverse,), projected=False)
             if y is not None:
                 return y, None
         x, z = xz.chunk(2, dim=-1)
@@ -219,11 +219,18 @@ class BiMamba(nn.Module):
         self.backwards = SelectiveSSM(d_inner, d_state, d_conv, rank)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
-    def forward(self, hidden: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """hidden (B, L, d_model) -> the same shape."""
+    def forward(self, hidden: Tensor, *, cu_seqlens: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """hidden (B, L, d_model) -> the same shape; scale: a factor of out_proj, for a mean in place of the sum."""
+        scans = self.forwards, self.backwards
+        if as_made(*scans, kinds=(SelectiveSSM,)):
+            out = at_once(self, hidden, cu_seqlens, scans=scans, reverse=(False, True), projected=True, scale=scale)
+            if out is not None:
+                return out
         xz = self.in_proj(hidden)
         left_to_right, _ = self.forwards(xz, cu_seqlens=cu_seqlens)
         right_to_left, _ = self.backwards(xz, cu_seqlens=cu_seqlens, reverse=True)
-        return self.out_proj(left_to_right + right_to_left)
+        both = left_to_right + right_to_left
+        # By the projection's weights, which are fewer than the tokens.
+        return self.out_proj(both) if scale == 1 else F.linear(both, self.out_proj.weight * scale)
 
     forward_padded = forward_as_pack

@@ -1,17 +1,13 @@
-"""Whether a Mamba block in training may run as one operation of autograd (kernels/mamba_block), or by its parts."""
+"""Whether a Mamba block may run as one operation (kernels/mamba_block), or has to run by its parts."""
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
-from ..kernels.mamba_block import BlockWeights, mamba_block, serves
+from ..kernels.mamba_block import BlockWeights, ScanWeights, mamba_block, serves
 from . import parallel
 from .autocast import autocast_dtype
-
-_INNER = ("conv1d", "x_proj", "dt_proj")
-_ALL = ("in_proj", *_INNER, "out_proj")
 
 
 def as_made(*parts: Any, kinds: tuple[type, ...] = (nn.Linear, nn.Conv1d)) -> bool:
@@ -33,34 +29,47 @@ def as_made(*parts: Any, kinds: tuple[type, ...] = (nn.Linear, nn.Conv1d)) -> bo
 
 
 def at_once(
-    mixer: nn.Module, hidden: Tensor, cu_seqlens: Tensor | None, *, reverse: bool = False, projected: bool
-) -> Tensor | None:
+    mixer: nn.Module, hidden: Tensor, cu_seqlens: Tensor | None, *, scans: tuple[nn.Module, ...] = (),
+    reverse: tuple[bool, ...] = (False,), projected: bool, scale: float = 1.0,
+) -> Tensor | None:  # fmt: skip
     """`mixer.forward` of hidden (B, L, M), or if not `projected` of (x, z) (B, L, 2E), where autograd alone looks on.
 
-    None where the parts have to be run one after another: outside training, before a compiler, if a part is not what it
-    was made as, wherever autocast or the weights' dtypes would have the parts compute otherwise, and where the sequence
-    is cut into pieces (parallel.py).
+    scans: the mixer's selective SSMs, if it is none itself; the results of all are added up. scale: of out_proj. None
+    where the parts have to be run one after another: before a compiler, if a part is not what it was made as, wherever
+    autocast or the weights' dtypes would have the parts compute otherwise, and where the sequence is cut into pieces
+    (parallel.py).
     """
-    if not torch.is_grad_enabled() or parallel.current() is not None:
-        return None
-    # Not by attribute: what nn.Module does to find one takes longer than the rest of this.
-    parts: dict[str, Any] = {name: mixer._modules[name] for name in (_ALL if projected else _INNER)}
-    own: Any = mixer._parameters
-    if not as_made(*parts.values()) or all_modules._has_any_global_hook():
-        return None
-    weight: dict[str, Any] = {name: part._parameters["weight"] for name, part in parts.items()}
-    bias: dict[str, Any] = {name: part._parameters["bias"] for name, part in parts.items()}
-    if any(bias.get(name) is not None for name in ("in_proj", "x_proj", "out_proj")):
+    if parallel.current() is not None or all_modules._has_any_global_hook():
         return None
     dtype = autocast_dtype(hidden)
     if not projected and hidden.dtype != dtype:
         return None  # the convolution is in the dtype of its input, whatever autocast says
-    if any(autocast_dtype(w) != dtype for name, w in weight.items() if name != "conv1d"):
+    outer = _linear_weights(mixer, "in_proj", "out_proj") if projected else [None, None]
+    inner = [_scan_weights(scan) for scan in scans or (mixer,)]
+    if outer is None or None in inner:
         return None
-    weights = BlockWeights(
-        *(weight.get("in_proj"), weight["conv1d"], bias["conv1d"], weight["x_proj"], weight["dt_proj"]),
-        *(bias["dt_proj"], own["A_log"], own["D"], weight.get("out_proj")),
-    )
-    if not serves(hidden, weights, dtype):
+    in_proj, out_proj = outer
+    weights = BlockWeights(in_proj, out_proj, tuple(filter(None, inner)))
+    matrices = in_proj, out_proj, *(w for scan in weights.scans for w in (scan.x_proj, scan.dt_proj))
+    if any(w is not None and autocast_dtype(w) != dtype for w in matrices) or not serves(hidden, weights, dtype):
         return None
-    return mamba_block(hidden, weights, dtype=dtype, cu_seqlens=cu_seqlens, reverse=reverse)
+    return mamba_block(hidden, weights, dtype=dtype, cu_seqlens=cu_seqlens, reverse=reverse, scale=scale)
+
+
+def _linear_weights(module: nn.Module, *names: str) -> list[Any] | None:
+    """Of these linear maps without bias, if they are as they were made."""
+    # Not by attribute: what nn.Module does to find one takes longer than the rest of this.
+    parts: list[Any] = [module._modules[name] for name in names]
+    if not as_made(*parts) or any(part._parameters["bias"] is not None for part in parts):
+        return None
+    return [part._parameters["weight"] for part in parts]
+
+
+def _scan_weights(module: nn.Module) -> ScanWeights | None:
+    parts: Any = module._modules
+    conv, dt, x_proj = parts["conv1d"], parts["dt_proj"], _linear_weights(module, "x_proj")
+    if x_proj is None or not as_made(conv, dt):
+        return None
+    own: dict[str, Any] = module._parameters  # pyright: ignore[reportAssignmentType] - all are there
+    conv, dt = conv._parameters, dt._parameters
+    return ScanWeights(*(conv["weight"], conv["bias"], x_proj[0], dt["weight"], dt["bias"], own["A_log"], own["D"]))

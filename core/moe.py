@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import Order, combine, dispatch, route, sort_by_expert
+from ..kernels import Order, combine, dispatch, expert_mlp, fuses_experts, route, sort_by_expert
 from .autocast import autocast_dtype
 from .config import MoEConfig
 from .expert_parallel import own_experts, through_experts
@@ -176,7 +176,10 @@ class MoE(nn.Module):
         return combine(rows, routes.gates, order, some_lost=some_lost)
 
     def _transformed(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """rows (A, D), sorted by expert, expert e's ending at ends[e] -> what their experts make of them, (A, D)."""
+        """rows (A, D), sorted by expert, expert e's ending at ends[e] -> what those here make of them, (A, D)."""
+        if self.config.expert == "relu" and fuses_experts(rows):
+            weights = (own_experts(linear.weight).to(rows.dtype) for linear in self.experts)
+            return expert_mlp(rows, *weights, ends)
         return self.out_proj(self._activated(self.in_proj(rows, ends)), ends)
 
     def _gathered(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from .hub import PretrainedModel
 from .interrupt import deferred_interrupt
 from .optim import averaged, learning_rate, parameter_groups, warmup_cosine
 from .plots import plot_curves
+from .replayed import Replayed, own_stream
 from .run_folder import RunFolder
 from .sharded import all_weights, clip_gradients, shard
 
@@ -48,6 +49,8 @@ LOG_EVERY = 10  # steps
 
 class Task(ABC):
     """What the loop asks of a modality. A batch is whatever `batch` returns: tensors in dicts, tuples or lists."""
+
+    same_kernels = False  # whether `loss` launches the same ones for all batches of a shape, and waits for none
 
     @abstractmethod
     def plan(self, epoch: int) -> list[Any]:
@@ -148,7 +151,7 @@ def train_model(
             trainer.load_checkpoint()
         # Ctrl-C reaches several processes at unlike moments: these it ends at once.
         deferred = deferred_interrupt() if processes.count() == 1 else nullcontext(lambda: False)
-        with deferred as trainer.interrupted:
+        with deferred as trainer.interrupted, trainer.stream():
             try:
                 metrics = trainer.run_all()
             except OSError as error:
@@ -192,8 +195,16 @@ class _Trainer:
         optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
         self.model: Any = model if self.sharded else self.accelerator.prepare(model)
         self.optimizer: Any = optimizer if self.sharded else self.accelerator.prepare(optimizer)
+        self.parameters = list(self.model.parameters())
         self.task, self.config, self.run = task, config, run
         self.position = _Position()
+        if config.cuda_graph and not task.same_kernels:
+            raise InputError("--cuda-graph: this kind of training cannot be recorded; leave the flag out")
+        # Of several processes the backward waits for the others' gradients.
+        alone = self.accelerator.device.type == "cuda" and world == 1
+        self.replayed = None
+        if config.cuda_graph and alone:
+            self.replayed = Replayed(self.fresh_gradients, self.accelerator.device)
         self.main = processes.is_first()
         self.interrupted: Callable[[], bool] = lambda: False
 
@@ -273,16 +284,11 @@ class _Trainer:
             group["lr"] = learning_rate(group, self.config.lr, factor)
         total = torch.zeros(2, device=self.accelerator.device)
         for i, batch in enumerate(step.batches):
-            batch = send_to_device(batch, self.accelerator.device)
-            with self.accelerator.autocast():
-                loss = self.task.loss(self.model, batch)
-                parts = torch.stack((loss, loss.new_zeros(()) + aux_loss(self.model))) / step.n_all
-            if i >= step.n_own:
-                parts = parts * 0  # it is here only so that the gradients meet
-            with self.gradients_meet(last=i + 1 == len(step.batches)):
-                # The mean over the processes is taken of what is to be a sum.
-                self.accelerator.backward(parts.sum() * processes.count())
-            total += parts.detach()
+            last = i + 1 == len(step.batches)
+            if self.replayed is not None:
+                total += self.replayed_backward(batch, step.n_all)
+            else:
+                total += self.backward(batch, step.n_all, last=last, counts=i < step.n_own)
         if self.sharded:
             clip_gradients(self.model.parameters(), self.config.clip)
         else:
@@ -293,13 +299,48 @@ class _Trainer:
             self.average.update_parameters(self.bare_model)
         return total
 
-    @contextmanager
-    def gradients_meet(self, *, last: bool) -> Iterator[None]:
-        """The backward in it adds up gradients; of the last batch of a step those of all processes."""
+    def backward(self, batch: Any, n: int, *, last: bool = True, counts: bool = True) -> Tensor:
+        """Add to the gradients those of one of n batches. Returns its share of the losses, (2,).
+
+        last: of this process's batches in the step, when the gradients of all processes meet. counts: or whether it is
+        here for that alone.
+        """
+        batch = send_to_device(batch, self.accelerator.device)
+        with self.accelerator.autocast():
+            loss = self.task.loss(self.model, batch)
+            parts = torch.stack((loss, loss.new_zeros(()) + aux_loss(self.model))) / n
+        if not counts:
+            parts = parts * 0
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
         with nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model):
-            yield
+            # The mean over the processes is taken of what is to be a sum.
+            self.accelerator.backward(parts.sum() * processes.count())
+        return parts.detach()
+
+    def fresh_gradients(self, inputs: tuple[Any, int]) -> tuple[Tensor, list[Tensor | None]]:
+        """The losses and the gradients of one of n batches alone: what is recorded as a CUDA graph."""
+        self._set_gradients([None] * len(self.parameters))
+        parts = self.backward(*inputs)
+        return parts, [p.grad for p in self.parameters]
+
+    def replayed_backward(self, batch: Any, n: int) -> Tensor:
+        """`backward` by a graph, once there is one for batches of this shape."""
+        assert self.replayed is not None
+        so_far = [p.grad for p in self.parameters]
+        parts, found = self.replayed((batch, n))
+        if n > 1:  # the next batch's are written over these
+            found = [_sum(old, new) for old, new in zip(so_far, found, strict=True)]
+        self._set_gradients(found)
+        return parts
+
+    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def stream(self) -> AbstractContextManager[None]:
+        """In which all of the training runs."""
+        return nullcontext() if self.replayed is None else own_stream(self.accelerator.device)
 
     def steps_of_epoch(self, epoch: int) -> list[_Step]:
         """The epoch's batches in groups of `accumulation`, and of each group this process's share.
@@ -393,3 +434,10 @@ class _Trainer:
             for i, step in enumerate(loader, start=1):
                 yield step
                 progress.update(work, advance=1, rate=f"{i / (time.monotonic() - began):.1f} steps/s")
+
+
+def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """In memory of its own."""
+    if old is None or new is None:
+        return old if new is None else new.clone()
+    return old + new

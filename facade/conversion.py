@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polymamba.core.errors import InputError
-from polymamba.core.files import new_folder, require_new_folder
+from polymamba.core.files import new_folder, require_new_folder, write_json
 from polymamba.core.hub import PretrainedModel
 from polymamba.core.unpickle import read_pickled, tensors_of
 from polymamba.flags import Convert
@@ -27,7 +27,10 @@ KINDS = {
     "sashimi": "polymamba.audio.sashimi:from_sashimi",
     "vim": "polymamba.vision.official:from_vim",
     "vmamba": "polymamba.vision.official:from_vmamba",
+    "caduceus": "polymamba.genomics.official:from_caduceus",
 }
+
+BACK = {"caduceus": "polymamba.genomics.official:official_of"}  # a folder of ours -> its tensors and config.json there
 
 
 def convert(kind: str, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> PretrainedModel:
@@ -54,8 +57,11 @@ def convert(kind: str, state_dict: Mapping[str, Tensor], config: Mapping[str, An
 
 
 def run(args: Convert) -> None:
-    """The verb: a checkpoint in, a model folder out."""
+    """The verb: a checkpoint in, a model folder out; or the other way."""
     require_new_folder(args.output)
+    if args.back:
+        _write_back(args)
+        return
     if args.checkpoint.is_file() and args.kind in FROM_TENSORS:
         config, weights = {}, _read_file(args)
     else:
@@ -67,6 +73,17 @@ def run(args: Convert) -> None:
         model.save_pretrained(beside)
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}, {n_parameters:,} parameters -> {args.output}", file=sys.stderr)
+
+
+def _write_back(args: Convert) -> None:
+    if args.kind not in BACK:
+        raise InputError(f"--back: there is no way back to {args.kind}, only to {', '.join(BACK)}")
+    module, function = BACK[args.kind].split(":")
+    tensors, config = getattr(import_module(module), function)(args.checkpoint)
+    with new_folder(args.output) as beside:
+        save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        write_json(beside / "config.json", config)
+    print(f"{config['architectures'][0]} -> {args.output}", file=sys.stderr)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

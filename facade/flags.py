@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-Kind = Literal["mamba-ssm", "hf-mamba", "moe-mamba", "mambabyte", "sashimi", "vim", "vmamba"]
+Kind = Literal["mamba-ssm", "hf-mamba", "moe-mamba", "mambabyte", "sashimi", "vim", "vmamba", "caduceus"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,8 @@ class Convert:
     released, or safetensors; none of its code is run, and what the tensors' shapes tell is not asked for."""
     output: Positional[Path]
     """Folder to make."""
+    back: bool = False
+    """Of caduceus: the other way, from a folder of ours to one that the official code loads."""
     weights: str | None = None
     """Which weights of a .pth with several: mostly model, those trained, or model_ema, their moving average."""
     debug: bool = False

@@ -1,26 +1,36 @@
-"""DNA: classification, labels and regression of sequences, from the files that people hold."""
+"""DNA: classification, labels and regression of sequences; language models; from the files that people hold."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .alphabet import reverse_complement, tokenize
+    from .caduceus import Caduceus, CaduceusClassifier
     from .commands import Dividing, Source
-    from .config import DNAClassifierConfig
+    from .config import CaduceusClassifierConfig, CaduceusConfig, DNAClassifierConfig, DNALanguageModelConfig
     from .dataset import LabelledSequences
     from .dividing import divide
     from .inference import embed, predict
+    from .language_model import DNALanguageModel
     from .model import DNAClassifier
     from .reading.fasta import read_fasta
     from .reading.format import Record
+    from .reading.genome import Genome
     from .reading.records import read_records
     from .sources import read_source
 
 # Lazy, so that the flags of the command line can be read before torch has loaded.
 _MODULE_OF = {
+    "Caduceus": "caduceus",
+    "CaduceusClassifier": "caduceus",
+    "CaduceusClassifierConfig": "config",
+    "CaduceusConfig": "config",
     "DNAClassifier": "model",
     "DNAClassifierConfig": "config",
+    "DNALanguageModel": "language_model",
+    "DNALanguageModelConfig": "config",
     "Dividing": "commands",
+    "Genome": "reading.genome",
     "LabelledSequences": "dataset",
     "Record": "reading.format",
     "Source": "commands",
@@ -35,9 +45,16 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Caduceus",
+    "CaduceusClassifier",
+    "CaduceusClassifierConfig",
+    "CaduceusConfig",
     "DNAClassifier",
     "DNAClassifierConfig",
+    "DNALanguageModel",
+    "DNALanguageModelConfig",
     "Dividing",
+    "Genome",
     "LabelledSequences",
     "Record",
     "Source",

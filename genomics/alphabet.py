@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-TOKEN_NAMES = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", "A", "C", "G", "T", "N")
+from .config import TOKEN_NAMES
+
 CLS, SEP, BOS, MASK, PAD, RESERVED, UNK, A, C, G, T, N = range(len(TOKEN_NAMES))
 VOCAB_SIZE = len(TOKEN_NAMES)
 

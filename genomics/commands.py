@@ -4,6 +4,7 @@ Letters, everywhere: case is ignored unless --hard-mask is given, U reads as T, 
 letter is an error.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,21 +12,11 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, TrainConfig
+from ..core.inputs import require_at_least_1, require_shares
 from .config import Preset, Target
+from .language_commands import LANGUAGE_COMMANDS
 
 Output = Annotated[Path, arg(aliases=["-o"])]
-
-
-def _require_at_least_1(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-def _require_shares(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; it is a share from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +68,8 @@ class Windows:
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
     def __post_init__(self) -> None:
-        _require_at_least_1(window=self.window, stride=self.stride)
-        _require_shares(max_n=self.max_n)
+        require_at_least_1(window=self.window, stride=self.stride)
+        require_shares(max_n=self.max_n)
         if self.stride is not None and self.window is None:
             raise ValueError("stride says how far apart windows are; give window too")
 
@@ -103,7 +94,7 @@ class Dividing:
     """Records are alike if they share this share of the shorter one's 20-mers, either strand; 0: any at all."""
 
     def __post_init__(self) -> None:
-        _require_shares(similarity=self.similarity)  # the fractions depend on the parts that the data have: see divide
+        require_shares(similarity=self.similarity)  # the fractions depend on the parts that the data have: see divide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +111,19 @@ class Train:
     hard_mask: bool = False
     """Read lower-case (soft-masked) letters as N. The model remembers it."""
     preset: Preset = "tiny"
-    """Size of the model: tiny 25 thousand, small 0.6 and base 4.0 million parameters."""
+    """Size of the model: tiny 25 thousand, small 0.6 and base 4.0 million parameters. Without --init."""
+    init: Path | None = None
+    """Begin with the backbone of this language model: a run folder of `pretrain`, or a folder that `polymamba convert
+    caduceus` made; the head begins anew."""
+    backbone_lr: float | None = None
+    """Peak learning rate of the backbone that --init gave; a tenth of --lr if left out."""
+    freeze: bool = False
+    """Leave the backbone that --init gave as it is: the head alone learns."""
     heads: int = 64
     """Places of a sequence that the model attends to; 0 for what the mean over all bases shows, such as a species."""
+    strands: Literal["one", "both"] | None = None
+    """both: read either strand by the same weights and take the mean, in training, too; wrong for signals that belong
+    to one strand, such as splice sites. If left out: one, but both if --init gave a Caduceus-PS."""
     balance: Literal["none", "loss", "sampling"] = "none"
     """Against rare classes: weight the loss by the inverse of a class's frequency, or draw each class equally often."""
     label_smoothing: float = 0.0
@@ -139,7 +140,13 @@ class Train:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_shares(label_smoothing=self.label_smoothing, mask_rate=self.mask_rate)
+        require_shares(label_smoothing=self.label_smoothing, mask_rate=self.mask_rate)
+        if self.init is None and (self.freeze or self.backbone_lr is not None):
+            raise ValueError("freeze and backbone_lr are of a backbone that --init gave; give --init, too")
+        if self.freeze and self.backbone_lr is not None:
+            raise ValueError("freeze and backbone_lr: a frozen backbone learns at no rate; give one of them")
+        if self.backbone_lr is not None and not 0 < self.backbone_lr < math.inf:
+            raise ValueError(f"backbone_lr is {self.backbone_lr}; it must be a number above 0")
         if self.heads < 0:
             raise ValueError(f"heads is {self.heads}; it must not be negative")
         if self.balance == "sampling" and self.target != "multiclass":
@@ -162,7 +169,7 @@ class _WithModel:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_at_least_1(batch_size=self.batch_size, max_tokens=self.max_tokens)
+        require_at_least_1(batch_size=self.batch_size, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +194,10 @@ class _AlongRecords(_WithModel):
     """Leave out windows of which a larger share is N; how many is said. Whole records are never left out."""
 
     def __post_init__(self) -> None:
-        _require_shares(max_n=self.max_n)
+        require_shares(max_n=self.max_n)
         if not self.fasta:
             raise ValueError("no sequence file; name one or more after the run folder, or - for standard input")
-        _require_at_least_1(window=self.window, stride=self.stride)
+        require_at_least_1(window=self.window, stride=self.stride)
         super().__post_init__()
 
 
@@ -212,8 +219,8 @@ class Eval(_Deciding):
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
     def __post_init__(self) -> None:
-        _require_shares(max_n=self.max_n)
-        _require_at_least_1(window=self.window)
+        require_shares(max_n=self.max_n)
+        require_at_least_1(window=self.window)
         super().__post_init__()
 
 
@@ -227,7 +234,10 @@ class Predict(_AlongRecords, _Deciding):
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(_AlongRecords):
-    """Embed the records of sequence files, or their windows: the mean of the last hidden states over the bases."""
+    """Embed the records of sequence files, or their windows: the mean of the last hidden states over the bases.
+
+    By a classifier, or by a language model of `pretrain` or `polymamba convert caduceus`.
+    """
 
     output: Output
     """.npy (float32, a row a record or window; names in .names.tsv beside it) or .parquet (id, ..., embedding)."""
@@ -272,4 +282,5 @@ COMMANDS = {
     "eval": (Eval, "polymamba.genomics.verbs.evaluate:evaluate"),
     "predict": (Predict, "polymamba.genomics.verbs.predict:predict"),
     "embed": (Embed, "polymamba.genomics.verbs.predict:embed"),
+    **LANGUAGE_COMMANDS,
 }

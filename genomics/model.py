@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..core.backbone import Backbone
 from ..core.hub import PretrainedModel
-from .alphabet import VOCAB_SIZE
+from .alphabet import COMPLEMENT, VOCAB_SIZE
+from .caduceus import both_strands
 from .config import DNAClassifierConfig
 
 N_WAVES = 16  # per end of the window
@@ -28,9 +29,9 @@ def window_position(mask: Tensor) -> Tensor:
     """Sinusoids of each base's distances to the first and the last base of its window: (B, L, F = 4 N_WAVES).
 
     As in arXiv 1706.03762, section 3.5, for either end; wavelengths from 6 to 35,000 bases, so that both a splice
-    site's exact base and a place in 100 kb can be told. mask (B, L), True = real base, padded on the right.
+    site's exact base and a place in 100 kb can be told. mask (B, L), True = real base, in one run.
     """
-    from_start = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    from_start = mask.cumsum(1) - 1
     from_end = mask.sum(1, keepdim=True) - 1 - from_start
     distances = torch.stack((from_start, from_end), dim=-1).float()
     waves = torch.arange(N_WAVES, device=mask.device)
@@ -93,9 +94,12 @@ class DNAClassifier(PretrainedModel):
     The head sees the weighted means of the pooling, which tell what stands at their places (which splice site?); with
     n_heads = 0 the mean over all bases, which tells composition (which species?), and the model is told no places. Not
     both: beside the weighted means, the plain one cost half a percent of accuracy on splice sites.
+
+    With both_strands the logits are the mean of those of the two strands, which are read by the same weights.
     """
 
     config_class = DNAClassifierConfig
+    complement: Tensor
 
     def __init__(self, config: DNAClassifierConfig):
         super().__init__(config)
@@ -107,6 +111,7 @@ class DNAClassifier(PretrainedModel):
         self.mean_norm = None if config.n_heads else RunningNorm(d_model)
         self.dropout = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(max(config.n_heads, 1) * d_model, len(config.classes))
+        self.register_buffer("complement", torch.tensor(COMPLEMENT), persistent=False)
         nn.init.normal_(self.embedding.weight, std=0.5)
         if self.place is not None:
             nn.init.normal_(self.place.weight, std=0.02)
@@ -119,22 +124,27 @@ class DNAClassifier(PretrainedModel):
         else:
             assert self.mean_norm is not None
             pooled = self.mean_norm(mean_over(h, mask).float()).to(h.dtype)
-        return self.head(self.dropout(pooled))
+        return self._mean_of_strands(self.head(self.dropout(pooled)))
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of the last hidden states over the real bases: (B, L) as for `forward` -> (B, D)."""
         h, _, mask = self.hidden(tokens, mask)
-        return mean_over(h, mask).float()
+        return self._mean_of_strands(mean_over(h, mask).float())
 
     def hidden(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (B, L, D), window positions (B, L, F) and the mask (B, L)."""
+        """Hidden states (B, L, D), window positions (B, L, F) and the mask (B, L); with both_strands 2B of each."""
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
+        if self.config.both_strands:
+            tokens, mask = both_strands(tokens, self.complement), torch.cat((mask, mask.flip(1)))
         place = window_position(mask)
         x = self.embedding(tokens)
         if self.place is not None:
-            x = x + self.place(place)
+            x = x + self.place(place.to(x.dtype))
         return self.backbone(x, padding_mask=mask), place, mask
+
+    def _mean_of_strands(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (2, -1)).mean(0) if self.config.both_strands else x
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Logits (B, K) -> probabilities of the classes (rows sum to 1) or of each label, or values (B, 1)."""

@@ -1,7 +1,7 @@
 """An implementation as PyTorch sees it: an operator where something traces, as little as may be elsewhere."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -38,7 +38,7 @@ class Operator:
 
     def __init__(self, name: str, run: Callable[..., Any], fake: Callable[..., Any]):
         self.name, self.run = name, run
-        self.operator = torch.library.custom_op(f"polymamba::{name}", run, mutates_args=())
+        self.operator = torch.library.custom_op(f"polymamba::{name}", _apart(run), mutates_args=())
         self.operator.register_fake(fake)
         self.function: type[torch.autograd.Function] | None = None
 
@@ -66,3 +66,16 @@ class Operator:
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return self.operator(*inputs) if self.function is None else self.function.apply(*inputs)
         return self.run(*inputs)
+
+
+def _apart(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, with results that share no memory, as an operator's must: gradients summed together are parts of one."""
+
+    @wraps(run)
+    def apart(*inputs: Any) -> Any:
+        found = run(*inputs)
+        if isinstance(found, Tensor):
+            return found
+        return tuple(x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for x in found)
+
+    return apart

@@ -80,7 +80,7 @@ def training_step(model: nn.Module, call: Call, images: Tensor, labels: Tensor, 
     """The whole step of `vision train`, short of reading images. The weights stay: the learning rate is 0."""
     backward = backward_step(call, images, labels, bf16)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.0, betas=(0.9, 0.95))
-    average = averaged(model, 0.99).to(images.device)
+    average = averaged(model, 0.99)
 
     def step() -> None:
         backward()

@@ -33,7 +33,7 @@ class Training:
     batch_size: int | None = None
     """Images in a batch; small-image and finetune 64, vim and vmamba 128."""
     accumulation: int | None = None
-    """Batches whose gradients are added up for one step; 1."""
+    """Batches whose gradients are added up for one step, of all processes; 1. Their number has to divide it."""
     lr: float | None = None
     """Peak learning rate; small-image 2e-3, finetune 2e-4, vim and vmamba 1.25e-4 (for a batch of 128)."""
     warmup: float | None = None
@@ -50,8 +50,15 @@ class Training:
     """Steps between the checkpoints for --resume (each epoch's end has one anyway); 200."""
     gradient_checkpointing: bool | None = None
     """Recompute each block's activations in the backward: less memory, a third more time."""
+    cuda_graph: bool | None = None
+    """On one GPU: launch forward and backward of each batch as a CUDA graph, for the same numbers. Of use where the GPU
+    waits for the processor; how much it gains is not measured."""
     workers: int | None = None
     """Processes that prepare batches; 0 prepares them in the main one."""
+    fsdp: bool | None = None
+    """Divide weights and optimizer among the processes that `accelerate launch` or torchrun started (FSDP2)."""
+    stall: int | None = None
+    """With several processes: seconds without progress after which the run ends and names the stuck one; 1800."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..core import processes
 from ..core.errors import InputError
+from ..core.replayed import Replayed
+from ..core.sharded import is_sharded
 from .dataset import ImageSet
 from .images import Item, read_image
 from .model import ImageModel
@@ -65,19 +67,31 @@ def predict(
 
     Several processes, all of which call it, share the images.
     """
-    device, config = next(model.parameters()).device, data_config(model)
+    call, config = for_batches(model, model), data_config(model)
     bounds = [len(images) * i // processes.count() for i in range(processes.count() + 1)]
 
     def run(part: tuple[int, int]) -> np.ndarray:
         found = [np.zeros((0, model.num_classes))]
         own = images.subset(np.arange(*part))
         for x, _ in batches(own.items, own.names, config, batch_size, workers=workers):
-            found.append(probabilities(model(x.to(device))))
+            found.append(probabilities(call(x)))
             advance(len(x))
             processes.moved()
         return np.concatenate(found)
 
     return np.concatenate(processes.each_once(list(pairwise(bounds)), run))
+
+
+def for_batches(model: ImageModel, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of images (B, 3, H, W) by the model, on the model's device. Call it without gradients.
+
+    On a GPU batches of one size soon run as a CUDA graph (core/replayed.py): read a result before the next call. Under
+    autocast it must not outlive that: the graph reads autocast's own copies of the weights.
+    """
+    device = next(model.parameters()).device
+    if device.type == "cuda" and not is_sharded(model):  # FSDP's hooks are none to be recorded
+        return Replayed(function, device)
+    return lambda x: function(x.to(device))
 
 
 def probabilities(logits: Tensor) -> np.ndarray:

@@ -25,6 +25,8 @@ from .transforms import seeded, train_transform
 class TrainImages(Task):
     """Cross-entropy on augmented images; judged by the accuracy on the validation images."""
 
+    same_kernels = True
+
     def __init__(
         self,
         train: ImageSet,

@@ -15,7 +15,6 @@ import math
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, lecun_normal_, resample_abs_pos_embed, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
@@ -32,7 +31,7 @@ NORM_EPS = 1e-5
 
 @register_notrace_module
 class VimMixer(BiMamba):
-    """core's, with the sum of the directions halved: by the projection's weights, which are fewer than the tokens."""
+    """core's, with the sum of the directions halved."""
 
     def __init__(self, config: VimConfig):
         super().__init__(config.embed_dim, config.d_state)
@@ -40,10 +39,7 @@ class VimMixer(BiMamba):
 
     def forward(self, hidden: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - no packs
         """(B, L, D) -> the same shape."""
-        xz = self.in_proj(hidden)
-        ahead, _ = self.forwards(xz)
-        back, _ = self.backwards(xz, reverse=True)
-        return F.linear(ahead + back, self.out_proj.weight * self.share)
+        return super().forward(hidden, scale=self.share)
 
 
 @register_notrace_module

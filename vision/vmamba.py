@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from ..core.autocast import autocast_dtype
 from ..core.mamba import initial_dt_bias
 from ..kernels import cross_scan
-from ..kernels.norm import layer_norm_alone
+from ..kernels.norm import layer_norm, layer_norm_alone
 from .config import VMambaConfig
 from .conv import Conv
+from .mlp import Mlp
 from .model import ImageModel, drop_path_rates, feature_layout
 
 NORM_EPS = 1e-5
@@ -41,13 +42,24 @@ class Norm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor, *, projected: bool = False) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not x.is_cuda or torch.compiler.is_compiling():  # a compiler joins it to what comes before and after
-            return super().forward(x)
-        return self.by_kernel(x, projected)
+        return self.by_kernel(x, projected) if has_kernel(x) else super().forward(x)
 
     def by_kernel(self, x: Tensor, projected: bool) -> Tensor:
-        dtype = autocast_dtype(self.weight) if projected else None
-        return layer_norm_alone(x, self.weight, self.bias, self.eps, dtype=dtype)
+        return layer_norm_alone(x, self.weight, self.bias, self.eps, dtype=self.result_dtype(projected))
+
+    def result_dtype(self, projected: bool) -> torch.dtype:
+        return autocast_dtype(self.weight) if projected else self.weight.dtype
+
+
+class AddNorm(Norm):
+    """(x, y) -> (the norm of x + y, x + y): one kernel where x is a stream in float32."""
+
+    def forward(self, x: Tensor, y: Tensor, *, projected: bool = False) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not has_kernel(x) or x.dtype != torch.float32:
+            x = x + y
+            return super().forward(x, projected=projected), x
+        dtype = self.result_dtype(projected)
+        return layer_norm(y, self.weight, self.bias, self.eps, residual=x, dtype=dtype)
 
 
 class ScanNorm(Norm):
@@ -57,8 +69,12 @@ class ScanNorm(Norm):
         return self.by_kernel(x, projected)
 
 
-register_notrace_module(Norm)
-register_notrace_module(ScanNorm)
+def has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling()  # a compiler joins it to what comes before and after
+
+
+for _norm in (Norm, AddNorm, ScanNorm):
+    register_notrace_module(_norm)
 
 
 @register_notrace_module
@@ -123,14 +139,15 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = self.mlp = None
         if config.mlp_ratio:
-            self.norm2 = Norm(dim, NORM_EPS)
+            self.norm2 = AddNorm(dim, NORM_EPS)
             self.mlp = Mlp(dim, int(config.mlp_ratio * dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(self.norm(x, projected=True)))
-        if self.mlp is not None and self.norm2 is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x, projected=True)))
-        return x
+        y = self.drop_path(self.op(self.norm(x, projected=True)))
+        if self.mlp is None or self.norm2 is None:
+            return x + y
+        normed, x = self.norm2(x, y, projected=True)
+        return x + self.drop_path(self.mlp(normed))
 
 
 class ConvStem(nn.Module):

@@ -82,7 +82,6 @@ def _train_classifier(args: Train, config: ClassifierConfig, corpus: dict[str, R
     model = AudioClassifier(config)
     task = TrainClassifier(
         *(corpus["train"], corpus["valid"], config.labels, args.train, args.context, config.codec, args.compute.seed),
-        augment=True,
     )
     _tell_model(args, model)
     train_model(model, task, args.train, args.compute, run, resume=args.resume)

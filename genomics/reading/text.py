@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...core.errors import InputError
-from .source import opened
+from .source import Source, opened
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
@@ -17,9 +17,14 @@ def read_lines(path: str | Path) -> Iterator[str]:
     no text, a file that changes meanwhile.
     """
     with opened(path) as source:
-        for number, raw in enumerate(_lines(source.blocks()), 1):
-            yield _decoded(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, f"{source.name}, line {number}")
-        source.check_unchanged()
+        yield from lines_of(source)
+
+
+def lines_of(source: Source) -> Iterator[str]:
+    """`read_lines` of a source that is open."""
+    for number, raw in enumerate(_lines(source.blocks()), 1):
+        yield _decoded(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, f"{source.name}, line {number}")
+    source.check_unchanged()
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ import numpy as np
 from ...core.config import ComputeConfig
 from ...core.errors import InputError
 from ...core.files import save_tsv, write_json
+from ...core.hub import model_name
 from ...core.metrics import (
     classification_metrics,
     format_table,
@@ -28,6 +29,7 @@ from ..dataset import NO_LABEL, LabelledSequences
 from ..inference import predict
 from ..model import DNAClassifier
 from ..reading.files import find_files
+from ..stored import embedding_model
 
 THRESHOLDS = "thresholds.json"
 
@@ -46,6 +48,13 @@ def load_models(runs: Sequence[Path], compute: ComputeConfig) -> list[DNAClassif
                 unlike = f"{field} {theirs}, but {runs[0]} has {ours}"
                 raise InputError(f"--ensemble {run}: {unlike}; only models of one kind can be averaged")
     return [model.to(pick_device(compute)) for model in models]
+
+
+def load_embedder(run: Path, compute: ComputeConfig) -> DNAClassifier:
+    """The classifier of a run folder, or a language model as one, on the device."""
+    if model_name(run) in ("DNALanguageModel", "Caduceus"):
+        return embedding_model(run).to(pick_device(compute))
+    return load_models([run], compute)[0]
 
 
 def mean_predictions(

@@ -21,7 +21,7 @@ from ..reading.source import opened
 from ..sources import files_of
 from ..terminal import progress_bar
 from ..tracks import Predicted, write_bed, write_bedgraph
-from .common import decisions, load_models, mean_predictions, passes, table_rows, tuned_thresholds
+from .common import decisions, load_embedder, load_models, mean_predictions, passes, table_rows, tuned_thresholds
 
 
 def predict(args: Predict) -> None:
@@ -51,7 +51,7 @@ def predict(args: Predict) -> None:
 def embed(args: Embed) -> None:
     """Write the embedding of every record or window."""
     require_embeddings_file(args.output)
-    model = load_models([args.run], args.compute)[0]
+    model = load_embedder(args.run, args.compute)
     with _checked_pieces(args, model.config) as pieces:
         shape = pieces.count, model.config.backbone.d_model
         write_embeddings(args.output, _columns(pieces), shape, _embedded(model, pieces, args))

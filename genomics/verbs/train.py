@@ -21,6 +21,7 @@ from ..dividing import divide
 from ..inference import predict
 from ..model import DNAClassifier
 from ..sources import read_source
+from ..stored import begin_with, read_start
 from ..terminal import progress_bar
 from ..training import TrainDNA, value_scale
 from ..windows import cut_windows, moved, without_n_rich
@@ -30,6 +31,7 @@ from .common import THRESHOLDS, input_files, report
 def train(args: Train) -> None:
     """Train, then test on the test part with the best epoch's model."""
     torch.manual_seed(args.compute.seed)
+    start = None if args.init is None else read_start(args.init)
     records = from_first(
         lambda: divide(
             read_source(args.source, args.target, hard_mask=args.hard_mask), args.dividing, args.compute.seed
@@ -43,9 +45,8 @@ def train(args: Train) -> None:
     for name, members in data.members().items():
         if not members[data.split == "train"].any():
             raise InputError(f"class {name!r}: no sequence is left for the train part; see --max-n")
-    run = RunFolder(
-        args.output, _settings(args, data), input_files(args.source, records, args.dividing.splits), resume=args.resume
-    )
+    inputs = input_files(args.source, records, args.dividing.splits) + (start.files if start else [])
+    run = RunFolder(args.output, _settings(args, data), inputs, resume=args.resume)
     say(data.describe())
     if n_dropped:
         say(f"{n_dropped} left out: more than {args.windows.max_n:.0%} of their bases are N")
@@ -55,7 +56,7 @@ def train(args: Train) -> None:
 
     mean, scale = value_scale(data.subset("train")) if args.target == "regression" else (0.0, 1.0)
     config = DNAClassifierConfig(
-        backbone=PRESETS[args.preset],
+        backbone=start.config if start else PRESETS[args.preset],
         classes=data.classes,
         target=args.target,
         mean=mean,
@@ -64,10 +65,15 @@ def train(args: Train) -> None:
         hard_mask=args.hard_mask,
         n_heads=args.heads,
         head_dropout=0.5 if args.heads else 0.0,  # places are soon learned by heart; a mean is not
+        both_strands=args.strands == "both" or (args.strands is None and start is not None and start.both_strands),
     )
     model = DNAClassifier(config)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    say(f"model {args.preset}: {n_parameters:,} parameters; training on {pick_device(args.compute)}")
+    if start is not None:
+        lr = args.train.lr / 10 if args.backbone_lr is None else args.backbone_lr
+        begin_with(model, start, None if args.freeze else lr / args.train.lr)
+    n_parameters, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or k) for k in (1, 0))
+    what = f"{n_parameters:,} parameters" + (f", {n_trained:,} of them learning" if args.freeze else "")
+    say(f"model {args.init or args.preset}: {what}; training on {pick_device(args.compute)}")
     move = None
     if args.windows.window is not None:
         reach = (args.windows.stride or args.windows.window) // 2  # neighbours then leave nothing out, on average
@@ -111,6 +117,7 @@ def _settings(args: Train, data: LabelledSequences) -> dict[str, Any]:
     device = pick_device(args.compute)
     return {
         **{name: value for name, value in asdict(args).items() if name not in groups},
+        "init": None if args.init is None else str(args.init),
         **asdict(args.windows),
         **{name: value for name, value in asdict(args.dividing).items() if name != "splits"},
         **asdict(args.train),

@@ -79,7 +79,7 @@ def _forward(
 @triton.jit(do_not_specialize=["length", "n_seqs"])
 def _backward(
     dy, x, weight, bias, state, cu_seqlens, dx, dweight, dbias, dstate,
-    dy_stride, dx_stride, x_stride, length, n_seqs, n_channels,
+    dy_stride, dx_stride, x_stride, share_stride, length, n_seqs, n_channels,
     W: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, K: tl.constexpr,
     SILU: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -130,11 +130,11 @@ def _backward(
                 tl.store(dstate + state_at + (W - 1 + target), dx_row, mask=in_d & (target < 0))
             window = window[1:]
             grads = grads[1:]
-    share = number.to(tl.int64) * n_channels + d
+    share = number.to(tl.int64) * share_stride
     for k in tl.static_range(W):
-        tl.store(dweight + share * W + k, dtaps[k], mask=in_d)
+        tl.store(dweight + share + d * W + k, dtaps[k], mask=in_d)
     if dbias is not None:
-        tl.store(dbias + share, sum_dbias, mask=in_d)
+        tl.store(dbias + share + d, sum_dbias, mask=in_d)
 
 
 @triton.jit
@@ -188,8 +188,8 @@ def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, revers
     """Gradients of (x, weight, bias, initial_state). dx: room for the first, perhaps columns of a wider matrix."""
     n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
-    dweight = torch.empty(n_pieces, *weight.shape, device=x.device)
-    dbias = None if bias is None else torch.empty(n_pieces, *bias.shape, device=x.device)
+    n_weights = weight.numel()
+    shares = torch.empty(n_pieces, n_weights + (0 if bias is None else len(bias)), device=x.device)  # of dweight, dbias
     dstate = None if initial_state is None else torch.empty(initial_state.shape, device=x.device)
     dy = with_rows(dy)
     with torch.cuda.device_of(x):
@@ -199,11 +199,13 @@ def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, revers
             dy_stride=dy.stride(0),
             dx=dx,
             dx_stride=dx.stride(0),
-            dweight=dweight,
-            dbias=dbias,
+            dweight=shares,
+            dbias=None if bias is None else shares[:, n_weights:],
+            share_stride=shares.shape[1],
             dstate=dstate,
         )
-        return dx, sum_first_axis(dweight), None if dbias is None else sum_first_axis(dbias), dstate
+        sums = sum_first_axis(shares)
+    return dx, sums[:n_weights].view(weight.shape), None if bias is None else sums[n_weights:], dstate
 
 
 def step(state, x, weight, bias, silu):

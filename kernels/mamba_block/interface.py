@@ -1,4 +1,4 @@
-"""The Mamba block for training as one operation of autograd: little to save, little for the host to do.
+"""The Mamba block, of one scan or of several, as one operation: little to save, little for the host to do.
 
 Forward, with T tokens of all sequences laid end to end, M model width, E inner width, R rank of dt, N states:
 
@@ -9,7 +9,9 @@ Forward, with T tokens of all sequences laid end to end, M model width, E inner 
     y           = scan(u, delta, -exp(A_log), B, C, D) silu(z)
     out         = y W_out'                              (T, M)
 
-Saved are hidden, (x, z), (t, B, C), y and the scan's checkpoints; u and delta, as large as y, are made again. Backward:
+A bidirectional block has two scans, each from its convolution on with weights of its own, and y is their sum. Saved are
+hidden, (x, z), y, and of each scan (t, B, C) and the checkpoints; u and delta, as large as y, are made again. Backward,
+where a line that more than one scan has a share in is the sum of these:
 
     dy          = dout W_out                            dW_out = dout' y
     du, ddelta, dA, dB, dC, dD, dz, dbias               the scan's own backward
@@ -22,6 +24,7 @@ dx and dz are written to the two halves of one matrix. Either projection may be 
 what comes out y.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,14 +32,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import IN_PYTORCH, choose, traced
+from ..casting import cast_all
 from ..causal_conv1d import interface as conv_interface
 from ..selective_scan import interface as scan_interface
 
 
-class BlockWeights(NamedTuple):
-    """M model width, E inner width, R rank of dt, N states, W conv width."""
+class ScanWeights(NamedTuple):
+    """E inner width, R rank of dt, N states, W conv width."""
 
-    in_proj: Tensor | None  # (2E, M)
     conv: Tensor  # (E, 1, W)
     conv_bias: Tensor | None  # (E,)
     x_proj: Tensor  # (R + 2N, E)
@@ -44,19 +47,24 @@ class BlockWeights(NamedTuple):
     dt_bias: Tensor | None  # (E,)
     A_log: Tensor  # (E, N)
     D: Tensor  # (E,)
+
+
+class BlockWeights(NamedTuple):
+    """M model width; of all scans E, R and N are the same."""
+
+    in_proj: Tensor | None  # (2E, M)
     out_proj: Tensor | None  # (M, E)
+    scans: tuple[ScanWeights, ...]
 
 
 def serves(hidden: Tensor, weights: BlockWeights, dtype: torch.dtype) -> bool:
     """Whether `mamba_block` does what the block's single operations would do.
 
-    That is: autograd, and no tracer, looks on; kernels of ours are to run; no tensor is in float64.
+    That is: no tracer looks on; kernels of ours are to run; no tensor is in float64.
     """
-    tensors = [hidden, *(w for w in weights if w is not None)]
+    tensors = [hidden, *(w for w in _flat(weights) if w is not None)]
     return (
-        torch.is_grad_enabled()
-        and any(x.requires_grad for x in tensors)
-        and all(x.dtype != torch.float64 for x in tensors)
+        all(x.dtype != torch.float64 for x in tensors)
         and not traced(*tensors)
         and choose(None, hidden.device, dtype) not in IN_PYTORCH
     )
@@ -64,21 +72,34 @@ def serves(hidden: Tensor, weights: BlockWeights, dtype: torch.dtype) -> bool:
 
 def mamba_block(
     hidden: Tensor, weights: BlockWeights, *, dtype: torch.dtype, cu_seqlens: Tensor | None = None,
-    reverse: bool = False, backend: str | None = None,
+    reverse: tuple[bool, ...] = (False,), scale: float = 1.0, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """hidden (B, L, M), or (x, z) (B, L, 2E) without in_proj -> (B, L, M), or y (B, L, E) without out_proj.
 
-    dtype: that of the matrix products and of what lies between them. cu_seqlens and reverse are `selective_scan`'s. The
-    gradients are deterministic; there are none of second order. Ask `serves` first: no tracer may see this, and it has
-    no implementation in PyTorch's own operations (ValueError).
+    dtype: that of the matrix products and of what lies between them. cu_seqlens and, for each scan, reverse are
+    `selective_scan`'s. scale: a factor of out_proj. The gradients are deterministic; there are none of second order.
+    Ask `serves` first: no tracer may see this, and it has no implementation in PyTorch's own operations (ValueError).
     """
-    n_channels, rank = weights.dt_proj.shape
+    n_channels, rank = weights.scans[0].dt_proj.shape
     scan = choose(backend, hidden.device, dtype, in_cuda=True)
     conv = "triton" if scan == "cuda" else scan
     if conv in IN_PYTORCH:
         raise ValueError(f"mamba_block runs on numba, triton or cuda, which do not serve {dtype}; got backend={scan!r}")
-    settings = _Settings(dtype, n_channels, rank, weights.A_log.shape[1], hidden.shape[0], reverse, conv, scan)
-    return _Block.apply(settings, cu_seqlens, hidden, *weights)
+    flat = _flat(weights)
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, *flat))
+    shape = n_channels, rank, weights.scans[0].A_log.shape[1], hidden.shape[0]
+    settings = _Settings(dtype, *shape, reverse, scale, trained, conv, scan)
+    if trained:
+        return _Block.apply(settings, cu_seqlens, hidden, *flat)
+    return _forward(settings, cu_seqlens, hidden, *flat)[0]
+
+
+def _flat(weights: BlockWeights) -> list[Tensor | None]:
+    return [weights.in_proj, weights.out_proj, *(w for scan in weights.scans for w in scan)]
+
+
+def _scans(flat: Iterable[Any]) -> list[ScanWeights]:
+    return [ScanWeights(*seven) for seven in zip(*[iter(flat)] * len(ScanWeights._fields), strict=True)]
 
 
 class _Settings(NamedTuple):
@@ -87,7 +108,9 @@ class _Settings(NamedTuple):
     rank: int
     n_states: int
     batch: int
-    reverse: bool
+    reverse: tuple[bool, ...]
+    scale: float
+    save: bool
     conv_backend: str
     scan_backend: str
 
@@ -100,41 +123,56 @@ class _Settings(NamedTuple):
         matrices = low[:, None, self.rank :]
         return low[:, : self.rank], matrices[..., : self.n_states], matrices[..., self.n_states :]
 
-    def convolution(self, direction: str, *inputs: Any, **options: Any) -> Any:
+    def convolution(self, direction: str, reverse: bool, *inputs: Any, **options: Any) -> Any:
         """`forward` or `backward` of (.., x, weight, bias, initial state, cu_seqlens)."""
         run = conv_interface.implementation(self.conv_backend, direction)
-        return run(*inputs, self.batch, True, self.reverse, **options)
+        return run(*inputs, self.batch, True, reverse, **options)
 
     def scan(self, direction: str, *inputs: Any) -> Any:
         return scan_interface.implementation(self.scan_backend, direction)(*inputs)
 
 
-def _projected(rows: Tensor, weight: Tensor | None) -> Tensor:
-    return rows if weight is None else torch.mm(rows, weight.t())
+def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tuple[Tensor, tuple[Any, ...]]:
+    """(the result, what a backward needs)."""
+    scans = _scans(flat)
+    with torch.autocast(hidden.device.type, enabled=False):
+        in_proj, out_proj, *low_rank = cast_all(
+            *(s.dtype, in_proj, out_proj), *(w for scan in scans for w in (scan.x_proj, scan.dt_proj))
+        )
+        own = cast_all(torch.float32, *(w for scan in scans for w in (scan.A_log, scan.D, scan.dt_bias)))
+        A_of = torch._foreach_exp(own[::3])
+        torch._foreach_neg_(A_of)
+        if out_proj is not None and s.scale != 1:
+            out_proj = out_proj * s.scale
+        rows = hidden.to(s.dtype).flatten(0, 1)
+        xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
+        x, z = s.halves(xz)
+        y, kept = None, []
+        for i, (scan, A, reverse) in enumerate(zip(scans, A_of, s.reverse, strict=True)):
+            x_proj, dt_proj, D, dt_bias = *low_rank[2 * i : 2 * i + 2], *own[3 * i + 1 : 3 * i + 3]
+            taps = scan.conv[:, 0]
+            u = s.convolution("forward", reverse, x, taps, scan.conv_bias, None, cu_seqlens)
+            low = torch.mm(u, x_proj.t())
+            t, B, C = s.parts(low)
+            delta = torch.mm(t, dt_proj.t())
+            y_, _, saved = s.scan(
+                "forward", u, delta, A, B, C, D, z, dt_bias, None, cu_seqlens, s.batch, True, reverse, s.save
+            )
+            y = y_ if y is None else y.add_(y_)
+            kept += low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D
+        assert y is not None
+        out = y if out_proj is None else torch.mm(y, out_proj.t())
+    own_rows = (None if in_proj is None else xz), (None if out_proj is None else y)
+    return out.view(*hidden.shape[:2], out.shape[1]), (cu_seqlens, rows, *own_rows, in_proj, out_proj, *kept)
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, s, cu_seqlens, hidden, in_proj, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj):  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch.autocast(hidden.device.type, enabled=False):
-            x_proj, dt_proj = x_proj.to(s.dtype), dt_proj.to(s.dtype)
-            in_proj, out_proj = (None if w is None else w.to(s.dtype) for w in (in_proj, out_proj))
-            rows, taps, A = hidden.to(s.dtype).flatten(0, 1), conv[:, 0], -torch.exp(A_log.float())
-            xz = _projected(rows, in_proj)
-            x, z = s.halves(xz)
-            u = s.convolution("forward", x, taps, conv_bias, None, cu_seqlens)
-            low = torch.mm(u, x_proj.t())
-            t, B, C = s.parts(low)
-            delta = torch.mm(t, dt_proj.t())
-            y, _, saved = s.scan(
-                "forward", u, delta, A, B, C, D, z, dt_bias, None, cu_seqlens, s.batch, True, s.reverse, True
-            )
-            out = _projected(y, out_proj)
-        ctx.settings, ctx.hidden_shape = s, hidden.shape
-        weights = in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj
-        own = None if in_proj is None else xz, low, None if out_proj is None else y, saved
-        ctx.save_for_backward(cu_seqlens, rows, *own, *weights)
-        return out.view(*hidden.shape[:2], out.shape[1])
+    def forward(ctx, s, cu_seqlens, hidden, *flat):  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, kept = _forward(s, cu_seqlens, hidden, *flat)
+        ctx.settings, ctx.hidden_shape, ctx.weight_dtype = s, hidden.shape, flat[4].dtype
+        ctx.save_for_backward(*kept)
+        return out
 
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -145,40 +183,50 @@ class _Block(torch.autograd.Function):
 @once_differentiable
 def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     s, saved_tensors = ctx.settings, ctx.saved_tensors
-    cu_seqlens, rows, xz, low, y, saved = saved_tensors[:6]
-    in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj = saved_tensors[6:]
-    wanted = BlockWeights(*ctx.needs_input_grad[3:])
-    d_in_proj = d_x_proj = d_dt_proj = d_out_proj = None
+    cu_seqlens, rows, xz, y, in_proj, out_proj = saved_tensors[:6]
+    of_hidden, of_in_proj, of_out_proj = ctx.needs_input_grad[2:5]
+    d_in_proj = d_out_proj = dhidden = None
+    found: list[list[Tensor | None]] = []  # of each scan, in the order of ScanWeights
     with torch.autocast(rows.device.type, enabled=False):
         dy = dout.flatten(0, 1)
         if out_proj is not None:
-            d_out_proj = torch.mm(dy.t(), y) if wanted.out_proj else None
+            d_out_proj = torch.mm(dy.t(), y) if of_out_proj else None
+            if d_out_proj is not None and s.scale != 1:
+                d_out_proj.mul_(s.scale)
             dy = torch.mm(dy, out_proj)
         xz = rows if xz is None else xz
         x, z = s.halves(xz)
-        u = s.convolution("forward", x, taps, conv_bias, None, cu_seqlens)
-        t, B, C = s.parts(low)
-        delta = torch.mm(t, dt_proj.t())
-        dxz = torch.empty_like(xz)
-        dx, dz = s.halves(dxz)
-        du, ddelta, dA, dB, dC, dD, _, dbias, _ = s.scan(
-            *("backward", dy, None, u, delta, A, B, C, D, z, dt_bias, None, cu_seqlens, s.batch, saved, True),
-            *(s.reverse, dz),
-        )
-        du, ddelta = du.to(s.dtype), ddelta.to(s.dtype)
-        dlow = torch.cat((torch.mm(ddelta, dt_proj), dB[:, 0].to(s.dtype), dC[:, 0].to(s.dtype)), 1)
-        d_dt_proj = torch.mm(ddelta.t(), t) if wanted.dt_proj else None
-        d_x_proj = torch.mm(dlow.t(), u) if wanted.x_proj else None
-        du.addmm_(dlow, x_proj)
-        _, dconv, dconv_bias, _ = s.convolution("backward", du, x, taps, conv_bias, None, cu_seqlens, dx=dx)
-        dhidden = dxz
-        if in_proj is not None:
-            d_in_proj = torch.mm(dxz.t(), rows) if wanted.in_proj else None
-            dhidden = torch.mm(dxz, in_proj) if ctx.needs_input_grad[2] else None
-        dhidden = None if dhidden is None else dhidden.view(ctx.hidden_shape)
-    # What is in another dtype than its input the engine converts.
-    biases = dconv_bias if conv_bias is not None else None, dbias if dt_bias is not None else None
-    return (
-        *(None, None, dhidden, d_in_proj, dconv[:, None], biases[0], d_x_proj, d_dt_proj, biases[1]),
-        *(dA * A, dD, d_out_proj),
-    )
+        for i, (wanted, reverse) in enumerate(zip(_scans(ctx.needs_input_grad[5:]), s.reverse, strict=True)):
+            low, saved, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D = saved_tensors[6 + 9 * i : 15 + 9 * i]
+            u = s.convolution("forward", reverse, x, taps, conv_bias, None, cu_seqlens)
+            t, B, C = s.parts(low)
+            delta = torch.mm(t, dt_proj.t())
+            dxz = torch.empty_like(xz)
+            dx, dz = s.halves(dxz)
+            du, ddelta, dA, dB, dC, dD, _, dbias, _ = s.scan(
+                *("backward", dy, None, u, delta, A, B, C, D, z, dt_bias, None, cu_seqlens, s.batch, saved, True),
+                *(reverse, dz),
+            )
+            du, ddelta = du.to(s.dtype), ddelta.to(s.dtype)
+            dlow = torch.cat((torch.mm(ddelta, dt_proj), dB[:, 0].to(s.dtype), dC[:, 0].to(s.dtype)), 1)
+            d_dt_proj = torch.mm(ddelta.t(), t) if wanted.dt_proj else None
+            d_x_proj = torch.mm(dlow.t(), u) if wanted.x_proj else None
+            du.addmm_(dlow, x_proj)
+            _, dconv, dconv_bias, _ = s.convolution(
+                "backward", reverse, du, x, taps, conv_bias, None, cu_seqlens, dx=dx
+            )
+            if in_proj is None:
+                dhidden = dxz if dhidden is None else dhidden.add_(dxz)
+            if in_proj is not None and of_in_proj:
+                d_in_proj = torch.mm(dxz.t(), rows) if d_in_proj is None else d_in_proj.addmm_(dxz.t(), rows)
+            if in_proj is not None and of_hidden:
+                dhidden = torch.mm(dxz, in_proj) if dhidden is None else dhidden.addmm_(dxz, in_proj)
+            biases = dconv_bias if conv_bias is not None else None, dbias if dt_bias is not None else None
+            found.append([dconv[:, None], biases[0], d_x_proj, d_dt_proj, biases[1], dA * A, dD])
+        products = d_in_proj, d_out_proj, *(product for scan in found for product in scan[2:4])
+        d_in_proj, d_out_proj, *low_rank = cast_all(ctx.weight_dtype, *products)
+        for i, scan in enumerate(found):
+            scan[2:4] = low_rank[2 * i : 2 * i + 2]
+    dhidden = None if dhidden is None else dhidden.view(ctx.hidden_shape)
+    # What is still in another dtype than its input the engine converts.
+    return None, None, dhidden, d_in_proj, d_out_proj, *(w for scan in found for w in scan)

@@ -45,7 +45,7 @@ def _forward(
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward(
     dy, dstream, stream, weight, dresidual, dx, dweight, dbias, eps, dy_stride, dstream_stride, stream_stride,
-    n_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, CENTRED: tl.constexpr,
+    share_stride, n_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK)[None, :]
     weight_row = load_float(weight, d, d < width)
@@ -71,7 +71,7 @@ def _backward(
         tl.store(dresidual + row * width + d, out, mask=inside)
         if dx is not None:
             tl.store(dx + row * width + d, out, mask=inside)
-    share = tl.program_id(0).to(tl.int64) * width + tl.arange(0, BLOCK)
+    share = tl.program_id(0).to(tl.int64) * share_stride + tl.arange(0, BLOCK)
     tl.store(dweight + share, tl.sum(dweight_tile, axis=0), mask=tl.arange(0, BLOCK) < width)
     if dbias is not None:
         tl.store(dbias + share, tl.sum(dbias_tile, axis=0), mask=tl.arange(0, BLOCK) < width)
@@ -106,13 +106,14 @@ def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype):
     n_pieces = ceil_div(n_rows, PIECE)
     dresidual = torch.empty(stream.shape, dtype=torch.float32, device=stream.device)
     dx = None if x_dtype == torch.float32 else torch.empty(stream.shape, dtype=x_dtype, device=stream.device)
-    dweight = torch.empty(n_pieces, width, device=stream.device)
-    dbias = None if bias is None else torch.empty(n_pieces, width, device=stream.device)
+    shares = torch.empty(n_pieces, 1 if bias is None else 2, width, device=stream.device)  # of dweight, dbias
     dy, stream, dstream = with_rows(dy), with_rows(stream), None if dstream is None else with_rows(dstream)
+    strides = dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0), shares.stride(0)
+    share_bias = None if bias is None else shares[:, 1]
     with torch.cuda.device_of(stream):
         _backward[(n_pieces,)](
-            dy, dstream, stream, weight.contiguous(), dresidual, dx, dweight, dbias, eps,
-            dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0), n_rows, width,
+            dy, dstream, stream, weight.contiguous(), dresidual, dx, shares, share_bias, eps, *strides, n_rows, width,
             **_shape(width), PIECE=PIECE, CENTRED=centred,
         )  # fmt: skip
-        return dresidual, dx, sum_first_axis(dweight), None if dbias is None else sum_first_axis(dbias)
+        sums = sum_first_axis(shares)
+    return dresidual, dx, sums[0], None if bias is None else sums[1]

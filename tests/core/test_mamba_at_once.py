@@ -1,4 +1,4 @@
-"""A Mamba block in training as one operation: the same as its parts, and its parts where one of them is special."""
+"""A Mamba block as one operation: the same as its parts, and its parts where one of them is special."""
 
 from functools import partial
 
@@ -53,14 +53,14 @@ ENDS = torch.tensor([0, 5, 5, 19], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize(("mixer", "n_calls"), [(Mamba, 1), (BiMamba, 2)])
+@pytest.mark.parametrize("mixer", [Mamba, BiMamba])
 @pytest.mark.parametrize("options", [{}, {"cu_seqlens": ENDS}])
-def test_equals_its_parts(mixer, n_calls, options, dtype, calls):
+def test_equals_its_parts(mixer, options, dtype, calls):
     model, x = mixer(WIDTH, d_state=5), torch.randn(1 if options else 3, 19, WIDTH)
     ours = results(model, x, dtype, **options)
-    assert len(calls) == n_calls
+    assert len(calls) == 1
     assert_close(ours, in_parts(model, x, dtype, **options), 1e-5 if dtype is None else 2e-2)
-    assert len(calls) == n_calls
+    assert len(calls) == 1
 
 
 def test_equals_its_parts_in_a_bfloat16_model(calls):
@@ -136,6 +136,36 @@ def test_special_parts_are_called(name, calls):
     assert torch.equal(ours["y"], usual["y"]) == ("hook" in name)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", [Mamba, BiMamba])
+def test_without_gradients(mixer, calls):
+    model, x = mixer(WIDTH, d_state=5), torch.randn(3, 19, WIDTH)
+    ours = model(x)
+    assert len(calls) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba_at_once, "serves", lambda *_: False)
+        assert torch.equal(model(x), ours)
+
+
+@pytest.mark.parametrize(("part", "n_calls"), [("backwards.x_proj", 1), ("out_proj", 2), ("forwards", 2)])
+def test_special_parts_of_two_directions(part, n_calls, calls):
+    """A direction whose parts are as they were made is still one operation."""
+    model, x, seen = BiMamba(WIDTH, d_state=5), torch.randn(2, 7, WIDTH), []
+    model.get_submodule(part).register_forward_hook(lambda *_: seen.append(part))
+    ours = results(model, x)
+    assert seen
+    assert len(calls) == n_calls
+    assert_close(ours, in_parts(model, x), 1e-5)
+
+
+def test_a_factor_of_two_directions(calls):
+    model, x = BiMamba(WIDTH, d_state=5), torch.randn(2, 7, WIDTH)
+    ours = results(model, x, scale=0.25)
+    assert len(calls) == 1
+    assert_close(ours, in_parts(model, x, scale=0.25), 1e-5)
+    assert_close({"y": 4 * ours["y"]}, {"y": results(model, x)["y"]}, 1e-5)
+
+
 def test_hooks_on_all_modules(calls):
     model, x, seen = Mamba(WIDTH), torch.randn(2, 7, WIDTH), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
@@ -171,7 +201,8 @@ class Faster(Mamba):
 def test_where_it_is_left_to_the_parts(calls):
     model, x = Mamba(WIDTH), torch.randn(2, 7, WIDTH)
     results(Faster(WIDTH), x)
-    with torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba_at_once, "serves", lambda *_: False)
         plain = model(x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     results(Mamba(WIDTH).double(), x.double())

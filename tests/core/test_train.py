@@ -18,7 +18,7 @@ from polymamba.core import (
     MoEConfig,
     TrainConfig,
 )
-from polymamba.core.optim import parameter_groups, warmup_cosine
+from polymamba.core.optim import learning_rate, parameter_groups, warmup_cosine
 from polymamba.core.run_folder import RunFolder
 from polymamba.core.train import Task, train_model
 
@@ -212,6 +212,22 @@ def test_parameter_groups_split_decay():
     assert {"mixer.in_proj.weight", "mixer.out_proj.weight"} <= decayed_names
     assert not any("A_log" in n or n.endswith(("bias", ".D", "norm.weight")) for n in decayed_names)
     assert len(decayed["params"]) + len(free["params"]) == len(list(net.parameters()))
+
+
+def test_a_slower_part():
+    """What is marked has groups of its own, decayed or not as it would be; what does not learn has none."""
+    net = model()
+    marked, frozen = net.backbone.layers[0].mixer, net.backbone.norm_f.weight
+    for parameter in marked.parameters():
+        parameter._lr_scale = 0.25
+    frozen.requires_grad_(False)
+    groups = parameter_groups(net, 0.3)
+    slow = [group for group in groups if "lr_scale" in group]
+    assert [(group["lr_scale"], group["weight_decay"]) for group in slow] == [(0.25, 0.3), (0.25, 0.0)]
+    assert {id(p) for group in slow for p in group["params"]} == {id(p) for p in marked.parameters()}
+    assert [learning_rate(group, 2.0, 0.5) for group in groups] == [1.0, 1.0, 0.25, 0.25]
+    assert learning_rate({"lr_scale": 0.25, "max_lr": 0.1}, 2.0, 0.5) == 0.05
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters())) - 1
 
 
 def test_schedule():

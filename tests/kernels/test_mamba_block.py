@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polymamba.kernels import causal_conv1d, selective_scan
-from polymamba.kernels.mamba_block import BlockWeights, mamba_block, serves
+from polymamba.kernels.mamba_block import BlockWeights, ScanWeights, mamba_block, serves
 
 BACKENDS = ["numba", "triton"]
 
@@ -20,7 +20,9 @@ def problem(
     rank: int = 2,
     taps: int = 4,
     absent: str = "",
+    scans: int = 1,
 ):
+    """hidden, in_proj, out_proj, and the weights of each scan, of the second one with a 2 in their names."""
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int) -> Tensor:
@@ -28,28 +30,41 @@ def problem(
 
     hidden = normal(batch, length, 2 * channels if "in_proj" in absent else width) * 3
     shapes = {
-        "in_proj": (2 * channels, width), "conv": (channels, 1, taps), "conv_bias": (channels,),
-        "x_proj": (rank + 2 * states, channels), "dt_proj": (channels, rank), "dt_bias": (channels,),
-        "A_log": (channels, states), "D": (channels,), "out_proj": (width, channels),
+        "conv": (channels, 1, taps), "conv_bias": (channels,), "x_proj": (rank + 2 * states, channels),
+        "dt_proj": (channels, rank), "dt_bias": (channels,), "A_log": (channels, states), "D": (channels,),
     }  # fmt: skip
-    weights = {name: None if name in absent.split() else normal(*shape) for name, shape in shapes.items()}
+    second = {f"{name}2": shape for name, shape in shapes.items()} if scans == 2 else {}
+    shapes = {"in_proj": (2 * channels, width), "out_proj": (width, channels), **shapes, **second}
+    absent = absent.split() + [f"{name}2" for name in absent.split()]
+    weights = {name: None if name in absent else normal(*shape) for name, shape in shapes.items()}
     return {"hidden": hidden, **weights}
 
 
+def weights_of(tensors: dict[str, Tensor | None]) -> BlockWeights:
+    names = [ScanWeights._fields, [f"{name}2" for name in ScanWeights._fields]]
+    scans = tuple(ScanWeights(*(tensors.get(name) for name in own)) for own in names if own[0] in tensors)
+    return BlockWeights(tensors.get("in_proj"), tensors.get("out_proj"), scans)
+
+
 def run(
-    hidden: Tensor, *, backend: str, cu_seqlens: Tensor | None = None, reverse: bool = False, **weights: Tensor | None
-) -> Tensor:
-    w = BlockWeights(**weights)
+    hidden: Tensor, *, backend: str, cu_seqlens: Tensor | None = None, reverse: tuple[bool, ...] = (False,),
+    scale: float = 1.0, **weights: Tensor | None,
+) -> Tensor:  # fmt: skip
+    w = weights_of(weights)
     if backend != "reference":
-        return mamba_block(hidden, w, dtype=hidden.dtype, cu_seqlens=cu_seqlens, reverse=reverse, backend=backend)
-    options = {"cu_seqlens": cu_seqlens, "reverse": reverse, "backend": backend}
+        options = {"cu_seqlens": cu_seqlens, "reverse": reverse, "scale": scale, "backend": backend}
+        return mamba_block(hidden, w, dtype=hidden.dtype, **options)
     x, z = (hidden if w.in_proj is None else F.linear(hidden, w.in_proj)).chunk(2, dim=-1)
-    u = causal_conv1d(x, w.conv[:, 0], w.conv_bias, **options)
-    rank, states = w.dt_proj.shape[1], w.A_log.shape[1]
-    t, B, C = F.linear(u, w.x_proj).split([rank, states, states], dim=-1)
-    delta, A = F.linear(t, w.dt_proj), -w.A_log.exp()
-    y = selective_scan(u, delta, A, B, C, w.D, z, delta_bias=w.dt_bias, delta_softplus=True, **options)
-    return y if w.out_proj is None else F.linear(y, w.out_proj)
+    total = 0
+    for scan, backwards in zip(w.scans, reverse, strict=True):
+        options = {"cu_seqlens": cu_seqlens, "reverse": backwards, "backend": backend}
+        u = causal_conv1d(x, scan.conv[:, 0], scan.conv_bias, **options)
+        rank, states = scan.dt_proj.shape[1], scan.A_log.shape[1]
+        t, B, C = F.linear(u, scan.x_proj).split([rank, states, states], dim=-1)
+        delta, A = F.linear(t, scan.dt_proj), -scan.A_log.exp()
+        options |= {"delta_bias": scan.dt_bias, "delta_softplus": True}
+        total = total + selective_scan(u, delta, A, B, C, scan.D, z, **options)
+    return total if w.out_proj is None else F.linear(total, w.out_proj * scale)
 
 
 OPTIONS = {
@@ -59,17 +74,23 @@ OPTIONS = {
     "between the projections": {"absent": "in_proj out_proj"},
     "no biases": {"absent": "conv_bias dt_bias"},
     "one state, no taps before": {"states": 1, "taps": 1},
-    "reverse": {"reverse": True},
+    "reverse": {"reverse": (True,)},
     "packed": {"batch": 1, "length": 12, "ends": [0, 5, 5, 12]},
     "packed, reverse, between the projections": {
-        "batch": 1, "length": 12, "ends": [0, 1, 12], "reverse": True, "absent": "in_proj out_proj",
+        "batch": 1, "length": 12, "ends": [0, 1, 12], "reverse": (True,), "absent": "in_proj out_proj",
     },
+    "both ways, their mean": {"scans": 2, "reverse": (False, True), "scale": 0.5},
+    "both ways, packed, no biases": {
+        "scans": 2, "reverse": (False, True), "batch": 1, "length": 12, "ends": [0, 5, 12],
+        "absent": "conv_bias dt_bias",
+    },
+    "both ways, between the projections": {"scans": 2, "reverse": (True, False), "absent": "in_proj out_proj"},
 }  # fmt: skip
 
 
 def settle(options: dict):
     options = dict(options)
-    arguments = {"reverse": options.pop("reverse", False)}
+    arguments = {name: options.pop(name) for name in ("reverse", "scale") if name in options}
     ends = options.pop("ends", None)
     if ends:
         arguments["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
@@ -107,21 +128,23 @@ def test_at_size(dtype, results_of, cast, assert_close):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_bfloat16_with_weights_in_float32(backend, results_of, cast, assert_close):
-    tensors = cast(problem(), torch.float32) | {"hidden": problem()["hidden"].bfloat16()}
-    actual = results_of(run, tensors, backend)
+    tensors = cast(problem(scans=2), torch.float32)
+    tensors["hidden"] = tensors["hidden"].bfloat16()
+    both = {"reverse": (False, True)}
+    actual = results_of(run, tensors, backend, **both)
     half = {name for name, x in actual.items() if x.dtype == torch.bfloat16}
     assert half == {"y", "grad_hidden"}
-    assert_close(actual, results_of(run, cast(tensors, torch.float64), "reference"), 4e-2)
+    assert_close(actual, results_of(run, cast(tensors, torch.float64), "reference", **both), 4e-2)
 
 
-@pytest.mark.parametrize("trained", ["hidden", "in_proj", "x_proj", "dt_proj A_log", "conv D", "out_proj"])
+@pytest.mark.parametrize("trained", ["hidden", "in_proj", "x_proj", "dt_proj A_log", "conv D2", "out_proj", "x_proj2"])
 def test_only_what_is_trained_has_a_gradient(trained, cast):
     """And the gradients are those of training all, to the bit."""
-    tensors = cast(problem(), torch.float32)
+    tensors = cast(problem(scans=2), torch.float32)
     gradients = []
     for names in (trained.split(), list(tensors)):
         leaves = {name: x.clone().requires_grad_(name in names) for name, x in tensors.items()}
-        run(**leaves, backend="numba").square().sum().backward()
+        run(**leaves, backend="numba", reverse=(False, True)).square().sum().backward()
         gradients.append({name: x.grad for name, x in leaves.items()})
     for name, gradient in gradients[0].items():
         assert (gradient is None) == (name not in trained.split()), name
@@ -143,10 +166,19 @@ def test_what_it_does_not_do(cast):
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
     with pytest.raises(ValueError, match=r"runs on numba, triton or cuda, which do not serve torch\.float64"):
-        mamba_block(hidden, BlockWeights(**tensors), dtype=torch.float64)
-    weights = BlockWeights(**tensors)
+        mamba_block(hidden, weights_of(tensors), dtype=torch.float64)
+    weights = weights_of(tensors)
     assert serves(hidden, weights, torch.float32)
-    assert not serves(hidden.detach(), weights, torch.float32)
     assert not serves(hidden.double(), weights, torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_it_is_the_same(backend, cast):
+    tensors = cast(problem(scans=2), torch.float32)
+    options = {"backend": backend, "reverse": (False, True), "scale": 0.5}
+    trained = run(**(tensors | {"hidden": tensors["hidden"].requires_grad_()}), **options)
     with torch.no_grad():
-        assert not serves(hidden, weights, torch.float32)
+        plain = run(**tensors, **options)
+    assert plain.grad_fn is None
+    assert trained.grad_fn is not None
+    assert torch.equal(plain, trained)

@@ -8,7 +8,7 @@ from ...core.errors import InputError
 from ...core.train import autocast, pick_device
 from ..commands import Features
 from ..dataset import ImageSet
-from ..inference import batches
+from ..inference import batches, for_batches
 from ..model import load_image_model
 from ..sources import find_images, read_source
 from ..terminal import progress_bar
@@ -25,11 +25,11 @@ def features(args: Features) -> None:
         raise InputError("--probe: give one source of labelled images, as for train")
     items, names = find_images(args.images) if labelled is None else (labelled.items, labelled.names)
     model = load_image_model(args.run).to(pick_device(args.compute))
-    device, found = next(model.parameters()).device, []
+    embed = for_batches(model, lambda x: model.forward_head(model.forward_features(x), pre_logits=True))
+    found = []
     with progress_bar("features", len(names)) as advance, torch.no_grad(), autocast(args.compute):
         for x, _ in batches(items, names, data_config(model), args.batch_size, workers=args.workers):
-            y = model.forward_head(model.forward_features(x.to(device)), pre_logits=True)
-            found.append(y.float().cpu().numpy())
+            found.append(embed(x).float().cpu().numpy())
             advance(len(x))
     embeddings = np.concatenate(found)
     write_embeddings(args.output, {"image": str}, embeddings.shape, [([(name,) for name in names], embeddings)])

@@ -14,7 +14,7 @@ from ...core.terminal import say
 from ...core.train import autocast
 from ..commands import Predict
 from ..images import Item
-from ..inference import batches, probabilities
+from ..inference import batches, for_batches, probabilities
 from ..model import ImageModel
 from ..sources import find_images
 from ..terminal import progress_bar
@@ -59,12 +59,12 @@ def predict(args: Predict) -> None:
 def _rows(
     model: ImageModel, classes: tuple[str, ...], items: Sequence[Item], names: list[str], args: Predict
 ) -> Iterator[Row]:
-    device, done = next(model.parameters()).device, 0
+    call, done = for_batches(model, model), 0
     options: Any = {"workers": args.workers, "bear_unreadable": True}
     with progress_bar("predict", len(names)) as advance:
         for x, problems in batches(items, names, data_config(model), args.batch_size, **options):
             with torch.no_grad(), autocast(args.compute):
-                found = probabilities(model(x.to(device)))
+                found = probabilities(call(x))
             for row, problem in zip(found, problems, strict=True):
                 best = np.argsort(-row, kind="stable")[: args.top_k]
                 likeliest = [] if problem else [(classes[k], float(row[k])) for k in best]

@@ -1,0 +1,17 @@
+"""Several tensors converted in one launch: a block's weights, one by one, take a GPU's host longer than the GPU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cast_all(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    """The tensors in this dtype, those that have it already as they are."""
+    others = [x for x in tensors if x is not None and x.dtype != dtype]
+    if not others:
+        return list(tensors)
+    made = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in others]
+    torch._foreach_copy_(made, others)
+    found = iter(made)
+    return [x if x is None or x.dtype == dtype else next(found) for x in tensors]
