@@ -1,6 +1,6 @@
 """Training on 1, 2, 4, ... GPUs of one host: data parallel, FSDP2, sequences in pieces, experts spread.
 
-    torchrun --nproc-per-node 4 benchmarks/scaling.py [--only lm|vision|context|experts ...] [--output FILE]
+    torchrun --nproc-per-node 4 benchmarks/scaling.py [--only links|context|lm|experts|vision ...] [--output FILE]
 
 Each number of GPUs is a group of the processes that torchrun started; the others wait meanwhile. A step is forward,
 loss, backward and AdamW, bf16 by autocast, of random data that lies on the GPU; medians of STEPS after WARM. Weak: each
@@ -399,7 +399,45 @@ def experts(bench: Bench) -> None:
     bench.say("")
 
 
-PARTS = {"context": pieces, "lm": language_models, "experts": experts, "vision": images}
+# What the links do: the constants of docs/scaling.md
+
+AT_A_TIME = 100  # collectives of a measurement
+
+
+def links(bench: Bench) -> None:
+    s = bench.sizes
+    dna, lm = s.dna, build(bench, lambda: ByteLM(LanguageModelConfig(backbone=s.lm, vocab_size=320)))
+    n_state, n_weights = dna.d_inner * (dna.d_state + 1), sum(p.numel() for p in lm.parameters())
+    del lm
+
+    def gathers(n: int) -> Callable[[], object]:
+        own = torch.ones(n_state, device=bench.device)
+        all_ = torch.empty(n * n_state, device=bench.device)
+
+        def step() -> None:
+            for _ in range(AT_A_TIME):
+                dist.all_gather_into_tensor(all_, own, group=bench.groups[n])
+
+        return step
+
+    def reduces(n: int) -> Callable[[], object]:
+        gradients = torch.ones(n_weights, device=bench.device)
+        return lambda: dist.all_reduce(gradients, group=bench.groups[n])
+
+    bench.say("## Links", "", "| | GPUs | bytes | ms | GB/s |", "|---|---|---|---|---|")
+    for n in bench.counts[1:]:
+        for name, size, times, make in (
+            ("all-gather of a layer's state", 4 * n_state * (n - 1), AT_A_TIME, gathers),
+            ("all-reduce of the language model's gradients", 8 * n_weights * (n - 1) // n, 1, reduces),
+        ):
+            found = bench.measure(n, make)
+            if found is not None:
+                seconds = found[0] / times
+                bench.say(f"| {name} | {n} | {size:,} | {seconds * 1e3:.3f} | {size / seconds / 1e9:.1f} |")
+    bench.say("", "bytes: what a GPU receives, by a ring", "")
+
+
+PARTS = {"links": links, "context": pieces, "lm": language_models, "experts": experts, "vision": images}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

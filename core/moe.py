@@ -178,8 +178,8 @@ class MoE(nn.Module):
     def _transformed(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows (A, D), sorted by expert, expert e's ending at ends[e] -> what those here make of them, (A, D)."""
         if self.config.expert == "relu" and fuses_experts(rows):
-            weights = (own_experts(linear.weight).to(rows.dtype) for linear in self.experts)
-            return expert_mlp(rows, *weights, ends)
+            in_weight, out_weight = (own_experts(linear.weight).to(rows.dtype) for linear in self.experts)
+            return expert_mlp(rows, in_weight, out_weight, ends)
         return self.out_proj(self._activated(self.in_proj(rows, ends)), ends)
 
     def _gathered(self, x: Tensor) -> Tensor:
