@@ -7,7 +7,7 @@ can be shared is `each_once`. All that is nothing in a run of one process.
 
 While `watched`, each process has a thread that says every few seconds that it is alive, and that ends the process with
 one line, which one of them prints, where training cannot go on: if the launcher ends the run because another process
-died, and if nothing moves. The launcher's store, in which they say it, outlives them.
+died, and if nothing moves. They talk by the launcher's store, which most often outlives them.
 """
 
 import itertools
@@ -29,6 +29,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 R = TypeVar("R")
 
+ENDED = "another process of the run has ended"
 PERIOD = 5.0  # most seconds between two signs of life
 
 
@@ -165,7 +166,7 @@ def watched(most_seconds: float) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_of_connection(error):
             raise
-        _give_up("another process of the run has ended")
+        _give_up(ENDED)
     finally:
         over.set()
         os.write(writer, b"\0")
@@ -196,12 +197,17 @@ def _watch(reader: int, over: threading.Event, most_seconds: float) -> None:
             if over.is_set():
                 return
             if signal.SIGTERM in received:
-                _give_up("another process of the run has ended")
-        store.set(f"sign/{own}", json.dumps(_Sign(number, _moves, _step, int(_waits), name)))
-        if time.monotonic() - _moved_at < most_seconds:
-            looks = []
-            continue
-        looks.append([_Sign(*json.loads(store.get(f"sign/{r}"))) for r in range(world)])
+                _give_up(ENDED)
+        try:
+            store.set(f"sign/{own}", json.dumps(_Sign(number, _moves, _step, int(_waits), name)))
+            if time.monotonic() - _moved_at < most_seconds:
+                looks = []
+                continue
+            looks.append([_Sign(*json.loads(store.get(f"sign/{r}"))) for r in range(world)])
+        except RuntimeError:
+            if not over.is_set():
+                _give_up(ENDED)
+            return
         if len(looks) > 3 and (problem := stuck(looks[-4], looks[-1])):
             _give_up(f"{problem} for {most_seconds:.0f} s or more")
 
@@ -230,8 +236,8 @@ def _give_up(problem: str) -> NoReturn:
     """End this process; the first one to come here says why."""
     try:
         says = _store().add("given up", 1) == 1
-    except RuntimeError:  # the launcher is gone as well
-        says = is_first()
+    except RuntimeError:  # it went with the first process, or with the launcher
+        says = rank() == 1
     if says:
         hint = "the same command with --resume goes on from the last checkpoint"
         os.write(2, f"error: {problem}; {hint}\n".encode())
