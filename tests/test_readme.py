@@ -1,6 +1,7 @@
 """What the README and the examples show, run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,17 @@ def test_new_modality(tmp_path):
     assert len(lines) < 60
 
 
+def test_long_sequence(tmp_path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    environment = os.environ | {"OUTPUT": str(tmp_path / "long"), "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "examples" / "long_sequence.py")
+    result = subprocess.run([*words, script, "512"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", result.stdout)]
+    assert losses[-1] < 0.5 < losses[0]
+    assert json.loads((tmp_path / "long" / "config.json").read_text())["model"] == "LanguageModel"
+
+
 def test_names_every_folder():
-    for folder in ("facade", "kernels", "core", "genomics", "bytes", "audio", "vision", "tests", "benchmarks"):
+    for folder in ("facade", "kernels", "core", "genomics", "bytes", "audio", "vision", "tests", "benchmarks", "docs"):
         assert re.search(rf"^{folder}/", README, re.MULTILINE), folder
