@@ -44,6 +44,12 @@ def test_refuses_what_is_not_its_own(tmp_path, data):
         RunFolder(tmp_path / "run", {"lr": 1, "seed": 0}, [data], resume=True)
 
 
+def test_resumes_by_another_way_to_the_same_result(tmp_path):
+    RunFolder(tmp_path / "run", {"lr": 1, "workers": 0, "save_every": 200}, [])
+    settings = {"lr": 1, "workers": 4, "save_every": 10, "fsdp": True, "stall": 60}  # two are new since it began
+    RunFolder(tmp_path / "run", settings, [], resume=True)
+
+
 def test_log_survives_a_cut_line_and_rewinds(tmp_path):
     run = RunFolder(tmp_path / "run", {}, [])
     for step in (1, 2, 3):

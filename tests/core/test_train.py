@@ -93,6 +93,15 @@ def test_resumes_to_the_same_bits(tmp_path, broken_at, workers):
     assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
 
 
+def test_resumes_with_other_workers_to_the_same_bits(tmp_path):
+    undisturbed = run(tmp_path / "whole", CountUp(), CONFIG)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", CountUp(broken_at=7), CONFIG)
+    assert run(tmp_path / "broken", CountUp(), replace(CONFIG, workers=2), resume=True) == undisturbed
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+
+
 def logged(folder) -> list[dict]:
     """But for how long it took."""
     lines = (folder / "log.jsonl").read_text().splitlines()
