@@ -14,7 +14,8 @@ from polymamba.core import InputError
 from polymamba.core.config import BackboneConfig
 from polymamba.genomics.alphabet import COMPLEMENT
 from polymamba.genomics.caduceus import Caduceus, CaduceusClassifier
-from polymamba.genomics.config import CaduceusConfig
+from polymamba.genomics.config import CaduceusClassifierConfig, CaduceusConfig, DNAClassifierConfig
+from polymamba.genomics.model import DNAClassifier
 from polymamba.genomics.official import caduceus_config, to_caduceus
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -154,6 +155,37 @@ def test_exact_equivariance(norm, mirrored):
     error = (of_other - logits.flip(1)[..., complement]).abs().max()
     assert error < 1e-12 * logits.abs().max()
     assert not torch.allclose(of_other, logits, atol=0.1)  # a constant would be equivariant, too
+
+
+@pytest.mark.parametrize("read", ["masked", "conjoined", "classified"])
+def test_strands_in_turn_under_checkpointing(read):
+    """So that one strand's activations are there at a time; the same numbers and gradients as of both at once."""
+    torch.manual_seed(2)
+    config = small(rcps=read == "masked", n_layer=3)
+    if read == "masked":
+        model, backbone = (m := Caduceus(config)), m.backbone
+    elif read == "conjoined":
+        head = CaduceusClassifierConfig(trunk=config, n_classes=3, conjoin=True)
+        model, backbone = (m := CaduceusClassifier(head)), m.trunk.backbone
+    else:
+        whole = DNAClassifierConfig(backbone=config.backbone, classes=("a", "b"), both_strands=True, head_dropout=0.0)
+        model, backbone = (m := DNAClassifier(whole)), m.backbone
+    model.double()
+    tokens, mask = torch.randint(7, 12, (3, 19)), torch.ones(3, 19, dtype=torch.bool)
+    mask[1, 11:] = False
+    rows, found = [], []
+    backbone.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    for backbone.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        logits = model(tokens, padding_mask=mask) if read == "masked" else model(tokens, mask)
+        logits.pow(2).sum().backward()
+        found.append({"logits": logits} | {name: p.grad for name, p in model.named_parameters()})
+    assert rows == [6, 3, 3]
+    for name, value in found[0].items():
+        assert_close(name, found[1][name], value, 1e-12)
+    with torch.no_grad():
+        model(tokens)
+    assert rows[3:] == [6], "without gradients nothing is kept"
 
 
 @torch.no_grad()
