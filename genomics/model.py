@@ -141,8 +141,9 @@ class DNAClassifier(PretrainedModel):
         x = self.embedding(tokens)
         if self.place is not None:
             x = x + self.place(place.to(x.dtype))
-        run = over_strands if self.config.both_strands else Backbone.__call__
-        return run(self.backbone, x, padding_mask=mask), place, mask
+        both = self.config.both_strands
+        h = over_strands(self.backbone, x, mask) if both else self.backbone(x, padding_mask=mask)
+        return h, place, mask
 
     def _mean_of_strands(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (2, -1)).mean(0) if self.config.both_strands else x

@@ -14,7 +14,12 @@ from polymamba.core import InputError
 from polymamba.core.config import BackboneConfig
 from polymamba.genomics.alphabet import COMPLEMENT
 from polymamba.genomics.caduceus import Caduceus, CaduceusClassifier
-from polymamba.genomics.config import CaduceusClassifierConfig, CaduceusConfig, DNAClassifierConfig
+from polymamba.genomics.config import (
+    CaduceusClassifierConfig,
+    CaduceusConfig,
+    DNAClassifierConfig,
+    language_model_config,
+)
 from polymamba.genomics.model import DNAClassifier
 from polymamba.genomics.official import caduceus_config, to_caduceus
 
@@ -206,12 +211,10 @@ def test_padding_changes_nothing(case):
         assert_close(pooling, found[:1], classifier(tokens[:1, :20]), 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("d_model", "n_layer", "n_parameters"), [(118, 4, 470_702), (256, 4, 1_934_592), (256, 16, 7_725_312)]
-)
+@pytest.mark.parametrize(("preset", "n_parameters"), [("470k", 470_702), ("1.9m", 1_934_592), ("7m", 7_725_312)])
 @pytest.mark.parametrize("rcps", [False, True])
-def test_published_sizes(d_model, n_layer, n_parameters, rcps):
-    backbone = BackboneConfig(d_model=d_model, n_layer=n_layer, pattern=("bimamba",))
+def test_published_sizes(preset, n_parameters, rcps):
+    backbone = language_model_config(preset, "masked", 1024).backbone
     with torch.device("meta"):
         model = Caduceus(CaduceusConfig(backbone=backbone, rcps=rcps))
     assert sum(p.numel() for p in model.parameters()) == n_parameters
