@@ -5,20 +5,23 @@
 The steps are those of `polymamba vision bench`, but for training's optimizer. Random weights and images, bf16: weights
 in bf16 for the forward, autocast for training (forward, cross-entropy, backward). Batch 128 at 224 pixels; at larger
 sizes as many images as hold about as many pixels. Medians of --repeats after 3 that warm up. Memory is the most
-allocated during the runs. Compiled: in mode reduce-overhead, which replays CUDA graphs. timm's models have SDPA
-attention where they have attention. Rows come in the order of their weight; what --limit seconds do not allow is left
-out and said so. On a CPU: --device cpu --models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
+allocated during the runs. Graphed: the same kernels, launched as one CUDA graph (core/replayed.py), as `vision train
+--cuda-graph` and `vision predict` do. Compiled: in mode reduce-overhead, which replays CUDA graphs, too. timm's models
+have SDPA attention where they have attention. Rows come in the order of their weight; what --limit seconds do not allow
+is left out and said so. On a CPU: --device cpu --models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 from machine import describe
 
+from polymamba.core.replayed import Replayed, own_stream
 from polymamba.core.speed import median_seconds, with_peak
 from polymamba.vision.bench import backward_step, create, forward_step
 
@@ -36,12 +39,13 @@ AT_LARGER = ("vim_tiny_patch16_224", "deit_tiny_patch16_224", "vmamba_tiny_s1l8"
 Cell = tuple[float, float] | str  # images/s and peak GiB (NaN on a CPU), or why not
 Rows = dict[tuple[str, int, str], Cell]  # (model, size, kind) ->
 WARM_UPS = 3
-KINDS = ("forward", "training", "compiled forward")
+KINDS = ("forward", "training", "graphed forward", "graphed training", "compiled forward")
 
 
 def measure(name: str, size: int, batch: int, kind: str, device: torch.device, repeats: int) -> Cell:
     """Of a line of the plan."""
-    training = kind == "training"
+    training = kind.endswith("training")
+    graphed = kind.startswith("graphed")
     dtype = torch.float32 if training else torch.bfloat16
 
     def work() -> float:
@@ -51,11 +55,13 @@ def measure(name: str, size: int, batch: int, kind: str, device: torch.device, r
         if training:
             labels = torch.randint(model.num_classes, (batch,), device=device)
             backward = backward_step(model, images, labels, bf16=True)
+            if graphed:
+                return by_graph(lambda: (model.zero_grad(), backward()), device, repeats)
             return median_seconds(lambda: (backward(), model.zero_grad()), device, repeats, WARM_UPS)
         compiled = kind.startswith("compiled")
         forward = forward_step(torch.compile(model, mode="reduce-overhead") if compiled else model, images)
         assert forward().isfinite().all(), f"{name} at {size}: not finite"
-        return median_seconds(forward, device, repeats, WARM_UPS)
+        return by_graph(forward, device, repeats) if graphed else median_seconds(forward, device, repeats, WARM_UPS)
 
     seconds, peak = with_peak(work, device)
     torch.compiler.reset()
@@ -64,9 +70,16 @@ def measure(name: str, size: int, batch: int, kind: str, device: torch.device, r
     return batch / seconds, peak / 2**30 if device.type == "cuda" else float("nan")
 
 
+def by_graph(step: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of a step that is recorded."""
+    replayed = Replayed(lambda _: step(), device)
+    with own_stream(device):
+        return median_seconds(lambda: replayed(()), device, repeats, WARM_UPS)
+
+
 def plan(models: list[str], sizes: list[int]) -> list[tuple[str, int, str]]:
     """What to measure, the most wanted first."""
-    at_224 = [(name, 224, kind) for kind in ("forward", "training") for name in models]
+    at_224 = [(name, 224, kind) for kind in KINDS[:-1] for name in models]
     larger = [(name, size, "forward") for size in sizes for name in models if name in AT_LARGER or len(models) < 4]
     return at_224 + larger + [(name, 224, "compiled forward") for name in models]
 

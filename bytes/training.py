@@ -38,6 +38,8 @@ class TrainBytes(Task):
     a window, before the first cut and after the last one). A corpus shorter than a window makes the window shorter.
     """
 
+    same_kernels = True
+
     def __init__(
         self, train: Documents, valid: Documents, config: TrainConfig, context: int, seed: int, windows: Windows
     ):

@@ -106,6 +106,7 @@ class TrainGenome(Task):
         """first_length   of the windows in the first epoch; half of `length`, a quarter, ... or `length` itself"""
         self.genome, self.where, self.config, self.seed = genome, train, config, seed
         self.objective: Objective = objective
+        self.same_kernels = objective == "next"  # what masks there are decides how a masked model runs
         self.tokenizer = tokenizer
         self.length, self.first_length, self.steps_per_epoch = length, first_length, steps_per_epoch
         self.mask_rate, self.lower_case_weight, self.rc_augment = mask_rate, lower_case_weight, rc_augment

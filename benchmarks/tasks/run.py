@@ -138,14 +138,25 @@ class InductionHeads(Growing):
 
 @dataclass(frozen=True, kw_only=True)
 class AssociativeRecall(Run):
-    """MQAR of Zoology: lengths and numbers of pairs mixed in training, more pairs than ever seen in tests."""
+    """MQAR of Zoology: numbers of pairs mixed in training, more of them from level to level, and far more in tests."""
 
     length: int = 256
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
     vocab_size: int = 8192
 
+    @property
+    def levels(self) -> int:
+        return len(self.pairs)
+
+    def _length(self, level: int) -> int:
+        return max(self.length * self.pairs[level] // self.pairs[-1], 64)
+
     def make(self, level: int) -> Make:
-        return lambda n, g: associative_recall(n, self.length, self.pairs, self.vocab_size, g)
+        return lambda n, g: associative_recall(n, self._length(level), self.pairs[: level + 1], self.vocab_size, g)
+
+    def batch_at(self, level: int) -> int:
+        """More of the short ones."""
+        return self.batch * (self.length // self._length(level))
 
     def tests(self) -> list[tuple[int, int, Make]]:
         sizes = [p for p in (4, 8, 16, 32, 64, 128, 256) if p <= 4 * max(self.pairs)]
@@ -304,7 +315,7 @@ def main() -> None:
         made = make(n, torch.Generator(run.device).manual_seed(7_777_777 + x))
         tests.append({"x": x, **training.test(made)})
         print(f"{name}: {tests[-1]}", flush=True)
-    every = max(1, len(training.curve) // 400)
+    every = max(1, len(training.curve) // 100)
     content = {
         "task": task,
         "settings": settings_of(run),
@@ -312,7 +323,7 @@ def main() -> None:
         "state": training.state_numbers(),
         "steps": training.steps,
         "minutes": round(training.seconds / 60, 2),
-        "curve": training.curve[::every],
+        "curve": [(step, round(loss, 4), round(right, 4)) for step, loss, right in training.curve[::every]],
         "tests": tests,
         "command": shlex.join(["python", "benchmarks/tasks/run.py", *sys.argv[1:]]),
         "machine": describe(),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..triton_runtime import ceil_div, multiply_add, with_rows
 
-TILE = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 4, "num_stages": 3}
+TILE = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit(do_not_specialize=["n_groups"])
@@ -36,13 +36,16 @@ def _matmul(
         k = tl.arange(0, INNER)
         left = x + row * x_stride + k[None, :]
         right = weight + group.to(tl.int64) * weight_group + k[:, None] * weight_row + column * weight_column
+        at, inside = row * n_out + column, (row < last) & (column < n_out)
+        if inner is not None:
+            told = tl.load(inner + at, mask=inside, other=0.0)  # on its way while the product is made
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for done in range(0, n_in, INNER):
             a = tl.load(left + done, mask=(row < last) & (done + k < n_in)[None, :], other=0.0)
             b = tl.load(right + done * weight_row, mask=(done + k < n_in)[:, None] & (column < n_out), other=0.0)
             total = multiply_add(a, b, total)
-        at, inside = row * n_out + column, (row < last) & (column < n_out)
-        told = total if inner is None else tl.load(inner + at, mask=inside, other=0.0)
+        if inner is None:
+            told = total
         tl.store(y + at, tl.where(told <= 0, 0.0, total), mask=inside)  # a NaN is not <= 0, and goes on
 
 

@@ -263,3 +263,13 @@ def test_bad_usage(words, capsys):
 
 def test_from_pretrained_reads_the_run_folder(run):
     assert ByteLM.from_pretrained(run).config.vocab_size == 320
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [["mamba"], ["mamba", "moe"]])
+def test_a_gpu_trains_to_the_same_bits_by_graph(texts, tmp_path, pattern):
+    words = ["bytes", "train", str(texts), *FAST[:-1], "cuda", "--windows", "packed", "--pattern", *pattern]
+    for name, more in (("plain", []), ("graph", ["--cuda-graph"])):
+        assert main([*words, "-o", str(tmp_path / name), *more]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "graph")]
+    assert weights[0] == weights[1]

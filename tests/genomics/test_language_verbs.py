@@ -599,3 +599,17 @@ def test_refusals_of_mutagenesis(run, genome, tmp_path, error):
         ("chr9:1-5", "chromosome 'chr9' is not in the genome"),
     ):
         assert wanted in error("mutagenesis", run, region, "--genome", genome, "-o", tmp_path / "m", *CPU)
+
+
+@pytest.mark.gpu
+def test_a_gpu_pretrains_to_the_same_bits_by_graph(genome, tmp_path):
+    for name, more in (("plain", []), ("graph", ["--cuda-graph"])):
+        genomics("pretrain", *flags(genome)[:-1], "cuda", "--epochs", 4, *more, "-o", tmp_path / name)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "graph")]
+    assert weights[0] == weights[1]
+
+
+def test_a_masked_model_is_not_recorded(genome, tmp_path, capsys):
+    words = [*flags(genome), "--objective", "masked", "--cuda-graph", "-o", str(tmp_path / "run")]
+    assert main(["genomics", "pretrain", *words]) == 1
+    assert "--cuda-graph" in capsys.readouterr().err
