@@ -4,7 +4,8 @@
 
 The published model of 7.7 million parameters (d_model 256, 16 layers), random weights, bf16: forward, loss of hidden
 bases, backward, AdamW; the median of 5 steps after one. PS reads each base twice; "PS against two of Ph" is its time
-over that of Ph with twice the batch (at 2^20 bases: over twice the time of Ph).
+over that of Ph with twice the batch (at 2^20 bases: over twice the time of Ph). With checkpointing PS runs the strands
+one after the other.
 """
 
 import argparse

@@ -13,6 +13,9 @@ mixers, norms and head have to undo and redo (its RCPS modules). Here each stran
 of channels, the two on the batch axis: every layer is a plain one, both strands are one launch, nothing is flipped
 before the end. What becomes of the official code's other norm is in official.py.
 
+Under activation checkpointing the strands follow one another: it is for windows whose memory is scarce, and of what a
+layer needs while it is run again only one strand's then has to be there. At 2^20 bases either fills a GPU alone.
+
 Letters: B batch, L length, D = d_model, V vocabulary, S strands, K classes.
 """
 
@@ -21,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..core.backbone import Backbone
 from ..core.hub import PretrainedModel
 from ..core.language_model import LanguageModel
 from .alphabet import COMPLEMENT, TOKEN_NAMES
@@ -40,6 +44,16 @@ def both_strands(tokens: Tensor, complement: Tensor) -> Tensor:
     """Ids (B, L), and below them their reverse complements: (2B, L). complement: of each id."""
     tokens = tokens.long()  # uint8 would index as a mask
     return torch.cat((tokens, complement[tokens.flip(1)]))
+
+
+def over_strands(backbone: Backbone, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """The backbone over both strands, x (2B, L, D): at once, or one after the other under activation checkpointing."""
+    if not (backbone.gradient_checkpointing and torch.is_grad_enabled()):
+        h = backbone(x, padding_mask=padding_mask)
+        assert isinstance(h, Tensor)  # it has no state
+        return h
+    masks = (None, None) if padding_mask is None else padding_mask.chunk(2)
+    return torch.cat([backbone(strand, padding_mask=mask) for strand, mask in zip(x.chunk(2), masks, strict=True)])
 
 
 class Caduceus(LanguageModel):
@@ -75,9 +89,9 @@ class Caduceus(LanguageModel):
         if rcps:
             tokens = both_strands(tokens, self.complement)
             padding_mask = None if padding_mask is None else torch.cat((padding_mask, padding_mask.flip(1)))
-        h = self.backbone(self.embedding(tokens), padding_mask=padding_mask)
-        assert isinstance(h, Tensor)  # it has no state
-        strands = h.unflatten(0, (2 if rcps else 1, -1))
+            strands = over_strands(self.backbone, self.embedding(tokens), padding_mask).unflatten(0, (2, -1))
+        else:
+            strands = self.backbone(self.embedding(tokens), padding_mask=padding_mask)[None]
         return strands.flip(0, 2, 3) if self.config.mirrored else strands
 
     def forward(self, tokens: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -142,10 +142,11 @@ PRESETS = {
 }
 
 # Mamba's DNA models (arXiv 2312.00752, section E.3.2) by their parameters; those that see both ways have a few more.
+# The published Caduceus models are 470k, 1.9m and 7m; of PlantCaduceus's, the smaller two are 19m and 41m.
 # tiny, of 70 thousand, is for trying things out.
-LanguagePreset = Literal["tiny", "250k", "700k", "1.4m", "3.5m", "7m", "19m", "41m"]
+LanguagePreset = Literal["tiny", "250k", "470k", "700k", "1.4m", "1.9m", "3.5m", "7m", "19m", "41m"]
 _WIDTH_AND_DEPTH = {"tiny": (64, 2), "250k": (64, 8), "700k": (96, 10), "1.4m": (128, 12), "3.5m": (192, 14)}
-_WIDTH_AND_DEPTH |= {"7m": (256, 16), "19m": (384, 20), "41m": (512, 24)}
+_WIDTH_AND_DEPTH |= {"7m": (256, 16), "19m": (384, 20), "41m": (512, 24), "470k": (118, 4), "1.9m": (256, 4)}
 
 
 def language_model_config(

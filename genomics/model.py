@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.backbone import Backbone
 from ..core.hub import PretrainedModel
 from .alphabet import COMPLEMENT, VOCAB_SIZE
-from .caduceus import both_strands
+from .caduceus import both_strands, over_strands
 from .config import DNAClassifierConfig
 
 N_WAVES = 16  # per end of the window
@@ -141,7 +141,9 @@ class DNAClassifier(PretrainedModel):
         x = self.embedding(tokens)
         if self.place is not None:
             x = x + self.place(place.to(x.dtype))
-        return self.backbone(x, padding_mask=mask), place, mask
+        both = self.config.both_strands
+        h = over_strands(self.backbone, x, mask) if both else self.backbone(x, padding_mask=mask)
+        return h, place, mask
 
     def _mean_of_strands(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (2, -1)).mean(0) if self.config.both_strands else x

@@ -315,7 +315,7 @@ def main() -> None:
         made = make(n, torch.Generator(run.device).manual_seed(7_777_777 + x))
         tests.append({"x": x, **training.test(made)})
         print(f"{name}: {tests[-1]}", flush=True)
-    every = max(1, len(training.curve) // 400)
+    every = max(1, len(training.curve) // 100)
     content = {
         "task": task,
         "settings": settings_of(run),
@@ -323,7 +323,7 @@ def main() -> None:
         "state": training.state_numbers(),
         "steps": training.steps,
         "minutes": round(training.seconds / 60, 2),
-        "curve": training.curve[::every],
+        "curve": [(step, round(loss, 4), round(right, 4)) for step, loss, right in training.curve[::every]],
         "tests": tests,
         "command": shlex.join(["python", "benchmarks/tasks/run.py", *sys.argv[1:]]),
         "machine": describe(),

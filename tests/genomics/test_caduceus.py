@@ -14,7 +14,13 @@ from polymamba.core import InputError
 from polymamba.core.config import BackboneConfig
 from polymamba.genomics.alphabet import COMPLEMENT
 from polymamba.genomics.caduceus import Caduceus, CaduceusClassifier
-from polymamba.genomics.config import CaduceusConfig
+from polymamba.genomics.config import (
+    CaduceusClassifierConfig,
+    CaduceusConfig,
+    DNAClassifierConfig,
+    language_model_config,
+)
+from polymamba.genomics.model import DNAClassifier
 from polymamba.genomics.official import caduceus_config, to_caduceus
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -156,6 +162,37 @@ def test_exact_equivariance(norm, mirrored):
     assert not torch.allclose(of_other, logits, atol=0.1)  # a constant would be equivariant, too
 
 
+@pytest.mark.parametrize("read", ["masked", "conjoined", "classified"])
+def test_strands_in_turn_under_checkpointing(read):
+    """So that one strand's activations are there at a time; the same numbers and gradients as of both at once."""
+    torch.manual_seed(2)
+    config = small(rcps=read == "masked", n_layer=3)
+    if read == "masked":
+        model, backbone = (m := Caduceus(config)), m.backbone
+    elif read == "conjoined":
+        head = CaduceusClassifierConfig(trunk=config, n_classes=3, conjoin=True)
+        model, backbone = (m := CaduceusClassifier(head)), m.trunk.backbone
+    else:
+        whole = DNAClassifierConfig(backbone=config.backbone, classes=("a", "b"), both_strands=True, head_dropout=0.0)
+        model, backbone = (m := DNAClassifier(whole)), m.backbone
+    model.double()
+    tokens, mask = torch.randint(7, 12, (3, 19)), torch.ones(3, 19, dtype=torch.bool)
+    mask[1, 11:] = False
+    rows, found = [], []
+    backbone.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    for backbone.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        logits = model(tokens, padding_mask=mask) if read == "masked" else model(tokens, mask)
+        logits.pow(2).sum().backward()
+        found.append({"logits": logits} | {name: p.grad for name, p in model.named_parameters()})
+    assert rows == [6, 3, 3]
+    for name, value in found[0].items():
+        assert_close(name, found[1][name], value, 1e-12)
+    with torch.no_grad():
+        model(tokens)
+    assert rows[3:] == [6], "without gradients nothing is kept"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["ph_mlm", "ps_mlm"])
 def test_padding_changes_nothing(case):
@@ -174,12 +211,10 @@ def test_padding_changes_nothing(case):
         assert_close(pooling, found[:1], classifier(tokens[:1, :20]), 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("d_model", "n_layer", "n_parameters"), [(118, 4, 470_702), (256, 4, 1_934_592), (256, 16, 7_725_312)]
-)
+@pytest.mark.parametrize(("preset", "n_parameters"), [("470k", 470_702), ("1.9m", 1_934_592), ("7m", 7_725_312)])
 @pytest.mark.parametrize("rcps", [False, True])
-def test_published_sizes(d_model, n_layer, n_parameters, rcps):
-    backbone = BackboneConfig(d_model=d_model, n_layer=n_layer, pattern=("bimamba",))
+def test_published_sizes(preset, n_parameters, rcps):
+    backbone = language_model_config(preset, "masked", 1024).backbone
     with torch.device("meta"):
         model = Caduceus(CaduceusConfig(backbone=backbone, rcps=rcps))
     assert sum(p.numel() for p in model.parameters()) == n_parameters
