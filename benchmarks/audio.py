@@ -31,7 +31,7 @@ from polymamba.core import SamplingConfig
 from polymamba.kernels.backends import choose
 
 RATE = 16000
-KERNELS = ("mamba_step", "selective_scan", "causal_conv1d", "norm")
+KERNELS = ("mamba_step", "mamba_block", "selective_scan", "causal_conv1d", "norm")
 
 
 @contextmanager

@@ -80,7 +80,9 @@ def by_graph(step: Callable[[], object], device: torch.device, repeats: int) -> 
 def plan(models: list[str], sizes: list[int]) -> list[tuple[str, int, str]]:
     """What to measure, the most wanted first."""
     at_224 = [(name, 224, kind) for kind in KINDS[:-1] for name in models]
-    larger = [(name, size, "forward") for size in sizes for name in models if name in AT_LARGER or len(models) < 4]
+    larger = [
+        (name, size, "graphed forward") for size in sizes for name in models if name in AT_LARGER or len(models) < 4
+    ]
     return at_224 + larger + [(name, 224, "compiled forward") for name in models]
 
 
@@ -96,14 +98,14 @@ def table(rows: Rows, sizes: list[int], models: list[str]) -> list[str]:
         lines.append(f"| {MODELS.get(name, name)} | {' | '.join(cells)} |")
     lines += [
         "",
-        "## Forward, larger images",
+        "## Graphed forward, larger images",
         "",
         f"| | {' | '.join(map(str, sizes))} |",
         "|---" * (len(sizes) + 1) + "|",
     ]
     for name in models:
-        if any((name, size, "forward") in rows for size in sizes):
-            cells = [cell(rows.get((name, size, "forward"))) for size in sizes]
+        if any((name, size, "graphed forward") in rows for size in sizes):
+            cells = [cell(rows.get((name, size, "graphed forward"))) for size in sizes]
             lines.append(f"| {MODELS.get(name, name)} | {' | '.join(cells)} |")
     return lines
 
