@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import Order, combine, dispatch, expert_mlp, fuses_experts, route, sort_by_expert
+from ..kernels import Order, combine, dispatch, route, sort_by_expert
+from ..kernels.expert_mlp import expert_mlp, fuses_experts
 from .autocast import autocast_dtype
 from .config import MoEConfig
 from .expert_parallel import own_experts, through_experts

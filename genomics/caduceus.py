@@ -29,6 +29,7 @@ from ..core.hub import PretrainedModel
 from ..core.language_model import LanguageModel
 from .alphabet import COMPLEMENT, TOKEN_NAMES
 from .config import CaduceusClassifierConfig, CaduceusConfig
+from .language_model import ExactHead
 
 NEVER = -1e4  # finite: where nothing is asked, its likelihood times a weight of 0 is 0
 
@@ -70,6 +71,7 @@ class Caduceus(LanguageModel):
 
     def __init__(self, config: CaduceusConfig):
         super().__init__(config)  # pyright: ignore[reportArgumentType] - it has those fields
+        self.lm_head = ExactHead(self.lm_head)
         of_complement = torch.tensor(complements(config.vocabulary, config.vocab_size))
         self.register_buffer("complement", of_complement, persistent=False)
         self.translates = config.vocabulary != TOKEN_NAMES

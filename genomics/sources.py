@@ -15,7 +15,7 @@ from .alphabet import hard_masked
 from .commands import Source
 from .config import Target
 from .dataset import LabelledRow, LabelledSequences, labelled
-from .reading.files import find_files
+from .reading.files import each_once, files_of, find_files
 from .reading.folders import files_in_folder
 from .reading.format import Record
 from .reading.regions import Region, cut, read_benchmark_folder, read_regions, region_name
@@ -39,7 +39,8 @@ def folder(path: str | Path, *, hard_mask: bool = False) -> Iterator[LabelledRow
 
 
 def _rows(files: Iterable[tuple[Path, str, str]], hard_mask: bool) -> Iterator[LabelledRow]:
-    placed = list(_each_once(files))
+    placed = list(files)
+    each_once(path for path, _, _ in placed)
     read = read_each([path for path, _, _ in placed], lambda record: (record.name, tokens_of(record, hard_mask)))
     for (path, label, split), records in zip(placed, read, strict=True):
         for name, tokens in records:
@@ -58,7 +59,7 @@ def header_pattern(words: Sequence[str], pattern: str, *, hard_mask: bool = Fals
     if not compiled.groups:
         raise InputError(f"--label-pattern {pattern}: has no group; put the class in brackets, as in 'class=(\\w+)'")
     group = "label" if "label" in compiled.groupindex else 1
-    paths = list(files_of(words))
+    paths = files_of(words)
     read = read_each(paths, lambda record: (record.name, record.description, tokens_of(record, hard_mask)))
     for path, records in zip(paths, read, strict=True):
         for name, description, tokens in records:
@@ -77,11 +78,6 @@ def label_table(words: Sequence[str], table: Path, *, hard_mask: bool = False) -
     rows = match_labels([record.name for record in found], read_label_table(table), table)
     for record, row in zip(found, rows, strict=True):
         yield record._replace(label=row.label, split=row.split)
-
-
-def files_of(words: Sequence[str]) -> Iterator[Path]:
-    """These files, and those in folders and globs. Raises InputError for a file given twice."""
-    return (path for path, _, _ in _each_once((path, "", "") for word in words for path in find_files(word)))
 
 
 def sequence_table(table: Path, *, hard_mask: bool = False) -> Iterator[LabelledRow]:
@@ -192,15 +188,6 @@ def _by_class(words: Sequence[str]) -> dict[str, list[str]]:
             raise InputError(f"--class {word}: expected NAME=FASTA, as in --class donor=donors.fa.gz")
         files.setdefault(label, []).append(path)
     return files
-
-
-def _each_once(files: Iterable[tuple[Path, str, str]]) -> Iterator[tuple[Path, str, str]]:
-    seen = set()
-    for path, label, split in files:
-        if path.resolve() in seen:
-            raise InputError(f"{path}: given twice")
-        seen.add(path.resolve())
-        yield path, label, split
 
 
 def tokens_of(record: Record, hard_mask: bool) -> np.ndarray:

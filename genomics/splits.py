@@ -17,10 +17,8 @@ from scipy.sparse.csgraph import connected_components
 
 from ..core.errors import InputError
 from .alphabet import reverse_complement
-
-SPLITS = ("train", "valid", "test")
-# How files and folders call them, in lower case.
-PART_OF = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "val", "validation", "dev"), "valid")
+from .config import PART_OF as PART_OF
+from .config import SPLITS as SPLITS
 
 
 def sequence_keys(tokens: Sequence[np.ndarray]) -> list[bytes]:

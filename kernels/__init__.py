@@ -3,7 +3,6 @@
 from .backends import info, plain_operations
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_scan import cross_scan
-from .expert_mlp import expert_mlp, fuses_experts
 from .expert_rows import Order, combine, dispatch, route, sort_by_expert
 from .mamba_step import MambaWeights, mamba_step
 from .norm import layer_norm, rms_norm
@@ -17,8 +16,6 @@ __all__ = [
     "combine",
     "cross_scan",
     "dispatch",
-    "expert_mlp",
-    "fuses_experts",
     "info",
     "layer_norm",
     "mamba_step",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ...core.errors import InputError
@@ -35,6 +36,20 @@ def find_files(word: str | Path) -> list[Path]:
         beside = " but documents or folders" if found else ""
         raise InputError(f"{word}: matches nothing{beside}; give a file, a folder or a pattern such as 'data/**/*.fa'")
     return files
+
+
+def files_of(words: Sequence[str | Path]) -> list[Path]:
+    """The sequence files that these words stand for. Raises InputError for a file given twice."""
+    return each_once(path for word in words for path in find_files(word))
+
+
+def each_once(paths: Iterable[Path]) -> list[Path]:
+    """The paths. Raises InputError for a file given twice."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if found.setdefault(path.resolve(), path) is not path:
+            raise InputError(f"{path}: given twice")
+    return list(found.values())
 
 
 def files_in(folder: Path) -> list[Path]:

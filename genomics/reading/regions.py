@@ -27,7 +27,7 @@ import numpy as np
 
 from ...core.errors import InputError
 from ..alphabet import reverse_complement
-from ..splits import SPLITS
+from ..config import SPLITS
 from .chromosomes import read_chromosomes
 from .tables import find_columns, part_at, read_table
 from .text import read_lines

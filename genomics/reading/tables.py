@@ -24,7 +24,7 @@ import numpy as np
 
 from ...core.errors import InputError
 from ..alphabet import LetterError, tokenize
-from ..splits import PART_OF
+from ..config import PART_OF
 from .text import read_lines
 
 _ID = ("id", "name", "seq_id")

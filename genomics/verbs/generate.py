@@ -15,8 +15,8 @@ from ...core.language_model import LanguageModel
 from ...core.train import autocast
 from ..alphabet import BOS, LetterError, decode, tokenize
 from ..language_commands import Generate
+from ..reading.files import files_of
 from ..reading.records import read_records
-from ..sources import files_of
 from ..terminal import progress_bar
 from ..tokenizers import Tokenizer, is_asked
 from .language import load_reader

@@ -17,8 +17,8 @@ from ..config import DNAClassifierConfig
 from ..inference import embed as embed_sequences
 from ..model import DNAClassifier
 from ..pieces import Piece, Pieces, in_chunks
+from ..reading.files import files_of
 from ..reading.source import opened
-from ..sources import files_of
 from ..terminal import progress_bar
 from ..tracks import Predicted, write_bed, write_bedgraph
 from .common import decisions, load_embedder, load_models, mean_predictions, passes, table_rows, tuned_thresholds

@@ -21,8 +21,8 @@ from ..language_model import DNALanguageModel
 from ..n_runs import find_n_runs
 from ..parts import Stretch, describe_parts, divide_genome, write_splits_bed
 from ..pretraining import TrainGenome, Windows, cut_stretches, spread
+from ..reading.files import files_of
 from ..reading.genome import Genome
-from ..sources import files_of
 from ..terminal import progress_bar
 from ..tokenizers import BPE_FILE, CHARACTERS, BytePairs, KMers, Tokenizer, save_tokenizer
 from .language import load_reader
@@ -33,7 +33,7 @@ BPE_BASES = 10_000_000  # that a byte-pair encoding is learned from
 def pretrain(args: Pretrain) -> None:
     """Train, then measure the best epoch's model on the test part."""
     torch.manual_seed(args.compute.seed)
-    files = list(files_of(args.fasta))
+    files = files_of(args.fasta)
     with Genome(files) as genome:
         stretches = from_first(lambda: divide_genome(genome, args.dividing, args.compute.seed))
         inputs = [path for path in (*files, *args.dividing.regions) if path.is_file()]

@@ -11,15 +11,15 @@ from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, write_tsv, written_whole
 from ...core.terminal import say
 from ...core.train import autocast
+from ..binned_track import BinnedTrack
 from ..evaluation import Reader, bits_in_context, causal_bits, masked_bits
 from ..evaluation import Score as Cost
 from ..language_commands import Perplexity, Score
 from ..parts import parts_given
 from ..plots import plot_perplexity
+from ..reading.files import files_of
 from ..reading.genome import Genome
-from ..sources import files_of
 from ..terminal import progress_bar
-from ..tracks import BinnedTrack
 from .language import load_reader
 
 CONTEXT_TOKENS = 1 << 18  # in a batch of `perplexity`
@@ -43,7 +43,7 @@ def score(args: Score) -> None:
     header = ["id", "bases", "scored", "log_likelihood", "bits_per_base", "perplexity"]
     header += ["mean_difference", "largest_difference"] if args.one_shot else []
     with ExitStack() as stack:
-        genome = stack.enter_context(Genome(list(files_of(args.fasta))))
+        genome = stack.enter_context(Genome(files_of(args.fasta)))
         track = None
         if args.track is not None:
             _require_unlike_names(genome)
@@ -115,7 +115,7 @@ def perplexity(args: Perplexity) -> None:
     reader = load_reader(args.run, args.compute)
     longest = args.contexts[-1]
     before = longest if reader.objective == "next" else longest // 2
-    with Genome(list(files_of(args.fasta))) as genome:
+    with Genome(files_of(args.fasta)) as genome:
         stretches = [s for s in parts_given(genome, args.regions) if args.part in (None, s.part)]
         places = [
             (s.contig, at)

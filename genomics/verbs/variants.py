@@ -17,17 +17,17 @@ from ...core.language_model import LanguageModel
 from ...core.terminal import say
 from ...core.train import autocast
 from ..alphabet import A, N, T, decode
+from ..binned_track import BinnedTrack
 from ..labels import Labels, measure
 from ..language_commands import Mutagenesis, Variants
 from ..plots import plot_mutagenesis
 from ..reading.chromosomes import match_names
+from ..reading.files import files_of
 from ..reading.genome import Genome
 from ..reading.source import opened
 from ..reading.vcf import VariantFile, header_with, index_if_sorted
-from ..sources import files_of
 from ..terminal import progress_bar
 from ..tokenizers import CHARACTERS
-from ..tracks import BinnedTrack
 from ..variant_effects import Site, flank, llrs
 from ..variants import Asker, Scored, header_lines, info_entries, score_variants
 from .language import load_reader
@@ -56,7 +56,7 @@ def variants(args: Variants) -> None:
             is_flag = args.label_field is not None and file.is_flag(args.label_field)
             labels = Labels(args.label_field, args.labels, args.positive, is_flag=is_flag)
         tally = _Tally(labels)
-        genome = stack.enter_context(Genome(list(files_of(args.genome))))
+        genome = stack.enter_context(Genome(files_of(args.genome)))
         write = stack.enter_context(_written(args.output, packed))
         stack.enter_context(autocast(args.compute))
         strands = "over both strands" if args.both_strands else "over the forward strand"
@@ -151,7 +151,7 @@ def mutagenesis(args: Mutagenesis) -> None:
     start, end = int(match[2].replace(",", "")) - 1, int(match[3].replace(",", ""))
     model = _model_of_bases(args)
     window = args.window or model.config.window
-    with Genome(list(files_of(args.genome))) as genome:
+    with Genome(files_of(args.genome)) as genome:
         names = [contig.name for contig in genome.contigs]
         name = match_names({match[1]: f"region {args.region}"}, dict.fromkeys(names))[match[1]]
         contig = names.index(name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polymamba.kernels import expert_mlp
+from polymamba.kernels.expert_mlp import expert_mlp
 
 SIZES = [  # rows of each expert, rows of none, width, inner width
     ((5, 0, 131, 1), 0, 24, 40),
