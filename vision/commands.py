@@ -55,7 +55,7 @@ class Training:
     waits for the processor: small models train 2 to 4 times as fast."""
     workers: int | None = None
     """Processes that prepare batches; 0 prepares them in the main one."""
-    fsdp: bool | None = None
+    fsdp: bool = False
     """Divide weights and optimizer among the processes that `accelerate launch` or torchrun started (FSDP2)."""
     stall: int | None = None
     """With several processes: seconds without progress after which the run ends and names the stuck one; 1800."""
