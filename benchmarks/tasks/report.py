@@ -61,7 +61,9 @@ PAPERS = {
         "pairs",
         "accuracy",
         "Key and value pairs, then every key once more among fillers: its value? Share of queries that are right, in "
-        "sequences of 4 tokens a pair (64 at least). Training mixes 4 to 64 pairs in 256 tokens.",
+        "sequences of 4 tokens a pair (64 at least). Training mixes 4 to 64 pairs in up to 256 tokens: few of them "
+        "first (a curriculum; the attention and the hybrids of 2026-11-27 did without, where Mamba learnt nothing in "
+        "12,000 steps).",
         (
             "Zoology (2312.04927, figure 2) and Based (2402.18668): attention solves it at every width; what a "
             "recurrent model recalls grows with its state",
