@@ -134,6 +134,26 @@ def autocast(compute: ComputeConfig) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(compute, device))
 
 
+def settings_of(config: TrainConfig, compute: ComputeConfig) -> dict[str, Any]:
+    """What of these determines a run's result, for its folder; and whether it can be trained so, before that is made.
+
+    Raises InputError if the device is not here, or for an accumulation that the number of processes does not divide.
+    """
+    device = pick_device(compute)
+    processes.join()
+    _require_equal_shares(config.accumulation)
+    return {**asdict(config), "seed": compute.seed, "device": device.type, "bf16": uses_bf16(compute, device)}
+
+
+def _require_equal_shares(accumulation: int) -> None:
+    world = processes.count()
+    if accumulation % world:
+        raise InputError(
+            f"--accumulation {accumulation}: {world} processes share the batches of a step; give a multiple of {world} "
+            "(and divide --batch-size, if a step is to see as many sequences as before)"
+        )
+
+
 def train_model(
     model: PretrainedModel, task: Task, config: TrainConfig, compute: ComputeConfig, run: RunFolder, *, resume: bool
 ) -> dict[str, float]:
@@ -168,11 +188,7 @@ class _Trainer:
     def __init__(self, model, task: Task, config: TrainConfig, compute: ComputeConfig, run: RunFolder):
         AcceleratorState._reset_state(reset_partial_state=True)  # a process may train twice, on other devices
         device, world = pick_device(compute), processes.count()
-        if config.accumulation % world:
-            raise InputError(
-                f"--accumulation {config.accumulation}: {world} processes share the batches of a step; give a multiple "
-                f"of {world} (and divide --batch-size, if a step is to see as many sequences as before)"
-            )
+        _require_equal_shares(config.accumulation)
         by_accelerate = os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"  # its config asks for FSDP
         self.sharded = (config.fsdp or by_accelerate) and world > 1
         self.accelerator = Accelerator(

@@ -14,7 +14,7 @@ from ...core.plots import plot_confusion
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
-from ...core.train import autocast, pick_device, train_model, uses_bf16
+from ...core.train import autocast, pick_device, settings_of, train_model
 from ..commands import Train
 from ..config import AudioConfig, ClassifierConfig
 from ..corpus import Recordings, describe, divide, find_sounds, open_corpus, write_splits_tsv
@@ -139,15 +139,11 @@ def _loudest(train: Recordings, rate: int) -> float:
 
 def _settings(args: Train, rate: int) -> dict[str, Any]:
     """What determines the result, beside the files."""
-    device = pick_device(args.compute)
     names = ("preset", "layout", "real", "codec", "dropout", "context", "gate", "labels", "classifier")
     return {
         **{name: getattr(args, name) for name in names},
         "stages": list(args.stages),
         "sample_rate": rate,
         **asdict(args.dividing),
-        **asdict(args.train),
-        "seed": args.compute.seed,
-        "device": device.type,
-        "bf16": uses_bf16(args.compute, device),
+        **settings_of(args.train, args.compute),
     }

@@ -9,7 +9,7 @@ from ...core.moe import parameter_counts
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
-from ...core.train import pick_device, train_model, uses_bf16
+from ...core.train import pick_device, settings_of, train_model
 from ..commands import Train
 from ..config import preset_config
 from ..corpus import describe, divide, open_corpus, write_splits_tsv
@@ -51,7 +51,6 @@ def train(args: Train) -> None:
 
 def _settings(args: Train) -> dict[str, Any]:
     """What determines the result, beside the files."""
-    device = pick_device(args.compute)
     backbone = preset_config(args.preset, args.dropout, args.pattern, args.moe).backbone
     return {
         "preset": args.preset,
@@ -61,8 +60,5 @@ def _settings(args: Train) -> dict[str, Any]:
         "context": args.context,
         "windows": args.windows,
         **asdict(args.dividing),
-        **asdict(args.train),
-        "seed": args.compute.seed,
-        "device": device.type,
-        "bf16": uses_bf16(args.compute, device),
+        **settings_of(args.train, args.compute),
     }

@@ -11,7 +11,7 @@ from ...core.files import write_json
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
-from ...core.train import autocast, pick_device, train_model, uses_bf16
+from ...core.train import autocast, pick_device, settings_of, train_model
 from ..baselines import order_bits
 from ..caduceus import Caduceus
 from ..config import CaduceusConfig, language_model_config
@@ -147,16 +147,12 @@ def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], task: Train
 def _settings(args: Pretrain, genome: Genome) -> dict[str, Any]:
     """What determines the result, beside the files."""
     groups = {"output", "resume", "dividing", "train", "compute", "fasta"}
-    device = pick_device(args.compute)
     dividing = {name: value for name, value in asdict(args.dividing).items() if name != "regions"}
     return {
         **{name: value for name, value in asdict(args).items() if name not in groups},
         **dividing,
         "regions": [str(path) for path in args.dividing.regions],
-        **asdict(args.train),
-        "seed": args.compute.seed,
-        "device": device.type,
-        "bf16": uses_bf16(args.compute, device),
+        **settings_of(args.train, args.compute),
         "contigs": len(genome.contigs),
         "bases": genome.n_bases,
     }

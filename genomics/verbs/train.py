@@ -13,7 +13,7 @@ from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.thresholds import best_thresholds
-from ...core.train import autocast, pick_device, train_model, uses_bf16
+from ...core.train import autocast, pick_device, settings_of, train_model
 from ..commands import Train
 from ..config import PRESETS, DNAClassifierConfig
 from ..dataset import LabelledSequences
@@ -114,16 +114,12 @@ def _test(args: Train, data: LabelledSequences, run: RunFolder) -> None:
 def _settings(args: Train, data: LabelledSequences) -> dict[str, Any]:
     """What determines the result."""
     groups = {"output", "resume", "source", "windows", "dividing", "train", "compute"}
-    device = pick_device(args.compute)
     return {
         **{name: value for name, value in asdict(args).items() if name not in groups},
         "init": None if args.init is None else str(args.init),
         **asdict(args.windows),
         **{name: value for name, value in asdict(args.dividing).items() if name != "splits"},
-        **asdict(args.train),
-        "seed": args.compute.seed,
-        "device": device.type,
-        "bf16": uses_bf16(args.compute, device),
+        **settings_of(args.train, args.compute),
         "classes": list(data.classes),
         "records_sha256": data.digest(),
     }

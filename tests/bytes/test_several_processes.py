@@ -116,3 +116,4 @@ def test_what_is_wrong_for_all_is_told_once(texts, tmp_path):
     told = [line for line in done.stderr.splitlines() if "--accumulation 3" in line]
     assert len(told) == 1
     assert told[0].startswith("error: --accumulation 3: 2 processes share the batches of a step")
+    assert not (tmp_path / "run").exists()  # where the command that is right would find a run of other settings

@@ -13,7 +13,7 @@ from ...core.inputs import PARTS
 from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
-from ...core.train import pick_device, train_model, uses_bf16
+from ...core.train import pick_device, settings_of, train_model
 from ..commands import Train
 from ..config import INPUT_SIZES, VimConfig, preset_config
 from ..dataset import ImageSet, divide
@@ -130,7 +130,6 @@ def _model(args: Train, images: ImageSet) -> ImageModel:
 
 def _settings(args: Train, images: ImageSet) -> dict[str, Any]:
     """What determines the result."""
-    device = pick_device(args.compute)
     return {
         "data": str(args.data),
         "images_sha256": images.digest(),
@@ -142,9 +141,6 @@ def _settings(args: Train, images: ImageSet) -> dict[str, Any]:
         "drop_path": args.drop_path,
         "skip_unreadable": args.skip_unreadable,
         **asdict(args.dividing),
-        **asdict(args.training()),
+        **settings_of(args.training(), args.compute),
         **asdict(args.augmentation()),
-        "seed": args.compute.seed,
-        "device": device.type,
-        "bf16": uses_bf16(args.compute, device),
     }
