@@ -129,7 +129,11 @@ def header_with(header: Sequence[str], lines: Sequence[str]) -> list[str]:
 
 
 def index_if_sorted(path: Path, beside: Path) -> bool:
-    """Make PATH.tbi for the bgzip VCF that is written `beside`, unless its records are out of order."""
+    """Make PATH.tbi for the bgzip VCF that is written `beside`, unless its records are out of order.
+
+    An index of what stood at PATH before is removed in any case.
+    """
+    Path(f"{path}.tbi").unlink(missing_ok=True)
     try:
         with quiet_htslib():
             pysam.tabix_index(str(beside), preset="vcf", index=f"{path}.tbi", force=True)

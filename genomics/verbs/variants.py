@@ -32,7 +32,7 @@ from ..variant_effects import Site, flank, llrs
 from ..variants import Asker, Scored, header_lines, info_entries, score_variants
 from .language import load_reader
 
-_REGION = re.compile(r"(.+):([0-9,]+)-([0-9,]+)")
+_REGION = re.compile(r"(.+):([0-9][0-9,]*)-([0-9][0-9,]*)")
 AT_A_TIME = 1024  # places of a region
 
 

@@ -593,6 +593,7 @@ def test_mutagenesis_where_nothing_is_known(run, genome, tmp_path):
 def test_refusals_of_mutagenesis(run, genome, tmp_path, error):
     for region, wanted in (
         ("chr1", "write it CHROM:START-END, from 1, as in"),
+        ("chr1:,-5", "write it CHROM:START-END, from 1, as in"),
         ("chr1:0-5", "not within 'chr1', which has 1500 bases"),
         ("chr1:9-5", "not within 'chr1'"),
         ("chr1:1-1501", "not within 'chr1'"),

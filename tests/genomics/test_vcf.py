@@ -88,7 +88,9 @@ def test_what_is_written_is_read_by_pysam(tmp_path):
         )
     (tmp_path / "z.vcf").write_text("\n".join([*lines[:-3], lines[-1], lines[-2]]) + "\n")
     pysam.tabix_compress(str(tmp_path / "z.vcf"), str(tmp_path / "z.vcf.gz"))
+    (tmp_path / "z.vcf.gz.tbi").write_bytes((tmp_path / "y.vcf.gz.tbi").read_bytes())  # of an earlier file
     assert not index_if_sorted(tmp_path / "z.vcf.gz", tmp_path / "z.vcf.gz")
+    assert not (tmp_path / "z.vcf.gz.tbi").exists()
 
 
 def test_bcf(tmp_path):
