@@ -15,7 +15,7 @@ from .alphabet import hard_masked
 from .commands import Source
 from .config import Target
 from .dataset import LabelledRow, LabelledSequences, labelled
-from .reading.files import each_once, files_of, find_files
+from .reading.files import files_of, find_files, given_once
 from .reading.folders import files_in_folder
 from .reading.format import Record
 from .reading.regions import Region, cut, read_benchmark_folder, read_regions, region_name
@@ -40,7 +40,7 @@ def folder(path: str | Path, *, hard_mask: bool = False) -> Iterator[LabelledRow
 
 def _rows(files: Iterable[tuple[Path, str, str]], hard_mask: bool) -> Iterator[LabelledRow]:
     placed = list(files)
-    each_once(path for path, _, _ in placed)
+    given_once(path for path, _, _ in placed)
     read = read_each([path for path, _, _ in placed], lambda record: (record.name, tokens_of(record, hard_mask)))
     for (path, label, split), records in zip(placed, read, strict=True):
         for name, tokens in records:

@@ -40,10 +40,10 @@ def find_files(word: str | Path) -> list[Path]:
 
 def files_of(words: Sequence[str | Path]) -> list[Path]:
     """The sequence files that these words stand for. Raises InputError for a file given twice."""
-    return each_once(path for word in words for path in find_files(word))
+    return given_once(path for word in words for path in find_files(word))
 
 
-def each_once(paths: Iterable[Path]) -> list[Path]:
+def given_once(paths: Iterable[Path]) -> list[Path]:
     """The paths. Raises InputError for a file given twice."""
     found: dict[Path, Path] = {}
     for path in paths:
