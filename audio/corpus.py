@@ -23,7 +23,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.files import new_folder, save_tsv, sha256, write_json
-from ..core.inputs import PARTS, find_files, named_part
+from ..core.inputs import PARTS, find_files, named_part, part_called
 from ..core.processes import is_first
 from ..core.terminal import say
 from .codec import encode, values
@@ -104,7 +104,7 @@ def find_sounds(words: Sequence[Path], leave_out: Path | None = None) -> list[So
 
 def folder_labels(sounds: Sequence[Sound]) -> list[str]:
     """Of each file the name of its folder, "" where that names a part (train/x.wav), or for all if there is but one."""
-    names = ["" if s.path.parent.name in PARTS else s.path.parent.name for s in sounds]
+    names = ["" if part_called(s.path.parent.name) else s.path.parent.name for s in sounds]
     return names if len(set(names) - {""}) > 1 else [""] * len(names)
 
 

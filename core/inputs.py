@@ -7,6 +7,7 @@ from pathlib import Path
 from .errors import InputError
 
 PARTS = ("train", "valid", "test")
+_ALSO = {"val": "valid", "validation": "valid"}  # not dev: many a folder above is called so
 
 
 def require_files(words: Sequence[Path]) -> None:
@@ -38,9 +39,16 @@ def require_fractions(valid: float, test: float) -> None:
         )
 
 
+def part_called(name: str) -> str | None:
+    """The part that a file or folder of this name is, if any."""
+    part = _ALSO.get(name, name)
+    return part if part in PARTS else None
+
+
 def named_part(path: Path) -> str | None:
     """The part that a path names: the nearest of its file name up to the ending and the folders above it."""
-    return next((name for name in (path.name.split(".")[0], *reversed(path.parent.parts)) if name in PARTS), None)
+    names = (path.name.split(".")[0], *reversed(path.parent.parts))
+    return next(filter(None, map(part_called, names)), None)
 
 
 def find_files(words: Sequence[Path], leave_out: Path | None = None) -> list[Path]:

@@ -36,8 +36,10 @@ from . import checkpoint, processes
 from .backbone import aux_loss
 from .config import ComputeConfig, TrainConfig
 from .errors import InputError
+from .grouped import waits_for_host
 from .hub import PretrainedModel
 from .interrupt import deferred_interrupt
+from .moe import MoE
 from .optim import averaged, learning_rate, parameter_groups, warmup_cosine
 from .plots import plot_curves
 from .replayed import Replayed, own_stream
@@ -134,14 +136,16 @@ def autocast(compute: ComputeConfig) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(compute, device))
 
 
-def settings_of(config: TrainConfig, compute: ComputeConfig) -> dict[str, Any]:
+def settings_of(config: TrainConfig, compute: ComputeConfig, *, same_kernels: bool) -> dict[str, Any]:
     """What of these determines a run's result, for its folder; and whether it can be trained so, before that is made.
 
-    Raises InputError if the device is not here, or for an accumulation that the number of processes does not divide.
+    same_kernels: as the Task's. Raises InputError if the device is not here, for an accumulation that the number of
+    processes does not divide, and for --cuda-graph where it cannot be.
     """
     device = pick_device(compute)
     processes.join()
     _require_equal_shares(config.accumulation)
+    _require_recordable(config, same_kernels)
     return {**asdict(config), "seed": compute.seed, "device": device.type, "bf16": uses_bf16(compute, device)}
 
 
@@ -152,6 +156,11 @@ def _require_equal_shares(accumulation: int) -> None:
             f"--accumulation {accumulation}: {world} processes share the batches of a step; give a multiple of {world} "
             "(and divide --batch-size, if a step is to see as many sequences as before)"
         )
+
+
+def _require_recordable(config: TrainConfig, same_kernels: bool) -> None:
+    if config.cuda_graph and not same_kernels:
+        raise InputError("--cuda-graph: this kind of training cannot be recorded; leave the flag out")
 
 
 def train_model(
@@ -214,15 +223,24 @@ class _Trainer:
         self.parameters = list(self.model.parameters())
         self.task, self.config, self.run = task, config, run
         self.position = _Position()
-        if config.cuda_graph and not task.same_kernels:
-            raise InputError("--cuda-graph: this kind of training cannot be recorded; leave the flag out")
+        _require_recordable(config, task.same_kernels)
         # Of several processes the backward waits for the others' gradients.
         alone = self.accelerator.device.type == "cuda" and world == 1
         self.replayed = None
         if config.cuda_graph and alone:
+            self._require_no_waiting()
             self.replayed = Replayed(self.fresh_gradients, self.accelerator.device)
         self.main = processes.is_first()
         self.interrupted: Callable[[], bool] = lambda: False
+
+    def _require_no_waiting(self) -> None:
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        rows = torch.empty(0, dtype=dtype, device=self.accelerator.device)
+        if waits_for_host(rows) and any(isinstance(module, MoE) for module in self.bare_model.modules()):
+            raise InputError(
+                "--cuda-graph: a mixture of experts can be recorded in bf16, on a GPU of compute capability 9 and up; "
+                "leave the flag out"
+            )
 
     @property
     def bare_model(self) -> Any:

@@ -145,5 +145,5 @@ def _settings(args: Train, rate: int) -> dict[str, Any]:
         "stages": list(args.stages),
         "sample_rate": rate,
         **asdict(args.dividing),
-        **settings_of(args.train, args.compute),
+        **settings_of(args.train, args.compute, same_kernels=False),
     }

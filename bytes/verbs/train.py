@@ -60,5 +60,5 @@ def _settings(args: Train) -> dict[str, Any]:
         "context": args.context,
         "windows": args.windows,
         **asdict(args.dividing),
-        **settings_of(args.train, args.compute),
+        **settings_of(args.train, args.compute, same_kernels=True),
     }

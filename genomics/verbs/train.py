@@ -119,7 +119,7 @@ def _settings(args: Train, data: LabelledSequences) -> dict[str, Any]:
         "init": None if args.init is None else str(args.init),
         **asdict(args.windows),
         **{name: value for name, value in asdict(args.dividing).items() if name != "splits"},
-        **settings_of(args.train, args.compute),
+        **settings_of(args.train, args.compute, same_kernels=False),
         "classes": list(data.classes),
         "records_sha256": data.digest(),
     }

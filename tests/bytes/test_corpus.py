@@ -56,6 +56,8 @@ def test_paths_name_parts(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     assert [named_part(Path(n)) for n in names] == ["train", "test", "valid", "valid", "test", None, None]
+    others = "val/a.txt", "a/validation.txt", "dev/a.txt"
+    assert [named_part(Path(n)) for n in others] == ["valid", "valid", None]
     pieces = divide(find_files([tmp_path]), Dividing(), 0)
     expected = dict(zip(names, ["train", "test", "valid", "valid", "test", "train", "train"], strict=True))
     assert {str(Path(p.path).relative_to(tmp_path)): p.part for p in pieces} == expected

@@ -273,3 +273,10 @@ def test_a_gpu_trains_to_the_same_bits_by_graph(texts, tmp_path, pattern):
         assert main([*words, "-o", str(tmp_path / name), *more]) == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "graph")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.gpu
+def test_a_mixture_that_waits_for_the_host_is_not_recorded(texts, tmp_path, capsys):
+    words = ["bytes", "train", str(texts), "-o", str(tmp_path / "run"), *FAST[:-1], "cuda", "--pattern", "mamba", "moe"]
+    assert main([*words, "--precision", "fp32", "--cuda-graph"]) == 1
+    assert "--cuda-graph" in capsys.readouterr().err

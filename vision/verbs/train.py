@@ -141,6 +141,6 @@ def _settings(args: Train, images: ImageSet) -> dict[str, Any]:
         "drop_path": args.drop_path,
         "skip_unreadable": args.skip_unreadable,
         **asdict(args.dividing),
-        **settings_of(args.training(), args.compute),
+        **settings_of(args.training(), args.compute, same_kernels=True),
         **asdict(args.augmentation()),
     }
