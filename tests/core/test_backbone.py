@@ -198,7 +198,14 @@ def test_causal(pattern):
 
 
 @pytest.mark.parametrize(
-    "pattern", [("mamba",), ("bimamba",), ("mamba", "attention", "mlp"), ("mamba", "moe", "lru"), ("mamba+moe",)]
+    "pattern",
+    [
+        ("mamba",),
+        ("bimamba",),
+        pytest.param(("mamba", "attention", "mlp"), marks=pytest.mark.slow),
+        ("mamba", "moe", "lru"),
+        pytest.param(("mamba+moe",), marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_in_one_graph(pattern):
     torch.compiler.reset()  # it compiles the same code for so many models only

@@ -66,7 +66,7 @@ def test_against_float64(case, backend, products, monkeypatch, device_of, assert
     assert_close({name: x.cpu() for name, x in actual.items()}, expected, 3e-6, case)
 
 
-@pytest.mark.parametrize("n_rows", [1, 3, 11])
+@pytest.mark.parametrize("n_rows", [1, 2, 11])
 @pytest.mark.parametrize("backend", FAST)
 def test_bf16(backend, n_rows, monkeypatch, device_of, assert_close):
     """Weights in bf16, states and sums in float32: as far from float64 as the rounding of what is stored."""
