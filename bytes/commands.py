@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, MoEConfig, SamplingConfig, SpeculationConfig, TrainConfig
-from ..core.inputs import require_files
+from ..core.inputs import require_at_least_1, require_files
 from .config import Dividing, Mixer, Preset, Windows, preset_config
 
 Output = Annotated[Path, arg(aliases=["-o"])]
@@ -45,8 +45,7 @@ class Train:
 
     def __post_init__(self) -> None:
         require_files(self.files)
-        if self.context < 1:
-            raise ValueError(f"context is {self.context}; it must be at least 1")
+        require_at_least_1(context=self.context)
         if self.pattern is not None and not self.pattern:
             raise ValueError("pattern is empty; name at least one mixer")
         if not 0 <= self.dropout < 1:
@@ -68,8 +67,7 @@ class _OnFiles:
 
     def __post_init__(self) -> None:
         require_files(self.files)
-        if self.chunk < 1:
-            raise ValueError(f"chunk is {self.chunk}; it must be at least 1")
+        require_at_least_1(chunk=self.chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +111,7 @@ class Generate:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        if self.max_new_bytes < 1:
-            raise ValueError(f"max_new_bytes is {self.max_new_bytes}; it must be at least 1")
+        require_at_least_1(max_new_bytes=self.max_new_bytes)
         if self.draft is None and self.speculation != SpeculationConfig():
             raise ValueError("draft_length and acceptance say how drafts are judged; give a --draft, too")
 
@@ -140,9 +137,9 @@ class Bench:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "context", "prompt_bytes", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least_1(
+            batch_size=self.batch_size, context=self.context, prompt_bytes=self.prompt_bytes, repeats=self.repeats
+        )
         if not self.decode_batches or min(self.decode_batches) < 1:
             raise ValueError(f"decode_batches is {self.decode_batches}; give one or more, each at least 1")
         if self.output is not None and self.output.suffix not in (".json", ".md"):

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .inputs import require_at_least_1
+
 MIXERS = ("mamba", "bimamba", "s4d", "s4", "lru", "attention", "mlp", "moe")
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "gelu")
@@ -228,8 +230,7 @@ class SpeculationConfig:
     which is faster, but changes what is written."""
 
     def __post_init__(self) -> None:
-        if self.draft_length < 1:
-            raise ValueError(f"draft_length is {self.draft_length}; it must be at least 1")
+        require_at_least_1(draft_length=self.draft_length)
 
 
 # Of TrainConfig: what changes the way to a result and not the result. A run may resume with others.
@@ -277,9 +278,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.cuda_graph and self.gradient_checkpointing:
             raise ValueError("cuda_graph and gradient_checkpointing exclude each other; leave one of them out")
-        for name in ("epochs", "batch_size", "max_tokens", "accumulation", "save_every", "stall"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least_1(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            max_tokens=self.max_tokens,
+            accumulation=self.accumulation,
+            save_every=self.save_every,
+            stall=self.stall,
+        )
         for name in ("weight_decay", "patience", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")

@@ -80,9 +80,8 @@ def _train_model(args: Train, config: AudioConfig, corpus: dict[str, Recordings]
 
 def _train_classifier(args: Train, config: ClassifierConfig, corpus: dict[str, Recordings], run: RunFolder) -> None:
     model = AudioClassifier(config)
-    task = TrainClassifier(
-        *(corpus["train"], corpus["valid"], config.labels, args.train, args.context, config.codec, args.compute.seed),
-    )
+    settings = config.labels, args.train, args.context, config.codec, args.compute.seed
+    task = TrainClassifier(corpus["train"], corpus["valid"], *settings)
     _tell_model(args, model)
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
     if not is_first():
