@@ -25,11 +25,12 @@ from .fused_kernel import LINEAR, MAMBA, MLP, NORM
 from .model import AudioModel
 
 THREADS = 512  # of a block; another number is another order of sums
+STREAMS = 1
 AT_A_TIME = 2048  # samples of a launch: fractions of a second, so that a user can stop it
 _FIRST = 8  # the number of the first case that is compiled for its sizes: behind those of fused_kernel.py
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
 _SOURCES = (_COMMON / "device.cu", _COMMON / "numbers.cu", Path(__file__).parent / "cuda_kernels" / "write.cu")
-_pack = struct.Struct("13q4d").pack  # struct Problem of write.cu
+_pack = struct.Struct("14q4d").pack  # struct Problem of write.cu
 
 
 @cache
@@ -70,7 +71,7 @@ class CudaModel(FusedModel):
         self.ops_table = torch.tensor(ops, dtype=torch.int32, device=self.device)
         normed, inner, low, y = self.sizes.tolist()
         macros = {
-            "T": "bf16" if self.dtype == torch.bfloat16 else "float", "THREADS": THREADS, "MIN_BLOCKS": 1,
+            "T": "bf16" if self.dtype == torch.bfloat16 else "float", "THREADS": THREADS,
             "VALUES": self._n_values, "ROW": self._n_values + self._n_states, "N_OPS": len(ops),
             "RATES": len(self.strides), "STRIDES": _braces(self.strides.tolist()),
             "SPANS": _braces([_braces(span) for span in self.spans.tolist()]),
@@ -78,8 +79,14 @@ class CudaModel(FusedModel):
             "EMBEDDING_AT": self.embedding_at, "LOGITS_AT": self.logits_at, "GUIDED": int(guided),
             "CASES": " ".join(f"case {number}: {call}; break;" for call, number in cases.items()),
         }  # fmt: skip
+        self._macros = tuple(macros.items())
+        self._kernel(1)
+
+    def _kernel(self, streams: int) -> Any:
+        """The kernel that has so many recordings in a block."""
         with torch.cuda.device_of(self.weights):
-            self.kernel = nvrtc.kernel(_source(tuple(macros.items())), "write_on", device)
+            source = _source((*self._macros, ("STREAMS", streams)))
+            return nvrtc.kernel(source, "write_on", self.weights.get_device())
 
     def _case(self, op: list[int]) -> str | None:
         """The call that is compiled for an instruction, if it is compiled for its sizes."""
@@ -90,15 +97,15 @@ class CudaModel(FusedModel):
             n_low = -(-(R + 2 * N) // 16) * 16
             centred = op[10]
             arguments = M, E, N, R, W, centred, lanes(2 * E, M), lanes(n_low, E), lanes(M, E)
-            return f"mamba<{_listed(arguments)}>(p, s, values, row, op)"
+            return f"mamba<{_listed(arguments)}>(p, s, rows, op)"
         if kind == MLP:
             M, inner = sizes[:2]
-            return f"mlp<{_listed((M, inner, op[10], lanes(inner, M), lanes(M, inner)))}>(p, s, values, op)"
+            return f"mlp<{_listed((M, inner, op[10], lanes(inner, M), lanes(M, inner)))}>(p, s, op)"
         if kind == LINEAR:
             n_in, n_out = sizes[0], sizes[2]
-            return f"linear<{_listed((n_in, n_out, lanes(n_out, n_in)))}>(p, values, op)"
+            return f"linear<{_listed((n_in, n_out, lanes(n_out, n_in)))}>(p, s, op)"
         if kind == NORM:
-            return f"norm_in_place<{_listed((sizes[0], op[10]))}>(p, s, values, op)"
+            return f"norm_in_place<{_listed((sizes[0], op[10]))}>(p, s, op)"
         return None
 
     def _lanes_of(self, n_out: int, n_in: int) -> int:
@@ -124,22 +131,28 @@ class CudaModel(FusedModel):
         """Codes int64 (B, n), as of fused_kernel.run; uniform float64 (B, n)."""
         out = torch.empty(uniform.shape, dtype=torch.int64, device=self.device)
         n = out.shape[1]
+        streams = self._streams(position)
+        kernel = self._kernel(streams)
         for first in range(0, n, AT_A_TIME):
             end = min(first + AT_A_TIME, n)
-            self._launch(values, position + first, codes, uniform, config, guidance, out, seen, first, end)
+            at = position + first
+            argument = _pack(
+                values[0].data_ptr(), values[-1].data_ptr(), self.weights.data_ptr(), self.matrices.data_ptr(),
+                self.ops_table.data_ptr(), at.data_ptr(), codes.data_ptr(),
+                uniform.data_ptr() + 8 * first, out.data_ptr() + 8 * first,
+                0 if seen is None else seen.data_ptr() + 4 * N_CODES * first,
+                len(out), end - first, n, config.top_k, guidance, config.temperature, config.top_p, config.min_p,
+            )  # fmt: skip
+            with torch.cuda.device_of(out):
+                kernel(-(-len(out) // streams), THREADS, argument)
             codes = out[:, end - 1].contiguous()
         return out
 
-    def _launch(self, values, position, codes, uniform, config, guidance, out, seen, first, end) -> None:
-        argument = _pack(
-            values[0].data_ptr(), values[-1].data_ptr(), self.weights.data_ptr(), self.matrices.data_ptr(),
-            self.ops_table.data_ptr(), position.data_ptr(), codes.data_ptr(),
-            uniform.data_ptr() + 8 * first, out.data_ptr() + 8 * first,
-            0 if seen is None else seen.data_ptr() + 4 * N_CODES * first, end - first, out.shape[1], config.top_k,
-            guidance, config.temperature, config.top_p, config.min_p,
-        )  # fmt: skip
-        with torch.cuda.device_of(out):
-            self.kernel(len(out), THREADS, argument)
+    def _streams(self, position: Tensor) -> int:
+        """Recordings of a block: they must stand at the same place of the period."""
+        if STREAMS == 1 or (position % int(self.strides[-1])).unique().numel() > 1:
+            return 1
+        return STREAMS
 
 
 def _listed(arguments: Any) -> str:

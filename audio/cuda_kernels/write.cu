@@ -1,24 +1,29 @@
-// The sample-by-sample loop of an audio model on a GPU: network, choice of a code, and on to the next sample, for each
-// recording in a block of its own. Compiled at run time by NVRTC, with no header of CUDA's.
+// The sample-by-sample loop of an audio model on a GPU: network, choice of a code, and on to the next sample, for some
+// recordings in each block. Compiled at run time by NVRTC, with no header of CUDA's.
 //
 // Blocks never wait for each other. What a recording has of its own at a time (activations, skips, what pools hold) is in
 // shared memory; its states are in global memory, and so are the weights, which all blocks read at about the same time
 // and find in the L2 cache. That reading is most of the work. So a product asks for its first weights before the barrier
-// that its inputs wait for, and matrices lie in the order in which threads read them (../fused_cuda.py).
+// that its inputs wait for, matrices lie in the order in which threads read them (../fused_cuda.py), and what is read
+// serves all streams of a block: STREAMS recordings, each twice if it is guided (as labelled, and without a label). They
+// stand at the same place of the period.
 //
 // The tables are those of the CPU's loop (../fused.py, ../fused_kernel.py). An instruction's sizes are known when this
 // is compiled: each kind of instruction with its sizes is a case of its own (CASES). Every sum has its order fixed by the
 // sizes and THREADS: a recording's result depends, to the bit, on nothing but itself and the weights.
 //
-// Macros, set when compiled: T, the type of matrices; THREADS and MIN_BLOCKS; VALUES and ROW, numbers of a recording
-// without and with its states; N_OPS, SPANS, STRIDES, RATES; NORMED, INNER, LOW and Y, the most of each that a block has;
-// WIDTH, EMBEDDING_AT, LOGITS_AT, GUIDED, CASES.
+// Macros, set when compiled: T, the type of matrices; THREADS, STREAMS, GUIDED; VALUES and ROW, numbers of a stream without
+// and with its states; N_OPS, SPANS, STRIDES, RATES; NORMED, INNER, LOW and Y, the most of each that a block has; WIDTH,
+// EMBEDDING_AT, LOGITS_AT, CASES.
 //
 // Letters: M width, E inner width, N states, R rank of dt, W convolution width, F inner width of an MLP.
 
 constexpr int CODES = 256, OPERANDS = 12;
 constexpr int V = 16 / sizeof(T);  // elements of a matrix in one load
-constexpr int AT_ONCE = 8;         // such loads that a thread has in flight, as far as that goes
+#ifndef AT_ONCE
+#define AT_ONCE 8
+#endif
+constexpr int S = STREAMS * (1 + GUIDED);
 static_assert(THREADS >= CODES, "a thread for each code");
 
 // As fused_cuda.py fills it in: 8 bytes each. B recordings.
@@ -29,23 +34,28 @@ struct Problem {
   const double* uniforms;           // (B, stride)
   int64* out;                       // (B, stride): what was drawn, -1 from where there was nothing to draw from
   float* seen;                      // (B, stride, CODES): the logits, unless null
-  int64 n, stride, top_k;           // n: samples to write
+  int64 n_recordings, n, stride, top_k;  // n: samples to write
   double guidance, temperature, top_p, min_p;
 };
 
 INLINE constexpr int filled(int n) { return (n + 7) / 8 * 8; }
 
 struct Shared {
-  float values[1 + GUIDED][filled(VALUES)];
-  float normed[filled(NORMED)], inner[filled(INNER)], low[filled(LOW)], y[filled(Y)];
+  float values[S][filled(VALUES)];
+  float normed[S][filled(NORMED)], inner[S][filled(INNER)], low[S][filled(LOW)], y[S][filled(Y)];
   float p[CODES];
   double sums[CODES / 16];
   int ops[N_OPS][OPERANDS];
   int code;
 };
+enum { ADD, COPY, LINEAR, MAMBA, PUT, TAKE };  // as in fused_kernel.py; CASES number on
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 __constant__ int spans[RATES][2] = SPANS;
 __constant__ int strides[RATES] = STRIDES;
+
+#define EACH_STREAM _Pragma("unroll") for (int j = 0; j < S; ++j)
+
+typedef float* Rows[S];  // where the streams' values and states are in global memory
 
 INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(x * -LOG2E)); }
 
@@ -83,48 +93,53 @@ template <int OUT, int IN, int LANES> struct Product {
     if (there) w[a][pass].load(from + (step * PASSES + pass) * THREADS * V);
     else w[a][pass].clear();
   }
-  // write(o, (W x)[o]) by one thread for each o.
-  template <typename Write> INLINE void run(const float* x, Write write) {
+  // write(stream, o, (W x)[o]) by one thread for each o; the streams' x are STRIDE numbers apart.
+  template <int STRIDE, typename Write> INLINE void run(const float* x, Write write) {
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
-    float sum[PASSES];
+    float sum[S][PASSES];
+    EACH_STREAM
 #pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) sum[pass] = 0.0f;
+      for (int pass = 0; pass < PASSES; ++pass) sum[j][pass] = 0.0f;
 #pragma unroll 1
     for (int first = 0; first < STEPS; first += AHEAD) {
 #pragma unroll
       for (int a = 0; a < AHEAD; ++a) {
         const int k = ((first + a) * LANES + lane) * V;
-        float piece[V];
-        load_floats(x + k, piece);
-        if constexpr (IN % V) {
+        float piece[S][V];
+        EACH_STREAM {
+          load_floats(x + j * STRIDE + k, piece[j]);
+          if constexpr (IN % V) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) piece[v] = k + v < IN ? piece[v] : 0.0f;
+            for (int v = 0; v < V; ++v) piece[j][v] = k + v < IN ? piece[j][v] : 0.0f;
+          }
         }
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
+          EACH_STREAM
 #pragma unroll
-          for (int v = 0; v < V; ++v) sum[pass] = __fmaf_rn(w[a][pass].get(v), piece[v], sum[pass]);
+            for (int v = 0; v < V; ++v) sum[j][pass] = __fmaf_rn(w[a][pass].get(v), piece[j][v], sum[j][pass]);
           if (first + a + AHEAD < STEPS) fetch(a, pass, first + a + AHEAD);
         }
       }
     }
 #pragma unroll
     for (int mask = 1; mask < LANES; mask *= 2)
+      EACH_STREAM
 #pragma unroll
-      for (int pass = 0; pass < PASSES; ++pass) sum[pass] = add_across(sum[pass], mask);
+        for (int pass = 0; pass < PASSES; ++pass) sum[j][pass] = add_across(sum[j][pass], mask);
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
       const int o = slot + pass * SLOTS;
-      if (lane == 0 && o < OUT) write(o, sum[pass]);
+      if (lane == 0 && o < OUT) EACH_STREAM write(j, o, sum[j][pass]);
     }
   }
 };
 
-// RMSNorm or LayerNorm of x; w: weight, bias, epsilon. Every warp sums for itself.
-template <int M, bool CENTRED> INLINE void norm(const float* x, const float* w, float* out) {
+// RMSNorm or LayerNorm of the streams' values at `at`, to s.normed; w: weight, bias, epsilon. Every warp sums for itself.
+template <int M, bool CENTRED> INLINE void norm(Shared& s, int at, const float* w) {
   constexpr int EACH = (M + 31) / 32, MINE = (M + THREADS - 1) / THREADS;
   const int lane = threadIdx.x % 32;
-  float weight[MINE], bias[MINE], all[EACH];
+  float weight[MINE], bias[MINE];
   const float eps = w[2 * M];
 #pragma unroll
   for (int i = 0; i < MINE; ++i) {
@@ -132,20 +147,23 @@ template <int M, bool CENTRED> INLINE void norm(const float* x, const float* w, 
     weight[i] = k < M ? w[k] : 0.0f, bias[i] = k < M ? w[M + k] : 0.0f;
   }
   __syncthreads();
-  float mean = 0.0f, square = 0.0f;
+  EACH_STREAM {
+    const float* x = s.values[j] + at;
+    float all[EACH], mean = 0.0f, square = 0.0f;
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) all[i] = lane + 32 * i < M ? x[lane + 32 * i] : 0.0f, mean += all[i];
-  mean = CENTRED ? sum_of_warp(mean) / M : 0.0f;
+    for (int i = 0; i < EACH; ++i) all[i] = lane + 32 * i < M ? x[lane + 32 * i] : 0.0f, mean += all[i];
+    mean = CENTRED ? sum_of_warp(mean) / M : 0.0f;
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    const float centred = lane + 32 * i < M ? all[i] - mean : 0.0f;
-    square = __fmaf_rn(centred, centred, square);
-  }
-  const float scale = 1.0f / sqrtf(sum_of_warp(square) / M + eps);
+    for (int i = 0; i < EACH; ++i) {
+      const float centred = lane + 32 * i < M ? all[i] - mean : 0.0f;
+      square = __fmaf_rn(centred, centred, square);
+    }
+    const float scale = 1.0f / sqrtf(sum_of_warp(square) / M + eps);
 #pragma unroll
-  for (int i = 0; i < MINE; ++i) {
-    const int k = threadIdx.x + i * THREADS;
-    if (k < M) out[k] = __fmaf_rn((x[k] - mean) * scale, weight[i], bias[i]);
+    for (int i = 0; i < MINE; ++i) {
+      const int k = threadIdx.x + i * THREADS;
+      if (k < M) s.normed[j][k] = __fmaf_rn((x[k] - mean) * scale, weight[i], bias[i]);
+    }
   }
   __syncthreads();
 }
@@ -154,18 +172,18 @@ template <int M, bool CENTRED> INLINE void norm(const float* x, const float* w, 
 // its quarter's, modulo 4; the threads of eight channels of a quarter stand side by side.
 template <int E, int N, int R> struct States {
   static constexpr int SLOTS = THREADS / 4, PASSES = (E + SLOTS - 1) / SLOTS, NL = (N + 3) / 4, RL = (R + 3) / 4;
-  float h[NL], A[NL], widen[RL], bias, skip;
+  float h[S][NL], A[NL], widen[RL], bias, skip;
   int e, quarter;
 
-  INLINE void load(int pass, const float* states, const float* w, const T* dt_proj) {
+  INLINE void load(int pass, const Rows& rows, int at, const float* w, const T* dt_proj) {
     const int lane = threadIdx.x % 32;
     e = pass * SLOTS + threadIdx.x / 32 * 8 + lane % 8, quarter = lane / 8;
-    const bool there = pass < PASSES && e < E;
+    const bool there = e < E;
     bias = there ? w[e] : 0.0f, skip = there ? w[E + e] : 0.0f;
 #pragma unroll
     for (int i = 0; i < NL; ++i) {
       const int n = quarter + 4 * i;
-      h[i] = there && n < N ? states[n * E + e] : 0.0f;
+      EACH_STREAM h[j][i] = there && n < N ? rows[j][at + n * E + e] : 0.0f;
       A[i] = there && n < N ? w[(2 + n) * E + e] : 0.0f;
     }
 #pragma unroll
@@ -174,34 +192,37 @@ template <int E, int N, int R> struct States {
       widen[i] = there && r < R ? one(dt_proj + r * E + e) : 0.0f;
     }
   }
-  INLINE void run(float* states, const float* low, const float* uz, float* y) {
+  INLINE void run(Shared& s, const Rows& rows, int at) {
     const bool there = e < E;
-    float dt = 0.0f, sum = 0.0f;
+    EACH_STREAM {
+      const float* low = s.low[j];
+      float dt = 0.0f, sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < RL; ++i) {
-      const int r = quarter + 4 * i;
-      if (r < R) dt = __fmaf_rn(low[r], widen[i], dt);
-    }
-    dt = add_across(add_across(dt, 8), 16) + bias;
-    dt = softplus_of(dt, exp_negative(-fabsf(dt)));
-    const float u = there ? uz[e] : 0.0f, z = there ? uz[E + e] : 0.0f, drive = dt * u;
-#pragma unroll
-    for (int i = 0; i < NL; ++i) {
-      const int n = quarter + 4 * i;
-      if (n < N) {
-        h[i] = __fmaf_rn(exp2_fast(dt * A[i]), h[i], drive * low[R + n]);
-        sum = __fmaf_rn(h[i], low[R + N + n], sum);
-        if (there) states[n * E + e] = h[i];
+      for (int i = 0; i < RL; ++i) {
+        const int r = quarter + 4 * i;
+        if (r < R) dt = __fmaf_rn(low[r], widen[i], dt);
       }
+      dt = add_across(add_across(dt, 8), 16) + bias;
+      dt = softplus_of(dt, exp_negative(-fabsf(dt)));
+      const float u = there ? s.inner[j][e] : 0.0f, z = there ? s.inner[j][E + e] : 0.0f, drive = dt * u;
+#pragma unroll
+      for (int i = 0; i < NL; ++i) {
+        const int n = quarter + 4 * i;
+        if (n < N) {
+          const float state = __fmaf_rn(exp2_fast(dt * A[i]), h[j][i], drive * low[R + n]);
+          sum = __fmaf_rn(state, low[R + N + n], sum);
+          if (there) rows[j][at + n * E + e] = state;
+        }
+      }
+      sum = add_across(add_across(sum, 8), 16);
+      if (there && quarter == 0) s.y[j][e] = __fmaf_rn(skip, u, sum) * (z * sigmoid(z));
     }
-    sum = add_across(add_across(sum, 8), 16);
-    if (there && quarter == 0) y[e] = __fmaf_rn(skip, u, sum) * (z * sigmoid(z));
   }
 };
 
 // x += out_proj(..(norm(x))): a whole block. The order of its weights is fused.py's.
 template <int M, int E, int N, int R, int W, bool CENTRED, int IN_LANES, int X_LANES, int OUT_LANES>
-INLINE void mamba(const Problem& p, Shared& s, float* values, float* row, const int* op) {
+INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) {
   constexpr int N_LOW = (R + 2 * N + 15) / 16 * 16, MINE = (E + THREADS - 1) / THREADS;
   typedef Product<2 * E, M, IN_LANES> In;
   typedef Product<N_LOW, E, X_LANES> X;
@@ -209,11 +230,11 @@ INLINE void mamba(const Problem& p, Shared& s, float* values, float* row, const 
   typedef States<E, N, R> Scan;
   const float* w = p.w + op[7];
   const T* m = p.m + op[11];
-  float *x = values + op[1], *conv = row + op[8], *states = row + op[9];
+  const int x_at = op[1], conv_at = op[8], ssm_at = op[9];
   In in(m);
-  norm<M, CENTRED>(x, w, s.normed);
+  norm<M, CENTRED>(s, x_at, w);
   w += 2 * M + 1;
-  float taps[MINE][W], window[MINE][W], shift[MINE];
+  float taps[MINE][W], window[S][MINE][W], shift[MINE];
 #pragma unroll
   for (int i = 0; i < MINE; ++i) {
     const int e = threadIdx.x + i * THREADS;
@@ -221,102 +242,104 @@ INLINE void mamba(const Problem& p, Shared& s, float* values, float* row, const 
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       taps[i][k] = e < E ? w[(1 + k) * E + e] : 0.0f;
-      window[i][k] = e < E && k < W - 1 ? conv[k * E + e] : 0.0f;
+      EACH_STREAM window[j][i][k] = e < E && k < W - 1 ? rows[j][conv_at + k * E + e] : 0.0f;
     }
   }
-  in.run(s.normed, [&](int o, float value) { s.inner[o] = value; });
+  in.template run<filled(NORMED)>(s.normed[0], [&](int j, int o, float value) { s.inner[j][o] = value; });
   X low(m + In::SIZE);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < MINE; ++i) {
     const int e = threadIdx.x + i * THREADS;
-    if (e < E) {
-      window[i][W - 1] = s.inner[e];
+    if (e < E) EACH_STREAM {
+      window[j][i][W - 1] = s.inner[j][e];
       float mixed = shift[i];
 #pragma unroll
-      for (int k = 0; k < W; ++k) mixed = __fmaf_rn(window[i][k], taps[i][k], mixed);
+      for (int k = 0; k < W; ++k) mixed = __fmaf_rn(window[j][i][k], taps[i][k], mixed);
 #pragma unroll
-      for (int k = 1; k < W; ++k) conv[(k - 1) * E + e] = window[i][k];
-      s.inner[e] = mixed * sigmoid(mixed);
+      for (int k = 1; k < W; ++k) rows[j][conv_at + (k - 1) * E + e] = window[j][i][k];
+      s.inner[j][e] = mixed * sigmoid(mixed);
     }
   }
   w += (1 + W) * E;
   const T* dt_proj = m + In::SIZE + X::SIZE;
   Scan now;
-  now.load(0, states, w, dt_proj);
+  now.load(0, rows, ssm_at, w, dt_proj);
   __syncthreads();
-  low.run(s.inner, [&](int o, float value) { s.low[o] = value; });
+  low.template run<filled(INNER)>(s.inner[0], [&](int j, int o, float value) { s.low[j][o] = value; });
   Out out(dt_proj + (R * E + 7) / 8 * 8);
   __syncthreads();
 #pragma unroll
   for (int pass = 0; pass < Scan::PASSES; ++pass) {
     Scan next;
-    if (pass + 1 < Scan::PASSES) next.load(pass + 1, states, w, dt_proj);
-    now.run(states, s.low, s.inner, s.y);
+    if (pass + 1 < Scan::PASSES) next.load(pass + 1, rows, ssm_at, w, dt_proj);
+    now.run(s, rows, ssm_at);
     now = next;
   }
   __syncthreads();
-  out.run(s.y, [&](int o, float value) { x[o] += value; });
+  out.template run<filled(Y)>(s.y[0], [&](int j, int o, float value) { s.values[j][x_at + o] += value; });
   __syncthreads();
 }
 
 // x += out_proj(gelu(in_proj(norm(x)))), with biases.
 template <int M, int F, bool CENTRED, int IN_LANES, int OUT_LANES>
-INLINE void mlp(const Problem& p, Shared& s, float* values, const int* op) {
+INLINE void mlp(const Problem& p, Shared& s, const int* op) {
   typedef Product<F, M, IN_LANES> In;
   const float* w = p.w + op[7];
   const T* m = p.m + op[11];
-  float* x = values + op[1];
+  const int x_at = op[1];
   In in(m);
-  norm<M, CENTRED>(x, w, s.normed);
+  norm<M, CENTRED>(s, x_at, w);
   w += 2 * M + 1;
-  in.run(s.normed, [&](int o, float value) {
+  in.template run<filled(NORMED)>(s.normed[0], [&](int j, int o, float value) {
     value += w[o];
-    s.inner[o] = value * 0.5f * (1.0f + erff(value * 0.70710678f));
+    s.inner[j][o] = value * 0.5f * (1.0f + erff(value * 0.70710678f));
   });
   Product<M, F, OUT_LANES> out(m + In::SIZE);
   __syncthreads();
-  out.run(s.inner, [&](int o, float value) { x[o] += value + w[F + o]; });
+  out.template run<filled(INNER)>(
+      s.inner[0], [&](int j, int o, float value) { s.values[j][x_at + o] += value + w[F + o]; });
   __syncthreads();
 }
 
-template <int IN, int OUT, int LANES> INLINE void linear(const Problem& p, float* values, const int* op) {
+template <int IN, int OUT, int LANES> INLINE void linear(const Problem& p, Shared& s, const int* op) {
   Product<OUT, IN, LANES> product(p.m + op[6]);
   const float* bias = p.w + op[5];
-  float* out = values + op[3];
+  const int out_at = op[3];
   __syncthreads();
-  product.run(values + op[1], [&](int o, float value) { out[o] = value + bias[o]; });
+  product.template run<filled(VALUES)>(
+      s.values[0] + op[1], [&](int j, int o, float value) { s.values[j][out_at + o] = value + bias[o]; });
   __syncthreads();
 }
 
-template <int M, bool CENTRED> INLINE void norm_in_place(const Problem& p, Shared& s, float* values, const int* op) {
-  norm<M, CENTRED>(values + op[1], p.w + op[7], s.normed);
-  for (int d = threadIdx.x; d < M; d += THREADS) values[op[1] + d] = s.normed[d];
+template <int M, bool CENTRED> INLINE void norm_in_place(const Problem& p, Shared& s, const int* op) {
+  norm<M, CENTRED>(s, op[1], p.w + op[7]);
+  EACH_STREAM for (int d = threadIdx.x; d < M; d += THREADS) s.values[j][op[1] + d] = s.normed[j][d];
 }
 
 // Instructions from `first` to `last`. Those on single numbers need no barrier among themselves: number d is always
 // thread d's. The others begin and end with one.
-INLINE void network(const Problem& p, Shared& s, float* values, float* row, int first, int last, int phase) {
+INLINE void network(const Problem& p, Shared& s, const Rows& rows, int first, int last, int phase) {
 #pragma unroll 1
   for (int i = first; i < last; ++i) {
     const int* op = s.ops[i];
+    const int to = op[1], from = op[2], n = op[3];
+    const int slot = op[0] == PUT || op[0] == TAKE ? phase / op[5] % op[4] : 0;
     switch (op[0]) {
-      case 0:  // ADD
-        for (int d = threadIdx.x; d < op[3]; d += THREADS) values[op[1] + d] += values[op[2] + d];
+      case ADD:
+        EACH_STREAM for (int d = threadIdx.x; d < n; d += THREADS) s.values[j][to + d] += s.values[j][from + d];
         break;
-      case 1:  // COPY
-        for (int d = threadIdx.x; d < op[3]; d += THREADS) values[op[1] + d] = values[op[2] + d];
+      case COPY:
+        EACH_STREAM for (int d = threadIdx.x; d < n; d += THREADS) s.values[j][to + d] = s.values[j][from + d];
         break;
-      case 4: {  // PUT, into slot `phase` of a pool's pending steps, which channel d has at d p
-        const int slot = phase / op[5] % op[4];
-        for (int d = threadIdx.x; d < op[3]; d += THREADS) values[op[1] + d * op[4] + slot] = values[op[2] + d];
+      case PUT:  // into slot `slot` of a pool's pending steps, which channel d has at d p
+        EACH_STREAM for (int d = threadIdx.x; d < n; d += THREADS)
+          s.values[j][to + d * op[4] + slot] = s.values[j][from + d];
         break;
-      }
-      case 5: {  // TAKE
-        const int slot = phase / op[5] % op[4];
-        for (int d = threadIdx.x; d < op[3]; d += THREADS) values[op[1] + d] = values[op[2] + d * op[4] + slot];
+      case TAKE:
+        EACH_STREAM for (int d = threadIdx.x; d < n; d += THREADS)
+          s.values[j][to + d] = s.values[j][from + d * op[4] + slot];
         break;
-      }
       CASES
     }
   }
@@ -396,44 +419,51 @@ INLINE int choose(const Problem& p, Shared& s, const float* logits, double unifo
   return s.code;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) write_on(const Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS) write_on(const Problem p) {
   extern __shared__ float4 room[];
   Shared& s = *reinterpret_cast<Shared*>(room);
-  const int64 at = blockIdx.x;
-  auto row_of = [&](int which) { return (which ? p.beside : p.v) + at * ROW; };
+  int64 recordings[STREAMS];  // the last one again where there are too few: it is written twice, with the same numbers
+  int codes[STREAMS];
+#pragma unroll
+  for (int r = 0; r < STREAMS; ++r) {
+    const int64 number = int64(blockIdx.x) * STREAMS + r;
+    recordings[r] = number < p.n_recordings ? number : p.n_recordings - 1;
+    codes[r] = p.codes[recordings[r]];
+  }
+  Rows rows;
+  EACH_STREAM rows[j] = (j % (1 + GUIDED) ? p.beside : p.v) + recordings[j / (1 + GUIDED)] * ROW;
   for (int i = threadIdx.x; i < N_OPS * OPERANDS; i += THREADS) s.ops[0][i] = p.ops[i];
-  for (int which = 0; which <= GUIDED; ++which)
-    for (int i = threadIdx.x; i < VALUES; i += THREADS) s.values[which][i] = row_of(which)[i];
+  EACH_STREAM for (int i = threadIdx.x; i < VALUES; i += THREADS) s.values[j][i] = rows[j][i];
   __syncthreads();
-  int code = p.codes[at], phase = p.positions[at] % strides[RATES - 1];
+  int phase = p.positions[recordings[0]] % strides[RATES - 1];
 #pragma unroll 1
   for (int64 t = 0; t < p.n; ++t) {
-    if (code < 0) {
-      for (int64 i = t + threadIdx.x; i < p.n; i += THREADS) p.out[at * p.stride + i] = -1;
-      break;
+    EACH_STREAM {
+      const int code = codes[j / (1 + GUIDED)];
+      const float* row = p.w + EMBEDDING_AT + (code < 0 ? 0 : code) * WIDTH;
+      for (int d = threadIdx.x; d < WIDTH; d += THREADS) s.values[j][d] = row[d];
     }
     int depth = 0;
     while (depth + 1 < RATES && (phase + 1) % strides[depth + 1] == 0) ++depth;
-#pragma unroll 1
-    for (int which = 0; which <= GUIDED; ++which) {
-      for (int d = threadIdx.x; d < WIDTH; d += THREADS)
-        s.values[which][d] = p.w[EMBEDDING_AT + int64(code) * WIDTH + d];
-      network(p, s, s.values[which], row_of(which), spans[depth][0], spans[depth][1], phase);
-    }
-    float* logits = s.values[0] + LOGITS_AT;
-    for (int i = threadIdx.x; i < CODES; i += THREADS) {
-      if (GUIDED) {
-        const float without = s.values[GUIDED][LOGITS_AT + i];
-        logits[i] = without + float(p.guidance) * (logits[i] - without);
+    network(p, s, rows, spans[depth][0], spans[depth][1], phase);
+#pragma unroll
+    for (int r = 0; r < STREAMS; ++r) {
+      float* logits = s.values[r * (1 + GUIDED)] + LOGITS_AT;
+      const int64 at = recordings[r] * p.stride + t;
+      for (int i = threadIdx.x; i < CODES; i += THREADS) {
+        if (GUIDED) {
+          const float without = s.values[r * (1 + GUIDED) + GUIDED][LOGITS_AT + i];
+          logits[i] = without + float(p.guidance) * (logits[i] - without);
+        }
+        if (p.seen) p.seen[at * CODES + i] = logits[i];
       }
-      if (p.seen) p.seen[(at * p.stride + t) * CODES + i] = logits[i];
+      __syncthreads();
+      const int code = choose(p, s, logits, p.uniforms[at]);
+      codes[r] = codes[r] < 0 ? -1 : code;
+      if (threadIdx.x == 0) p.out[at] = codes[r];
     }
-    __syncthreads();
-    code = choose(p, s, logits, p.uniforms[at * p.stride + t]);
-    if (threadIdx.x == 0) p.out[at * p.stride + t] = code;
     phase = (phase + 1) % strides[RATES - 1];
   }
   __syncthreads();
-  for (int which = 0; which <= GUIDED; ++which)
-    for (int i = threadIdx.x; i < VALUES; i += THREADS) row_of(which)[i] = s.values[which][i];
+  EACH_STREAM for (int i = threadIdx.x; i < VALUES; i += THREADS) rows[j][i] = s.values[j][i];
 }
