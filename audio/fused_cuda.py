@@ -65,7 +65,11 @@ class CudaModel(FusedModel):
             raise nvrtc.Unavailable("this GPU or this PyTorch has no NVRTC kernels")
         cases: dict[str, int] = {}
         ops = self.ops.tolist()
+        blocks = [op for op in ops if op[0] == MAMBA]
+        for op, after in zip(blocks, [*blocks[1:], blocks[0]], strict=True):
+            op += [after[11], 2 * after[2] * after[3] * self.dtype.itemsize]  # the next one's in_proj, to be asked for
         for op in ops:
+            op += [0] * (14 - len(op))
             if (case := self._case(op)) is not None:
                 op[0] = cases.setdefault(case, _FIRST + len(cases))
         self.ops_table = torch.tensor(ops, dtype=torch.int32, device=self.device)

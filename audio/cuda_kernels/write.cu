@@ -18,8 +18,11 @@
 //
 // Letters: M width, E inner width, N states, R rank of dt, W convolution width, F inner width of an MLP.
 
-constexpr int CODES = 256, OPERANDS = 12;
+constexpr int CODES = 256, OPERANDS = 14;
 constexpr int V = 16 / sizeof(T);  // elements of a matrix in one load
+#ifndef PREFETCH
+#define PREFETCH 0
+#endif
 #ifndef AT_ONCE
 #define AT_ONCE 8
 #endif
@@ -135,6 +138,11 @@ template <int OUT, int IN, int LANES> struct Product {
   }
 };
 
+// Bring what is read later nearer: `bytes` from an address on, a line of the first-level cache by each thread.
+INLINE void ask_for(const void* from, int bytes) {
+  for (int at = threadIdx.x * 128; at < bytes; at += THREADS * 128) prefetch((const char*)from + at);
+}
+
 // RMSNorm or LayerNorm of the streams' values at `at`, to s.normed; w: weight, bias, epsilon. Every warp sums for itself.
 template <int M, bool CENTRED> INLINE void norm(Shared& s, int at, const float* w) {
   constexpr int EACH = (M + 31) / 32, MINE = (M + THREADS - 1) / THREADS;
@@ -232,6 +240,10 @@ INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) 
   const T* m = p.m + op[11];
   const int x_at = op[1], conv_at = op[8], ssm_at = op[9];
   In in(m);
+  if (PREFETCH > 0) {
+    ask_for(m + In::SIZE, (X::SIZE + R * E + Out::SIZE) * sizeof(T));
+    ask_for(w, (2 * M + 1 + (W + 3 + N) * E) * 4);
+  }
   norm<M, CENTRED>(s, x_at, w);
   w += 2 * M + 1;
   float taps[MINE][W], window[S][MINE][W], shift[MINE];
@@ -268,6 +280,7 @@ INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) 
   __syncthreads();
   low.template run<filled(INNER)>(s.inner[0], [&](int j, int o, float value) { s.low[j][o] = value; });
   Out out(dt_proj + (R * E + 7) / 8 * 8);
+  if (PREFETCH > 1) ask_for(p.m + op[12], op[13]);
   __syncthreads();
 #pragma unroll
   for (int pass = 0; pass < Scan::PASSES; ++pass) {

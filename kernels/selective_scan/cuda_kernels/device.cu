@@ -54,3 +54,6 @@ __device__ __forceinline__ void store_if(bool wanted, void* to, uint4 x) {
                "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
 }
+
+// Ask for a line of memory to be brought into the first-level cache.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
