@@ -1,6 +1,6 @@
 """From an AudioModel to the tables of fused_kernel.py, and its states to and from them.
 
-On a GPU the same tables, but for the order of a matrix's elements, are read by cuda_kernels/write.cu: see fused_cuda.py.
+On a GPU cuda_kernels/write.cu reads the same tables, but for the order of a matrix's elements: see fused_cuda.py.
 """
 
 from typing import Any
