@@ -7,7 +7,6 @@ Letters: B recordings.
 """
 
 import struct
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any

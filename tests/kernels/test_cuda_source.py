@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from polymamba.kernels.cross_scan import cuda as cross_cuda
 from polymamba.kernels.selective_scan import cuda
 
+
 def forget():
     """Functions and plans made for another machine."""
     for made in (cuda._function, cuda._forward_plan, cuda._backward_plan, cross_cuda._function):
