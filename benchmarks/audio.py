@@ -3,11 +3,11 @@
     python benchmarks/audio.py cpu [--output FILE]     one thread; some minutes
     python benchmarks/audio.py gpu [--output FILE]     one GPU; some 5 minutes
 
-Random weights, 16 kHz, float32 unless it says bf16 (matrices alone are rounded). The loop as one compiled kernel is what
-`polymamba audio generate` takes (audio/writers.py), the CUDA graph what it took before and takes for other mixers; `eager`
-steps the same modules by plain PyTorch operators and draws each code by core's sampling, as all do. A real-time factor is
-seconds of work for a second of sound of one stream: below 1 is faster than real time. Medians of one run; on the CPU of
-the thread's own time, so that other work on the machine counts as little as it can.
+Random weights, 16 kHz, float32 unless it says bf16 (then matrices alone are rounded). `polymamba audio generate` takes
+the loop as one compiled kernel (audio/writers.py), and the CUDA graph for mixers that it does not know; `eager` steps
+the same modules by plain PyTorch operators and draws each code by core's sampling, as all do. A real-time factor is seconds
+of work for a second of sound of one stream: below 1 is faster than real time. Medians of one run; on the CPU of the
+thread's own time, so that other work on the machine counts as little as it can.
 Training: batch 8 x 16,000 samples of sc09-small, forward, backward and AdamW, with our kernels and with their plain
 PyTorch twins (backend "torch"; the definitions themselves keep every state of every step, and do not fit).
 """
