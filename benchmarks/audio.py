@@ -5,9 +5,9 @@
 
 Random weights, 16 kHz, float32 unless it says bf16 (then matrices alone are rounded). `polymamba audio generate` takes
 the loop as one compiled kernel (audio/writers.py), and the CUDA graph for mixers that it does not know; `eager` steps
-the same modules by plain PyTorch operators and draws each code by core's sampling, as all do. A real-time factor is seconds
-of work for a second of sound of one stream: below 1 is faster than real time. Medians of one run; on the CPU of the
-thread's own time, so that other work on the machine counts as little as it can.
+the same modules by plain PyTorch operators and draws each code by core's sampling, as all do. A real-time factor is
+seconds of work for a second of sound of one stream: below 1 is faster than real time. Medians of one run; on the CPU of
+the thread's own time, so that other work on the machine counts as little as it can.
 Training: batch 8 x 16,000 samples of sc09-small, forward, backward and AdamW, with our kernels and with their plain
 PyTorch twins (backend "torch"; the definitions themselves keep every state of every step, and do not fit).
 """
