@@ -25,7 +25,7 @@ from .model import AudioModel
 
 THREADS = 512  # of a block; another number is another order of sums
 STREAMS = 1
-AT_A_TIME = 2048  # samples of a launch: fractions of a second, so that a user can stop it
+AT_A_TIME = 2048  # samples of a launch: about a second at most, so that a user can stop it
 _FIRST = 8  # the number of the first case that is compiled for its sizes: behind those of fused_kernel.py
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
 _SOURCES = (_COMMON / "device.cu", _COMMON / "numbers.cu", Path(__file__).parent / "cuda_kernels" / "write.cu")
