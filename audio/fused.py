@@ -103,6 +103,14 @@ class FusedModel:
         """The elements of a matrix (outputs, inputs) in the kernel's order."""
         return weight.detach().mT
 
+    def _by_state(self, x: Tensor) -> Tensor:
+        """What there is of channels and states, (.., E, N), in the kernel's order; `_by_channel` is the way back."""
+        return x.mT
+
+    def _by_channel(self, x: Tensor, E: int, N: int) -> Tensor:
+        """(B, .) -> (B, E, N)."""
+        return x.view(len(x), N, E).mT
+
     def _values(self, n: int) -> int:
         at = self._n_values
         self._n_values += -(-n // 4) * 4  # so that places divide by 4: a GPU moves four at once
@@ -111,7 +119,7 @@ class FusedModel:
     def _states(self, n: int) -> int:
         """A place behind all values."""
         at = self._n_states
-        self._n_states += n
+        self._n_states += -(-n // 4) * 4
         return at
 
     def _op(self, *operands: int) -> None:
@@ -142,12 +150,13 @@ class FusedModel:
         R, W = mixer.dt_rank, mixer.conv1d.weight.shape[-1]
         n_low = -(-(R + 2 * N) // 16) * 16
         conv_bias = mixer.conv1d.bias if mixer.conv1d.bias is not None else torch.zeros(E)
-        self._weight(conv_bias, mixer.conv1d.weight[:, 0].mT, mixer.dt_proj.bias, mixer.D, mixer.A.mT * LOG2E)
+        A = self._by_state(mixer.A * LOG2E)
+        self._weight(conv_bias, mixer.conv1d.weight[:, 0].mT, mixer.dt_proj.bias, mixer.D, A)
         x_proj = F.pad(mixer.x_proj.weight, (0, 0, 0, n_low - (R + 2 * N)))
         into, low, out = map(self._laid_out, (mixer.in_proj.weight, x_proj, mixer.out_proj.weight))
         matrices = self._matrix(into, low, mixer.dt_proj.weight.detach().mT, out)
         self._need(M, 2 * E, n_low, E)
-        return (MAMBA, M, E, N, R, W, at, self._states(E * (W - 1)), self._states(E * N), centred, matrices)
+        return (MAMBA, M, E, N, R, W, at, self._states(E * (W - 1)), self._states(A.numel()), centred, matrices)
 
     def _rate(self, unet: UNet, rate: int, depth: int) -> None:
         """Instructions of `unet.rate`, at a sample at which `depth` rates within take a step."""
@@ -223,7 +232,7 @@ class FusedModel:
         for (kind, *operands), of_block in zip(self.blocks, unet.blocks, strict=True):
             if kind == MAMBA:
                 put(self._n_values + operands[6], of_block.conv.mT)
-                put(self._n_values + operands[7], of_block.ssm.mT)
+                put(self._n_values + operands[7], self._by_state(of_block.ssm))
         return v
 
     def unpack(self, v: Tensor, label: Tensor, position: Tensor) -> AudioState:
@@ -240,8 +249,10 @@ class FusedModel:
             of_block = block.mixer.init_state(n_rows)
             if kind == MAMBA:
                 _, E, N, _, W, _, conv_at, ssm_at, _, _ = operands
-                conv = get(self._n_values + conv_at, W - 1, E)
-                of_block = of_block._replace(conv=conv, ssm=get(self._n_values + ssm_at, N, E))
+                conv, ssm_at = get(self._n_values + conv_at, W - 1, E), self._n_values + ssm_at
+                size = self._by_state(torch.empty(E, N)).numel()
+                ssm = self._by_channel(v[:, ssm_at : ssm_at + size], E, N)
+                of_block = of_block._replace(conv=conv, ssm=ssm.clone(memory_format=torch.contiguous_format))
             blocks.append(of_block)
         # Of what has not begun, the slots that are still to come hold the step before.
         pending = [get(at, *size) for at, size in zip(self.pending, sizes, strict=True)]

@@ -20,16 +20,18 @@ from ..kernels import nvrtc
 from ..kernels.selective_scan import cuda as selective_scan
 from .config import N_CODES
 from .fused import FusedModel
-from .fused_kernel import LINEAR, MAMBA, MLP, NORM
+from .fused_kernel import ADD, COPY, LINEAR, MAMBA, MLP, NORM
 from .model import AudioModel
 
-THREADS = 512  # of a block; another number is another order of sums
-STREAMS = 1
+# Threads of a block, and blocks that a multiprocessor is to have room for: while there is one for each recording, and
+# where there are more recordings. No result depends on it.
+FEW, MANY = (512, 1), (256, 2)
 AT_A_TIME = 2048  # samples of a launch: about a second at most, so that a user can stop it
+_NONE = -1
 _FIRST = 8  # the number of the first case that is compiled for its sizes: behind those of fused_kernel.py
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
 _SOURCES = (_COMMON / "device.cu", _COMMON / "numbers.cu", Path(__file__).parent / "cuda_kernels" / "write.cu")
-_pack = struct.Struct("14q4d").pack  # struct Problem of write.cu
+_pack = struct.Struct("13q4d").pack  # struct Problem of write.cu
 
 
 @cache
@@ -41,12 +43,13 @@ def _source(macros: tuple[tuple[str, Any], ...]) -> str:
 def _lanes(n_out: int, n_in: int, per_load: int) -> int:
     """Threads that share a row of a matrix: as few loads of a thread as can be, then as little else to do.
 
-    A thread reads its part of the input once for all of its rows; sums over lanes it makes for each.
+    A thread reads its part of the input once for all of its rows; sums over lanes it makes for each. It is reckoned with
+    one number of threads, whatever a block has: the order of a sum follows from it.
     """
     pieces = -(-n_in // per_load)
 
     def cost(log2: int) -> tuple[int, int]:
-        passes, steps = -(-(n_out << log2) // THREADS), pieces >> log2
+        passes, steps = -(-(n_out << log2) // FEW[0]), pieces >> log2
         return passes * steps, 2 * steps + passes * log2
 
     return 1 << min((log2 for log2 in range(6) if pieces % (1 << log2) == 0), key=cost)
@@ -55,41 +58,49 @@ def _lanes(n_out: int, n_in: int, per_load: int) -> int:
 class CudaModel(FusedModel):
     """A model's tables on its GPU, and the kernel for them. Raises nvrtc.Unavailable if there can be none."""
 
-    def __init__(self, model: AudioModel, *, guided: bool):
+    def __init__(self, model: AudioModel, n_recordings: int, *, guided: bool):
+        device = model.head.weight.get_device()
+        if not selective_scan.usable(device):
+            raise nvrtc.Unavailable("this GPU or this PyTorch has no NVRTC kernels")
+        self.threads, blocks = FEW if n_recordings <= nvrtc.processors(device) else MANY
         self.dtype = torch.bfloat16 if torch.is_autocast_enabled(model.head.weight.device.type) else torch.float32
         self.per_load = 16 // self.dtype.itemsize
         super().__init__(model)
-        device = self.weights.get_device()
-        if not selective_scan.usable(device):
-            raise nvrtc.Unavailable("this GPU or this PyTorch has no NVRTC kernels")
         cases: dict[str, int] = {}
-        ops = self.ops.tolist()
-        blocks = [op for op in ops if op[0] == MAMBA]
-        for op, after in zip(blocks, [*blocks[1:], blocks[0]], strict=True):
-            op += [after[11], 2 * after[2] * after[3] * self.dtype.itemsize]  # the next one's in_proj, to be asked for
+        ops, spans = self._joined()
         for op in ops:
-            op += [0] * (14 - len(op))
             if (case := self._case(op)) is not None:
                 op[0] = cases.setdefault(case, _FIRST + len(cases))
         self.ops_table = torch.tensor(ops, dtype=torch.int32, device=self.device)
         normed, inner, low, y = self.sizes.tolist()
         macros = {
-            "T": "bf16" if self.dtype == torch.bfloat16 else "float", "THREADS": THREADS,
+            "T": "bf16" if self.dtype == torch.bfloat16 else "float", "THREADS": self.threads, "MIN_BLOCKS": blocks,
             "VALUES": self._n_values, "ROW": self._n_values + self._n_states, "N_OPS": len(ops),
             "RATES": len(self.strides), "STRIDES": _braces(self.strides.tolist()),
-            "SPANS": _braces([_braces(span) for span in self.spans.tolist()]),
+            "SPANS": _braces([_braces(span) for span in spans]),
             "NORMED": max(normed, self.width), "INNER": inner, "LOW": low, "Y": y, "WIDTH": self.width,
             "EMBEDDING_AT": self.embedding_at, "LOGITS_AT": self.logits_at, "GUIDED": int(guided),
             "CASES": " ".join(f"case {number}: {call}; break;" for call, number in cases.items()),
         }  # fmt: skip
-        self._macros = tuple(macros.items())
-        self._kernel(1)
-
-    def _kernel(self, streams: int) -> Any:
-        """The kernel that has so many recordings in a block."""
         with torch.cuda.device_of(self.weights):
-            source = _source((*self._macros, ("STREAMS", streams)))
-            return nvrtc.kernel(source, "write_on", self.weights.get_device())
+            self.kernel = nvrtc.kernel(_source(tuple(macros.items())), "write_on", device)
+
+    def _joined(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Instructions and spans, with what keeps or adds to a Mamba block's result made part of its instruction."""
+        joined, spans = [], []
+        for first, last in self.spans.tolist():
+            begin = len(joined)
+            for op in self.ops[first:last].tolist():
+                before = joined[-1] if len(joined) > begin else None
+                block = before is not None and before[0] == MAMBA
+                if block and op[0] == ADD and op[1] == before[1] and before[12] == before[13] == _NONE:
+                    before[13] = op[2]
+                elif block and op[0] == COPY and op[2] == before[1] and before[12] == _NONE:
+                    before[12] = op[1]
+                else:
+                    joined.append([*op, _NONE, _NONE])
+            spans.append([begin, len(joined)])
+        return joined, spans
 
     def _case(self, op: list[int]) -> str | None:
         """The call that is compiled for an instruction, if it is compiled for its sizes."""
@@ -118,7 +129,7 @@ class CudaModel(FusedModel):
         """In the order in which threads read: (steps, passes, threads, elements of a load). See Product of write.cu."""
         n_out, n_in = weight.shape
         lanes = self._lanes_of(n_out, n_in)
-        pieces, slots = -(-n_in // self.per_load), THREADS // lanes
+        pieces, slots = -(-n_in // self.per_load), self.threads // lanes
         passes = -(-n_out // slots)
         filled = F.pad(weight.detach(), (0, pieces * self.per_load - n_in, 0, passes * slots - n_out))
         return filled.view(passes, slots, pieces // lanes, lanes, self.per_load).permute(2, 0, 1, 3, 4)
@@ -127,6 +138,18 @@ class CudaModel(FusedModel):
         """Each begins where 8 elements can be moved at once."""
         return super()._matrix(*(F.pad(flat := tensor.flatten(), (0, -len(flat) % 8)) for tensor in tensors))
 
+    def _weight(self, *tensors: Tensor) -> int:
+        """Each begins where 4 numbers can be moved at once."""
+        return super()._weight(*(F.pad(flat := x.detach().flatten(), (0, -len(flat) % 4)) for x in tensors))
+
+    def _by_state(self, x: Tensor) -> Tensor:
+        """States in four parts, each filled up so that it can be moved at once. See States of write.cu."""
+        n = x.shape[-1]
+        return F.pad(x, (0, _n_states(n) - n))
+
+    def _by_channel(self, x: Tensor, E: int, N: int) -> Tensor:
+        return x.view(len(x), E, -1)[..., :N]
+
     def run(
         self, values: list[Tensor], position: Tensor, codes: Tensor, uniform: Tensor, config: SamplingConfig,
         guidance: float, seen: Tensor | None,
@@ -134,28 +157,24 @@ class CudaModel(FusedModel):
         """Codes int64 (B, n), as of fused_kernel.run; uniform float64 (B, n)."""
         out = torch.empty(uniform.shape, dtype=torch.int64, device=self.device)
         n = out.shape[1]
-        streams = self._streams(position)
-        kernel = self._kernel(streams)
         for first in range(0, n, AT_A_TIME):
-            end = min(first + AT_A_TIME, n)
-            at = position + first
+            end, at = min(first + AT_A_TIME, n), position + first
             argument = _pack(
                 values[0].data_ptr(), values[-1].data_ptr(), self.weights.data_ptr(), self.matrices.data_ptr(),
                 self.ops_table.data_ptr(), at.data_ptr(), codes.data_ptr(),
                 uniform.data_ptr() + 8 * first, out.data_ptr() + 8 * first,
                 0 if seen is None else seen.data_ptr() + 4 * N_CODES * first,
-                len(out), end - first, n, config.top_k, guidance, config.temperature, config.top_p, config.min_p,
+                end - first, n, config.top_k, guidance, config.temperature, config.top_p, config.min_p,
             )  # fmt: skip
             with torch.cuda.device_of(out):
-                kernel(-(-len(out) // streams), THREADS, argument)
+                self.kernel(len(out), self.threads, argument)
             codes = out[:, end - 1].contiguous()
         return out
 
-    def _streams(self, position: Tensor) -> int:
-        """Recordings of a block: they must stand at the same place of the period."""
-        if STREAMS == 1 or (position % int(self.strides[-1])).unique().numel() > 1:
-            return 1
-        return STREAMS
+
+def _n_states(n: int) -> int:
+    """States of a channel with those that fill them up: each of four parts is 1, 2 or a multiple of 4."""
+    return 4 if n <= 4 else 8 if n <= 8 else -(-n // 16) * 16
 
 
 def _listed(arguments: Any) -> str:

@@ -83,7 +83,7 @@ class FusedWriter:
         generators: list[torch.Generator],
     ):
         guided = isinstance(model, Guided)
-        self.fused = self._tables_of(bare_model(model), guided)
+        self.fused = self._tables_of(bare_model(model), len(unread), guided)
         self.guidance = float(model.scale) if guided else 1.0
         of_each = list(state) if guided else [state]
         self.labels = [s.label.clone() for s in of_each]
@@ -91,7 +91,7 @@ class FusedWriter:
         self.position, self.unread = of_each[0].unet.position.clone(), unread.clone()
         self.config, self.generators, self.state_class = config, generators, type(state) if guided else None
 
-    def _tables_of(self, model: AudioModel, guided: bool) -> Any:
+    def _tables_of(self, model: AudioModel, n_recordings: int, guided: bool) -> Any:
         return FusedModel(model)
 
     def write(self, n: int, seen: Tensor | None = None) -> np.ndarray:
@@ -143,10 +143,10 @@ class FusedWriter:
 class CudaWriter(FusedWriter):
     """Raises nvrtc.Unavailable where its kernel cannot be had."""
 
-    def _tables_of(self, model: AudioModel, guided: bool) -> Any:
+    def _tables_of(self, model: AudioModel, n_recordings: int, guided: bool) -> Any:
         from .fused_cuda import CudaModel
 
-        return CudaModel(model, guided=guided)
+        return CudaModel(model, n_recordings, guided=guided)
 
     def _run(self, uniform: Tensor, seen: Tensor | None) -> Tensor:
         uniform = uniform.to(self.unread.device)

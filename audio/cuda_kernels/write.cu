@@ -1,32 +1,29 @@
-// The sample-by-sample loop of an audio model on a GPU: network, choice of a code, and on to the next sample, for some
-// recordings in each block. Compiled at run time by NVRTC, with no header of CUDA's.
+// The sample-by-sample loop of an audio model on a GPU: network, choice of a code, and on to the next sample, for each
+// recording in a block of its own. Compiled at run time by NVRTC, with no header of CUDA's.
 //
 // Blocks never wait for each other. What a recording has of its own at a time (activations, skips, what pools hold) is in
 // shared memory; its states are in global memory, and so are the weights, which all blocks read at about the same time
-// and find in the L2 cache. That reading is most of the work. So a product asks for its first weights before the barrier
-// that its inputs wait for, matrices lie in the order in which threads read them (../fused_cuda.py), and what is read
-// serves all streams of a block: STREAMS recordings, each twice if it is guided (as labelled, and without a label). They
-// stand at the same place of the period.
+// and find in the L2 cache. A sample is a chain of some hundred short steps with a barrier behind each: what counts is how
+// soon a step's numbers are there. So a product asks for its first weights before the barrier that its inputs wait for,
+// and matrices and states lie in the order in which threads read them (../fused_cuda.py). A recording that is guided is
+// two streams, as labelled and without a label, which share what is read of the weights.
 //
 // The tables are those of the CPU's loop (../fused.py, ../fused_kernel.py). An instruction's sizes are known when this
 // is compiled: each kind of instruction with its sizes is a case of its own (CASES). Every sum has its order fixed by the
-// sizes and THREADS: a recording's result depends, to the bit, on nothing but itself and the weights.
+// sizes alone: a recording's result depends, to the bit, on nothing but itself and the weights.
 //
-// Macros, set when compiled: T, the type of matrices; THREADS, STREAMS, GUIDED; VALUES and ROW, numbers of a stream without
+// Macros, set when compiled: T, the type of matrices; THREADS, MIN_BLOCKS, GUIDED; VALUES and ROW, numbers of a stream without
 // and with its states; N_OPS, SPANS, STRIDES, RATES; NORMED, INNER, LOW and Y, the most of each that a block has; WIDTH,
 // EMBEDDING_AT, LOGITS_AT, CASES.
 //
 // Letters: M width, E inner width, N states, R rank of dt, W convolution width, F inner width of an MLP.
 
-constexpr int CODES = 256, OPERANDS = 14;
+constexpr int CODES = 256, OPERANDS = 14, NONE = -1;
 constexpr int V = 16 / sizeof(T);  // elements of a matrix in one load
-#ifndef PREFETCH
-#define PREFETCH 0
-#endif
 #ifndef AT_ONCE
 #define AT_ONCE 8
 #endif
-constexpr int S = STREAMS * (1 + GUIDED);
+constexpr int S = 1 + GUIDED;
 static_assert(THREADS >= CODES, "a thread for each code");
 
 // As fused_cuda.py fills it in: 8 bytes each. B recordings.
@@ -37,11 +34,12 @@ struct Problem {
   const double* uniforms;           // (B, stride)
   int64* out;                       // (B, stride): what was drawn, -1 from where there was nothing to draw from
   float* seen;                      // (B, stride, CODES): the logits, unless null
-  int64 n_recordings, n, stride, top_k;  // n: samples to write
+  int64 n, stride, top_k;           // n: samples to write
   double guidance, temperature, top_p, min_p;
 };
 
-INLINE constexpr int filled(int n) { return (n + 7) / 8 * 8; }
+INLINE constexpr int filled(int n, int to = 8) { return (n + to - 1) / to * to; }
+INLINE constexpr int by4(int n) { return filled(n, 4); }  // the tensors in `w`, each filled up
 
 struct Shared {
   float values[S][filled(VALUES)];
@@ -138,21 +136,17 @@ template <int OUT, int IN, int LANES> struct Product {
   }
 };
 
-// Bring what is read later nearer: `bytes` from an address on, a line of the first-level cache by each thread.
-INLINE void ask_for(const void* from, int bytes) {
-  for (int at = threadIdx.x * 128; at < bytes; at += THREADS * 128) prefetch((const char*)from + at);
-}
-
 // RMSNorm or LayerNorm of the streams' values at `at`, to s.normed; w: weight, bias, epsilon. Every warp sums for itself.
+template <int M> constexpr int NORM_WEIGHTS = 2 * by4(M) + 4;
 template <int M, bool CENTRED> INLINE void norm(Shared& s, int at, const float* w) {
   constexpr int EACH = (M + 31) / 32, MINE = (M + THREADS - 1) / THREADS;
   const int lane = threadIdx.x % 32;
   float weight[MINE], bias[MINE];
-  const float eps = w[2 * M];
+  const float eps = w[2 * by4(M)];
 #pragma unroll
   for (int i = 0; i < MINE; ++i) {
     const int k = threadIdx.x + i * THREADS;
-    weight[i] = k < M ? w[k] : 0.0f, bias[i] = k < M ? w[M + k] : 0.0f;
+    weight[i] = k < M ? w[k] : 0.0f, bias[i] = k < M ? w[by4(M) + k] : 0.0f;
   }
   __syncthreads();
   EACH_STREAM {
@@ -166,7 +160,7 @@ template <int M, bool CENTRED> INLINE void norm(Shared& s, int at, const float* 
       const float centred = lane + 32 * i < M ? all[i] - mean : 0.0f;
       square = __fmaf_rn(centred, centred, square);
     }
-    const float scale = 1.0f / sqrtf(sum_of_warp(square) / M + eps);
+    const float scale = inverse_root(sum_of_warp(square) / M + eps);
 #pragma unroll
     for (int i = 0; i < MINE; ++i) {
       const int k = threadIdx.x + i * THREADS;
@@ -176,24 +170,20 @@ template <int M, bool CENTRED> INLINE void norm(Shared& s, int at, const float* 
   __syncthreads();
 }
 
-// A step of the states of SLOTS channels at a time, four threads for each: a thread's states are those whose number is
-// its quarter's, modulo 4; the threads of eight channels of a quarter stand side by side.
+// A step of the states of SLOTS channels at a time, four threads for each, of which each has NL states side by side.
 template <int E, int N, int R> struct States {
-  static constexpr int SLOTS = THREADS / 4, PASSES = (E + SLOTS - 1) / SLOTS, NL = (N + 3) / 4, RL = (R + 3) / 4;
+  static constexpr int SLOTS = THREADS / 4, PASSES = (E + SLOTS - 1) / SLOTS, RL = (R + 3) / 4;
+  static constexpr int NL = N <= 4 ? 1 : N <= 8 ? 2 : filled(N, 16) / 4;
   float h[S][NL], A[NL], widen[RL], bias, skip;
   int e, quarter;
 
   INLINE void load(int pass, const Rows& rows, int at, const float* w, const T* dt_proj) {
-    const int lane = threadIdx.x % 32;
-    e = pass * SLOTS + threadIdx.x / 32 * 8 + lane % 8, quarter = lane / 8;
+    e = pass * SLOTS + threadIdx.x / 4, quarter = threadIdx.x % 4;
     const bool there = e < E;
-    bias = there ? w[e] : 0.0f, skip = there ? w[E + e] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < NL; ++i) {
-      const int n = quarter + 4 * i;
-      EACH_STREAM h[j][i] = there && n < N ? rows[j][at + n * E + e] : 0.0f;
-      A[i] = there && n < N ? w[(2 + n) * E + e] : 0.0f;
-    }
+    const int mine = there ? (e * 4 + quarter) * NL : 0;
+    bias = there ? w[e] : 0.0f, skip = there ? w[by4(E) + e] : 0.0f;
+    EACH_STREAM load_floats(rows[j] + at + mine, h[j]);
+    load_floats(w + 2 * by4(E) + mine, A);
 #pragma unroll
     for (int i = 0; i < RL; ++i) {
       const int r = quarter + 4 * i;
@@ -210,25 +200,26 @@ template <int E, int N, int R> struct States {
         const int r = quarter + 4 * i;
         if (r < R) dt = __fmaf_rn(low[r], widen[i], dt);
       }
-      dt = add_across(add_across(dt, 8), 16) + bias;
+      dt = add_across(add_across(dt, 1), 2) + bias;
       dt = softplus_of(dt, exp_negative(-fabsf(dt)));
       const float u = there ? s.inner[j][e] : 0.0f, z = there ? s.inner[j][E + e] : 0.0f, drive = dt * u;
 #pragma unroll
       for (int i = 0; i < NL; ++i) {
-        const int n = quarter + 4 * i;
-        if (n < N) {
-          const float state = __fmaf_rn(exp2_fast(dt * A[i]), h[j][i], drive * low[R + n]);
-          sum = __fmaf_rn(state, low[R + N + n], sum);
-          if (there) rows[j][at + n * E + e] = state;
+        const int n = quarter * NL + i;
+        if (4 * NL == N || n < N) {
+          h[j][i] = __fmaf_rn(exp2_fast(dt * A[i]), h[j][i], drive * low[R + n]);
+          sum = __fmaf_rn(h[j][i], low[R + N + n], sum);
         }
       }
-      sum = add_across(add_across(sum, 8), 16);
+      if (there) store_floats(rows[j] + at + (e * 4 + quarter) * NL, h[j]);
+      sum = add_across(add_across(sum, 1), 2);
       if (there && quarter == 0) s.y[j][e] = __fmaf_rn(skip, u, sum) * (z * sigmoid(z));
     }
   }
 };
 
-// x += out_proj(..(norm(x))): a whole block. The order of its weights is fused.py's.
+// x += out_proj(..(norm(x))): a whole block; then, if so told, x is kept at another place, or what stands there is added
+// to it. The order of its weights is fused.py's.
 template <int M, int E, int N, int R, int W, bool CENTRED, int IN_LANES, int X_LANES, int OUT_LANES>
 INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) {
   constexpr int N_LOW = (R + 2 * N + 15) / 16 * 16, MINE = (E + THREADS - 1) / THREADS;
@@ -238,14 +229,10 @@ INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) 
   typedef States<E, N, R> Scan;
   const float* w = p.w + op[7];
   const T* m = p.m + op[11];
-  const int x_at = op[1], conv_at = op[8], ssm_at = op[9];
+  const int x_at = op[1], conv_at = op[8], ssm_at = op[9], keep_at = op[12], add_at = op[13];
   In in(m);
-  if (PREFETCH > 0) {
-    ask_for(m + In::SIZE, (X::SIZE + R * E + Out::SIZE) * sizeof(T));
-    ask_for(w, (2 * M + 1 + (W + 3 + N) * E) * 4);
-  }
   norm<M, CENTRED>(s, x_at, w);
-  w += 2 * M + 1;
+  w += NORM_WEIGHTS<M>;
   float taps[MINE][W], window[S][MINE][W], shift[MINE];
 #pragma unroll
   for (int i = 0; i < MINE; ++i) {
@@ -253,7 +240,7 @@ INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) 
     shift[i] = e < E ? w[e] : 0.0f;
 #pragma unroll
     for (int k = 0; k < W; ++k) {
-      taps[i][k] = e < E ? w[(1 + k) * E + e] : 0.0f;
+      taps[i][k] = e < E ? w[by4(E) + k * E + e] : 0.0f;
       EACH_STREAM window[j][i][k] = e < E && k < W - 1 ? rows[j][conv_at + k * E + e] : 0.0f;
     }
   }
@@ -273,14 +260,13 @@ INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) 
       s.inner[j][e] = mixed * sigmoid(mixed);
     }
   }
-  w += (1 + W) * E;
+  w += by4(E) + by4(W * E);
   const T* dt_proj = m + In::SIZE + X::SIZE;
   Scan now;
   now.load(0, rows, ssm_at, w, dt_proj);
   __syncthreads();
   low.template run<filled(INNER)>(s.inner[0], [&](int j, int o, float value) { s.low[j][o] = value; });
-  Out out(dt_proj + (R * E + 7) / 8 * 8);
-  if (PREFETCH > 1) ask_for(p.m + op[12], op[13]);
+  Out out(dt_proj + filled(R * E));
   __syncthreads();
 #pragma unroll
   for (int pass = 0; pass < Scan::PASSES; ++pass) {
@@ -290,7 +276,13 @@ INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) 
     now = next;
   }
   __syncthreads();
-  out.template run<filled(Y)>(s.y[0], [&](int j, int o, float value) { s.values[j][x_at + o] += value; });
+  out.template run<filled(Y)>(s.y[0], [&](int j, int o, float value) {
+    float* x = s.values[j];
+    value += x[x_at + o];
+    if (add_at != NONE) value += x[add_at + o];
+    if (keep_at != NONE) x[keep_at + o] = value;
+    x[x_at + o] = value;
+  });
   __syncthreads();
 }
 
@@ -303,7 +295,7 @@ INLINE void mlp(const Problem& p, Shared& s, const int* op) {
   const int x_at = op[1];
   In in(m);
   norm<M, CENTRED>(s, x_at, w);
-  w += 2 * M + 1;
+  w += NORM_WEIGHTS<M>;
   in.template run<filled(NORMED)>(s.normed[0], [&](int j, int o, float value) {
     value += w[o];
     s.inner[j][o] = value * 0.5f * (1.0f + erff(value * 0.70710678f));
@@ -311,7 +303,7 @@ INLINE void mlp(const Problem& p, Shared& s, const int* op) {
   Product<M, F, OUT_LANES> out(m + In::SIZE);
   __syncthreads();
   out.template run<filled(INNER)>(
-      s.inner[0], [&](int j, int o, float value) { s.values[j][x_at + o] += value + w[F + o]; });
+      s.inner[0], [&](int j, int o, float value) { s.values[j][x_at + o] += value + w[by4(F) + o]; });
   __syncthreads();
 }
 
@@ -432,49 +424,41 @@ INLINE int choose(const Problem& p, Shared& s, const float* logits, double unifo
   return s.code;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) write_on(const Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) write_on(const Problem p) {
   extern __shared__ float4 room[];
   Shared& s = *reinterpret_cast<Shared*>(room);
-  int64 recordings[STREAMS];  // the last one again where there are too few: it is written twice, with the same numbers
-  int codes[STREAMS];
-#pragma unroll
-  for (int r = 0; r < STREAMS; ++r) {
-    const int64 number = int64(blockIdx.x) * STREAMS + r;
-    recordings[r] = number < p.n_recordings ? number : p.n_recordings - 1;
-    codes[r] = p.codes[recordings[r]];
-  }
+  const int64 recording = blockIdx.x;
   Rows rows;
-  EACH_STREAM rows[j] = (j % (1 + GUIDED) ? p.beside : p.v) + recordings[j / (1 + GUIDED)] * ROW;
+  EACH_STREAM rows[j] = (j ? p.beside : p.v) + recording * ROW;
   for (int i = threadIdx.x; i < N_OPS * OPERANDS; i += THREADS) s.ops[0][i] = p.ops[i];
   EACH_STREAM for (int i = threadIdx.x; i < VALUES; i += THREADS) s.values[j][i] = rows[j][i];
   __syncthreads();
-  int phase = p.positions[recordings[0]] % strides[RATES - 1];
+  int code = p.codes[recording], phase = p.positions[recording] % strides[RATES - 1];
 #pragma unroll 1
   for (int64 t = 0; t < p.n; ++t) {
-    EACH_STREAM {
-      const int code = codes[j / (1 + GUIDED)];
-      const float* row = p.w + EMBEDDING_AT + (code < 0 ? 0 : code) * WIDTH;
-      for (int d = threadIdx.x; d < WIDTH; d += THREADS) s.values[j][d] = row[d];
+    const int64 at = recording * p.stride + t;
+    if (code < 0) {
+      for (int64 i = threadIdx.x; i < p.n - t; i += THREADS) p.out[at + i] = -1;
+      break;
+    }
+    for (int d = threadIdx.x; d < WIDTH; d += THREADS) {
+      const float x = p.w[EMBEDDING_AT + code * WIDTH + d];
+      EACH_STREAM s.values[j][d] = x;
     }
     int depth = 0;
     while (depth + 1 < RATES && (phase + 1) % strides[depth + 1] == 0) ++depth;
     network(p, s, rows, spans[depth][0], spans[depth][1], phase);
-#pragma unroll
-    for (int r = 0; r < STREAMS; ++r) {
-      float* logits = s.values[r * (1 + GUIDED)] + LOGITS_AT;
-      const int64 at = recordings[r] * p.stride + t;
-      for (int i = threadIdx.x; i < CODES; i += THREADS) {
-        if (GUIDED) {
-          const float without = s.values[r * (1 + GUIDED) + GUIDED][LOGITS_AT + i];
-          logits[i] = without + float(p.guidance) * (logits[i] - without);
-        }
-        if (p.seen) p.seen[at * CODES + i] = logits[i];
+    float* logits = s.values[0] + LOGITS_AT;
+    for (int i = threadIdx.x; i < CODES; i += THREADS) {
+      if (GUIDED) {
+        const float without = s.values[GUIDED][LOGITS_AT + i];
+        logits[i] = without + float(p.guidance) * (logits[i] - without);
       }
-      __syncthreads();
-      const int code = choose(p, s, logits, p.uniforms[at]);
-      codes[r] = codes[r] < 0 ? -1 : code;
-      if (threadIdx.x == 0) p.out[at] = codes[r];
+      if (p.seen) p.seen[at * CODES + i] = logits[i];
     }
+    __syncthreads();
+    code = choose(p, s, logits, p.uniforms[at]);
+    if (threadIdx.x == 0) p.out[at] = code;
     phase = (phase + 1) % strides[RATES - 1];
   }
   __syncthreads();

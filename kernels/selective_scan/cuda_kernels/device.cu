@@ -15,6 +15,11 @@ __device__ __forceinline__ float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ float half_to_float(unsigned bits) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((unsigned short)bits));
@@ -54,6 +59,3 @@ __device__ __forceinline__ void store_if(bool wanted, void* to, uint4 x) {
                "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
 }
-
-// Ask for a line of memory to be brought into the first-level cache.
-__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
