@@ -20,8 +20,14 @@
 
 constexpr int CODES = 256, OPERANDS = 14, NONE = -1;
 constexpr int V = 16 / sizeof(T);  // elements of a matrix in one load
+#ifndef EARLY
+#define EARLY 16
+#endif
 #ifndef AT_ONCE
 #define AT_ONCE 8
+#endif
+#ifndef THEN
+#define THEN 4
 #endif
 constexpr int S = 1 + GUIDED;
 static_assert(THREADS >= CODES, "a thread for each code");
@@ -67,22 +73,22 @@ INLINE float sum_of_warp(float x) {
 }
 
 // out = W x: LANES threads share a row, and a thread has PASSES rows, of which it reads STEPS pieces of V.
-template <int OUT, int IN, int LANES> struct Product {
+template <int OUT, int IN, int LANES, int MOST = AT_ONCE> struct Product {
   static constexpr int STEPS = (IN + V - 1) / V / LANES, SLOTS = THREADS / LANES, PASSES = (OUT + SLOTS - 1) / SLOTS;
   static constexpr int SIZE = PASSES * STEPS * THREADS * V;
   static INLINE constexpr int ahead() {
-    int n = AT_ONCE / PASSES < 1 ? 1 : AT_ONCE / PASSES > STEPS ? STEPS : AT_ONCE / PASSES;
+    int n = MOST / PASSES < 1 ? 1 : MOST / PASSES > STEPS ? STEPS : MOST / PASSES;
     while (STEPS % n) --n;
     return n;
   }
-  static constexpr int AHEAD = ahead();
+  static constexpr int AHEAD = ahead(), HELD = AHEAD * PASSES;
   static_assert((IN + V - 1) / V % LANES == 0, "lanes share a row evenly");
 
   const T* from;
   Packed<T, V> w[AHEAD][PASSES];
 
   // Ask for the first weights.
-  INLINE Product(const T* matrix) {
+  INLINE void begin(const T* matrix) {
     from = matrix + threadIdx.x * V;
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a)
@@ -148,7 +154,6 @@ template <int M, bool CENTRED> INLINE void norm(Shared& s, int at, const float* 
     const int k = threadIdx.x + i * THREADS;
     weight[i] = k < M ? w[k] : 0.0f, bias[i] = k < M ? w[by4(M) + k] : 0.0f;
   }
-  __syncthreads();
   EACH_STREAM {
     const float* x = s.values[j] + at;
     float all[EACH], mean = 0.0f, square = 0.0f;
@@ -224,15 +229,23 @@ template <int M, int E, int N, int R, int W, bool CENTRED, int IN_LANES, int X_L
 INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) {
   constexpr int N_LOW = (R + 2 * N + 15) / 16 * 16, MINE = (E + THREADS - 1) / THREADS;
   typedef Product<2 * E, M, IN_LANES> In;
-  typedef Product<N_LOW, E, X_LANES> X;
-  typedef Product<M, E, OUT_LANES> Out;
+  typedef Product<N_LOW, E, X_LANES, THEN> X;
+  typedef Product<M, E, OUT_LANES, THEN> Out;
   typedef States<E, N, R> Scan;
+  constexpr bool early = In::HELD + X::HELD + Out::HELD <= EARLY;
   const float* w = p.w + op[7];
   const T* m = p.m + op[11];
   const int x_at = op[1], conv_at = op[8], ssm_at = op[9], keep_at = op[12], add_at = op[13];
-  In in(m);
+  const T *x_proj = m + In::SIZE, *dt_proj = x_proj + X::SIZE, *out_proj = dt_proj + filled(R * E);
+  In in;
+  X low;
+  Out out;
+  Scan now;
+  in.begin(m);
+  if (early) low.begin(x_proj), out.begin(out_proj);
   norm<M, CENTRED>(s, x_at, w);
   w += NORM_WEIGHTS<M>;
+  if (early) now.load(0, rows, ssm_at, w + by4(E) + by4(W * E), dt_proj);
   float taps[MINE][W], window[S][MINE][W], shift[MINE];
 #pragma unroll
   for (int i = 0; i < MINE; ++i) {
@@ -245,7 +258,7 @@ INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) 
     }
   }
   in.template run<filled(NORMED)>(s.normed[0], [&](int j, int o, float value) { s.inner[j][o] = value; });
-  X low(m + In::SIZE);
+  if (!early) low.begin(x_proj);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < MINE; ++i) {
@@ -261,12 +274,10 @@ INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) 
     }
   }
   w += by4(E) + by4(W * E);
-  const T* dt_proj = m + In::SIZE + X::SIZE;
-  Scan now;
-  now.load(0, rows, ssm_at, w, dt_proj);
+  if (!early) now.load(0, rows, ssm_at, w, dt_proj);
   __syncthreads();
   low.template run<filled(INNER)>(s.inner[0], [&](int j, int o, float value) { s.low[j][o] = value; });
-  Out out(dt_proj + filled(R * E));
+  if (!early) out.begin(out_proj);
   __syncthreads();
 #pragma unroll
   for (int pass = 0; pass < Scan::PASSES; ++pass) {
@@ -293,14 +304,16 @@ INLINE void mlp(const Problem& p, Shared& s, const int* op) {
   const float* w = p.w + op[7];
   const T* m = p.m + op[11];
   const int x_at = op[1];
-  In in(m);
+  In in;
+  in.begin(m);
   norm<M, CENTRED>(s, x_at, w);
   w += NORM_WEIGHTS<M>;
   in.template run<filled(NORMED)>(s.normed[0], [&](int j, int o, float value) {
     value += w[o];
     s.inner[j][o] = value * 0.5f * (1.0f + erff(value * 0.70710678f));
   });
-  Product<M, F, OUT_LANES> out(m + In::SIZE);
+  Product<M, F, OUT_LANES> out;
+  out.begin(m + In::SIZE);
   __syncthreads();
   out.template run<filled(INNER)>(
       s.inner[0], [&](int j, int o, float value) { s.values[j][x_at + o] += value + w[by4(F) + o]; });
@@ -308,10 +321,10 @@ INLINE void mlp(const Problem& p, Shared& s, const int* op) {
 }
 
 template <int IN, int OUT, int LANES> INLINE void linear(const Problem& p, Shared& s, const int* op) {
-  Product<OUT, IN, LANES> product(p.m + op[6]);
+  Product<OUT, IN, LANES> product;
+  product.begin(p.m + op[6]);
   const float* bias = p.w + op[5];
   const int out_at = op[3];
-  __syncthreads();
   product.template run<filled(VALUES)>(
       s.values[0] + op[1], [&](int j, int o, float value) { s.values[j][out_at + o] = value + bias[o]; });
   __syncthreads();
@@ -320,31 +333,31 @@ template <int IN, int OUT, int LANES> INLINE void linear(const Problem& p, Share
 template <int M, bool CENTRED> INLINE void norm_in_place(const Problem& p, Shared& s, const int* op) {
   norm<M, CENTRED>(s, op[1], p.w + op[7]);
   EACH_STREAM for (int d = threadIdx.x; d < M; d += THREADS) s.values[j][op[1] + d] = s.normed[j][d];
+  __syncthreads();
 }
 
-// Instructions from `first` to `last`. Those on single numbers need no barrier among themselves: number d is always
-// thread d's. The others begin and end with one.
+// Instructions from `first` to `last`: each ends with a barrier.
 INLINE void network(const Problem& p, Shared& s, const Rows& rows, int first, int last, int phase) {
 #pragma unroll 1
   for (int i = first; i < last; ++i) {
     const int* op = s.ops[i];
-    const int to = op[1], from = op[2], n = op[3];
-    const int slot = op[0] == PUT || op[0] == TAKE ? phase / op[5] % op[4] : 0;
     switch (op[0]) {
       case ADD:
-        EACH_STREAM for (int d = threadIdx.x; d < n; d += THREADS) s.values[j][to + d] += s.values[j][from + d];
-        break;
       case COPY:
-        EACH_STREAM for (int d = threadIdx.x; d < n; d += THREADS) s.values[j][to + d] = s.values[j][from + d];
+      case PUT:
+      case TAKE: {
+        const int to = op[1], from = op[2], n = op[3];
+        // A pool's pending steps, and those of its queue, stand side by side: channel d's from d p on.
+        const int pool = op[0] < LINEAR ? 1 : op[4], slot = op[0] < LINEAR ? 0 : phase / op[5] % pool;
+        EACH_STREAM for (int d = threadIdx.x; d < n; d += THREADS) {
+          float* x = s.values[j];
+          const float value = x[from + (op[0] == TAKE ? d * pool + slot : d)];
+          float& there = x[to + (op[0] == PUT ? d * pool + slot : d)];
+          there = op[0] == ADD ? there + value : value;
+        }
+        __syncthreads();
         break;
-      case PUT:  // into slot `slot` of a pool's pending steps, which channel d has at d p
-        EACH_STREAM for (int d = threadIdx.x; d < n; d += THREADS)
-          s.values[j][to + d * op[4] + slot] = s.values[j][from + d];
-        break;
-      case TAKE:
-        EACH_STREAM for (int d = threadIdx.x; d < n; d += THREADS)
-          s.values[j][to + d] = s.values[j][from + d * op[4] + slot];
-        break;
+      }
       CASES
     }
   }
@@ -445,6 +458,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) write_on(const
       const float x = p.w[EMBEDDING_AT + code * WIDTH + d];
       EACH_STREAM s.values[j][d] = x;
     }
+    __syncthreads();
     int depth = 0;
     while (depth + 1 < RATES && (phase + 1) % strides[depth + 1] == 0) ++depth;
     network(p, s, rows, spans[depth][0], spans[depth][1], phase);
