@@ -43,8 +43,8 @@ def _source(macros: tuple[tuple[str, Any], ...]) -> str:
 def _lanes(n_out: int, n_in: int, per_load: int) -> int:
     """Threads that share a row of a matrix: as few loads of a thread as can be, then as little else to do.
 
-    A thread reads its part of the input once for all of its rows; sums over lanes it makes for each. It is reckoned with
-    one number of threads, whatever a block has: the order of a sum follows from it.
+    A thread reads its part of the input once for all of its rows; sums over lanes it makes for each. Reckoned with one
+    number of threads, whatever a block has: the order of a sum follows from it.
     """
     pieces = -(-n_in // per_load)
 
