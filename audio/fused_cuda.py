@@ -87,16 +87,16 @@ class CudaModel(FusedModel):
 
     def _joined(self) -> tuple[list[list[int]], list[list[int]]]:
         """Instructions and spans, with what keeps or adds to a Mamba block's result made part of its instruction."""
-        joined, spans = [], []
+        joined: list[list[int]] = []
+        spans = []
         for first, last in self.spans.tolist():
             begin = len(joined)
             for op in self.ops[first:last].tolist():
-                before = joined[-1] if len(joined) > begin else None
-                block = before is not None and before[0] == MAMBA
-                if block and op[0] == ADD and op[1] == before[1] and before[12] == before[13] == _NONE:
-                    before[13] = op[2]
-                elif block and op[0] == COPY and op[2] == before[1] and before[12] == _NONE:
-                    before[12] = op[1]
+                block = joined[-1] if len(joined) > begin and joined[-1][0] == MAMBA else None
+                if block and op[0] == ADD and op[1] == block[1] and block[12] == block[13] == _NONE:
+                    block[13] = op[2]
+                elif block and op[0] == COPY and op[2] == block[1] and block[12] == _NONE:
+                    block[12] = op[1]
                 else:
                     joined.append([*op, _NONE, _NONE])
             spans.append([begin, len(joined)])
