@@ -1,62 +1,220 @@
-"""A grouped matrix product in Triton that ends in a ReLU, or in a ReLU's gradient."""
+"""Grouped matrix products in Triton: of rows, read and written where their tokens stand, and of weights' gradients."""
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..triton_runtime import ceil_div, multiply_add, with_rows
 
-TILE = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "num_stages": 3}
+# Of a product of rows: 256 columns read least of the L2 cache, whose rate is the limit; then one program a processor,
+# whose loads of a tile begin during the one before (`flatten`).
+TILE = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "num_stages": 3, "per_sm": 1, "flatten": True, "tma": 1}
+GRADIENT = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "num_stages": 5, "tma": 1}
 
 
-@triton.jit(do_not_specialize=["n_groups"])
+@triton.jit(do_not_specialize=["n_groups", "n_rows"])
 def _matmul(
-    x, weight, inner, y, ends, x_stride, weight_group, weight_row, weight_column, n_groups, n_in, n_out,
+    x, weight, inner, gates, y, shares, read_by, write_by, ends, x_stride, weight_group, weight_row, weight_column,
+    n_rows, n_groups, n_in, n_out, TOP_K: tl.constexpr, RELU: tl.constexpr, TRANSPOSED: tl.constexpr,
+    FLATTEN: tl.constexpr, TMA: tl.constexpr,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y = relu(x weight[group]), or of x weight[group] where `inner` is positive, and 0 elsewhere.
+    """Tiles of y = x weight[group]; in sorted order, but for x by `read_by` and y by `write_by`.
+
+    RELU: its ReLU; `inner`: its gradient where `inner` is positive, and 0 elsewhere. Either by the row's gate; then
+    `shares` (tiles of columns, assignments) gets the sums over columns of what that gate's gradient is the sum of.
 
     Tiles of rows are counted group by group, each group's from its own first row on; those of one tile of rows side by
-    side. The groups' sizes are known on the device only, so there are programs for as many tiles as there may be.
+    side.
     """
     n_columns = tl.cdiv(n_out, COLUMNS)
-    number = tl.program_id(0) // n_columns
     g = tl.arange(0, GROUPS)
     end = tl.load(ends + g, mask=g < n_groups, other=0)
     start = tl.load(ends + g - 1, mask=(g > 0) & (g < n_groups), other=0)
-    tiles = tl.cdiv(end - start, ROWS)
-    group = tl.sum((tl.cumsum(tiles, axis=0) <= number).to(tl.int32), axis=0)
-    if group < n_groups:
-        of_group = number - tl.sum(tl.where(g < group, tiles, 0), axis=0)
-        first = tl.sum(tl.where(g == group, start, 0), axis=0) + of_group * ROWS
+    tiles = tl.where(g < n_groups, tl.cdiv(end - start, ROWS), 0)
+    reached = tl.cumsum(tiles, axis=0)
+    row_of_tile = start - (reached - tiles) * ROWS
+    n_tiles = tl.sum(tiles, axis=0) * n_columns
+    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN):
+        number = tile // n_columns
+        group = tl.sum((reached <= number).to(tl.int32), axis=0)
+        first = tl.sum(tl.where(g == group, row_of_tile, 0), axis=0) + number * ROWS
         last = tl.sum(tl.where(g == group, end, 0), axis=0)
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        column = tl.program_id(0) % n_columns * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        row = first + tl.arange(0, ROWS)
+        first_column = tile % n_columns * COLUMNS
+        column = first_column + tl.arange(0, COLUMNS)
         k = tl.arange(0, INNER)
-        left = x + row * x_stride + k[None, :]
-        right = weight + group.to(tl.int64) * weight_group + k[:, None] * weight_row + column * weight_column
-        at, inside = row * n_out + column, (row < last) & (column < n_out)
-        if inner is not None:
-            told = tl.load(inner + at, mask=inside, other=0.0)  # on its way while the product is made
+        source = row
+        if read_by is not None:
+            source = tl.load(read_by + row, mask=row < last, other=0) // TOP_K
+        left = x + source.to(tl.int64)[:, None] * x_stride + k[None, :]
+        if not TMA:
+            right = weight + group.to(tl.int64) * weight_group + k[:, None] * weight_row + column * weight_column
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for done in range(0, n_in, INNER):
-            a = tl.load(left + done, mask=(row < last) & (done + k < n_in)[None, :], other=0.0)
-            b = tl.load(right + done * weight_row, mask=(done + k < n_in)[:, None] & (column < n_out), other=0.0)
+            a = tl.load(left + done, mask=(row < last)[:, None] & (done + k < n_in)[None, :], other=0.0)
+            if not TMA:
+                b = tl.load(
+                    right + done * weight_row, mask=(done + k < n_in)[:, None] & (column < n_out)[None, :], other=0.0
+                )
+            elif TRANSPOSED:
+                b = weight.load([group, first_column, done]).reshape(COLUMNS, INNER).T
+            else:
+                b = weight.load([group, done, first_column]).reshape(INNER, COLUMNS)
             total = multiply_add(a, b, total)
-        if inner is None:
-            told = total
-        tl.store(y + at, tl.where(told <= 0, 0.0, total), mask=inside)  # a NaN is not <= 0, and goes on
+        inside = (row < last)[:, None] & (column < n_out)[None, :]
+        told = total
+        if inner is not None:
+            told = tl.load(inner + row.to(tl.int64)[:, None] * n_out + column[None, :], mask=inside, other=0.0)
+        if gates is not None:
+            assignment = tl.load(read_by + row, mask=row < last, other=0)
+            gate = tl.load(gates + assignment, mask=row < last, other=0.0)
+            if inner is not None:  # which is by its gate already
+                share = tl.sum(told * total, axis=1) / tl.where(gate == 0, 1.0, gate)
+                tl.store(shares + tile % n_columns * n_rows.to(tl.int64) + assignment, share, mask=row < last)
+            total *= gate[:, None]
+        if RELU or inner is not None:
+            total = tl.where(told <= 0, 0.0, total)  # a NaN is not <= 0, and goes on
+        target = row
+        if write_by is not None:
+            target = tl.load(write_by + row, mask=row < last, other=0)
+        at = target.to(tl.int64)[:, None] * n_out + column[None, :]
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
-def matmul(x: Tensor, weight: Tensor, ends: Tensor, inner: Tensor | None) -> Tensor:
-    """x (T, I), weight (E, I, O), ends (E,) -> (T, O): relu(x weight[e]) without `inner` (T, O)."""
-    x, n_groups, n_out = with_rows(x), len(ends), weight.shape[2]
-    y = x.new_empty(len(x), n_out)
-    n_tiles = len(x) // TILE["ROWS"] + min(n_groups, len(x))
-    with torch.cuda.device_of(x):
-        _matmul[(n_tiles * ceil_div(n_out, TILE["COLUMNS"]),)](
-            x, weight, inner, y, ends, x.stride(0), *weight.stride(), n_groups, x.shape[1], n_out,
-            GROUPS=1 << (n_groups - 1).bit_length(), **TILE,
+def matmul(
+    x: Tensor, weight: Tensor, ends: Tensor, *, relu: bool = False, inner: Tensor | None = None,
+    gates: Tensor | None = None, read_by: Tensor | None = None, write_by: Tensor | None = None, some_lost: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """x (T, I) or, by `read_by` (T K,), its rows' assignments; weight (E, I, O) -> (T K, O), shares."""
+    x, (n_groups, n_in, n_out) = with_rows(x), weight.shape
+    new = x.new_zeros if some_lost else x.new_empty
+    n_rows, top_k = (len(x), 1) if read_by is None else (len(read_by), len(read_by) // max(len(x), 1))
+    y, shape = new(n_rows, n_out), dict(TILE)
+    per_sm, flatten, tma = shape.pop("per_sm"), shape.pop("flatten"), shape.pop("tma")
+    n_columns, shares = ceil_div(n_out, shape["COLUMNS"]), None
+    if gates is not None and inner is not None:
+        shares = new(n_columns, n_rows, dtype=torch.float32)
+    transposed = weight.stride(2) != 1
+    n_tiles = (n_rows // shape["ROWS"] + min(n_groups, n_rows)) * n_columns
+    if per_sm:
+        n_tiles = min(n_tiles, per_sm * _processors(x.device))
+    given = weight
+    if tma:
+        block = [1, shape["COLUMNS"], shape["INNER"]] if transposed else [1, shape["INNER"], shape["COLUMNS"]]
+        given = TensorDescriptor.from_tensor(weight.transpose(1, 2) if transposed else weight, block)
+    if n_tiles:
+        with torch.cuda.device_of(x):
+            _matmul[(n_tiles,)](
+                x, given, inner, gates, y, shares, read_by, write_by, ends, x.stride(0), *weight.stride(), n_rows,
+                n_groups, n_in, n_out, TOP_K=top_k, RELU=relu, TRANSPOSED=transposed, FLATTEN=bool(flatten),
+                TMA=bool(tma), GROUPS=1 << (n_groups - 1).bit_length(), **shape,
+            )  # fmt: skip
+    return y, shares
+
+
+@triton.jit
+def _tile_of_gradient(
+    x, inner, dweight, order, ends, group, row_tile, column_tile, x_stride, n_x, n_inner,
+    OF_X: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """x[token]^T inner (n_x, n_inner) if OF_X, else its transpose, over the rows of a group."""
+    end = tl.load(ends + group)
+    start = tl.load(ends + group - 1, mask=group > 0, other=0)
+    GATHERED: tl.constexpr = ROWS if OF_X else COLUMNS
+    OTHER: tl.constexpr = COLUMNS if OF_X else ROWS
+    first_x = (row_tile if OF_X else column_tile) * GATHERED
+    first_inner = (column_tile if OF_X else row_tile) * OTHER
+    d = first_x + tl.arange(0, GATHERED)
+    i = first_inner + tl.arange(0, OTHER)
+    k = tl.arange(0, INNER)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(start, end, INNER):
+        s = first + k
+        token = s
+        if order is not None:
+            token = tl.load(order + s, mask=s < end, other=0) // TOP_K
+        ours = tl.load(
+            x + token.to(tl.int64)[:, None] * x_stride + d[None, :], mask=(s < end)[:, None] & (d < n_x)[None, :],
+            other=0.0,
         )  # fmt: skip
-    return y
+        if TMA:
+            # The group as the end of a matrix of 2^30 rows, beyond which there is nothing to read.
+            theirs = inner.load([1 << 30, end, (1 << 30) - (end - first), first_inner]).reshape(INNER, OTHER)
+        else:
+            theirs = tl.load(
+                inner + s.to(tl.int64)[:, None] * n_inner + i[None, :],
+                mask=(s < end)[:, None] & (i < n_inner)[None, :], other=0.0,
+            )  # fmt: skip
+        total = multiply_add(ours.T, theirs, total) if OF_X else multiply_add(theirs.T, ours, total)
+    if OF_X:
+        at, inside = d[:, None] * n_inner + i[None, :], (d < n_x)[:, None] & (i < n_inner)[None, :]
+    else:
+        at, inside = i[:, None] * n_x + d[None, :], (i < n_inner)[:, None] & (d < n_x)[None, :]
+    of_group = dweight + group.to(tl.int64) * n_x * n_inner
+    tl.store(of_group + at, total.to(dweight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_gradients(
+    x, dinner, dw_in, dy, inner, dw_out, order, ends, x_stride, dy_stride, n_x, n_inner,
+    TOP_K: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Programs of a group's tiles of one gradient side by side, of x's weight first."""
+    columns_in, columns_out = tl.cdiv(n_inner, COLUMNS), tl.cdiv(n_x, COLUMNS)
+    tiles_in, tiles_out = tl.cdiv(n_x, ROWS) * columns_in, tl.cdiv(n_inner, ROWS) * columns_out
+    tile = tl.program_id(0)
+    group, tile = tile // (tiles_in + tiles_out), tile % (tiles_in + tiles_out)
+    if tile < tiles_in:
+        _tile_of_gradient(
+            x, dinner, dw_in, order, ends, group, tile // columns_in, tile % columns_in, x_stride, n_x, n_inner,
+            True, TOP_K, TMA, ROWS, COLUMNS, INNER,
+        )  # fmt: skip
+    else:
+        tile -= tiles_in
+        _tile_of_gradient(
+            dy, inner, dw_out, order, ends, group, tile // columns_out, tile % columns_out, dy_stride, n_x, n_inner,
+            False, TOP_K, TMA, ROWS, COLUMNS, INNER,
+        )  # fmt: skip
+
+
+def weight_gradients(
+    x: Tensor, dinner: Tensor, dy: Tensor, inner: Tensor, order: Tensor | None, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x, dy (T, D), by `order` (T K,), dinner, inner (T K, I) -> x^T dinner (E, D, I), inner^T dy (E, I, D)."""
+    x, dy, (n_x, n_inner) = with_rows(x), with_rows(dy), (x.shape[1], inner.shape[1])
+    n_groups, shape = len(ends), dict(GRADIENT)
+    tma = shape.pop("tma")
+    rows, columns = shape["ROWS"], shape["COLUMNS"]
+    n_tiles = ceil_div(n_x, rows) * ceil_div(n_inner, columns) + ceil_div(n_inner, rows) * ceil_div(n_x, columns)
+    dw_in, dw_out = x.new_empty(n_groups, n_x, n_inner), x.new_empty(n_groups, n_inner, n_x)
+    top_k = 1 if order is None else len(order) // max(len(x), 1)
+    given = dinner, inner
+    if tma:
+        given = _ending(dinner, shape["INNER"], columns), _ending(inner, shape["INNER"], rows)
+    with torch.cuda.device_of(x):
+        _weight_gradients[(n_groups * n_tiles,)](
+            x, given[0], dw_in, dy, given[1], dw_out, order, ends, x.stride(0), dy.stride(0), n_x, n_inner,
+            TOP_K=top_k, TMA=bool(tma), **shape,
+        )  # fmt: skip
+    return dw_in, dw_out
+
+
+def _ending(x: Tensor, n_rows: int, n_columns: int) -> TensorDescriptor:
+    """x (T, I) for tiles of n_rows that end at a given row: [2^30, e, 2^30 - n, c] reads rows e - n to e, then zeros.
+
+    That is x[2^30 (2^34 / stride - 1) + e + 2^30 - n] by addresses of 64 bits, which wrap around.
+    """
+    stride = x.stride(0)
+    shape, strides = [0x7FFF0000, 0x7FFF0000, 1 << 30, x.shape[1]], [(1 << 34) - stride, stride, stride, 1]
+    return TensorDescriptor(x, shape, strides, [1, 1, n_rows, n_columns])
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
