@@ -12,15 +12,23 @@ from ..triton_runtime import ceil_div, multiply_add, with_rows
 
 # Of a product of rows: 256 columns read least of the L2 cache, whose rate is the limit; then one program a processor,
 # whose loads of a tile begin during the one before (`flatten`).
-TILE = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "num_stages": 3, "per_sm": 1, "flatten": True, "tma": 1}
-GRADIENT = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "num_stages": 5, "tma": 1}
+WIDE = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "num_stages": 4, "per_sm": 1, "PARTS": 4}
+WIDE |= {"FLATTEN": True, "TMA": True, "TMA_X": False}
+TILES = {"relu": WIDE, "masked": WIDE, "plain": WIDE}
+GRADIENT = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "num_stages": 5, "TMA": True, "TMA_X": False}
+
+
+@triton.jit
+def _halves(x):
+    """The columns of x in two halves, each thread's own numbers."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit(do_not_specialize=["n_groups", "n_rows"])
 def _matmul(
     x, weight, inner, gates, y, shares, read_by, write_by, ends, x_stride, weight_group, weight_row, weight_column,
     n_rows, n_groups, n_in, n_out, TOP_K: tl.constexpr, RELU: tl.constexpr, TRANSPOSED: tl.constexpr,
-    FLATTEN: tl.constexpr, TMA: tl.constexpr,
+    FLATTEN: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, PARTS: tl.constexpr,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Tiles of y = x weight[group]; in sorted order, but for x by `read_by` and y by `write_by`.
@@ -51,12 +59,16 @@ def _matmul(
         source = row
         if read_by is not None:
             source = tl.load(read_by + row, mask=row < last, other=0) // TOP_K
-        left = x + source.to(tl.int64)[:, None] * x_stride + k[None, :]
+        if not TMA_X:
+            left = x + source.to(tl.int64)[:, None] * x_stride + k[None, :]
         if not TMA:
             right = weight + group.to(tl.int64) * weight_group + k[:, None] * weight_row + column * weight_column
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for done in range(0, n_in, INNER):
-            a = tl.load(left + done, mask=(row < last)[:, None] & (done + k < n_in)[None, :], other=0.0)
+            if TMA_X:
+                a = x.load([first, done])
+            else:
+                a = tl.load(left + done, mask=(row < last)[:, None] & (done + k < n_in)[None, :], other=0.0)
             if not TMA:
                 b = tl.load(
                     right + done * weight_row, mask=(done + k < n_in)[:, None] & (column < n_out)[None, :], other=0.0
@@ -66,24 +78,35 @@ def _matmul(
             else:
                 b = weight.load([group, done, first_column]).reshape(INNER, COLUMNS)
             total = multiply_add(a, b, total)
-        inside = (row < last)[:, None] & (column < n_out)[None, :]
-        told = total
-        if inner is not None:
-            told = tl.load(inner + row.to(tl.int64)[:, None] * n_out + column[None, :], mask=inside, other=0.0)
-        if gates is not None:
-            assignment = tl.load(read_by + row, mask=row < last, other=0)
-            gate = tl.load(gates + assignment, mask=row < last, other=0.0)
-            if inner is not None:  # which is by its gate already
-                share = tl.sum(told * total, axis=1) / tl.where(gate == 0, 1.0, gate)
-                tl.store(shares + tile % n_columns * n_rows.to(tl.int64) + assignment, share, mask=row < last)
-            total *= gate[:, None]
-        if RELU or inner is not None:
-            total = tl.where(told <= 0, 0.0, total)  # a NaN is not <= 0, and goes on
         target = row
         if write_by is not None:
             target = tl.load(write_by + row, mask=row < last, other=0)
-        at = target.to(tl.int64)[:, None] * n_out + column[None, :]
-        tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
+        if gates is not None:
+            assignment = tl.load(read_by + row, mask=row < last, other=0)
+            gate = tl.load(gates + assignment, mask=row < last, other=0.0)
+        share = tl.zeros((ROWS,), tl.float32)
+        parts = (total,)
+        if PARTS == 2:
+            parts = _halves(total)
+        if PARTS == 4:
+            low, high = _halves(total)
+            parts = _halves(low) + _halves(high)
+        for i in tl.static_range(PARTS):  # one after the other, for which there are registers
+            part = parts[i]
+            c = first_column + i * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS)[None, :]
+            inside = (row < last)[:, None] & (c < n_out)
+            told = part
+            if inner is not None:
+                told = tl.load(inner + row.to(tl.int64)[:, None] * n_out + c, mask=inside, other=0.0).to(tl.float32)
+            if gates is not None:
+                share += tl.sum(told * part, axis=1)
+                part *= gate[:, None]
+            if RELU or inner is not None:
+                part = tl.where(told <= 0, 0.0, part)  # a NaN is not <= 0, and goes on
+            tl.store(y + target.to(tl.int64)[:, None] * n_out + c, part.to(y.dtype.element_ty), mask=inside)
+        if shares is not None:  # `inner` is by the gate already
+            share /= tl.where(gate == 0, 1.0, gate)
+            tl.store(shares + tile % n_columns * n_rows.to(tl.int64) + assignment, share, mask=row < last)
 
 
 def matmul(
@@ -94,8 +117,8 @@ def matmul(
     x, (n_groups, n_in, n_out) = with_rows(x), weight.shape
     new = x.new_zeros if some_lost else x.new_empty
     n_rows, top_k = (len(x), 1) if read_by is None else (len(read_by), len(read_by) // max(len(x), 1))
-    y, shape = new(n_rows, n_out), dict(TILE)
-    per_sm, flatten, tma = shape.pop("per_sm"), shape.pop("flatten"), shape.pop("tma")
+    y, shape = new(n_rows, n_out), dict(TILES["relu" if relu else "plain" if inner is None else "masked"])
+    per_sm, shape["TMA_X"] = shape.pop("per_sm"), shape["TMA_X"] and read_by is None
     n_columns, shares = ceil_div(n_out, shape["COLUMNS"]), None
     if gates is not None and inner is not None:
         shares = new(n_columns, n_rows, dtype=torch.float32)
@@ -103,16 +126,18 @@ def matmul(
     n_tiles = (n_rows // shape["ROWS"] + min(n_groups, n_rows)) * n_columns
     if per_sm:
         n_tiles = min(n_tiles, per_sm * _processors(x.device))
-    given = weight
-    if tma:
+    given, rows = weight, x
+    if shape["TMA_X"] and n_rows:
+        rows = TensorDescriptor.from_tensor(x, [shape["ROWS"], shape["INNER"]])
+    if shape["TMA"]:
         block = [1, shape["COLUMNS"], shape["INNER"]] if transposed else [1, shape["INNER"], shape["COLUMNS"]]
         given = TensorDescriptor.from_tensor(weight.transpose(1, 2) if transposed else weight, block)
     if n_tiles:
         with torch.cuda.device_of(x):
             _matmul[(n_tiles,)](
-                x, given, inner, gates, y, shares, read_by, write_by, ends, x.stride(0), *weight.stride(), n_rows,
-                n_groups, n_in, n_out, TOP_K=top_k, RELU=relu, TRANSPOSED=transposed, FLATTEN=bool(flatten),
-                TMA=bool(tma), GROUPS=1 << (n_groups - 1).bit_length(), **shape,
+                rows, given, inner, gates, y, shares, read_by, write_by, ends, x.stride(0), *weight.stride(), n_rows,
+                n_groups, n_in, n_out, TOP_K=top_k, RELU=relu, TRANSPOSED=transposed,
+                GROUPS=1 << (n_groups - 1).bit_length(), **shape,
             )  # fmt: skip
     return y, shares
 
@@ -120,7 +145,7 @@ def matmul(
 @triton.jit
 def _tile_of_gradient(
     x, inner, dweight, order, ends, group, row_tile, column_tile, x_stride, n_x, n_inner,
-    OF_X: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr,
+    OF_X: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """x[token]^T inner (n_x, n_inner) if OF_X, else its transpose, over the rows of a group."""
@@ -139,10 +164,11 @@ def _tile_of_gradient(
         token = s
         if order is not None:
             token = tl.load(order + s, mask=s < end, other=0) // TOP_K
-        ours = tl.load(
-            x + token.to(tl.int64)[:, None] * x_stride + d[None, :], mask=(s < end)[:, None] & (d < n_x)[None, :],
-            other=0.0,
-        )  # fmt: skip
+        if TMA_X:
+            ours = x.load([1 << 30, end, (1 << 30) - (end - first), first_x]).reshape(INNER, GATHERED)
+        else:
+            at = token.to(tl.int64)[:, None] * x_stride + d[None, :]
+            ours = tl.load(x + at, mask=(s < end)[:, None] & (d < n_x)[None, :], other=0.0)
         if TMA:
             # The group as the end of a matrix of 2^30 rows, beyond which there is nothing to read.
             theirs = inner.load([1 << 30, end, (1 << 30) - (end - first), first_inner]).reshape(INNER, OTHER)
@@ -163,7 +189,7 @@ def _tile_of_gradient(
 @triton.jit
 def _weight_gradients(
     x, dinner, dw_in, dy, inner, dw_out, order, ends, x_stride, dy_stride, n_x, n_inner,
-    TOP_K: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    TOP_K: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Programs of a group's tiles of one gradient side by side, of x's weight first."""
     columns_in, columns_out = tl.cdiv(n_inner, COLUMNS), tl.cdiv(n_x, COLUMNS)
@@ -173,13 +199,13 @@ def _weight_gradients(
     if tile < tiles_in:
         _tile_of_gradient(
             x, dinner, dw_in, order, ends, group, tile // columns_in, tile % columns_in, x_stride, n_x, n_inner,
-            True, TOP_K, TMA, ROWS, COLUMNS, INNER,
+            True, TOP_K, TMA, TMA_X, ROWS, COLUMNS, INNER,
         )  # fmt: skip
     else:
         tile -= tiles_in
         _tile_of_gradient(
             dy, inner, dw_out, order, ends, group, tile // columns_out, tile % columns_out, dy_stride, n_x, n_inner,
-            False, TOP_K, TMA, ROWS, COLUMNS, INNER,
+            False, TOP_K, TMA, TMA_X, ROWS, COLUMNS, INNER,
         )  # fmt: skip
 
 
@@ -189,18 +215,20 @@ def weight_gradients(
     """x, dy (T, D), by `order` (T K,), dinner, inner (T K, I) -> x^T dinner (E, D, I), inner^T dy (E, I, D)."""
     x, dy, (n_x, n_inner) = with_rows(x), with_rows(dy), (x.shape[1], inner.shape[1])
     n_groups, shape = len(ends), dict(GRADIENT)
-    tma = shape.pop("tma")
-    rows, columns = shape["ROWS"], shape["COLUMNS"]
+    rows, columns, k = shape["ROWS"], shape["COLUMNS"], shape["INNER"]
     n_tiles = ceil_div(n_x, rows) * ceil_div(n_inner, columns) + ceil_div(n_inner, rows) * ceil_div(n_x, columns)
     dw_in, dw_out = x.new_empty(n_groups, n_x, n_inner), x.new_empty(n_groups, n_inner, n_x)
     top_k = 1 if order is None else len(order) // max(len(x), 1)
-    given = dinner, inner
-    if tma:
-        given = _ending(dinner, shape["INNER"], columns), _ending(inner, shape["INNER"], rows)
+    given = x, dinner, dy, inner
+    if shape["TMA"]:
+        given = x, _ending(dinner, k, columns), dy, _ending(inner, k, rows)
+    shape["TMA_X"] = shape["TMA_X"] and order is None
+    if shape["TMA_X"]:
+        given = _ending(x, k, rows), given[1], _ending(dy, k, columns), given[3]
     with torch.cuda.device_of(x):
         _weight_gradients[(n_groups * n_tiles,)](
-            x, given[0], dw_in, dy, given[1], dw_out, order, ends, x.stride(0), dy.stride(0), n_x, n_inner,
-            TOP_K=top_k, TMA=bool(tma), **shape,
+            given[0], given[1], dw_in, given[2], given[3], dw_out, order, ends, x.stride(0), dy.stride(0),
+            n_x, n_inner, TOP_K=top_k, **shape,
         )  # fmt: skip
     return dw_in, dw_out
 
