@@ -74,11 +74,16 @@ class _ExpertMLP(torch.autograd.Function):
             dy, w_out.transpose(1, 2), ends, inner=inner, gates=gates, read_by=order, some_lost=ctx.some_lost
         )
         dx = dgates = dw_in = dw_out = None
-        if ctx.needs_input_grad[0]:
+        merge = _kernels().MERGE and all(ctx.needs_input_grad[i] for i in (0, 2, 3))
+        if merge:
+            dx, dw_in, dw_out = _kernels().gradients(x, dinner, dy, inner, order, ends, w_in, ctx.some_lost)
+            if (top_k := gates.shape[1]) > 1:
+                dx = _collect.run(dx, places, ends[-1:] if ctx.some_lost else None, top_k, "triton")
+        if ctx.needs_input_grad[0] and not merge:
             weight = w_in.transpose(1, 2)
             dx = _of_tokens(dinner, weight, order, places, ends, gates.shape[1], ctx.some_lost)
         if ctx.needs_input_grad[1]:
             dgates = shares.sum(0).view(gates.shape)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        if (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]) and not merge:
             dw_in, dw_out = _kernels().weight_gradients(x, dinner, dy, inner, order, ends)
         return dx, dgates, dw_in, dw_out, None, None, None, None
