@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import INSTALLED, traced, watched
+from ..backends import choose
 from ..expert_rows.interface import Order, _collect
-from ..operators import module
+from ..operators import Operator, module
 
 
 def fuses_experts(x: Tensor) -> bool:
-    """Whether `expert_mlp` is the way to take: bf16 on a GPU of compute capability 9 and up, and no compiler looks on,
-    which sees PyTorch's products."""
-    if x.dtype != torch.bfloat16 or not x.is_cuda or not INSTALLED["triton"] or traced(x):
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Whether `expert_mlp` is the way to take: bf16 on a GPU of compute capability 9 and up."""
+    return x.dtype == torch.bfloat16 and choose(None, x.device, x.dtype) == "triton" and _loads_tiles(x.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _loads_tiles(device: int | None) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def expert_mlp(
@@ -34,56 +36,71 @@ def expert_mlp(
 
     some_lost: whether there may be assignments without an expert, which count as 0.
     """
-    inputs = x, gates, w_in, w_out, order.order, order.places, order.ends, some_lost
-    if watched(x, gates, w_in, w_out):
-        return _ExpertMLP.apply(*inputs)
-    return _forward(*inputs)[0]
+    return _expert_mlp(x, gates.contiguous(), w_in, w_out, order.order, order.places, order.ends, some_lost)[0]
 
 
 def _kernels() -> Any:
     return module(__package__ or "", "triton")
 
 
-def _forward(x, gates, w_in, w_out, order, places, ends, some_lost):
+def _run(
+    x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, places: Tensor, ends: Tensor, some_lost: bool
+) -> tuple[Tensor, Tensor]:
+    """The result, and h of each assignment, sorted."""
     inner, _ = _kernels().matmul(x, w_in, ends, relu=True, gates=gates, read_by=order)
-    return _of_tokens(inner, w_out, order, places, ends, gates.shape[1], some_lost), inner
-
-
-def _of_tokens(
-    rows: Tensor, weight: Tensor, order: Tensor, places: Tensor, ends: Tensor, top_k: int, some_lost: bool
-) -> Tensor:
-    """rows (T K, I), sorted, weight (E, I, O) -> (T, O): the sum of each token's products."""
+    top_k = gates.shape[1]
     if top_k == 1:
-        return _kernels().matmul(rows, weight, ends, write_by=order, some_lost=some_lost)[0]
-    products, _ = _kernels().matmul(rows, weight, ends)
-    return _collect.run(products, places, ends[-1:] if some_lost else None, top_k, "triton")
+        return _kernels().matmul(inner, w_out, ends, write_by=order, some_lost=some_lost)[0], inner
+    rows, _ = _kernels().matmul(inner, w_out, ends)
+    return _summed(rows, places, ends, top_k, some_lost), inner
 
 
-class _ExpertMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gates, w_in, w_out, order, places, ends, some_lost):
-        y, inner = _forward(x, gates, w_in, w_out, order, places, ends, some_lost)
-        ctx.save_for_backward(x, gates, w_in, w_out, order, places, ends, inner)
-        ctx.some_lost = some_lost
-        return y
+def _summed(rows: Tensor, places: Tensor, ends: Tensor, top_k: int, some_lost: bool) -> Tensor:
+    return _collect.run(rows, places, ends[-1:] if some_lost else None, top_k, "triton")
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, gates, w_in, w_out, order, places, ends, inner = ctx.saved_tensors
-        dinner, shares = _kernels().matmul(
-            dy, w_out.transpose(1, 2), ends, inner=inner, gates=gates, read_by=order, some_lost=ctx.some_lost
-        )
-        dx = dgates = dw_in = dw_out = None
-        merge = _kernels().MERGE and all(ctx.needs_input_grad[i] for i in (0, 2, 3))
-        if merge:
-            dx, dw_in, dw_out = _kernels().gradients(x, dinner, dy, inner, order, ends, w_in, ctx.some_lost)
-            if (top_k := gates.shape[1]) > 1:
-                dx = _collect.run(dx, places, ends[-1:] if ctx.some_lost else None, top_k, "triton")
-        if ctx.needs_input_grad[0] and not merge:
-            weight = w_in.transpose(1, 2)
-            dx = _of_tokens(dinner, weight, order, places, ends, gates.shape[1], ctx.some_lost)
-        if ctx.needs_input_grad[1]:
-            dgates = shares.sum(0).view(gates.shape)
-        if (ctx.needs_input_grad[2] or ctx.needs_input_grad[3]) and not merge:
-            dw_in, dw_out = _kernels().weight_gradients(x, dinner, dy, inner, order, ends)
-        return dx, dgates, dw_in, dw_out, None, None, None, None
+
+def _run_backward(
+    dy: Tensor, x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, places: Tensor, ends: Tensor,
+    inner: Tensor, some_lost: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kernels, top_k = _kernels(), gates.shape[1]
+    dinner, shares = kernels.matmul(
+        dy, w_out.transpose(1, 2), ends, inner=inner, gates=gates, read_by=order, some_lost=some_lost
+    )
+    if kernels.MERGE:
+        dx, dw_in, dw_out = kernels.gradients(x, dinner, dy, inner, order, ends, w_in, some_lost)
+    else:
+        by = {"write_by": order, "some_lost": some_lost} if top_k == 1 else {}
+        dx, _ = kernels.matmul(dinner, w_in.transpose(1, 2), ends, **by)
+        dw_in, dw_out = kernels.weight_gradients(x, dinner, dy, inner, order, ends)
+    if top_k > 1:
+        dx = _summed(dx, places, ends, top_k, some_lost)
+    return dx, shares.sum(0).view(gates.shape), dw_in, dw_out
+
+
+def _fake(x, gates, w_in, w_out, order, places, ends, some_lost):
+    return x.new_empty(x.shape), x.new_empty(len(order), w_in.shape[2])
+
+
+def _fake_backward(dy, x, gates, w_in, w_out, order, places, ends, inner, some_lost):
+    return tuple(t.new_empty(t.shape) for t in (x, gates, w_in, w_out))
+
+
+_expert_mlp = Operator("expert_mlp", _run, _fake)
+_expert_mlp_backward = Operator("expert_mlp_backward", _run_backward, _fake_backward)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.some_lost = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 8
+    return *_expert_mlp_backward(dy, *ctx.saved_tensors, ctx.some_lost), None, None, None, None
+
+
+_expert_mlp.differentiate(_backward, _setup)

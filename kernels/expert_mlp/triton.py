@@ -140,7 +140,10 @@ def matmul(
     x, (n_groups, n_in, n_out) = with_rows(x), weight.shape
     new = x.new_zeros if some_lost else x.new_empty
     n_rows, top_k = (len(x), 1) if read_by is None else (len(read_by), len(read_by) // max(len(x), 1))
-    y, shape = new(n_rows, n_out), dict(TILES["relu" if relu else "plain" if inner is None else "masked"])
+    y, shape = (
+        (x.new_empty if write_by is None else new)(n_rows, n_out),
+        dict(TILES["relu" if relu else "plain" if inner is None else "masked"]),
+    )
     per_sm, shape["TMA_X"] = shape.pop("per_sm"), shape["TMA_X"] and read_by is None
     n_columns, shares = ceil_div(n_out, shape["COLUMNS"]), None
     if gates is not None and inner is not None:
@@ -236,7 +239,7 @@ def _weight_gradients(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_groups", "n_rows"])
+@triton.jit(do_not_specialize=["n_groups", "n_rows", "n_dx"])
 def _gradients(
     dinner, weight, dx, write_by, n_dx, x, dinner_ending, dw_in, dy, inner, dw_out, order, ends, x_stride, dy_stride,
     n_rows, n_groups, n_x, n_inner, TOP_K: tl.constexpr, TMA_X: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
@@ -280,7 +283,9 @@ def gradients(x, dinner, dy, inner, order, ends, w_in, some_lost):
     shape, n_rows = dict(MERGED), len(order)
     rows, columns, k = shape["ROWS"], shape["COLUMNS"], shape["INNER"]
     top_k = n_rows // max(len(x), 1)
-    dx = (x.new_zeros if some_lost else x.new_empty)(n_rows, n_x)
+    if not n_rows:
+        return x.new_empty(0, n_x), torch.zeros_like(w_in), w_in.new_zeros(n_groups, n_inner, n_x)
+    dx = (x.new_zeros if some_lost and top_k == 1 else x.new_empty)(n_rows, n_x)
     dw_in, dw_out = x.new_empty(n_groups, n_x, n_inner), x.new_empty(n_groups, n_inner, n_x)
     n_dx = (n_rows // rows + min(n_groups, n_rows)) * ceil_div(n_x, columns)
     n_tiles = ceil_div(n_x, rows) * ceil_div(n_inner, columns) + ceil_div(n_inner, rows) * ceil_div(n_x, columns)

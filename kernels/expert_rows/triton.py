@@ -123,7 +123,9 @@ def route_backward(dx, dlogits, dprobabilities, dgates, x, weight, probabilities
         )  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
         dweight = _matmul(out.T, x)
-    return dx_sum, (dweight.unflatten(0, (2, -1)).sum(0) if halves else dweight).to(weight.dtype)
+    if not halves:
+        return dx_sum, dweight.to(weight.dtype)
+    return dx_sum, torch.add(dweight[:n_experts], dweight[n_experts:], out=torch.empty_like(weight))
 
 
 @triton.jit(do_not_specialize=["n", "piece"])

@@ -14,6 +14,7 @@ SIZES = [  # assignments of each expert, of none, K, width, inner width
     ((10, 0, 25, 1), 0, 3, 16, 264),
     ((1,), 0, 1, 8, 8),
     ((0, 0), 4, 2, 16, 8),
+    ((0, 0), 0, 1, 16, 8),
 ]
 
 
@@ -23,15 +24,19 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def by_assignment(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, experts: Tensor) -> Tensor:
     """experts (T, K); the number of experts stands for none."""
-    nothing = 0 * (x[0] + sum(t.sum() for t in (gates, w_in, w_out)))
+    nothing = (0 * sum(t.sum() for t in (x, gates, w_in, w_out))).expand(x.shape[1])
     rows = [
         sum(
-            (g * (torch.relu(row @ w_in[e]) @ w_out[e]) for g, e in zip(gates_, experts_, strict=True) if e < len(w_in)),
+            (
+                g * (torch.relu(row @ w_in[e]) @ w_out[e])
+                for g, e in zip(gates_, experts_, strict=True)
+                if e < len(w_in)
+            ),
             nothing,
         )
         for row, gates_, experts_ in zip(x, gates, experts.tolist(), strict=True)
     ]
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else nothing.expand_as(x)
 
 
 @pytest.mark.parametrize(("counts", "n_lost", "top_k", "width", "inner"), SIZES)
@@ -47,7 +52,7 @@ def test_output_and_gradients(counts, n_lost, top_k, width, inner, device_of):
         normal(n_experts, inner, width, seed=3) / inner**0.5,
     )
     tensors = [t.to(torch.float32 if i == 1 else dtype).double() for i, t in enumerate(tensors)]  # what both see
-    tensors[1][0, 0] = 0  # a gate that has vanished
+    tensors[1][:1, :1] = 0  # a gate that has vanished
     dy = normal(len(experts), width, seed=4).to(dtype).double()
     leaves = [t.to(device, torch.float32 if i == 1 else dtype).requires_grad_() for i, t in enumerate(tensors)]
     order = sort_by_expert(experts.flatten().to(device), n_experts, backend="triton")
@@ -56,11 +61,11 @@ def test_output_and_gradients(counts, n_lost, top_k, width, inner, device_of):
     others = [t.clone().requires_grad_() for t in tensors]
     expected = by_assignment(*others, experts)
     torch.autograd.backward(expected, dy)
-    others[1].grad[0, 0] = 0  # which its softmax multiplies by the gate
+    others[1].grad[:1, :1] = 0  # which its softmax multiplies by the gate
     for actual, wanted in [(y, expected), *((a.grad, b.grad) for a, b in zip(leaves, others, strict=True))]:
         actual = actual.cpu().double()
         assert actual.shape == wanted.shape
-        scale = wanted.abs().max().clamp(min=1e-30)
+        scale = wanted.abs().max().clamp(min=1e-30) if wanted.numel() else 1
         assert ((actual - wanted).abs() <= (0.02 if dtype == torch.bfloat16 else 1e-5) * scale).all()
 
 
@@ -79,3 +84,32 @@ def test_no_gradient_and_nan(device_of):
     assert broken[3].isnan().all()
     others = torch.arange(9, device=device) != 3
     assert torch.equal(broken[others], y[others])
+
+
+def case(device: str) -> tuple[list[Tensor], object]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shapes = ((9, 8), (9, 2), (3, 8, 16), (3, 16, 8))
+    tensors = [normal(*shape, seed=6).to(device, dtype) for shape in shapes]
+    tensors[1] = tensors[1].float().sigmoid()
+    experts = torch.randint(4, (18,), generator=torch.Generator().manual_seed(0)).to(device)
+    return [t.requires_grad_() for t in tensors], sort_by_expert(experts, 3, backend="triton")
+
+
+@pytest.mark.slow
+def test_operator(device_of):
+    leaves, order = case(device_of("triton"))
+    torch.library.opcheck(
+        torch.ops.polymamba.expert_mlp.default,
+        (*leaves, order.order, order.places, order.ends, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_compiles_as_one_graph(device_of):
+    leaves, order = case(device_of("triton"))
+    results = []
+    for function in (expert_mlp, torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")):
+        y = function(*leaves, order, some_lost=True)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for eager, graph in zip(*results, strict=True):
+        assert torch.equal(graph, eager)
