@@ -1,4 +1,4 @@
-"""The experts of a mixture, where each is two layers with a ReLU between: expert e of a row is relu(x w_in[e]) w_out[e].
+"""The experts of a mixture, where each is two layers with a ReLU between: relu(x w_in[e]) w_out[e].
 
 Rows are read where their tokens stand, and results written there: nothing is sorted but a list of assignments. A row's
 gate is taken in between, after the ReLU, which saves a pass over the results, and the memory to keep them in: with
