@@ -13,8 +13,13 @@ from ..triton_runtime import ceil_div, multiply_add, with_rows
 # Of a product of rows: 256 columns read least of the L2 cache, whose rate is the limit; then one program a processor,
 # whose loads of a tile begin during the one before (`flatten`).
 WIDE = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "STAGES": 4, "per_sm": 1, "PARTS": 4}
-WIDE |= {"FLATTEN": True, "TMA": True, "TMA_X": False}
-TILES = {"relu": WIDE, "masked": WIDE, "plain": WIDE}
+WIDE |= {"FLATTEN": True, "TMA": True, "TMA_X": True}
+NARROW = WIDE | {"COLUMNS": 128, "STAGES": 3}
+TILES = {
+    "relu": NARROW | {"num_warps": 4, "per_sm": 2},
+    "masked": NARROW | {"PARTS": 2, "FLATTEN": False, "per_sm": 0, "maxnreg": 128},
+    "plain": WIDE,
+}
 GRADIENT = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "STAGES": 4, "TMA": True, "TMA_X": False}
 
 
@@ -274,7 +279,7 @@ def _gradients(
 
 
 MERGE = True
-MERGED = {"ROWS": 128, "COLUMNS": 256, "INNER": 64, "num_warps": 8, "STAGES": 4, "PARTS": 4, "TMA_X": False}
+MERGED = {"ROWS": 128, "COLUMNS": 128, "INNER": 64, "num_warps": 8, "STAGES": 3, "PARTS": 2, "TMA_X": True}
 
 
 def gradients(x, dinner, dy, inner, order, ends, w_in, some_lost):
