@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..expert_rows.interface import Order, _collect
+from ..expert_rows.interface import Order
 from ..operators import Operator, module
 
 
@@ -39,51 +39,30 @@ def expert_mlp(
     return _expert_mlp(x, gates.contiguous(), w_in, w_out, order.order, order.places, order.ends, some_lost)[0]
 
 
-def _kernels() -> Any:
-    return module(__package__ or "", "triton")
-
-
 def _run(
     x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, places: Tensor, ends: Tensor, some_lost: bool
-) -> tuple[Tensor, Tensor]:
-    """The result, and h of each assignment, sorted."""
-    inner, _ = _kernels().matmul(x, w_in, ends, relu=True, gates=gates, read_by=order)
-    top_k = gates.shape[1]
-    if top_k == 1:
-        return _kernels().matmul(inner, w_out, ends, write_by=order, some_lost=some_lost)[0], inner
-    rows, _ = _kernels().matmul(inner, w_out, ends)
-    return _summed(rows, places, ends, top_k, some_lost), inner
-
-
-def _summed(rows: Tensor, places: Tensor, ends: Tensor, top_k: int, some_lost: bool) -> Tensor:
-    return _collect.run(rows, places, ends[-1:] if some_lost else None, top_k, "triton")
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _triton().forward(x, gates, w_in, w_out, order, places, ends, some_lost)
 
 
 def _run_backward(
-    dy: Tensor, x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, places: Tensor, ends: Tensor,
-    inner: Tensor, some_lost: bool,
+    dy: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, places: Tensor, ends: Tensor,
+    rows: Tensor, inner: Tensor, some_lost: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kernels, top_k = _kernels(), gates.shape[1]
-    dinner, shares = kernels.matmul(
-        dy, w_out.transpose(1, 2), ends, inner=inner, gates=gates, read_by=order, some_lost=some_lost
-    )
-    if kernels.MERGE:
-        dx, dw_in, dw_out = kernels.gradients(x, dinner, dy, inner, order, ends, w_in, some_lost)
-    else:
-        by = {"write_by": order, "some_lost": some_lost} if top_k == 1 else {}
-        dx, _ = kernels.matmul(dinner, w_in.transpose(1, 2), ends, **by)
-        dw_in, dw_out = kernels.weight_gradients(x, dinner, dy, inner, order, ends)
-    if top_k > 1:
-        dx = _summed(dx, places, ends, top_k, some_lost)
-    return dx, shares.sum(0).view(gates.shape), dw_in, dw_out
+    return _triton().backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost)
+
+
+def _triton() -> Any:
+    return module(__package__ or "", "triton")
 
 
 def _fake(x, gates, w_in, w_out, order, places, ends, some_lost):
-    return x.new_empty(x.shape), x.new_empty(len(order), w_in.shape[2])
+    rows = x.new_empty(len(order), x.shape[1])
+    return x.new_empty(x.shape), rows, rows.new_empty(len(order), w_in.shape[2])
 
 
-def _fake_backward(dy, x, gates, w_in, w_out, order, places, ends, inner, some_lost):
-    return tuple(t.new_empty(t.shape) for t in (x, gates, w_in, w_out))
+def _fake_backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost):
+    return tuple(t.new_empty(t.shape) for t in (dy, gates, w_in, w_out))
 
 
 _expert_mlp = Operator("expert_mlp", _run, _fake)
@@ -91,13 +70,13 @@ _expert_mlp_backward = Operator("expert_mlp_backward", _run_backward, _fake_back
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.some_lost = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+    _, *tensors, ctx.some_lost = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, _):
+def _backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 8
     return *_expert_mlp_backward(dy, *ctx.saved_tensors, ctx.some_lost), None, None, None, None
