@@ -1,6 +1,6 @@
 """The experts of a mixture, where each is two layers with a ReLU between: relu(x w_in[e]) w_out[e].
 
-Rows are read where their tokens stand, and results written there: nothing is sorted but a list of assignments. A row's
+Rows are sorted by expert before the first product; the second one writes its results where their tokens stand. A row's
 gate is taken in between, after the ReLU, which saves a pass over the results, and the memory to keep them in: with
 h = gate relu(x w_in[e]) and y = h w_out[e], the gradient of the gate is h (w_out[e] dy) / gate, a sum over numbers that
 the gradient of h computes anyhow.
@@ -42,6 +42,7 @@ def expert_mlp(
 def _run(
     x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, places: Tensor, ends: Tensor, some_lost: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and what the backward needs: rows of x, (T K, D), and h of each, (T K, I), sorted."""
     return _triton().forward(x, gates, w_in, w_out, order, places, ends, some_lost)
 
 
