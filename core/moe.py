@@ -13,9 +13,10 @@ and, in training, the auxiliary loss of a layer, which `core.aux_loss` collects:
 No token is dropped, unless a capacity is set, and then in training only: so a token's result depends on no other token,
 and a batch, a row alone and a step by step run agree. Padding neither routes nor counts.
 
-The tokens are sorted by expert, and each projection is one grouped matrix product; on a GPU ReLU experts in bf16 are one
-operation, and a step of few tokens gathers the matrices of its experts instead. The gradient of a permutation is the inverse permutation: nothing is added
-in an order that may vary. Letters: T tokens, K = top_k, E experts, D d_model, F inner width of an expert.
+The tokens are sorted by expert, and each projection is one grouped matrix product; on a GPU ReLU experts in bf16 are
+one operation, and a step of few tokens gathers the matrices of its experts instead. The gradient of a permutation is
+the inverse permutation: nothing is added in an order that may vary. Letters: T tokens, K = top_k, E experts, D d_model,
+F inner width of an expert.
 """
 
 import math

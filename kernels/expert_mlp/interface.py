@@ -36,7 +36,8 @@ def expert_mlp(
 
     some_lost: whether there may be assignments without an expert, which count as 0.
     """
-    return _expert_mlp(x, gates.contiguous(), w_in, w_out, order.order, order.places, order.ends, some_lost)[0]
+    gates, w_in, w_out = gates.contiguous(), w_in.contiguous(), w_out.contiguous()
+    return _expert_mlp(x, gates, w_in, w_out, order.order, order.places, order.ends, some_lost)[0]
 
 
 def _run(

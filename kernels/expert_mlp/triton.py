@@ -1,8 +1,8 @@
 """Grouped matrix products in Triton: of rows that are sorted by expert, and of the weights' gradients.
 
-All that is multiplied comes by descriptors (the tensor memory accelerator): with addresses of rows a product of rows
-takes a fifth longer, more than it takes to sort the rows first. A tile's limit is what it reads of the L2 cache: so
-tiles are as large as registers allow.
+All that is multiplied comes by descriptors (the tensor memory accelerator). To gather rows by address within a product
+spares a pass that sorts them, and costs more than that. Tiles are as large as registers allow: the larger they are, the
+less they read of the L2 cache.
 """
 
 from functools import cache
@@ -16,7 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..expert_rows.triton import collect, gather
 from ..triton_runtime import ceil_div, multiply_add
 
-ROWS, INNER, PART = 128, 64, 64
+ROWS, INNER = 128, 64
+PART = tl.constexpr(64)  # columns of a tile that are written at a time: a half or a quarter
 WIDE = {"ROWS": ROWS, "COLUMNS": 256, "INNER": INNER, "STAGES": 4, "num_warps": 8}  # one on a processor
 NARROW = {"ROWS": ROWS, "COLUMNS": 128, "INNER": INNER, "STAGES": 3, "num_warps": 8, "maxnreg": 128}  # two
 
@@ -74,9 +75,8 @@ def _multiply_tile(
         gate = tl.load(gates + assignment, mask=row < last, other=0.0)
     share = tl.zeros((ROWS,), tl.float32)
     parts = _halves(total)
-    if COLUMNS == 256:
+    if COLUMNS == 4 * PART:
         parts = _halves(parts[0]) + _halves(parts[1])
-    PART: tl.constexpr = COLUMNS // len(parts)
     for i in tl.static_range(len(parts)):  # one after the other: there are registers for no more
         part, c = parts[i], column + i * PART
         told = part
@@ -211,7 +211,7 @@ def _product(
         weight.transpose(1, 2) if transposed else weight, [1, columns, INNER] if transposed else [1, INNER, columns]
     )
     if inner is not None:
-        inner = TensorDescriptor.from_tensor(inner, [ROWS, PART])
+        inner = TensorDescriptor.from_tensor(inner, [ROWS, PART.value])
     n_tiles = _most_tiles(len(x), n_groups) * ceil_div(n_out, columns)
     with torch.cuda.device_of(x):
         _multiply[(min(n_tiles, _processors(x.device)) if wide else n_tiles,)](
