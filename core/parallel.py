@@ -38,6 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import kernels
 
 SPLITTABLE = {"mamba", "bimamba", "mlp", "moe"}  # mixers that know what to do in a context, or see single tokens only
+SHORTEST = 16  # tokens of a padded piece: more than convolutions reach
 AT_ONCE = 1 << 15  # tokens whose step sizes are added up at a time, in float32
 
 # Not a ContextVar: a GPU's backward, which recomputes blocks, has a thread of its own.
@@ -142,6 +143,18 @@ def own_piece(x: Tensor, dim: int = 1) -> Tensor:
             "by padding_mask"
         )
     return x.chunk(context.size, dim)[context.rank]
+
+
+def padded_length(length: int) -> int:
+    """The least one from this on that divides into pieces of SHORTEST tokens or more."""
+    n = 1 if _context is None else _context.size
+    return length if n == 1 else n * max(SHORTEST, -(-length // n))
+
+
+def padded_piece(x: Tensor, fill: float) -> Tensor:
+    """This process's piece of x (B, L), which is padded by `fill` on the right if it does not divide."""
+    n = padded_length(x.shape[1]) - x.shape[1]
+    return own_piece(F.pad(x, (0, n), value=fill) if n else x)
 
 
 def all_pieces(x: Tensor, dim: int = 1) -> Tensor:

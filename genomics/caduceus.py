@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..core import parallel
 from ..core.backbone import Backbone
 from ..core.hub import PretrainedModel
 from ..core.language_model import LanguageModel
@@ -85,6 +86,8 @@ class Caduceus(LanguageModel):
         rcps   whether to read both; by default what the configuration says
         """
         rcps = self.config.rcps if rcps is None else rcps
+        if rcps and parallel.current() is not None:
+            raise ValueError("context_parallel: of the other strand another process has this piece; use rcps=False")
         tokens = self.ids[tokens.long()] if self.translates else tokens.long()
         if rcps:
             tokens = both_strands(tokens, self.complement)
