@@ -83,10 +83,10 @@ class Division:
     def finish(self, model: nn.Module) -> None:
         """After the last backward of a step: what no backward has done yet, for the gradients to be those of all."""
         if self.gradients_meet_after:
-            _average([p for p in model.parameters() if p.requires_grad], dist.group.WORLD)
+            average_gradients([p for p in model.parameters() if p.requires_grad], dist.group.WORLD)
         if self.experts and self.experts["others"].size() > 1:
             spread = [linear.weight for m in model.modules() for linear in getattr(m, "experts", ())]
-            _average([p for p in spread if p.requires_grad], self.experts["others"].get_group())
+            average_gradients([p for p in spread if p.requires_grad], self.experts["others"].get_group())
 
 
 def _groups(n: int, device: torch.device) -> DeviceMesh | None:
@@ -97,7 +97,7 @@ def _groups(n: int, device: torch.device) -> DeviceMesh | None:
 
 
 @torch.no_grad()
-def _average(parameters: Sequence[nn.Parameter], group: Any) -> None:
+def average_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:
     """Give each process of a group the mean of all their gradients."""
     for p in parameters:
         if p.grad is None:  # of a process that had no batch in this step

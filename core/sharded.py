@@ -15,7 +15,9 @@ from torch import Tensor, nn
 # To gather or reduce a unit takes a GPU's links half a millisecond for 2^25 weights (128 MiB), and the host about as
 # long to begin it: fewer weights would make it wait for the host, more would save nothing.
 UNIT = 1 << 25  # parameters of a unit, at least; all units but the last have so many
-KEPT = 1 << 29  # parameters (2 GiB) of a model that is gathered once a step and kept until its backward; if larger, twice
+KEPT = (
+    1 << 29
+)  # parameters (2 GiB) of a model that is gathered once a step and kept until its backward; if larger, twice
 
 
 def is_part(x: Any) -> bool:
