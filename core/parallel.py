@@ -16,8 +16,9 @@ Mamba's look across time, and those need little of other pieces:
 
 f_q (B, E, N) and the sums (B, E) go round by one all-gather, whatever L is: nothing that grows with it leaves a
 process. The price is a second scan, for f_q has to be known before the scan from h_r begins. (To add what h_r does to y
-would cost as much: that is a scan, too.) Gradients go the same way back. What runs outside of the context does not
-change.
+would cost as much: that is a scan, too.) The gradient of the state after a piece comes from later pieces in the same
+way, a second scan of its own before the backward of the scan, which then is the usual one. A block that is recomputed
+in the backward remembers its h_r. What runs outside of the context does not change.
 
 Loss: each process takes the mean over its own targets, and gradients are averaged over the processes as in data
 parallelism. Every process has to call backward, of a loss that its own outputs have a part in.
@@ -33,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import kernels
@@ -43,6 +45,7 @@ AT_ONCE = 1 << 15  # tokens whose step sizes are added up at a time, in float32
 
 # Not a ContextVar: a GPU's backward, which recomputes blocks, has a thread of its own.
 _context: "Context | None" = None
+_memory: "_Memory | None" = None  # of the block that runs under activation checkpointing
 
 
 class Pack(NamedTuple):
@@ -103,13 +106,13 @@ def context_parallel(group: DeviceMesh | dist.ProcessGroup) -> Iterator[Context]
 
 
 @contextmanager
-def _entered(context: Context) -> Iterator[Context]:
-    global _context
-    before, _context = _context, context
+def _entered(context: Context, memory: "_Memory | None" = None) -> Iterator[Context]:
+    global _context, _memory
+    before, (_context, _memory) = (_context, _memory), (context, memory)
     try:
         yield context
     finally:
-        _context = before
+        _context, _memory = before
 
 
 def current() -> Context | None:
@@ -118,8 +121,30 @@ def current() -> Context | None:
 
 
 def recomputing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """context_fn of activation checkpointing: a block is recomputed in the context in which it ran."""
-    return nullcontext(), nullcontext() if _context is None else _entered(_context)
+    """context_fn of activation checkpointing: a block is recomputed in the context in which it ran, with its states."""
+    if _context is None:
+        return nullcontext(), nullcontext()
+    states: list[Any] = []
+    return _entered(_context, _Memory(states, False)), _entered(_context, _Memory(states, True))
+
+
+class _Memory(NamedTuple):
+    """What came of the calls of `_once` in a block."""
+
+    results: list[Any]
+    recalls: bool  # or adds to them
+
+
+def _once(work: Callable[[], Any]) -> Any:
+    """work(); in a block that is recomputed, what came of it when the block first ran."""
+    global _memory
+    if _memory is None:
+        return work()
+    if _memory.recalls:
+        first, _memory = _memory.results[0], _memory._replace(results=_memory.results[1:])
+        return first
+    _memory.results.append(work())
+    return _memory.results[-1]
 
 
 @contextmanager
@@ -233,68 +258,106 @@ def selective_scan(
         return kernels.selective_scan(u, delta, A, B, C, D, z, **options)
     options, cu_seqlens, reverse = _without_states(options)
     pack = context.pack(cu_seqlens, u.shape[1])
-    options |= _layout(pack, reverse)
-    _, final = kernels.selective_scan(u, delta, A, B, C, return_final_state=True, **options)
-    if pack is not None:
-        final = final[(pack.first if reverse else pack.last)[context.rank]][None]
-    steps = _SumOfSteps.apply(delta, options.get("delta_bias"), options.get("delta_softplus", False))
-    state = state_before(context, final, steps, A, context.linked(pack, reverse), reverse)
-    return kernels.selective_scan(
-        *(u, delta, A, B, C, D, z), initial_state=_placed(state, pack, context, reverse), **options
-    )
+    bias = options.get("delta_bias")
+    way = _Way(context, pack, reverse, options.get("delta_softplus", False))
+
+    def passed_on() -> tuple[Tensor, Tensor]:
+        """The state with which the own piece begins, (B, E, N), and the sum of dt of each piece, (P, B, E)."""
+        with torch.no_grad():
+            final = _end_state(way, bias, u, delta, A, B, C)
+            sums = torch.stack([way.dt(d, bias).sum(1) for d in delta.split(AT_ONCE, 1)]).sum(0)
+            each = gathered(torch.cat((final, sums[..., None].to(final.dtype)), -1), context.group)
+            finals, sums = each[..., :-1], each[..., -1]
+            return state_before(way, finals, sums, A), sums
+
+    state, sums = _once(passed_on)
+    state = _placed(state, pack, context, reverse)
+    options |= {"initial_state": state, "return_final_state": True}
+    y, final = kernels.selective_scan(u, delta, A, B, C, D, z, **options, **_layout(pack, reverse))
+    return _HandedOn.apply(y, final, way, delta, z, bias, A, C, sums)
 
 
-def state_before(
-    context: Context, final: Tensor, steps: Tensor, A: Tensor, linked: Tensor | None, reverse: bool
+class _Way(NamedTuple):
+    """How a scan goes over the pieces."""
+
+    context: Context
+    pack: Pack | None
+    reverse: bool
+    softplus: bool
+
+    def back(self) -> "_Way":
+        return self._replace(reverse=not self.reverse)
+
+    def dt(self, delta: Tensor, bias: Tensor | None) -> Tensor:
+        """In float32 or float64."""
+        dt = _wide(delta) if bias is None else _wide(delta) + bias
+        return F.softplus(dt) if self.softplus else dt
+
+
+class _HandedOn(torch.autograd.Function):
+    """y as it is; with its gradient comes that of the final state, which goes on in other processes."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, final: Tensor, way: _Way, *tensors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.way = way
+        ctx.save_for_backward(*tensors)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return dy, _gradient_after(ctx.way, dy, *ctx.saved_tensors), *[None] * 7
+
+
+def _gradient_after(
+    way: _Way, dy: Tensor, delta: Tensor, z: Tensor | None, bias: Tensor | None, A: Tensor, C: Tensor, sums: Tensor
 ) -> Tensor:
-    """The state with which the own piece begins, (B, E, N).
+    """Of the state after the own piece, from what the later ones make of it: all have to call this. (B or S, E, N)
 
-    final (B, E, N) and steps (B, E), the sum of dt, are those of the own piece; linked as of `Context.linked`.
+    Of h_t it is that of h_{t+1} decayed by dt_{t+1}, and C_t dy_t silu(z_t): a scan the other way with C in the place
+    of B, which takes each dt a step earlier than the scan does, and whose input is not multiplied by it.
     """
-    each = gathered(torch.cat((final, steps[..., None].to(final.dtype)), -1), context.group)
-    each = each[context.earlier(reverse)]
-    finals, steps = each[..., :-1], each[..., -1]
+    shifted = delta.roll(1 if way.reverse else -1, 1)
+    u = torch.empty_like(dy)
+    for start in range(0, dy.shape[1], AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        x = _wide(dy[:, some])
+        if z is not None:
+            x = x * F.silu(_wide(z[:, some]))
+        u[:, some] = x / way.dt(shifted[:, some], bias).clamp(min=torch.finfo(x.dtype).tiny)
+    border = way.dt(delta[:, -1:] if way.reverse else delta[:, :1], bias)[:, 0]
+    own = _end_state(way.back(), bias, u, shifted, A, C, C) * torch.exp(border[..., None] * A)
+    after = state_before(way.back(), gathered(own, way.context.group), sums, A)
+    return _placed(after, way.pack, way.context, not way.reverse)
+
+
+def _end_state(way: _Way, bias: Tensor | None, *inputs: Tensor) -> Tensor:
+    """The state (B, E, N) with which the own piece ends, begun at zero; inputs: of a scan, up to C."""
+    options = {"delta_bias": bias, "delta_softplus": way.softplus, **_layout(way.pack, way.reverse)}
+    _, final = kernels.selective_scan(*inputs, return_final_state=True, **options)
+    pack, rank = way.pack, way.context.rank
+    return final if pack is None else final[(pack.first if way.reverse else pack.last)[rank]][None]
+
+
+def state_before(way: _Way, finals: Tensor, sums: Tensor, A: Tensor) -> Tensor:
+    """The state (B, E, N) with which the own piece begins.
+
+    finals (P, B, E, N): with which each piece ends, begun at zero; sums (P, B, E): of dt.
+    """
+    earlier = way.context.earlier(way.reverse)
+    finals, sums = finals[earlier], sums[earlier]
     # Of the pieces between q and the own one: summed from the own one's side.
-    towards: Callable[[Tensor], Tensor] = (lambda x: x) if reverse else (lambda x: x.flip(0))
-    between = towards(F.pad(towards(steps), (0, 0, 0, 0, 1, 0))[:-1].cumsum(0))
+    towards: Callable[[Tensor], Tensor] = (lambda x: x) if way.reverse else (lambda x: x.flip(0))
+    between = towards(F.pad(towards(sums), (0, 0, 0, 0, 1, 0))[:-1].cumsum(0))
     states = torch.exp(between[..., None] * A) * finals
+    linked = way.context.linked(way.pack, way.reverse)
     if linked is not None:
-        states = states * linked[context.earlier(reverse)][:, None, None, None]
+        states = states * linked[earlier][:, None, None, None]
     return states.sum(0)
-
-
-class _SumOfSteps(torch.autograd.Function):
-    """dt = delta + bias, through softplus if so: its sum over the piece, (B, L, E) -> (B, E) float32 or float64.
-
-    Nothing of the size of delta is made in float32, or kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(delta, bias)
-        ctx.softplus = softplus
-        return torch.stack([_steps(d, bias, softplus).sum(1) for d in delta.split(AT_ONCE, 1)]).sum(0)
-
-    @staticmethod
-    def backward(ctx: Any, dsum: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        delta, bias = ctx.saved_tensors
-        ddelta, dbias = torch.empty_like(delta), torch.zeros_like(dsum)
-        for d, into in zip(delta.split(AT_ONCE, 1), ddelta.split(AT_ONCE, 1), strict=True):
-            gradient = dsum[:, None].expand(d.shape)
-            if ctx.softplus:
-                gradient = gradient * torch.sigmoid(_wide(d) if bias is None else _wide(d) + bias)
-            into.copy_(gradient)
-            dbias += gradient.sum(1)
-        return ddelta, None if bias is None else dbias.sum(0).to(bias.dtype), None
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _steps(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    dt = _wide(delta) if bias is None else _wide(delta) + bias
-    return F.softplus(dt) if softplus else dt
 
 
 def _without_states(options: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None, bool]:

@@ -44,7 +44,7 @@ def shard(model: nn.Module, mesh: Any = None, *, apart: Collection[nn.Parameter]
 
     marks = {name: dict(vars(p)) for name, p in model.named_parameters()}  # such as optim.py reads
     apart = set(apart)
-    model.gathers_twice = _size(model, apart) > KEPT  # pyright: ignore[reportAttributeAccessIssue] - for all_weights
+    model.gathers_twice = _size(model, apart) > KEPT  # pyright: ignore[reportArgumentType] - for all_weights
     options: Any = {"mesh": mesh, "ignored_params": apart}
     for unit in _units(model, apart):
         fully_shard(unit, reshard_after_forward=model.gathers_twice, **options)
