@@ -1,6 +1,7 @@
 """Training on 2 and 4 processes, by DDP and FSDP2: the numbers of one, and checkpoints that any number goes on from."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from polymamba.core import (
     Task,
     TrainConfig,
     processes,
+    train,
     train_model,
 )
 from polymamba.core.parallel import padded_piece
@@ -140,6 +142,28 @@ def test_sequences_in_pieces_and_weights_divided(tmp_path, truth, in_processes):
 
 def test_pieces_without_dividing_weights(tmp_path, truth, in_processes):
     in_processes(2, run, tmp_path / "run", context_parallel=2)
+    assert_same(tmp_path / "run", truth)
+
+
+class OnCPU(train.Division):
+    """As on a GPU with cuda_graph."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.records = self.gradients_meet_after = True
+
+
+def recorded(folder):
+    """A training whose recorded backward knows of no other process; a graph's stand-in is the function itself."""
+    train.Division, train.Replayed = OnCPU, lambda function, _: function
+    train.own_stream = lambda _: nullcontext()
+    CountUp.same_kernels = True
+    run(folder, cuda_graph=True)
+
+
+def test_gradients_that_meet_after_the_backward(tmp_path, truth, in_processes):
+    """In an epoch's last step two processes have no batch."""
+    in_processes(4, recorded, tmp_path / "run")
     assert_same(tmp_path / "run", truth)
 
 
