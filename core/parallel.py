@@ -188,6 +188,12 @@ def all_pieces(x: Tensor, dim: int = 1) -> Tensor:
     return x if context is None else torch.cat(list(gathered(x, context.group)), dim)
 
 
+def backwards(x: Tensor, dim: int = 1) -> Tensor:
+    """x of which the whole is flipped along `dim`: its own piece is the flipped one of another process."""
+    context = _context
+    return x.flip(dim) if context is None else gathered(x, context.group)[context.size - 1 - context.rank].flip(dim)
+
+
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x of each process of the group: (P, ..). Its gradient is the sum of what all processes make of it."""
     return _Gathered.apply(x, group)  # pyright: ignore[reportReturnType]
