@@ -69,7 +69,7 @@ class CountUp(Task):
 def run(folder, *, pattern=("mamba",), broken_at=None, resume=False, **flags):
     """Train in `folder`, perhaps only up to a certain batch of each process. Returns the batches that this one made."""
     torch.manual_seed(2)
-    moe = MoEConfig(n_experts=4, d_expert=8)
+    moe = MoEConfig(n_experts=4, d_expert=8, balance_weight=0)  # balance is that of what a process has at a time
     backbone = BackboneConfig(d_model=16, n_layer=2, d_state=4, pattern=pattern, moe=moe)
     model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=7))
     task = CountUp(broken_at)
@@ -113,11 +113,11 @@ def test_two_processes_are_one_and_read_different_batches(tmp_path, truth, in_pr
 
 
 def broken(folder, **options):
-    run(folder, broken_at=9, **options)  # of two, in the second epoch's second step, later than the last checkpoint
+    run(folder, broken_at=9, **options)  # in a step that the last checkpoint knows nothing of
 
 
 def resumed(folder, **options):
-    run(folder, resume=True, **options)
+    return run(folder, resume=True, **options)
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
@@ -132,17 +132,16 @@ def test_save_on_two_resume_on_one_and_on_four(fsdp, tmp_path, truth, in_process
     assert_same(tmp_path / "four", truth)
 
 
-def test_sequences_in_pieces_and_weights_divided(tmp_path, truth, in_processes):
-    """Two pieces of each sequence, two batches at a time, and a quarter of the weights on each process."""
-    made = in_processes(4, run, tmp_path / "run", context_parallel=2, fsdp=True)
-    assert_same(tmp_path / "run", truth)
+def test_sequences_in_pieces_then_experts_spread_too(tmp_path, in_processes):
+    """Two pieces of each sequence, weights whole; gone on with on four processes: two groups that have other batches,
+    in each of them two pieces, and half of the experts on each process; all other weights in four parts."""
+    settings = {"pattern": ("mamba", "moe"), "epochs": 2}
+    run(tmp_path / "one", **settings)
+    in_processes(2, broken, tmp_path / "run", context_parallel=2, **settings)
+    made = in_processes(4, resumed, tmp_path / "run", context_parallel=2, expert_parallel=2, **settings)
+    assert_same(tmp_path / "run", results(tmp_path / "one"))
     assert made[0] == made[1]
     assert not set(made[0]) & set(made[2])
-
-
-def test_pieces_without_dividing_weights(tmp_path, truth, in_processes):
-    in_processes(2, run, tmp_path / "run", context_parallel=2)
-    assert_same(tmp_path / "run", truth)
 
 
 class OnCPU(train.Division):
@@ -165,15 +164,6 @@ def test_gradients_that_meet_after_the_backward(tmp_path, truth, in_processes):
     """In an epoch's last step two processes have no batch."""
     in_processes(4, recorded, tmp_path / "run")
     assert_same(tmp_path / "run", truth)
-
-
-def test_spread_experts(tmp_path, in_processes):
-    """Saved on two processes with half of the experts each; gone on with on four, of which two have the same half."""
-    of_experts = {"pattern": ("mamba", "moe")}
-    run(tmp_path / "one", **of_experts)
-    in_processes(2, broken, tmp_path / "run", expert_parallel=2, **of_experts)
-    in_processes(4, resumed, tmp_path / "run", expert_parallel=2, **of_experts)
-    assert_same(tmp_path / "run", results(tmp_path / "one"))
 
 
 def refusals():
