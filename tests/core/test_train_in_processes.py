@@ -66,7 +66,7 @@ class CountUp(Task):
         return -metrics["valid_loss"]
 
 
-def run(folder, *, pattern=("mamba",), broken_at=None, resume=False, **flags):
+def run(folder, *, pattern=("mamba",), epochs=CONFIG.epochs, broken_at=None, resume=False, **flags):
     """Train in `folder`, perhaps only up to a certain batch of each process. Returns the batches that this one made."""
     torch.manual_seed(2)
     moe = MoEConfig(n_experts=4, d_expert=8, balance_weight=0)  # balance is that of what a process has at a time
@@ -74,7 +74,7 @@ def run(folder, *, pattern=("mamba",), broken_at=None, resume=False, **flags):
     model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=7))
     task = CountUp(broken_at)
     out = RunFolder(folder, flags, [], resume=resume)
-    config, cpu = replace(CONFIG, **flags), ComputeConfig(device="cpu", seed=1)
+    config, cpu = replace(CONFIG, epochs=epochs, **flags), ComputeConfig(device="cpu", seed=1)
     try:
         train_model(model, task, config, cpu, out, resume=resume)
     except KeyboardInterrupt:
