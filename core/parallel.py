@@ -77,6 +77,10 @@ class Context:
             self._packs = cu_seqlens, Pack(own, first, last)
         return None if cu_seqlens is None else self._packs[1]
 
+    def border(self, cu_seqlens: Tensor | None) -> "Border | None":
+        """For blocks that are one operation: None with packs and padding, of which that knows nothing."""
+        return Border(self) if cu_seqlens is None and self.real is None else None
+
     def earlier(self, reverse: bool) -> slice:
         """The pieces that are read before the own one."""
         return slice(self.rank + 1, None) if reverse else slice(0, self.rank)
@@ -222,8 +226,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **optio
         return kernels.causal_conv1d(x, weight, bias, **options)
     options, cu_seqlens, reverse = _without_states(options)
     length, width = x.shape[1], weight.shape[1] - 1
-    if length < width:
-        raise ValueError(f"pieces of {length} tokens are shorter than the convolution's reach of {width}: use fewer")
+    _require_reach(length, width)
     if context.real is not None:
         x = x * context.real[..., None]
     pack = context.pack(cu_seqlens, length)
@@ -266,21 +269,23 @@ def selective_scan(
     pack = context.pack(cu_seqlens, u.shape[1])
     bias = options.get("delta_bias")
     way = _Way(context, pack, reverse, options.get("delta_softplus", False))
-
-    def passed_on() -> tuple[Tensor, Tensor]:
-        """The state with which the own piece begins, (B, E, N), and the sum of dt of each piece, (P, B, E)."""
-        with torch.no_grad():
-            final = _end_state(way, bias, u, delta, A, B, C)
-            sums = torch.stack([way.dt(d, bias).sum(1) for d in delta.split(AT_ONCE, 1)]).sum(0)
-            each = gathered(torch.cat((final, sums[..., None].to(final.dtype)), -1), context.group)
-            finals, sums = each[..., :-1], each[..., -1]
-            return state_before(way, finals, sums, A), sums
-
-    state, sums = _once(passed_on)
+    state, sums = _once(lambda: _passed_on(way, u, delta, A, B, C, bias))
     state = _placed(state, pack, context, reverse)
     options |= {"initial_state": state, "return_final_state": True}
     y, final = kernels.selective_scan(u, delta, A, B, C, D, z, **options, **_layout(pack, reverse))
     return _HandedOn.apply(y, final, way, delta, z, bias, A, C, sums)
+
+
+@torch.no_grad()
+def _passed_on(
+    way: "_Way", u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The state with which the own piece begins, (B, E, N), and the sum of dt of each piece, (P, B, E)."""
+    final = _end_state(way, bias, u, delta, A, B, C)
+    sums = torch.stack([way.dt(d, bias).sum(1) for d in delta.split(AT_ONCE, 1)]).sum(0)
+    each = gathered(torch.cat((final, sums[..., None].to(final.dtype)), -1), way.context.group)
+    finals, sums = each[..., :-1], each[..., -1]
+    return state_before(way, finals, sums, A), sums
 
 
 class _Way(NamedTuple):
@@ -360,6 +365,44 @@ def state_before(way: _Way, finals: Tensor, sums: Tensor, A: Tensor) -> Tensor:
     if linked is not None:
         states = states * linked[earlier][:, None, None, None]
     return states.sum(0)
+
+
+class Border:
+    """What kernels/mamba_block has to know of the other pieces: its Border."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def before(self, x: Tensor, width: int, reverse: bool) -> Tensor:
+        return _once(lambda: self._before(x, width, reverse))
+
+    @torch.no_grad()
+    def _before(self, x: Tensor, width: int, reverse: bool) -> Tensor:
+        _require_reach(x.shape[1], width)
+        last = x[:, :width].flip(1) if reverse else x[:, -width:]
+        return _beside(last.mT, self.context, before=not reverse)
+
+    def add_gradient(self, dstate: Tensor, dx: Tensor, reverse: bool) -> None:
+        width = dstate.shape[-1]
+        of_last = _beside(dstate, self.context, before=reverse).mT
+        (dx[:, :width] if reverse else dx[:, -width:]).add_(of_last.flip(1) if reverse else of_last)
+
+    def state_before(self, *inputs: Any, reverse: bool) -> tuple[Tensor, Tensor]:
+        return _once(lambda: _passed_on(_Way(self.context, None, reverse, True), *inputs))
+
+    def gradient_after(self, dy: Tensor, *inputs: Any, reverse: bool) -> Tensor:
+        return _gradient_after(_Way(self.context, None, reverse, True), dy, *inputs)
+
+
+def _beside(x: Tensor, context: Context, *, before: bool) -> Tensor:
+    """x of the process with the piece before, or after, the own one; zeros where there is none."""
+    all_, beside = gathered(x, context.group), context.rank + (-1 if before else 1)
+    return all_[beside] if 0 <= beside < context.size else torch.zeros_like(x)
+
+
+def _require_reach(length: int, width: int) -> None:
+    if length < width:
+        raise ValueError(f"pieces of {length} tokens are shorter than the convolution's reach of {width}: use fewer")
 
 
 def _wide(x: Tensor) -> Tensor:
