@@ -8,6 +8,7 @@ from torch.nn.modules import module as all_modules
 from ..kernels.mamba_block import BlockWeights, ScanWeights, mamba_block, serves
 from . import parallel
 from .autocast import autocast_dtype
+from .pieces import border_of
 
 
 def as_made(*parts: Any, kinds: tuple[type, ...] = (nn.Linear, nn.Conv1d)) -> bool:
@@ -40,7 +41,7 @@ def at_once(
     (parallel.py) is packed or padded.
     """
     context = parallel.current()
-    border = None if context is None else context.border(cu_seqlens)
+    border = None if context is None else border_of(context, cu_seqlens)
     if (context is not None and border is None) or all_modules._has_any_global_hook():
         return None
     dtype = autocast_dtype(hidden)
