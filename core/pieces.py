@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from ..kernels.scan_steps import backward_scan_inputs, step_sums
 from .parallel import Context, Pack, current, gathered, once
-
-AT_ONCE = 1 << 15  # tokens whose step sizes are added up at a time, in float32
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
@@ -87,7 +86,7 @@ def _passed_on(
 ) -> tuple[Tensor, Tensor]:
     """The state with which the own piece begins, (B, E, N), and the sum of dt of each piece, (P, B, E)."""
     final = _end_state(way, bias, u, delta, A, B, C)
-    sums = torch.stack([way.dt(d, bias).sum(1) for d in delta.split(AT_ONCE, 1)]).sum(0)
+    sums = step_sums(delta, bias, way.softplus)
     each = gathered(torch.cat((final, sums[..., None].to(final.dtype)), -1), way.context.group)
     finals, sums = each[..., :-1], each[..., -1]
     return state_before(way, finals, sums, A), sums
@@ -103,11 +102,6 @@ class _Way(NamedTuple):
 
     def back(self) -> "_Way":
         return self._replace(reverse=not self.reverse)
-
-    def dt(self, delta: Tensor, bias: Tensor | None) -> Tensor:
-        """In float32 or float64."""
-        dt = _wide(delta) if bias is None else _wide(delta) + bias
-        return F.softplus(dt) if self.softplus else dt
 
 
 class _HandedOn(torch.autograd.Function):
@@ -128,21 +122,10 @@ class _HandedOn(torch.autograd.Function):
 def _gradient_after(
     way: _Way, dy: Tensor, delta: Tensor, z: Tensor | None, bias: Tensor | None, A: Tensor, C: Tensor, sums: Tensor
 ) -> Tensor:
-    """Of the state after the own piece, from what the later ones make of it: all have to call this. (B or S, E, N)
-
-    Of h_t it is that of h_{t+1} decayed by dt_{t+1}, and C_t dy_t silu(z_t): a scan the other way with C in the place
-    of B, which takes each dt a step earlier than the scan does, and whose input is not multiplied by it.
-    """
-    shifted = delta.roll(1 if way.reverse else -1, 1)
-    u = torch.empty_like(dy)
-    for start in range(0, dy.shape[1], AT_ONCE):
-        some = slice(start, start + AT_ONCE)
-        x = _wide(dy[:, some])
-        if z is not None:
-            x = x * F.silu(_wide(z[:, some]))
-        u[:, some] = x / way.dt(shifted[:, some], bias).clamp(min=torch.finfo(x.dtype).tiny)
-    border = way.dt(delta[:, -1:] if way.reverse else delta[:, :1], bias)[:, 0]
-    own = _end_state(way.back(), bias, u, shifted, A, C, C) * torch.exp(border[..., None] * A)
+    """Of the state after the own piece, from what the later ones make of it: all have to call this. (B or S, E, N)"""
+    u, moved = backward_scan_inputs(dy, delta, z, bias, way.softplus, way.reverse)
+    border = step_sums(delta[:, -1:] if way.reverse else delta[:, :1], bias, way.softplus)
+    own = _end_state(way.back(), bias, u, moved, A, C, C) * torch.exp(border[..., None] * A)
     after = state_before(way.back(), gathered(own, way.context.group), sums, A)
     return _placed(after, way.pack, way.context, not way.reverse)
 
@@ -213,10 +196,6 @@ def _beside(x: Tensor, context: Context, *, before: bool) -> Tensor:
 def _require_reach(length: int, width: int) -> None:
     if length < width:
         raise ValueError(f"pieces of {length} tokens are shorter than the convolution's reach of {width}: use fewer")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _without_states(options: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None, bool]:
