@@ -6,6 +6,7 @@ process would take as long as to load torch.
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,9 +47,12 @@ def shard(model: nn.Module, mesh: Any = None, *, apart: Collection[nn.Parameter]
     apart = set(apart)
     model.gathers_twice = _size(model, apart) > KEPT  # pyright: ignore[reportArgumentType] - for all_weights
     options: Any = {"mesh": mesh, "ignored_params": apart}
-    for unit in _units(model, apart):
+    units: list[Any] = _units(model, apart)
+    for unit in units:
         fully_shard(unit, reshard_after_forward=model.gathers_twice, **options)
     fully_shard(model, **options)
+    for (first, *_), (following, *_) in pairwise([[model], *units]):
+        first.set_modules_to_forward_prefetch([following])  # gathered while this one computes
     for name, p in model.named_parameters():
         vars(p).update(marks[name])
 

@@ -19,9 +19,9 @@ def _dt(delta, bias, at, d, inside, SOFTPLUS: tl.constexpr):
     return softplus_of(dt) if SOFTPLUS else dt
 
 
-@triton.jit(do_not_specialize=["length", "n_pieces"])
+@triton.jit(do_not_specialize=["length"])
 def _step_sums(
-    delta, bias, shares, row_stride, batch_stride, length, n_pieces, width,
+    delta, bias, shares, row_stride, batch_stride, length, width,
     PIECE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     piece, sequence = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -63,10 +63,10 @@ def step_sums(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     n_pieces = ceil_div(length, PIECE)
     shares = torch.empty(n_pieces, batch, width, device=delta.device)
     grid = n_pieces, ceil_div(width, BLOCK), batch
-    _step_sums[grid](
-        *(delta, bias, shares, delta.stride(1), delta.stride(0), length, n_pieces, width, PIECE, ROWS, BLOCK, softplus)
-    )
-    return sum_first_axis(shares)
+    strides = delta.stride(1), delta.stride(0)
+    with torch.cuda.device_of(delta):
+        _step_sums[grid](delta, bias, shares, *strides, length, width, PIECE, ROWS, BLOCK, softplus)
+        return sum_first_axis(shares)
 
 
 def backward_scan_inputs(
@@ -77,8 +77,9 @@ def backward_scan_inputs(
     u, shifted = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dy, delta))
     strides = [(0, 0) if x is None else (x.stride(1), x.stride(0)) for x in (dy, delta, z)]
     grid = ceil_div(length, ROWS), ceil_div(width, BLOCK), batch
-    _backward_scan_inputs[grid](
-        *(dy, delta, z, bias, u, shifted, *strides[0], *strides[1], *strides[2], length, width),
-        *(reverse, ROWS, BLOCK, softplus),
-    )
+    with torch.cuda.device_of(delta):
+        _backward_scan_inputs[grid](
+            *(dy, delta, z, bias, u, shifted, *strides[0], *strides[1], *strides[2], length, width),
+            *(reverse, ROWS, BLOCK, softplus),
+        )
     return u, shifted
