@@ -7,7 +7,7 @@
 
 The last two are two ways to put the same processes into groups, of which neither asks about the other: every process
 calls backward for its own part of the step's loss, and the mean of the gradients, times the number of processes, is
-that of the whole.
+that of the whole. Auxiliary losses, such as the balance of experts, are of what a process has at a time.
 """
 
 from collections.abc import Sequence

@@ -5,8 +5,8 @@
         logits = model(own_piece(tokens[:, :-1]))
         F.cross_entropy(logits.flatten(0, 1), own_piece(tokens[:, 1:]).flatten()).backward()
 
-Process r of P has the tokens [r L / P, (r + 1) L / P) of each row. Of the layers that such a model may have only
-Mamba's look across time, and those need little of other pieces:
+So does the `--context-parallel` of language models (division.py). Process r of P has the tokens [r L / P, (r + 1) L / P)
+of each row. Of the layers that such a model may have only Mamba's look across time, and those need little of others:
 
     convolution   the W - 1 inputs beside the piece, which are the neighbour's last ones
     scan          the state before the piece, a sum over the pieces q before it, not a walk from one to the next:
