@@ -5,7 +5,7 @@
         logits = model(own_piece(tokens[:, :-1]))
         F.cross_entropy(logits.flatten(0, 1), own_piece(tokens[:, 1:]).flatten()).backward()
 
-So does the `--context-parallel` of language models (division.py). Process r of P has the tokens [r L / P, (r + 1) L / P)
+So does the `--context-parallel` of language models (division.py). Process r of P has the tokens [r L / P, (r+1) L / P)
 of each row. Of the layers that such a model may have only Mamba's look across time, and those need little of others:
 
     convolution   the W - 1 inputs beside the piece, which are the neighbour's last ones
