@@ -29,7 +29,7 @@ from polymamba.core.processes import _Sign, stuck
 from polymamba.core.train import settings_of
 
 N_BATCHES, N_VALID = 10, 7  # of an epoch; in steps of 4 batches, the last one of 2
-CONFIG = TrainConfig(epochs=3, lr=1e-2, save_every=2, accumulation=4, clip=0.3, ema=0.9)
+CONFIG = TrainConfig(epochs=2, lr=1e-2, save_every=2, accumulation=4, clip=0.3, ema=0.9)
 
 
 class CountUp(Task):
@@ -67,7 +67,7 @@ class CountUp(Task):
         return -metrics["valid_loss"]
 
 
-def run(folder, *, pattern=("mamba",), epochs=CONFIG.epochs, broken_at=None, resume=False, **flags):
+def run(folder, *, pattern=("mamba",), broken_at=None, resume=False, **flags):
     """Train in `folder`, perhaps only up to a certain batch of each process. Returns the batches that this one made."""
     torch.manual_seed(2)
     moe = MoEConfig(n_experts=4, d_expert=8, balance_weight=0)  # balance is that of what a process has at a time
@@ -75,7 +75,7 @@ def run(folder, *, pattern=("mamba",), epochs=CONFIG.epochs, broken_at=None, res
     model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=7))
     task = CountUp(broken_at)
     out = RunFolder(folder, flags, [], resume=resume)
-    config, cpu = replace(CONFIG, epochs=epochs, **flags), ComputeConfig(device="cpu", seed=1)
+    config, cpu = replace(CONFIG, **flags), ComputeConfig(device="cpu", seed=1)
     try:
         train_model(model, task, config, cpu, out, resume=resume)
     except KeyboardInterrupt:
@@ -141,10 +141,10 @@ def test_save_on_two_resume_on_one_and_on_four(fsdp, tmp_path, truth, in_process
 def test_sequences_in_pieces_then_experts_spread_too(tmp_path, in_processes):
     """Two pieces of each sequence, weights whole; gone on with on four processes: two groups that have other batches,
     in each of them two pieces, and half of the experts on each process; all other weights in four parts."""
-    settings = {"pattern": ("mamba", "moe"), "epochs": 2}
-    run(tmp_path / "one", **settings)
-    in_processes(2, broken, tmp_path / "run", context_parallel=2, **settings)
-    made = in_processes(4, resumed, tmp_path / "run", context_parallel=2, expert_parallel=2, **settings)
+    pattern = "mamba", "moe"
+    run(tmp_path / "one", pattern=pattern)
+    in_processes(2, broken, tmp_path / "run", pattern=pattern, context_parallel=2)
+    made = in_processes(4, resumed, tmp_path / "run", pattern=pattern, context_parallel=2, expert_parallel=2)
     assert_same(tmp_path / "run", results(tmp_path / "one"))
     assert made[0] == made[1]
     assert not set(made[0]) & set(made[2])
