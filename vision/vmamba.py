@@ -29,6 +29,7 @@ from .config import VMambaConfig
 from .conv import Conv
 from .mlp import Mlp
 from .model import ImageModel, drop_path_rates, feature_layout
+from .vss_at_once import at_once
 
 NORM_EPS = 1e-5
 K = 4  # directions
@@ -129,8 +130,11 @@ class SS2D(nn.Module):
         return self.out_proj(y if z is None else y * F.silu(z))
 
 
+PARTS = (Norm, AddNorm, ScanNorm, SS2D, Conv, Mlp, DropPath, nn.Linear, nn.GELU, nn.Identity)  # as they are made
+
+
 class Block(nn.Module):
-    """x += scan(norm(x)); x += mlp(norm2(x))."""
+    """x += scan(norm(x)); x += mlp(norm2(x)). On a GPU one operation, unless a part is special."""
 
     def __init__(self, dim: int, config: VMambaConfig, drop_path: float):
         super().__init__()
@@ -143,6 +147,10 @@ class Block(nn.Module):
             self.mlp = Mlp(dim, int(config.mlp_ratio * dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        found = at_once(self, x, PARTS)
+        return self.by_parts(x) if found is None else found
+
+    def by_parts(self, x: Tensor) -> Tensor:
         y = self.drop_path(self.op(self.norm(x, projected=True)))
         if self.mlp is None or self.norm2 is None:
             return x + y

@@ -27,7 +27,7 @@ _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
 _OWN = Path(__file__).parent / "cuda_kernels"
 _FIELDS = (  # of struct Problem in cuda_kernels/common.cu, in its order
     *("x", "dt", "B", "C", "dt_weight", "bias", "A", "D", "y", "saved", "dy", "sum", "dx", "ddelta"),
-    *("share_BC", "share_A", "share_bias", "share_D"),
+    *("share_BC", "shares"),
     *("n_images", "height", "width", "n_channels", "inverse_height", "split", "every"),
     *("dt_token", "dt_direction", "B_token", "B_direction", "C_token", "C_direction"),
 )
@@ -71,7 +71,7 @@ def _every(n_channels: int, rank: int) -> int:
 
 def saved_shape(x: Tensor, dt: Tensor) -> tuple[int, ...]:
     n_images, height, width, n_channels = x.shape
-    every = _every(n_channels, dt.shape[4])
+    every = _every(n_channels, dt.shape[-1])
     return n_images, 4, (height * width + every - 1) // every, n_channels
 
 
@@ -95,42 +95,44 @@ def _function(kernel: str, device: int, macros: tuple[tuple[str, Any], ...]):
     return nvrtc.kernel(_source(kernel, macros), f"scan_{kernel}", device)
 
 
-def _floats(x: Tensor) -> Tensor:
-    return x.float().contiguous()
+def _common(*tensors: Tensor) -> torch.dtype:
+    """The dtype of all, or float32."""
+    dtype = tensors[0].dtype
+    return dtype if dtype in _TYPES and all(x.dtype == dtype for x in tensors) else torch.float32
 
 
 def _by_token(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, H, W, 4, R) as (token, 4, R), its last dimension contiguous."""
-    x = x.to(dtype).flatten(0, 2)
+    """(.., 4, R) as (token, 4, R), its last dimension contiguous."""
+    x = x.to(dtype).flatten(0, -3)
     return x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
 
 
 class _Problem:
-    """Arguments of the kernels, and the macros that they are compiled with."""
+    """Arguments of the kernels, and the macros that they are compiled with. log: A is log(-A)."""
 
-    def __init__(self, x, dt, A, B, C, D, dt_weight, dt_bias):
+    def __init__(self, x, dt, A, B, C, D, dt_weight, dt_bias, log: bool = False):
         n_images, height, width, n_channels = x.shape
         self.device, self.length = x.get_device(), height * width
         self.blocks = n_images * -(-n_channels // BLOCK_CHANNELS)
-        self.x = x.contiguous()
-        kind = dt.dtype if dt.dtype == B.dtype == C.dtype else torch.float32
+        self.x, kind, shared = x.contiguous(), _common(dt, B, C), _common(dt_weight, dt_bias, A, D)
         self.dt, self.B, self.C = (_by_token(m, kind) for m in (dt, B, C))
-        tensors = {
-            "x": self.x, "dt": self.dt, "B": self.B, "C": self.C, "dt_weight": _floats(dt_weight),
-            "bias": _floats(dt_bias), "A": _floats(A), "D": _floats(D),
-        }  # fmt: skip
+        parameters = (m.to(shared).contiguous() for m in (dt_weight, dt_bias, A, D))
+        names = ("x", "dt", "B", "C", "dt_weight", "bias", "A", "D")
+        tensors = dict(zip(names, (self.x, self.dt, self.B, self.C, *parameters), strict=True))
         self.kept = tensors  # until all is launched
         at_once = 4  # elements of dt; strides and address divide by them
+        strides = self.dt.stride()
         while at_once > 1 and (
             self.dt.shape[2] % at_once
-            or any(s % at_once for s in self.dt.stride()[:2])
+            or strides[0] % at_once
+            or strides[1] % at_once
             or self.dt.data_ptr() % (at_once * self.dt.element_size())
         ):
             at_once //= 2
         wide = n_channels % 4 == 0 and self.x.data_ptr() % (4 * self.x.element_size()) == 0
         self.macros = (
-            ("U", _TYPES[x.dtype]), ("M", _TYPES[kind]), ("R", self.dt.shape[2]), ("VR", at_once), ("WIDE", int(wide)),
-            ("FAST", int(x.dtype != torch.float32)),
+            ("U", _TYPES[x.dtype]), ("M", _TYPES[kind]), ("P", _TYPES[shared]), ("LOG", int(log)),
+            ("R", self.dt.shape[2]), ("VR", at_once), ("WIDE", int(wide)), ("FAST", int(x.dtype != torch.float32)),
         )  # fmt: skip
         self.values = _ABSENT | {name: m.data_ptr() for name, m in tensors.items()} | {
             "n_images": n_images, "height": height, "width": width, "n_channels": n_channels,
@@ -138,7 +140,7 @@ class _Problem:
             "every": _every(n_channels, self.dt.shape[2]),
         }  # fmt: skip
         for name, m in (("dt", self.dt), ("B", self.B), ("C", self.C)):
-            self.values |= {f"{name}_token": m.stride(0), f"{name}_direction": m.stride(1)}
+            self.values[f"{name}_token"], self.values[f"{name}_direction"], _ = m.stride()
 
     def launch(self, kernel: str, blocks: int, **values: Tensor | int | None) -> None:
         plan = _plan(kernel, self.length, self.x.shape[3], self.dt.shape[2])
@@ -150,7 +152,7 @@ class _Problem:
 def forward(x, dt, A, B, C, D, dt_weight, dt_bias, save: bool) -> tuple[Tensor, Tensor]:
     """(y, saved states)."""
     arguments = (x, dt, A, B, C, D, dt_weight, dt_bias)
-    saved = torch.empty(saved_shape(x, dt) if save else (0,), device=x.device)
+    saved = _room_for_states(x, dt, save)
     if usable(x.get_device()):
         with torch.cuda.device_of(x):
             try:
@@ -158,6 +160,10 @@ def forward(x, dt, A, B, C, D, dt_weight, dt_bias, save: bool) -> tuple[Tensor, 
             except nvrtc.Unavailable as error:
                 _give_up(x.get_device(), error)
     return four_scans(*arguments), saved
+
+
+def _room_for_states(x: Tensor, dt: Tensor, save: bool) -> Tensor:
+    return torch.empty(saved_shape(x, dt) if save else (0,), device=x.device)
 
 
 def _give_up(device: int, error: nvrtc.Unavailable) -> None:
@@ -181,36 +187,81 @@ def backward(dy, x, dt, A, B, C, D, dt_weight, dt_bias, saved) -> tuple[Tensor, 
     if usable(x.get_device()):
         with torch.cuda.device_of(x):
             try:
-                return _backward(_Problem(*arguments), dy.float().contiguous(), D, dt_weight, saved)
+                p = _Problem(*arguments)
+                dx, ddelta, sum_BC, (dA, dbias, dD) = _backward(p, dy.float().contiguous(), saved)
             except nvrtc.Unavailable as error:
                 _give_up(x.get_device(), error)
+            else:
+                ddt = (ddelta @ _along_diagonal(dt_weight, dx.dtype)).view(dt.shape)
+                d_dt_weight = _of_diagonal(ddelta.T @ p.dt.to(dx.dtype).flatten(1))
+                dB, dC = (
+                    torch.empty(m.shape, dtype=p.B.dtype, device=m.device).copy_(m)
+                    for m in sum_BC.transpose(1, 2).view(2, *B.shape)
+                )
+                return dx, ddt, dA[:, :, None], dB, dC, dD.expand(D.shape), d_dt_weight, dbias
     with torch.enable_grad():
         leaves = [m.detach().requires_grad_() for m in arguments]
         return torch.autograd.grad(four_scans(*leaves), leaves, dy, materialize_grads=True)
 
 
-def _backward(p: _Problem, dy: Tensor, D: Tensor, dt_weight: Tensor, saved: Tensor) -> tuple[Tensor, ...]:
-    n_images, height, width, n_channels = p.x.shape
-    n_tokens, rank = n_images * p.length, p.dt.shape[2]
+def _backward(p: _Problem, dy: Tensor, saved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and of the step sizes (token, 4 E), of B and C (2, 4, token), and of A, the bias and D (3, 4, E).
+
+    dy: float32, contiguous.
+    """
+    n_images, _, _, n_channels = p.x.shape
+    n_tokens = n_images * p.length
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=p.x.device)
 
     dx, ddelta = torch.empty_like(p.x), p.x.new_empty(n_tokens, 4 * n_channels)
     total = dx if dx.dtype == torch.float32 else floats(*p.x.shape)
-    share_BC = floats(-(-n_channels // BLOCK_CHANNELS), 2, 4, n_tokens)
-    share_A, share_bias = floats(n_images, 4, n_channels), floats(n_images, 4, n_channels)
-    share_D = floats(n_images, n_channels)
+    share_BC, shares = floats(-(-n_channels // BLOCK_CHANNELS), 2, 4, n_tokens), floats(n_images, 3, 4, n_channels)
     p.launch(
-        "backward", p.blocks, dy=dy, saved=saved, sum=total, dx=dx, ddelta=ddelta,
-        share_BC=share_BC, share_A=share_A, share_bias=share_bias, share_D=share_D,
-    )  # fmt: skip
-    # All directions in one product: the weights stand along the diagonal.
-    weights = dx.new_zeros(4, n_channels, 4, rank)
-    weights.diagonal(dim1=0, dim2=2).copy_(dt_weight.permute(1, 2, 0))
-    ddt = (ddelta @ weights.view(4 * n_channels, 4 * rank)).view(n_images, height, width, 4, rank)
-    dweight = (ddelta.T @ p.dt.to(dx.dtype).flatten(1)).view(4, n_channels, 4, rank)
-    dweight = dweight.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    sums = share_BC.sum(0).transpose(1, 2).view(2, n_images, height, width, 4, 1)
-    dB, dC = (torch.empty(m.shape, dtype=p.B.dtype, device=m.device).copy_(m) for m in sums)
-    return dx, ddt, share_A.sum(0)[:, :, None], dB, dC, share_D.sum(0).expand(D.shape), dweight, share_bias.sum(0)
+        *("backward", p.blocks), dy=dy, saved=saved, sum=total, dx=dx, ddelta=ddelta, share_BC=share_BC, shares=shares
+    )
+    return dx, ddelta, share_BC.sum(0), shares.sum(0)
+
+
+def _along_diagonal(dt_weight: Tensor, dtype: torch.dtype, beside: int = 0) -> Tensor:
+    """dt_weight (4, E, R) as one matrix (4 E, 4 (R + beside)) for all directions, zero where they would mix."""
+    n_channels, rank = dt_weight.shape[1:]
+    weights = torch.zeros(4, n_channels, 4, rank + beside, dtype=dtype, device=dt_weight.device)
+    weights[..., :rank].diagonal(dim1=0, dim2=2).copy_(dt_weight.permute(1, 2, 0))
+    return weights.view(4 * n_channels, -1)
+
+
+def _of_diagonal(matrix: Tensor, beside: int = 0) -> Tensor:
+    """(4 E, 4 (R + beside)) -> (4, E, R), the reverse of `_along_diagonal`."""
+    blocks = matrix.view(4, len(matrix) // 4, 4, -1)
+    blocks = blocks[..., : blocks.shape[3] - beside]
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+# For VMamba's block (kernels/vss_block): dt, B and C as its projection leaves them, (T, 4 (R + 2)), A as its logarithm.
+
+
+def _of_projection(x, low, A_log, D, dt_weight, dt_bias) -> _Problem:
+    rank = dt_weight.shape[2]
+    low = low.view(-1, 4, rank + 2)
+    dt, B, C = low[..., :rank], low[..., rank : rank + 1], low[..., rank + 1 :]
+    return _Problem(x, dt, A_log, B, C, D, dt_weight, dt_bias, log=True)
+
+
+def forward_projected(x, low, A_log, D, dt_weight, dt_bias, save: bool) -> tuple[Tensor, Tensor]:
+    """(y, saved states); x (B, H, W, E). Raises Unavailable."""
+    p = _of_projection(x, low, A_log, D, dt_weight, dt_bias)
+    saved = _room_for_states(x, p.dt, save)
+    return _forward(p, saved), saved
+
+
+def backward_projected(dy, x, low, A_log, D, dt_weight, dt_bias, saved, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Gradients of (x, low), and of (A_log, D, dt_weight, dt_bias) in the given dtype. dy: float32, contiguous."""
+    p = _of_projection(x, low, A_log, D, dt_weight, dt_bias)
+    dx, ddelta, sum_BC, shares = _backward(p, dy, saved)
+    dlow = torch.mm(ddelta, _along_diagonal(dt_weight, dx.dtype, beside=2))
+    dlow.view(-1, 4, p.dt.shape[2] + 2)[..., p.dt.shape[2] :].copy_(sum_BC.permute(2, 1, 0))
+    d_dt_weight = _of_diagonal(torch.mm(ddelta.T, low), beside=2)
+    dA, dbias, dD = shares.to(dtype)
+    return dx, dlow, dA.view(A_log.shape), dD.view(D.shape), d_dt_weight.to(dtype), dbias

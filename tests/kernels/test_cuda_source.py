@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from polymamba.kernels import cross_scan, nvrtc, selective_scan
 
@@ -17,6 +18,7 @@ pytest.importorskip("triton")
 
 from polymamba.kernels.cross_scan import cuda as cross_cuda
 from polymamba.kernels.selective_scan import cuda
+from polymamba.kernels.vss_block import VSSWeights, vss_block
 
 HERE = Path(__file__).parent
 
@@ -382,7 +384,62 @@ def test_without_nvrtc_an_image_is_four_scans_and_a_warning_says_so(on_the_cpu, 
     ("length", "channels", "rank"), [(3136, 96, 6), pytest.param(49, 768, 48, marks=pytest.mark.slow)]
 )
 def test_image_sources_compile(kernel, length, channels, rank, compiler):
-    macros = {"U": "bf16", "M": "bf16", "R": rank, "VR": 2, "WIDE": 1, "FAST": 1}
+    macros = {"U": "bf16", "M": "bf16", "P": "float", "LOG": 1, "R": rank, "VR": 2, "WIDE": 1, "FAST": 1}
     plan = cross_cuda._plan(kernel, length, channels, rank)._asdict()
     source = cross_cuda._source(kernel, tuple({**macros, **plan}.items()))
     assert nvrtc.compile_source(source, "sm_90")[:4] == b"\x7fELF"
+
+
+# VMamba's block: with Triton in its interpreter ---------------------------------------------------------------------
+
+C, E, R, WIDE = 5, 6, 2, 12
+WEIGHTS = VSSWeights(
+    *((C,), (C,), (E, C), (E, 1, 3, 3), (E,), (4, R + 2, E), (4, E, R), (4, E), (4 * E, 1), (4 * E,), (E,), (E,)),
+    *((C, E), (C,), (C,), (WIDE, C), (WIDE,), (C, WIDE), (C,)),
+)
+
+
+def block_problem(images: int, height: int, width: int, conv_bias: bool = True) -> dict[str, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights = {name: normal(*shape) / shape[-1] ** 0.5 for name, shape in WEIGHTS._asdict().items()}
+    if not conv_bias:
+        weights["conv_bias"] = None
+    return {"x": normal(images, height, width, C), **weights}
+
+
+def run_block(x, *, backend, factors=None, dtype=None, **weights):
+    w = VSSWeights(**weights)
+    if backend != "torch":
+        return vss_block(x, w, dtype=dtype or x.dtype, eps=1e-5, factors=factors)
+    f_1, f_2 = (1, 1) if factors is None else factors.to(x.dtype)[:, :, None, None, None]
+    a = F.linear(F.layer_norm(x, (C,), w.norm, w.norm_bias), w.in_proj).permute(0, 3, 1, 2)
+    u = F.silu(F.conv2d(a, w.conv, w.conv_bias, padding=1, groups=E)).permute(0, 2, 3, 1)
+    dt, B, C_ = F.linear(u, w.x_proj.flatten(0, 1)).unflatten(-1, (4, R + 2)).split([R, 1, 1], dim=-1)
+    A, D = -w.A_log.exp().view(4, E, 1), w.D.view(4, E)
+    y = cross_scan(u, dt, A, B, C_, D, w.dt_proj, w.dt_bias, backend="torch")
+    x = x + f_1 * F.linear(F.layer_norm(y, (E,), w.norm_2, w.norm_2_bias), w.out_proj)
+    h = F.linear(F.layer_norm(x, (C,), w.norm_3, w.norm_3_bias), w.fc1, w.fc1_bias)
+    return x + f_2 * F.linear(F.gelu(h), w.fc2, w.fc2_bias)
+
+
+BLOCKS = {
+    "plain": (2, 3, 4, True, False), "drop path": (3, 2, 5, False, True), "one row": (1, 1, 7, True, True),
+    "one pixel": (2, 1, 1, False, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_equals_its_parts(name, on_the_cpu, results_of, cast, assert_close):
+    images, height, width, conv_bias, dropped = BLOCKS[name]
+    tensors = block_problem(images, height, width, conv_bias)
+    factors = torch.rand(2, images) if dropped else None
+    expected = results_of(run_block, tensors, "torch", factors=factors)
+    actual = results_of(run_block, cast(tensors, torch.float32), "cuda", factors=factors)
+    assert_close(actual, expected, 1e-5, name)
+    with torch.no_grad():  # saves nothing, and may add in another order
+        y = run_block(**cast(tensors, torch.float32), backend="cuda", factors=factors)
+    assert_close({"y": y}, expected, 1e-5, name)
