@@ -16,7 +16,7 @@ def at_once(block: nn.Module, x: Tensor, kinds: tuple[type, ...]) -> Tensor | No
     """`block.forward` of x (B, H, W, C), whose parts are of these kinds as they are made. None where the parts have to
     be run one after another: off a GPU, before a compiler that wants gradients, if a part is special, or of a dtype of
     its own."""
-    if not isinstance(x, Tensor) or not x.is_cuda or all_modules._has_any_global_hook():
+    if not isinstance(x, Tensor) or all_modules._has_any_global_hook():
         return None
     weights, dtype = _weights(block, kinds), autocast_dtype(x)
     if weights is None or not serves(x, weights, dtype):
