@@ -26,6 +26,11 @@ class Conv(nn.Conv2d):
         y = channels_last_conv(x.to(dtype), self.weight.to(dtype), self.stride[0], int(self.padding[0]), self.groups)
         return y if self.bias is None else y + self.bias.to(dtype)
 
+    def without_bias(self, x: Tensor) -> Tensor:
+        """The same less the bias, contiguous; for no compiler."""
+        y = self._conv_forward(x.contiguous().permute(0, 3, 1, 2), self.weight, None)
+        return y.permute(0, 2, 3, 1).contiguous()
+
 
 def _run(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
     """x (B, H, W, C), weight (D, C / groups, k, k) -> (B, h, w, D), contiguous."""

@@ -23,8 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.autocast import autocast_dtype
 from ..core.mamba import initial_dt_bias
+from ..core.mamba_at_once import as_made
 from ..kernels import cross_scan
+from ..kernels.backends import choose, traced
 from ..kernels.norm import layer_norm, layer_norm_alone
+from ..kernels.norm.interface import implementation
+from ..kernels.vss_block import conv_norm_gelu
 from .config import VMambaConfig
 from .conv import Conv
 from .mlp import Mlp
@@ -68,6 +72,18 @@ class ScanNorm(Norm):
 
     def forward(self, x: Tensor, *, projected: bool = False) -> Tensor:
         return self.by_kernel(x, projected)
+
+
+def normed(conv: Conv, norm: Norm, x: Tensor) -> Tensor:
+    """norm(conv(x)). In inference on a GPU the norm's kernel adds the convolution's bias."""
+    usual = torch.is_grad_enabled() or not isinstance(x, Tensor) or not has_kernel(x)
+    if usual or conv.bias is None or not as_made(conv, norm, kinds=(Conv, Norm)) or traced(x):
+        return norm(conv(x))
+    y = conv.without_bias(x)
+    rows, _ = implementation("triton", "forward")(
+        y.flatten(0, 2), None, norm.weight, norm.bias, norm.eps, True, norm.weight.dtype, before=conv.bias
+    )
+    return rows.view(y.shape)
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -168,7 +184,27 @@ class ConvStem(nn.Module):
         self.conv2, self.norm2 = Conv(half, dim, 3, config.patch_size // 2, 1), Norm(dim, NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
+        return normed(self.conv2, self.norm2, self.first(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        conv, norm = self.conv1, self.norm1
+        if not isinstance(x, Tensor) or torch.is_grad_enabled() or not self.at_once(x):
+            return F.gelu(norm(conv(x)))
+        dtype = autocast_dtype(x)
+        return conv_norm_gelu(x.permute(0, 3, 1, 2), conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype)
+
+    def at_once(self, x: Tensor) -> bool:
+        """Whether the first convolution, its norm and GELU may be one kernel, without gradients."""
+        conv = self.conv1
+        return (
+            x.is_cuda
+            and not torch.compiler.is_exporting()
+            and choose(None, x.device, torch.promote_types(x.dtype, conv.weight.dtype)) == "triton"
+            and conv.weight.dtype == x.dtype
+            and conv.weight[0].numel() <= 128
+            and len(conv.weight) <= 128
+            and as_made(conv, self.norm1, kinds=(Conv, Norm))
+        )
 
 
 class PatchStem(nn.Module):
@@ -191,7 +227,7 @@ class ConvDownsample(nn.Module):
         self.conv, self.norm = Conv(dim, 2 * dim, 3, 2, 1), Norm(2 * dim, NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return normed(self.conv, self.norm, x)
 
 
 @register_notrace_module

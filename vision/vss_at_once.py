@@ -28,7 +28,7 @@ def at_once(block: nn.Module, x: Tensor, kinds: tuple[type, ...]) -> Tensor | No
 def _weights(block: nn.Module, kinds: tuple[type, ...]) -> VSSWeights | None:
     # Not by attribute: what nn.Module does to find one takes longer than the rest of this.
     parts: Any = block._modules
-    op, mlp = parts["op"], parts["mlp"]
+    op, mlp = parts["op"], parts.get("mlp")
     if mlp is None or not as_made(op, mlp, parts["drop_path"], kinds=kinds) or op.gate or op.d_state != 1:
         return None
     inner, of_mlp, own = op._modules, mlp._modules, op._parameters

@@ -38,7 +38,8 @@ def _forward(
         values *= load_float(factors, row // rows_a_factor, row < n_rows)
     if residual is not None:
         values += load_float(residual, row * residual_stride + d, inside)
-        tl.store(stream + row * width + d, values + load_float(shift, d, d < width), mask=inside)
+        if stream is not None:
+            tl.store(stream + row * width + d, values + load_float(shift, d, d < width), mask=inside)
     normed, _ = _statistics(values, inside, width, eps, CENTRED)
     out = normed * load_float(weight, d, d < width) + load_float(bias, d, d < width)
     tl.store(y + row * width + d, out, mask=inside)
@@ -89,28 +90,25 @@ def _shape(width: int) -> dict[str, int]:
     return {"ROWS": n_rows, "BLOCK": block, "num_warps": min(max(n_rows * block // 1024, 1), 16)}
 
 
-def forward(x, residual, weight, bias, eps, centred, dtype, factors=None, shift=None):
+def forward(x, residual, weight, bias, eps, centred, dtype, factors=None, shift=None, before=None):
     """(y, stream); the stream is empty without a residual, whose dtype it has.
 
     factors (K,): of x before it is added, each for as many rows. shift (D,): added to the stream, but not to what is
-    normed.
+    normed. before (D,), in place of a residual: added to x before it is normed.
     """
     n_rows, width = x.shape
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    stream = torch.empty(
-        (0,) if residual is None else x.shape, dtype=torch.float32 if residual is None else residual.dtype,
-        device=x.device,
-    )  # fmt: skip
-    x, residual = with_rows(x), None if residual is None else with_rows(residual)
+    stream = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    x, added = with_rows(x), before if residual is None else with_rows(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     shape = _shape(width)
     with torch.cuda.device_of(x):
         _forward[(ceil_div(n_rows, shape["ROWS"]),)](
-            x, residual, weight, bias, stream, y, factors, shift, eps, x.stride(0),
-            0 if residual is None else residual.stride(0), n_rows, _rows_a_factor(n_rows, factors), width, **shape,
+            x, added, weight, bias, stream, y, factors, shift, eps, x.stride(0),
+            0 if residual is None else added.stride(0), n_rows, _rows_a_factor(n_rows, factors), width, **shape,
             CENTRED=centred,
         )  # fmt: skip
-    return y, stream
+    return y, x.new_empty(0, dtype=torch.float32) if stream is None else stream
 
 
 def _rows_a_factor(n_rows, factors) -> int:
@@ -119,8 +117,8 @@ def _rows_a_factor(n_rows, factors) -> int:
 
 def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype, factors=None):
     """Gradients of (residual, x, weight, bias); None for x's if it is the residual's, and for that of an absent bias.
- factors: as of
-    `forward`.
+    factors: as of
+       `forward`.
     """
     n_rows, width = stream.shape
     n_pieces = ceil_div(n_rows, PIECE)

@@ -1,3 +1,3 @@
-from .interface import VSSWeights, serves, vss_block
+from .interface import VSSWeights, conv_norm_gelu, serves, vss_block
 
-__all__ = ["VSSWeights", "serves", "vss_block"]
+__all__ = ["VSSWeights", "conv_norm_gelu", "serves", "vss_block"]

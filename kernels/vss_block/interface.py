@@ -18,6 +18,7 @@ products and what lies between them are in the dtype that is asked for; x and x_
 """
 
 from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,9 @@ from torch.autograd.function import once_differentiable
 from ..backends import choose, traced
 from ..casting import cast_all
 from ..operators import Operator
+
+
+GELU_UP_TO = 192
 
 
 class VSSWeights(NamedTuple):
@@ -84,13 +88,13 @@ def vss_block(
 
 
 @cache
-def _parts() -> tuple[Any, Any, Any]:
-    """The kernels, which import Triton: of the norm, the convolution and the scan."""
+def _parts() -> tuple[Any, Any, Any, Any]:
+    """The kernels, which import Triton: of the norm, the convolution, the scan and the MLP."""
     from ..cross_scan import cuda
     from ..norm import triton
-    from . import convolution
+    from . import convolution, gelu
 
-    return triton, convolution, cuda
+    return triton, convolution, cuda, gelu
 
 
 def _run(x: Tensor, weights: list[Tensor | None], dtype: torch.dtype, eps: float) -> Tensor:
@@ -104,11 +108,33 @@ def _fake(x, weights, dtype, eps):
 _block_operator = Operator("vss_block", _run, _fake)
 
 
+def conv_norm_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor, norm_bias: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """gelu(norm(conv(x))) of images on a GPU, without gradients: x (B, C, H, W), weight (D, C, 3, 3) with stride 2 and
+    zeros around, all others (D,) -> (B, H / 2, W / 2, D), sides rounded up, in this dtype. 9 C and D are at most 128.
+    """
+    return _stem_operator(x, weight, bias, norm, norm_bias, eps, dtype)
+
+
+def _run_stem(
+    x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor, norm_bias: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    return import_module(".stem", __package__).run(x, weight, bias, norm, norm_bias, eps, dtype)
+
+
+def _fake_stem(x, weight, bias, norm, norm_bias, eps, dtype):
+    return x.new_empty(len(x), (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2, len(weight), dtype=dtype)
+
+
+_stem_operator = Operator("conv_norm_gelu", _run_stem, _fake_stem)
+
+
 def _forward(
     x: Tensor, w: VSSWeights, dtype: torch.dtype, eps: float, factors: Tensor | None, save: bool
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """(the result, what a backward needs)."""
-    norm, conv, scan = _parts()
+    norm, conv, scan, mlp = _parts()
     _, height, width, _ = x.shape
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         in_proj, x_proj, out_proj, fc1, fc1_bias, fc2, fc2_bias = cast_all(
@@ -131,8 +157,11 @@ def _forward(
         n_3, x_1 = norm.forward(
             z, rows, w.norm_3, w.norm_3_bias, eps, True, dtype, None if factors is None else factors[0], shift
         )
-        h = torch.addmm(fc1_bias, n_3, fc1.t())
-        g = F.gelu(h)
+        if dtype.itemsize == 2 and fc1.shape[1] <= GELU_UP_TO:
+            h, g = mlp.linear_gelu(n_3, fc1, fc1_bias, save)
+        else:
+            h = torch.addmm(fc1_bias, n_3, fc1.t())
+            g = F.gelu(h)
         if at_once:
             out = x_1.addmm_(g, fc2.t())
         elif factors is None:
@@ -163,7 +192,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, n_1, a, u, low, y, states, n_2, x_1, n_3, h, factors, *rest = ctx.saved_tensors
     in_proj, x_proj, out_proj, fc1, fc2 = rest[:5]
     w, eps, of, dtype = VSSWeights(*rest[5:]), ctx.eps, x.dtype, n_1.dtype
-    norm, conv, scan = _parts()
+    norm, conv, scan, _ = _parts()
     _, height, width, _ = x.shape
     f_1, f_2 = (None, None) if factors is None else factors
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
