@@ -48,7 +48,8 @@ def _forward(
 @triton.jit(do_not_specialize=["n_rows", "rows_a_factor"])
 def _backward(
     dy, dstream, stream, weight, dresidual, dx, dweight, dbias, factors, eps, dy_stride, dstream_stride, stream_stride,
-    share_stride, n_rows, rows_a_factor, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, CENTRED: tl.constexpr,
+    share_stride, n_rows, rows_a_factor, width,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK)[None, :]
     weight_row = load_float(weight, d, d < width)

@@ -1,8 +1,8 @@
 """silu(conv(x)) in Triton: 3 x 3, depthwise, stride 1, zeros around the image, channels last.
 
-A program of the forward has a tile of tokens by channels, and adds up the nine tiles that the taps see: all but the
-first read of a number is the cache's. One of the backward walks a piece of the tokens in such tiles and leaves its share
-of the weights' gradients; the shares are added in a fixed order. Letters: T tokens of all images, E channels.
+A program walks a piece of the tokens in tiles of tokens by channels, and adds up the nine tiles that the taps see: all
+but the first read of a number is the cache's. Backwards it leaves its share of the weights' gradients; the shares are
+added in a fixed order. Letters: T tokens of all images, E channels.
 """
 
 import torch
