@@ -30,7 +30,6 @@ from ..backends import choose, traced
 from ..casting import cast_all
 from ..operators import Operator
 
-
 GELU_UP_TO = 192
 
 
