@@ -119,7 +119,7 @@ class _Settings(NamedTuple):
         return xz[:, : self.n_channels], xz[:, self.n_channels :]
 
     def room_for_low(self, u: Tensor) -> Tensor:
-        """For (t, B, C), (T, R + 2N): rows begin at multiples of 16 bytes, without which products take twice as long."""
+        """For (t, B, C), (T, R + 2N). Rows begin at multiples of 16 bytes: other products take a GPU twice as long."""
         width = self.rank + 2 * self.n_states
         return u.new_empty(len(u), -(-width // 8) * 8)[:, :width]
 

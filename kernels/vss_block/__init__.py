@@ -1,3 +1,4 @@
 from .interface import VSSWeights, conv_norm_gelu, serves, vss_block
+from .reference import vss_block_reference
 
-__all__ = ["VSSWeights", "conv_norm_gelu", "serves", "vss_block"]
+__all__ = ["VSSWeights", "conv_norm_gelu", "serves", "vss_block", "vss_block_reference"]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from polymamba.kernels import cross_scan, nvrtc, selective_scan
 
@@ -18,7 +17,7 @@ pytest.importorskip("triton")
 
 from polymamba.kernels.cross_scan import cuda as cross_cuda
 from polymamba.kernels.selective_scan import cuda
-from polymamba.kernels.vss_block import VSSWeights, vss_block
+from polymamba.kernels.vss_block import VSSWeights, vss_block, vss_block_reference
 
 HERE = Path(__file__).parent
 
@@ -411,19 +410,9 @@ def block_problem(images: int, height: int, width: int, conv_bias: bool = True) 
     return {"x": normal(images, height, width, C), **weights}
 
 
-def run_block(x, *, backend, factors=None, dtype=None, **weights):
-    w = VSSWeights(**weights)
-    if backend != "torch":
-        return vss_block(x, w, dtype=dtype or x.dtype, eps=1e-5, factors=factors)
-    f_1, f_2 = (1, 1) if factors is None else factors.to(x.dtype)[:, :, None, None, None]
-    a = F.linear(F.layer_norm(x, (C,), w.norm, w.norm_bias), w.in_proj).permute(0, 3, 1, 2)
-    u = F.silu(F.conv2d(a, w.conv, w.conv_bias, padding=1, groups=E)).permute(0, 2, 3, 1)
-    dt, B, C_ = F.linear(u, w.x_proj.flatten(0, 1)).unflatten(-1, (4, R + 2)).split([R, 1, 1], dim=-1)
-    A, D = -w.A_log.exp().view(4, E, 1), w.D.view(4, E)
-    y = cross_scan(u, dt, A, B, C_, D, w.dt_proj, w.dt_bias, backend="torch")
-    x = x + f_1 * F.linear(F.layer_norm(y, (E,), w.norm_2, w.norm_2_bias), w.out_proj)
-    h = F.linear(F.layer_norm(x, (C,), w.norm_3, w.norm_3_bias), w.fc1, w.fc1_bias)
-    return x + f_2 * F.linear(F.gelu(h), w.fc2, w.fc2_bias)
+def run_block(x, *, backend, factors=None, **weights):
+    run = vss_block_reference if backend == "torch" else vss_block
+    return run(x, VSSWeights(**weights), dtype=x.dtype, eps=1e-5, factors=factors)
 
 
 BLOCKS = {
