@@ -74,16 +74,27 @@ class ScanNorm(Norm):
         return self.by_kernel(x, projected)
 
 
-def normed(conv: Conv, norm: Norm, x: Tensor) -> Tensor:
+def normed(conv: Any, norm: Any, x: Tensor) -> Tensor:
     """norm(conv(x)). In inference on a GPU the norm's kernel adds the convolution's bias."""
-    usual = torch.is_grad_enabled() or not isinstance(x, Tensor) or not has_kernel(x)
-    if usual or conv.bias is None or not as_made(conv, norm, kinds=(Conv, Norm)) or traced(x):
+    if not may_join(conv, norm, x) or traced(x):
         return norm(conv(x))
     y = conv.without_bias(x)
     rows, _ = implementation("triton", "forward")(
         y.flatten(0, 2), None, norm.weight, norm.bias, norm.eps, True, norm.weight.dtype, before=conv.bias
     )
     return rows.view(y.shape)
+
+
+def may_join(conv: Any, norm: Any, x: Tensor) -> bool:
+    """Whether, without gradients, a kernel of ours may stand for more than one of these."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_cuda
+        and not torch.is_grad_enabled()
+        and conv.bias is not None
+        and choose(None, x.device, torch.promote_types(x.dtype, norm.weight.dtype)) == "triton"
+        and as_made(conv, norm, kinds=(Conv, Norm))
+    )
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -187,23 +198,22 @@ class ConvStem(nn.Module):
         return normed(self.conv2, self.norm2, self.first(x))
 
     def first(self, x: Tensor) -> Tensor:
-        conv, norm = self.conv1, self.norm1
-        if not isinstance(x, Tensor) or torch.is_grad_enabled() or not self.at_once(x):
+        conv: Any = self.conv1
+        norm: Any = self.norm1
+        if not self.at_once(x):
             return F.gelu(norm(conv(x)))
         dtype = autocast_dtype(x)
         return conv_norm_gelu(x.permute(0, 3, 1, 2), conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype)
 
     def at_once(self, x: Tensor) -> bool:
         """Whether the first convolution, its norm and GELU may be one kernel, without gradients."""
-        conv = self.conv1
+        weight: Any = self.conv1.weight
         return (
-            x.is_cuda
+            may_join(self.conv1, self.norm1, x)
+            and weight.dtype == x.dtype
+            and weight[0].numel() <= 128
+            and len(weight) <= 128
             and not torch.compiler.is_exporting()
-            and choose(None, x.device, torch.promote_types(x.dtype, conv.weight.dtype)) == "triton"
-            and conv.weight.dtype == x.dtype
-            and conv.weight[0].numel() <= 128
-            and len(conv.weight) <= 128
-            and as_made(conv, self.norm1, kinds=(Conv, Norm))
         )
 
 

@@ -91,13 +91,14 @@ def _parts() -> tuple[Any, Any, Any, Any]:
     """The kernels, which import Triton: of the norm, the convolution, the scan and the MLP."""
     from ..cross_scan import cuda
     from ..norm import triton
-    from . import convolution, gelu
+    from . import triton_conv, triton_gelu
 
-    return triton, convolution, cuda, gelu
+    return triton, triton_conv, cuda, triton_gelu
 
 
 def _run(x: Tensor, weights: list[Tensor | None], dtype: torch.dtype, eps: float) -> Tensor:
-    return _forward(x, VSSWeights(*weights), dtype, eps, None, save=False)[0]
+    w: Any = weights
+    return _forward(x, VSSWeights(*w), dtype, eps, None, save=False)[0]
 
 
 def _fake(x, weights, dtype, eps):
@@ -119,7 +120,7 @@ def conv_norm_gelu(
 def _run_stem(
     x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor, norm_bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    return import_module(".stem", __package__).run(x, weight, bias, norm, norm_bias, eps, dtype)
+    return import_module(".triton_stem", __package__).run(x, weight, bias, norm, norm_bias, eps, dtype)
 
 
 def _fake_stem(x, weight, bias, norm, norm_bias, eps, dtype):

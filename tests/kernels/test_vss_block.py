@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from polymamba.kernels.vss_block import conv_norm_gelu, convolution
-from polymamba.kernels.vss_block.gelu import linear_gelu
+from polymamba.kernels.vss_block import conv_norm_gelu, triton_conv
+from polymamba.kernels.vss_block.triton_gelu import linear_gelu
 
 
 def convolve(x, weight, bias=None, *, backend):
@@ -20,11 +20,11 @@ def convolve(x, weight, bias=None, *, backend):
         @staticmethod
         def forward(ctx, x, weight, *bias):
             ctx.saved = x.flatten(0, 2), weight, *(bias or (None,))
-            return convolution.forward(*ctx.saved, height, width).view(x.shape)
+            return triton_conv.forward(*ctx.saved, height, width).view(x.shape)
 
         @staticmethod
         def backward(ctx, dy):
-            dx, *others = convolution.backward(dy.flatten(0, 2), *ctx.saved, height, width)
+            dx, *others = triton_conv.backward(dy.flatten(0, 2), *ctx.saved, height, width)
             return dx.view(dy.shape), *(g for g in others if g is not None)
 
     return Run.apply(x, weight, *([] if bias is None else [bias]))

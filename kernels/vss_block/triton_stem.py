@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..norm.triton import _statistics
 from ..triton_runtime import ceil_div, load_float, multiply_add
-from .gelu import normal_share
+from .triton_gelu import normal_share
 
 PIXELS = 64  # of a program
 
