@@ -20,7 +20,7 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         x = x.contiguous()
-        if not x.is_cuda or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if not x.is_cuda or not torch.compiler.is_dynamo_compiling():  # is_exporting() is true in there, too
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         dtype = autocast_dtype(x)
         y = channels_last_conv(x.to(dtype), self.weight.to(dtype), self.stride[0], int(self.padding[0]), self.groups)

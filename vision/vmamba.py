@@ -213,7 +213,6 @@ class ConvStem(nn.Module):
             and weight.dtype == x.dtype
             and weight[0].numel() <= 128
             and len(weight) <= 128
-            and not torch.compiler.is_exporting()
         )
 
 

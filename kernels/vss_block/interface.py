@@ -65,8 +65,8 @@ def serves(x: Tensor, weights: VSSWeights, dtype: torch.dtype) -> bool:
         return False
     if choose(None, x.device, dtype, in_cuda=True) != "cuda" or x.shape[1] ** 2 * x.shape[2] >= 2**32:
         return False
-    if torch.compiler.is_compiling():
-        return not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if torch.compiler.is_dynamo_compiling():
+        return not torch.is_grad_enabled()
     return not traced(*tensors) and _parts()[2].usable(x.get_device())
 
 
@@ -79,7 +79,7 @@ def vss_block(
     what is added to x is multiplied. The gradients are deterministic; there are none of second order. Ask `serves`
     first: no tracer may see this but a compiler, without gradients, and it runs on Triton and CUDA alone.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _block_operator(x, list(weights), dtype, eps)
     if torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in (x, *weights)):
         return _Block.apply(dtype, eps, factors, x, *weights)

@@ -131,3 +131,20 @@ def test_a_model_on_a_gpu(monkeypatch):
     for at_once, again, by_parts in zip(*results, run(), strict=True):
         assert torch.equal(at_once, again)
         assert (at_once - by_parts).abs().max() <= 2e-5 * by_parts.abs().max()
+
+
+@pytest.mark.gpu
+def test_a_compiler_sees_one_operator_a_block():
+    model = VMamba(VMambaConfig(embed_dim=32, depths=(1, 2), num_classes=10)).cuda().eval()
+    images, seen = torch.randn(2, 3, 64, 64, device="cuda"), []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)(images)
+        assert (compiled - model(images)).abs().max() <= 1e-5 * compiled.abs().max()
+    assert seen.count("polymamba.vss_block.default") == 3
+    assert "polymamba.conv_norm_gelu.default" in seen
+    assert "polymamba.channels_last_conv.default" in seen
