@@ -432,3 +432,21 @@ def test_block_equals_its_parts(name, on_the_cpu, results_of, cast, assert_close
     with torch.no_grad():  # saves nothing, and may add in another order
         y = run_block(**cast(tensors, torch.float32), backend="cuda", factors=factors)
     assert_close({"y": y}, expected, 1e-5, name)
+
+
+def test_block_is_an_operator(on_the_cpu, cast):
+    tensors = list(cast(block_problem(2, 3, 4), torch.float32).values())
+    torch.library.opcheck(torch.ops.polymamba.vss_block.default, (tensors[0], tensors[1:], torch.float32, 1e-5))
+
+
+def test_block_under_autocast(on_the_cpu, results_of, cast, assert_close):
+    """What lies between the norms is in bfloat16, the residual stream in float32."""
+    tensors = cast(block_problem(2, 3, 4), torch.float32)
+    expected = results_of(run_block, cast(tensors, torch.float64), "torch")
+
+    def run(x, *, backend, **weights):
+        return vss_block(x, VSSWeights(**weights), dtype=torch.bfloat16, eps=1e-5)
+
+    actual = results_of(run, tensors, "cuda")
+    assert all(x.dtype == torch.float32 for x in actual.values())
+    assert_close(actual, expected, 0.1)  # the interpreter truncates where a GPU rounds
