@@ -34,7 +34,6 @@ _FIELDS = (  # of struct Problem in cuda_kernels/common.cu, in its order
 _PACK = struct.Struct(f"{len(_FIELDS)}q").pack
 _ABSENT = dict.fromkeys(_FIELDS, 0)
 _in_order = itemgetter(*_FIELDS)
-SUMS_UP_TO = 256  # tokens of an image whose sums a block keeps: 128 bytes each
 _ROOM = 96 * 1024  # bytes of shared memory that a block takes at most for what its positions share
 
 
@@ -145,11 +144,8 @@ class _Problem:
 
     def launch(self, kernel: str, blocks: int, **values: Tensor | int | None) -> None:
         plan = _plan(kernel, self.length, self.x.shape[3], self.dt.shape[2])
-        keeps = kernel == "forward" and not values["split"] and self.length <= SUMS_UP_TO
-        sums = -(-self.length // 64) * 64 if keeps else 0  # few sizes, so that few sources are compiled
         numbers = {k: 0 if v is None else v if isinstance(v, int) else v.data_ptr() for k, v in values.items()}
-        macros = (*self.macros, *zip(plan._fields, plan, strict=True), ("SUMS", sums))
-        function = _function(kernel, self.device, macros)
+        function = _function(kernel, self.device, (*self.macros, *zip(plan._fields, plan, strict=True)))
         function(blocks, 32 * plan.WARPS, _PACK(*_in_order(self.values | numbers)))
 
 

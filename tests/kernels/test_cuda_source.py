@@ -383,7 +383,7 @@ def test_without_nvrtc_an_image_is_four_scans_and_a_warning_says_so(on_the_cpu, 
     ("length", "channels", "rank"), [(3136, 96, 6), pytest.param(49, 768, 48, marks=pytest.mark.slow)]
 )
 def test_image_sources_compile(kernel, length, channels, rank, compiler):
-    macros = {"U": "bf16", "M": "bf16", "P": "float", "LOG": 1, "SUMS": 0, "R": rank, "VR": 2, "WIDE": 1, "FAST": 1}
+    macros = {"U": "bf16", "M": "bf16", "P": "float", "LOG": 1, "R": rank, "VR": 2, "WIDE": 1, "FAST": 1}
     plan = cross_cuda._plan(kernel, length, channels, rank)._asdict()
     source = cross_cuda._source(kernel, tuple({**macros, **plan}.items()))
     assert nvrtc.compile_source(source, "sm_90")[:4] == b"\x7fELF"

@@ -10,8 +10,7 @@
 //
 // Macros, set when compiled: U, the type of x; M, that of dt, B and C; P, that of what is one for all images; LOG, whether
 // A is given as log(-A), and its gradient is that of it; R, the rank of dt; VR, elements of dt in one load; WIDE, whether
-// rows of channels divide by V; FAST, whether approximate logarithms do (16-bit inputs); T, WARPS, MIN_BLOCKS; SUMS, the
-// tokens of an image whose sums over directions are kept in shared memory, or 0.
+// rows of channels divide by V; FAST, whether approximate logarithms do (16-bit inputs); T, WARPS, MIN_BLOCKS.
 
 constexpr int V = 4, LANES = 8, CB = LANES * V;
 constexpr int THREADS = 32 * WARPS, SEGMENTS = THREADS / LANES, STEPS = SEGMENTS * T;
@@ -37,7 +36,6 @@ struct Shared {
   float weight[R][CB + 4];
   float rows[2][STEPS][ROW];
   float told[3][SEGMENTS][CB];  // the state at the end from 0, the decay, the gradient at the beginning from 0
-  float sums[SUMS ? SUMS : 1][CB];  // of the directions so far
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 

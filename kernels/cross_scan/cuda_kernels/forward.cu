@@ -1,5 +1,5 @@
-// The 2-D scan forwards. The directions are added up in memory, that of the block if an image is small, each when it is
-// run, in order; if split, every direction has a block and a y of its own.
+// The 2-D scan forwards. The directions are added up in memory, each when it is run, in order; if split, every direction
+// has a block and a y of its own.
 
 // One warp: the state that enters each segment, in place of that which it ends with from 0. `h` is a lane's channel's.
 INLINE void chain(const Problem& p, Shared& shared, const Place& a, int k, int begin, float& h) {
@@ -91,10 +91,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #pragma unroll
           for (int v = 0; v < V; ++v) of_x[v] = __fmul_rn(skip[v], x[t].get(v));
           y[t].set(of_x);
-        } else if (k > a.direction && SUMS) {
-          float sums[V];
-          load_floats(&shared.sums[token[t]][a.column], sums);
-          y[t].set(sums);
         } else if (k > a.direction) {
           load_row(y[t], row_at(y_rows, token[t], p.n_channels), a.there);
         } else {
@@ -113,11 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
           // Rounded before it is added, so that split or not gives the same.
           sum[v] = __fmul_rn(c, h[v]) + y[t].get(v);
         }
-        if (SUMS && k < last) {
-          if (mine + t < a.length) store_floats(&shared.sums[token[t]][a.column], sum);
-        } else {
-          store_row(sum, row_at(y_rows, token[t], p.n_channels), mine + t < a.length, a.there);
-        }
+        store_row(sum, row_at(y_rows, token[t], p.n_channels), mine + t < a.length, a.there);
       }
       buffer ^= 1;
     }
