@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_runtime import ceil_div, load_float, sum_first_axis, with_rows
+from ..triton_runtime import ceil_div, launch, load_float, sum_first_axis, with_rows
 
 PIECE = 16  # rows of a program of the backward: fixed, so that sums over rows depend on nothing else
 TILE = 4096  # elements of a tile, unless a row is longer
@@ -104,10 +104,10 @@ def forward(x, residual, weight, bias, eps, centred, dtype, factors=None, shift=
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     shape = _shape(width)
     with torch.cuda.device_of(x):
-        _forward[(ceil_div(n_rows, shape["ROWS"]),)](
-            x, added, weight, bias, stream, y, factors, shift, eps, x.stride(0),
-            0 if residual is None else added.stride(0), n_rows, _rows_a_factor(n_rows, factors), width, **shape,
-            CENTRED=centred,
+        launch(
+            _forward, ceil_div(n_rows, shape["ROWS"]), x, added, weight, bias, stream, y, factors, shift, eps,
+            x.stride(0), 0 if residual is None else added.stride(0), n_rows, _rows_a_factor(n_rows, factors), width,
+            **shape, CENTRED=centred,
         )  # fmt: skip
     return y, x.new_empty(0, dtype=torch.float32) if stream is None else stream
 
@@ -129,11 +129,12 @@ def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype, factors=N
     shares = torch.empty(n_pieces, 1 if bias is None else 2, width, device=stream.device)  # of dweight, dbias
     dy, stream, dstream = with_rows(dy), with_rows(stream), None if dstream is None else with_rows(dstream)
     strides = dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0), shares.stride(0)
-    share_bias = None if bias is None else shares[:, 1]
+    share_bias, shape = None if bias is None else shares[:, 1], _shape(width)
     with torch.cuda.device_of(stream):
-        _backward[(n_pieces,)](
-            dy, dstream, stream, weight.contiguous(), dresidual, dx, shares, share_bias, factors, eps, *strides, n_rows,
-            _rows_a_factor(n_rows, factors), width, **_shape(width), PIECE=PIECE, CENTRED=centred,
+        launch(
+            _backward, n_pieces, dy, dstream, stream, weight.contiguous(), dresidual, dx, shares, share_bias, factors,
+            eps, *strides, n_rows, _rows_a_factor(n_rows, factors), width,
+            **shape, PIECE=PIECE, CENTRED=centred,
         )  # fmt: skip
         sums = sum_first_axis(shares)
     return dresidual, dx, sums[0], None if bias is None else sums[1]

@@ -30,8 +30,6 @@ from ..backends import choose, traced
 from ..casting import cast_all
 from ..operators import Operator
 
-GELU_UP_TO = 192
-
 
 class VSSWeights(NamedTuple):
     norm: Tensor  # (C,)
@@ -87,13 +85,13 @@ def vss_block(
 
 
 @cache
-def _parts() -> tuple[Any, Any, Any, Any]:
-    """The kernels, which import Triton: of the norm, the convolution, the scan and the MLP."""
+def _parts() -> tuple[Any, Any, Any]:
+    """The kernels, which import Triton: of the norm, the convolution and the scan."""
     from ..cross_scan import cuda
     from ..norm import triton
-    from . import triton_conv, triton_gelu
+    from . import triton_conv
 
-    return triton, triton_conv, cuda, triton_gelu
+    return triton, triton_conv, cuda
 
 
 def _run(x: Tensor, weights: list[Tensor | None], dtype: torch.dtype, eps: float) -> Tensor:
@@ -134,7 +132,7 @@ def _forward(
     x: Tensor, w: VSSWeights, dtype: torch.dtype, eps: float, factors: Tensor | None, save: bool
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """(the result, what a backward needs)."""
-    norm, conv, scan, mlp = _parts()
+    norm, conv, scan = _parts()
     _, height, width, _ = x.shape
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         in_proj, x_proj, out_proj, fc1, fc1_bias, fc2, fc2_bias = cast_all(
@@ -157,11 +155,8 @@ def _forward(
         n_3, x_1 = norm.forward(
             z, rows, w.norm_3, w.norm_3_bias, eps, True, dtype, None if factors is None else factors[0], shift
         )
-        if dtype.itemsize == 2 and fc1.shape[1] <= GELU_UP_TO:
-            h, g = mlp.linear_gelu(n_3, fc1, fc1_bias, save)
-        else:
-            h = torch.addmm(fc1_bias, n_3, fc1.t())
-            g = F.gelu(h)
+        h = torch.addmm(fc1_bias, n_3, fc1.t())
+        g = F.gelu(h)
         if at_once:
             out = x_1.addmm_(g, fc2.t())
         elif factors is None:
@@ -192,7 +187,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, n_1, a, u, low, y, states, n_2, x_1, n_3, h, factors, *rest = ctx.saved_tensors
     in_proj, x_proj, out_proj, fc1, fc2 = rest[:5]
     w, eps, of, dtype = VSSWeights(*rest[5:]), ctx.eps, x.dtype, n_1.dtype
-    norm, conv, scan, _ = _parts()
+    norm, conv, scan = _parts()
     _, height, width, _ = x.shape
     f_1, f_2 = (None, None) if factors is None else factors
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):

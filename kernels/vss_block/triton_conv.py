@@ -1,8 +1,8 @@
 """silu(conv(x)) in Triton: 3 x 3, depthwise, stride 1, zeros around the image, channels last.
 
-A program walks a piece of the tokens in tiles of tokens by channels, and adds up the nine tiles that the taps see: all
-but the first read of a number is the cache's. Backwards it leaves its share of the weights' gradients; the shares are
-added in a fixed order. Letters: T tokens of all images, E channels.
+A program of the forward walks down a strip of the image, for some channels, and keeps of each row what the next two
+need. One of the backward walks a piece of the tokens in tiles of tokens by channels, and leaves its share of the
+weights' gradients; the shares are added in a fixed order. Letters: T tokens of all images, E channels.
 """
 
 import torch
@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_runtime import ceil_div, load_float, sigmoid, sum_first_axis
+from ..triton_runtime import ceil_div, launch, load_float, sigmoid, sum_first_axis
 
-TILE = 1024  # elements
-PIECE = 128  # tokens of a program of the forward
-PIECES = 512  # at most as many pieces of a backward, of PIECE tokens at least
+STRIP, ROWS, AT_ONCE = 8, 32, 4  # columns and rows of a program of the forward; rows that are loaded at once
+TILE = 1024  # elements of a tile of the backward
+PIECE, PIECES = 128, 512  # tokens of a program of the backward, at least; at most as many of them
 
 
 @triton.jit
@@ -46,27 +46,53 @@ def _convolve(taps, weights, bias_row):
     return total
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
-def _forward(
-    x, weight, bias, y, height, width, n_tokens, n_channels,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, SILU: tl.constexpr, FLIP: tl.constexpr,
+@triton.jit
+def _load_row(x, row, column, d, in_d, height, width, n_channels):
+    """Of a row of the image, what is left of each column, in it, and right of it."""
+    first = x + (row * width + column).to(tl.int64) * n_channels + d
+    in_row = in_d & (row >= 0) & (row < height)
+    taps = ()
+    for j in tl.static_range(-1, 2):
+        there = in_row & (column + j >= 0) & (column + j < width)
+        taps += (tl.load(first + j * n_channels, mask=there, other=0.0),)
+    return taps
+
+
+@triton.jit
+def _conv_forward(
+    x, weight, bias, y, height, width, n_pieces, n_channels,
+    STRIP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    SILU: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    n_blocks = tl.cdiv(n_channels, BLOCK)
-    begin = tl.program_id(0) // n_blocks * PIECE
-    d = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    n_blocks, n_strips = tl.cdiv(n_channels, BLOCK), tl.cdiv(width, STRIP)
+    number = tl.program_id(0)
+    d = number % n_blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    column = number // n_blocks % n_strips * STRIP + tl.arange(0, STRIP)[:, None]
+    number = number // n_blocks // n_strips
+    begin = number % n_pieces * ROWS
+    end = tl.minimum(begin + ROWS, height)
+    of_image = (number // n_pieces).to(tl.int64) * height * width * n_channels
+    x += of_image
+    y += of_image
     in_d = d < n_channels
     weights, bias_row = _load_weights(weight, d, in_d, FLIP), load_float(bias, d, in_d)
-    for first in range(begin, tl.minimum(begin + PIECE, n_tokens), TOKENS):
-        token = first + tl.arange(0, TOKENS)[:, None]
-        inside = (token < n_tokens) & in_d
-        out = _convolve(_load_taps(x, token, d, inside, height, width, n_channels), weights, bias_row)
-        if SILU:
-            out *= sigmoid(out)
-        tl.store(y + token.to(tl.int64) * n_channels + d, out, mask=inside)
+    window = _load_row(x, begin - 1, column, d, in_d, height, width, n_channels)
+    window += _load_row(x, begin, column, d, in_d, height, width, n_channels)
+    for first in range(begin, end, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            window += _load_row(x, first + i + 1, column, d, in_d, height, width, n_channels)
+        for i in tl.static_range(AT_ONCE):
+            out = _convolve(window, weights, bias_row)
+            if SILU:
+                out *= sigmoid(out)
+            row = first + i
+            at = (row * width + column).to(tl.int64) * n_channels + d
+            tl.store(y + at, out, mask=in_d & (column < width) & (row < end))
+            window = window[3:]
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
-def _backward(
+def _conv_backward(
     dy, x, weight, bias, grad, shares, height, width, n_tokens, n_channels, share_stride, piece,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -115,13 +141,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: 
 
 def _run(x, weight, bias, height, width, silu, flip) -> Tensor:
     n_tokens, n_channels = x.shape
-    y, block = torch.empty_like(x), _block(n_channels)
-    grid = ceil_div(n_tokens, PIECE) * ceil_div(n_channels, block)
-    if grid:
-        _forward[(grid,)](
-            x, weight.contiguous(), bias, y, height, width, n_tokens, n_channels,
-            TOKENS=TILE // block, BLOCK=block, PIECE=PIECE, SILU=silu, FLIP=flip, num_warps=4,
-        )  # fmt: skip
+    y, block, n_pieces = torch.empty_like(x), _block(n_channels), ceil_div(height, ROWS)
+    n_strips = n_tokens // max(height * width, 1) * n_pieces * ceil_div(width, STRIP)
+    launch(
+        _conv_forward, n_strips * ceil_div(n_channels, block), x, weight.contiguous(), bias, y, height, width, n_pieces,
+        n_channels, STRIP=STRIP, BLOCK=block, ROWS=ROWS, AT_ONCE=AT_ONCE, SILU=silu, FLIP=flip, num_warps=block // 32,
+    )  # fmt: skip
     return y
 
 
@@ -132,11 +157,10 @@ def backward(dy, x, weight, bias, height: int, width: int) -> tuple[Tensor, Tens
     n_pieces, n_weights, block = ceil_div(n_tokens, piece), 9 * n_channels, _block(n_channels)
     grad, weight = torch.empty_like(x), weight.contiguous()
     shares = torch.empty(n_pieces, n_weights if bias is None else n_weights + n_channels, device=x.device)
-    if n_pieces:
-        _backward[(n_pieces * ceil_div(n_channels, block),)](
-            dy, x, weight, bias, grad, shares, height, width, n_tokens, n_channels, shares.shape[1], piece,
-            TOKENS=TILE // block, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _conv_backward, n_pieces * ceil_div(n_channels, block), dy, x, weight, bias, grad, shares, height, width,
+        n_tokens, n_channels, shares.shape[1], piece, TOKENS=TILE // block, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     sums = sum_first_axis(shares)
     dx = _run(grad, weight, None, height, width, silu=False, flip=True)
     return dx, sums[:n_weights].view(weight.shape), None if bias is None else sums[n_weights:]

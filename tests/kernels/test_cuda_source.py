@@ -47,7 +47,7 @@ def emulated(source: str, name: str, folder: Path):
 
 def forget():
     """Functions and plans made for another machine."""
-    for made in (cuda._function, cuda._forward_plan, cuda._backward_plan, cross_cuda._function):
+    for made in (cuda._function, cuda._forward_plan, cuda._backward_plan, cross_cuda._function, cross_cuda._launch_of):
         made.cache_clear()
 
 
@@ -298,9 +298,9 @@ def launched(on_the_cpu, monkeypatch):
     """The names of the kernels of the 2-D scan that were launched."""
     names, launch = [], cross_cuda._Problem.launch
 
-    def launch_and_tell(self, kernel, *arguments, **values):
+    def launch_and_tell(self, kernel, *results, **options):
         names.append(kernel)
-        launch(self, kernel, *arguments, **values)
+        launch(self, kernel, *results, **options)
 
     monkeypatch.setattr(cross_cuda._Problem, "launch", launch_and_tell)
     return names

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from polymamba.kernels.vss_block import conv_norm_gelu, triton_conv
-from polymamba.kernels.vss_block.triton_gelu import linear_gelu
 
 
 def convolve(x, weight, bias=None, *, backend):
@@ -41,21 +40,6 @@ def test_convolution(shape, biased, results_of, cast, assert_close):
         tensors["bias"] = torch.randn(shape[3]).double()
     expected = results_of(convolve, tensors, "torch")
     assert_close(results_of(convolve, cast(tensors, torch.float32), "triton"), expected, 3e-6, shape)
-
-
-@pytest.mark.parametrize("sizes", [(131, 40, 133), (3, 7, 5), (1, 96, 384)])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)]
-)  # the interpreter truncates
-def test_gelu_in_the_product(sizes, dtype, tolerance, device_of, assert_close):
-    torch.manual_seed(1)
-    n_rows, depth, n_columns = sizes
-    device = device_of("triton")
-    x, weight, bias = (torch.randn(s).to(device, dtype) for s in ((n_rows, depth), (n_columns, depth), (n_columns,)))
-    h, y = linear_gelu(x, weight, bias, save=True)
-    truth = F.linear(x.double(), weight.double(), bias.double()).cpu()
-    assert_close({"h": h.cpu(), "y": y.cpu()}, {"h": truth, "y": F.gelu(h.double()).cpu()}, tolerance)
-    assert torch.equal(linear_gelu(x, weight, bias, save=False)[1], y)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7, 9), (1, 1, 1, 4), (1, 5, 8, 3)])
