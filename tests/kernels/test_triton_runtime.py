@@ -120,8 +120,9 @@ def test_a_compiled_kernel_is_remembered_for_arguments_of_the_same_kinds(monkeyp
     fixed = (4, 1, 1, 7, "function", "metadata", None, None, None)
     assert kernel.runs == [(*fixed, x.data_ptr(), None, 21, 0.25, 8)]
     others = [
-        {"y": x}, {"n": 16}, {"n": 1}, {"n": 2**40 + 1}, {"WIDTH": 4}, {"num_warps": 4}, {"x": x[1:]}, {"x": x.double()},
-    ]  # fmt: skip
+        *({"y": x}, {"n": 16}, {"n": 1}, {"n": 2**40 + 1}, {"WIDTH": 4}, {"num_warps": 4}),
+        *({"x": x[1:]}, {"x": x.double()}),
+    ]
     for number, change in enumerate(others):
         changed = {"x": x, **call, **change}
         triton_runtime.launch(kernel, 3, **changed)
