@@ -108,7 +108,8 @@ def _interval(value: float, resampled: np.ndarray, confidence: float) -> Interva
 
 
 def confusion_figures(labels: np.ndarray, predicted: np.ndarray, k: int, times: np.ndarray) -> dict[str, np.ndarray]:
-    """Accuracy, MCC (Gorodkin 2004) and macro-F1, each (R,), of labels (n,) and predictions (n,) among k classes."""
+    """Accuracy, balanced accuracy (the mean of the recalls of the classes that stand in the labels), MCC (Gorodkin
+    2004) and macro-F1, each (R,), of labels (n,) and predictions (n,) among k classes."""
     cells = labels.astype(np.int64) * k + predicted  # small integers would overflow
     confusion = np.array([np.bincount(cells, weights=row, minlength=k * k) for row in times]).reshape(-1, k, k)
     hits = np.diagonal(confusion, axis1=1, axis2=2)  # (R, K)
@@ -119,7 +120,13 @@ def confusion_figures(labels: np.ndarray, predicted: np.ndarray, k: int, times: 
         mcc = (correct * n - (true * chosen).sum(1)) / np.sqrt(spread_true * spread_chosen)
     mcc[spread_chosen == 0] = 0  # scikit-learn's convention: one class predicted throughout says nothing
     mcc[spread_true == 0] = np.nan
-    return {"accuracy": correct / n, "mcc": mcc, "macro_f1": mean_defined(_f1(hits, true + chosen))}
+    recalls = np.divide(hits, true, out=np.full(hits.shape, np.nan), where=true > 0)
+    return {
+        "accuracy": correct / n,
+        "balanced_accuracy": mean_defined(recalls),
+        "mcc": mcc,
+        "macro_f1": mean_defined(_f1(hits, true + chosen)),
+    }
 
 
 def label_figures(truth: np.ndarray, predicted: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
