@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, TrainConfig
 from ..core.inputs import require_at_least_1, require_shares
+from .annotation_commands import ANNOTATION_COMMANDS
 from .config import Preset, Target
 from .language_commands import LANGUAGE_COMMANDS
 
@@ -282,5 +283,6 @@ COMMANDS = {
     "eval": (Eval, "polymamba.genomics.verbs.evaluate:evaluate"),
     "predict": (Predict, "polymamba.genomics.verbs.predict:predict"),
     "embed": (Embed, "polymamba.genomics.verbs.predict:embed"),
+    **ANNOTATION_COMMANDS,
     **LANGUAGE_COMMANDS,
 }

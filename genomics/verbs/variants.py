@@ -17,7 +17,7 @@ from ...core.language_model import LanguageModel
 from ...core.terminal import say
 from ...core.train import autocast
 from ..alphabet import A, N, T, decode
-from ..binned_track import BinnedTrack
+from ..binned_track import BinnedTracks
 from ..labels import Labels, measure
 from ..language_commands import Mutagenesis, Variants
 from ..plots import plot_mutagenesis
@@ -181,7 +181,7 @@ def mutagenesis(args: Mutagenesis) -> None:
             known = np.isfinite(effects).any(1)
             means = np.full(len(effects), np.nan)
             means[known] = np.nanmean(effects[known], axis=1)
-            BinnedTrack(file, "mean LLR of the three substitutions", 1).write(name, [(start, means)])
+            BinnedTracks([file], ["mean LLR of the three substitutions"], 1).write(name, [(start, means[:, None])])
         plot_mutagenesis(folder / "effects.png", effects, reference, start + 1, name)
 
 
