@@ -1,0 +1,166 @@
+"""Labelled DNA sets and genomes: test figures of models beside what counting k-mers makes of the same data.
+
+    python benchmarks/dna_sets.py commands DATA RUNS > sets.sh    # what makes the run folders, as a shell script
+    python benchmarks/dna_sets.py table RUNS [--output FILE.md]   # the tables, of the run folders that are there
+
+DATA holds the folders splice_statlog, arabidopsis_splice200, arabidopsis3 and apes; the latter is the ape alignment
+unpacked, a file a species and part (train/Hsap.fa, ...), each record a region, named binN.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+APES = "{data}/apes/{part}/{species}.fa"
+HUMAN = " ".join(APES.replace("{part}", part).replace("{species}", "Hsap") for part in ("train", "valid", "test"))
+FOUR = " ".join(APES.replace("{part}", "train").replace("{species}", name) for name in ("Hsap", "Ptro", "Ggor", "Ppyg"))
+FINE = "--lr 3e-3 --batch-size 128 --ema 0.995 --mask-rate 0.25 --label-smoothing 0.1 --weight-decay 0.3"
+SPECIES = "--heads 0 --rc-augment --rc-average --ema 0.99"
+LENGTHS = {"arabidopsis3": (256, 1024, 4096, 16384), "apes": (1024, 8192, 65536)}
+
+# Name of the run folder -> the command that makes it, after `polymamba genomics`. Those that begin with another one's
+# model stand after it.
+RUNS = {
+    "hsap": f"pretrain {HUMAN} --preset 1.4m --length 2048 --rc-augment --batch-size 64 --max-tokens 131072 --epochs 8 "
+    "--lr 6e-3 --dropout 0.1 --cuda-graph --workers 2",
+    "arab": "pretrain '{data}/arabidopsis3/*/*' --preset 1.4m --length 1024 --rc-augment --batch-size 128 "
+    "--max-tokens 131072 --epochs 10 --lr 6e-3 --dropout 0.1 --cuda-graph --workers 2",
+    "apes": f"pretrain {FOUR} {HUMAN.split(' ', 1)[1]} --preset 7m --length 131072 --first-length 4096 --batch-size 1 "
+    "--max-tokens 131072 --epochs 8 --steps-per-epoch 120 --lr 4e-3 --dropout 0.05 --rc-augment --no-baselines "
+    "--cuda-graph --workers 2",
+    "context": "perplexity {runs}/apes {data}/apes/test/Hsap.fa",
+    "hsap-m": f"pretrain {HUMAN} --preset 470k --objective masked --length 512 --batch-size 256 --max-tokens 131072 "
+    "--epochs 5 --lr 6e-3 --rc-augment --no-baselines --workers 2",
+    "arab-m": "pretrain '{data}/arabidopsis3/*/*' --preset 470k --objective masked --length 512 --batch-size 256 "
+    "--max-tokens 131072 --epochs 8 --lr 6e-3 --rc-augment --no-baselines --workers 2",
+    "statlog-official": "train --data {data}/splice_statlog/official",
+    "statlog-official-init": "train --data {data}/splice_statlog/official --init {runs}/hsap-m --backbone-lr 1e-3 "
+    "--epochs 25",
+    "statlog-clustered": "train --data {data}/splice_statlog/clustered",
+    "statlog-clustered-init": "train --data {data}/splice_statlog/clustered --init {runs}/hsap-m --backbone-lr 1e-3 "
+    "--epochs 25",
+    "splice200": "train --data {data}/arabidopsis_splice200 --preset small --epochs 30 " + FINE,
+    "splice200-init": "train --data {data}/arabidopsis_splice200 --init {runs}/arab-m --backbone-lr 1e-3 --epochs 20 "
+    + FINE,
+    "arabidopsis3": f"train --data {{data}}/arabidopsis3 --window 1024 {SPECIES} --mask-rate 0.05 --balance loss "
+    "--batch-size 128 --max-tokens 131072 --epochs 20",
+    "arabidopsis3-init": f"train --data {{data}}/arabidopsis3 --window 1024 {SPECIES} --mask-rate 0.05 --balance loss "
+    "--batch-size 128 --max-tokens 131072 --epochs 8 --init {runs}/arab",
+    "apes-species": f"train --data {{data}}/apes --window 8192 {SPECIES} --mask-rate 0.05 --batch-size 32 "
+    "--max-tokens 262144 --epochs 4",
+    "apes-species-init": f"train --data {{data}}/apes --window 16384 {SPECIES} --mask-rate 0 --batch-size 8 "
+    "--max-tokens 131072 --epochs 2 --lr 2e-3 --init {runs}/apes",
+}
+for _set, _lengths in LENGTHS.items():
+    for _run in ("", "-init"):
+        for _length in _lengths:
+            _name = _set if _set == "arabidopsis3" else "apes-species"
+            RUNS[f"{_name}{_run}-{_length}"] = (
+                f"eval {{runs}}/{_name}{_run} --data {{data}}/{_set} --split test --rc-average --window {_length}"
+            )
+
+
+class Row(NamedTuple):
+    """A set, what simple models make of it, and the run folders whose figure stands beside that."""
+
+    data: str
+    baseline: str
+    figure: str  # of metrics.json
+    scratch: str
+    pretrained: str
+
+
+ROWS = [
+    Row("splice_statlog, official", "one-hot LR .957, forest .965", "accuracy", "statlog-official", "statlog-official-init"),
+    Row("splice_statlog, clustered", "one-hot LR .965, forest .957", "accuracy", "statlog-clustered", "statlog-clustered-init"),
+    Row("arabidopsis_splice200", "one-hot LR .910, forest .867", "accuracy", "splice200", "splice200-init"),
+    *(
+        Row(f"arabidopsis3, {n:,} bases", f"k-mer LR {b}", "balanced_accuracy", f"arabidopsis3-{n}", f"arabidopsis3-init-{n}")
+        for n, b in zip(LENGTHS["arabidopsis3"], (".353", ".375", ".438", ".528"), strict=True)
+    ),
+    *(
+        Row(f"great_apes_chr22, {n:,} bases", f"k-mer LR {b}", "balanced_accuracy", f"apes-species-{n}", f"apes-species-init-{n}")
+        for n, b in zip(LENGTHS["apes"], (".257", ".278", ".320"), strict=True)
+    ),
+]  # fmt: skip
+
+
+def commands(data: str, runs: str) -> str:
+    lines = [
+        f"polymamba genomics {words.format(data=data, runs=runs)} -o {shlex.quote(f'{runs}/{name}')}"
+        for name, words in RUNS.items()
+    ]
+    return "\n".join(["set -e", *lines])
+
+
+def figure(runs: Path, name: str, key: str) -> str:
+    """A figure with its interval; - without the run."""
+    path = runs / name / "metrics.json"
+    if not path.is_file():
+        return "-"
+    metrics = json.loads(path.read_text())
+    value, low, high = (metrics[key][part] for part in ("value", "low", "high"))
+    return " ".join(f"{x:.4f}".removeprefix("0") for x in (value,)) + f" ({low:.4f} to {high:.4f})".replace("0.", ".")
+
+
+def trained(runs: Path, name: str) -> dict[str, Any]:
+    path = runs / name / "metrics.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def language_models(runs: Path) -> list[str]:
+    lines = ["| genome | best of counting | model | bits per base |", "|---|---|---|---|"]
+    for name, genome in (("hsap", "human chr22"), ("arab", "arabidopsis3"), ("apes", "human chr22, learned from four apes")):
+        metrics = trained(runs, name)
+        if not metrics:
+            continue
+        orders = metrics.get("order_bits_per_base") or trained(runs, "hsap").get("order_bits_per_base") or []
+        best = f"order {orders.index(min(orders))}: {min(orders):.3f}" if orders else "-"
+        words = shlex.split(RUNS[name])
+        lines.append(f"| {genome} | {best} | {words[words.index('--preset') + 1]} | **{metrics['bits_per_base']:.4f}** |")
+    return lines
+
+
+def context(runs: Path) -> list[str]:
+    path = runs / "context" / "perplexity.tsv"
+    if not path.is_file():
+        return []
+    with path.open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    head = ["| bases of context | bits per base | perplexity | change in bits, 95 % interval |", "|---|---|---|---|"]
+    return head + [
+        f"| {int(r['context']):,} | {float(r['bits_per_base']):.4f} | {float(r['perplexity']):.4f} | {float(r['change']):.4f} "
+        f"({float(r['low']):.4f} to {float(r['high']):.4f}) |"
+        for r in rows
+    ]
+
+
+def tables(runs: Path) -> list[str]:
+    lines = ["| data | baseline on test | figure | from scratch | begun with a model of `pretrain` |", "|---|---|---|---|---|"]
+    for row in ROWS:
+        cells = [figure(runs, name, row.figure) for name in (row.scratch, row.pretrained)]
+        lines.append(f"| {row.data} | {row.baseline} | {row.figure.replace('_', ' ')} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    of_commands = verbs.add_parser("commands")
+    of_commands.add_argument("data")
+    of_commands.add_argument("runs")
+    of_table = verbs.add_parser("table")
+    of_table.add_argument("runs", type=Path)
+    of_table.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.verb == "commands":
+        print(commands(args.data, args.runs))
+    else:
+        parts = [tables(args.runs), language_models(args.runs), context(args.runs)]
+        text = "\n".join("\n".join(part) + "\n" for part in parts if part)
+        print(text)
+        if args.output:
+            args.output.write_text(text)
