@@ -64,28 +64,25 @@ for _set, _lengths in LENGTHS.items():
 
 
 class Row(NamedTuple):
-    """A set, what simple models make of it, and the run folders whose figure stands beside that."""
+    """A set, what simple models make of it, the figure of metrics.json, and the run folder that has it; beside it stands
+    that of the folder's name with -init after the model's name."""
 
     data: str
     baseline: str
-    figure: str  # of metrics.json
-    scratch: str
-    pretrained: str
+    figure: str
+    model: str
+    length: str = ""
 
 
 ROWS = [
-    Row("splice_statlog, official", "one-hot LR .957, forest .965", "accuracy", "statlog-official", "statlog-official-init"),
-    Row("splice_statlog, clustered", "one-hot LR .965, forest .957", "accuracy", "statlog-clustered", "statlog-clustered-init"),
-    Row("arabidopsis_splice200", "one-hot LR .910, forest .867", "accuracy", "splice200", "splice200-init"),
-    *(
-        Row(f"arabidopsis3, {n:,} bases", f"k-mer LR {b}", "balanced_accuracy", f"arabidopsis3-{n}", f"arabidopsis3-init-{n}")
-        for n, b in zip(LENGTHS["arabidopsis3"], (".353", ".375", ".438", ".528"), strict=True)
-    ),
-    *(
-        Row(f"great_apes_chr22, {n:,} bases", f"k-mer LR {b}", "balanced_accuracy", f"apes-species-{n}", f"apes-species-init-{n}")
-        for n, b in zip(LENGTHS["apes"], (".257", ".278", ".320"), strict=True)
-    ),
-]  # fmt: skip
+    Row("splice_statlog, official", "one-hot LR .957, forest .965", "accuracy", "statlog-official"),
+    Row("splice_statlog, clustered", "one-hot LR .965, forest .957", "accuracy", "statlog-clustered"),
+    Row("arabidopsis_splice200", "one-hot LR .910, forest .867", "accuracy", "splice200"),
+]
+_KMERS = {"arabidopsis3": (".353", ".375", ".438", ".528"), "apes": (".257", ".278", ".320")}
+for _set, _name, _model in (("arabidopsis3",) * 3, ("apes", "great_apes_chr22", "apes-species")):
+    for _length, _best in zip(LENGTHS[_set], _KMERS[_set], strict=True):
+        ROWS.append(Row(f"{_name}, {_length:,} bases", f"k-mer LR {_best}", "balanced_accuracy", _model, f"-{_length}"))
 
 
 def commands(data: str, runs: str) -> str:
@@ -103,7 +100,7 @@ def figure(runs: Path, name: str, key: str) -> str:
         return "-"
     metrics = json.loads(path.read_text())
     value, low, high = (metrics[key][part] for part in ("value", "low", "high"))
-    return " ".join(f"{x:.4f}".removeprefix("0") for x in (value,)) + f" ({low:.4f} to {high:.4f})".replace("0.", ".")
+    return f"{value:.4f} ({low:.4f} to {high:.4f})".replace("0.", ".")
 
 
 def trained(runs: Path, name: str) -> dict[str, Any]:
@@ -113,14 +110,20 @@ def trained(runs: Path, name: str) -> dict[str, Any]:
 
 def language_models(runs: Path) -> list[str]:
     lines = ["| genome | best of counting | model | bits per base |", "|---|---|---|---|"]
-    for name, genome in (("hsap", "human chr22"), ("arab", "arabidopsis3"), ("apes", "human chr22, learned from four apes")):
+    for name, genome in (
+        ("hsap", "human chr22"),
+        ("arab", "arabidopsis3"),
+        ("apes", "human chr22, learned from four apes"),
+    ):
         metrics = trained(runs, name)
         if not metrics:
             continue
         orders = metrics.get("order_bits_per_base") or trained(runs, "hsap").get("order_bits_per_base") or []
         best = f"order {orders.index(min(orders))}: {min(orders):.3f}" if orders else "-"
         words = shlex.split(RUNS[name])
-        lines.append(f"| {genome} | {best} | {words[words.index('--preset') + 1]} | **{metrics['bits_per_base']:.4f}** |")
+        lines.append(
+            f"| {genome} | {best} | {words[words.index('--preset') + 1]} | **{metrics['bits_per_base']:.4f}** |"
+        )
     return lines
 
 
@@ -130,18 +133,18 @@ def context(runs: Path) -> list[str]:
         return []
     with path.open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    head = ["| bases of context | bits per base | perplexity | change in bits, 95 % interval |", "|---|---|---|---|"]
-    return head + [
-        f"| {int(r['context']):,} | {float(r['bits_per_base']):.4f} | {float(r['perplexity']):.4f} | {float(r['change']):.4f} "
-        f"({float(r['low']):.4f} to {float(r['high']):.4f}) |"
-        for r in rows
-    ]
+    lines = ["| bases of context | bits per base | perplexity | change in bits, 95 % interval |", "|---|---|---|---|"]
+    for row in rows:
+        bits, perplexity, *change = (f"{float(row[key]):.4f}" for key in list(row)[1:6])
+        interval = f"{change[0]} ({change[1]} to {change[2]})"
+        lines.append(f"| {int(row['context']):,} | {bits} | {perplexity} | {interval} |")
+    return lines
 
 
 def tables(runs: Path) -> list[str]:
-    lines = ["| data | baseline on test | figure | from scratch | begun with a model of `pretrain` |", "|---|---|---|---|---|"]
+    lines = ["| data | baseline on test | figure | from scratch | begun with `pretrain` |", "|---|---|---|---|---|"]
     for row in ROWS:
-        cells = [figure(runs, name, row.figure) for name in (row.scratch, row.pretrained)]
+        cells = [figure(runs, f"{row.model}{begun}{row.length}", row.figure) for begun in ("", "-init")]
         lines.append(f"| {row.data} | {row.baseline} | {row.figure.replace('_', ' ')} | {' | '.join(cells)} |")
     return lines
 

@@ -242,6 +242,16 @@ class Embed(_AlongRecords):
 
     output: Output
     """.npy (float32, a row a record or window; names in .names.tsv beside it) or .parquet (id, ..., embedding)."""
+    in_record: bool = False
+    """See windows in their record, not by themselves: a causal language model carries its state from the record's start
+    on, as if it had read it in one piece; one that sees both ways sees half of --overlap more on either side."""
+    overlap: int | None = None
+    """With --in-record, of a model that sees both ways: bases; as many as in a window if left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overlap is not None and (self.overlap < 0 or not self.in_record):
+            raise ValueError(f"overlap is {self.overlap}; it must not be negative, and goes with in_record")
 
 
 @dataclass(frozen=True, kw_only=True)

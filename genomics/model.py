@@ -16,7 +16,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from ..core.backbone import Backbone
+from ..core.backbone import Backbone, State
 from ..core.hub import PretrainedModel
 from .alphabet import COMPLEMENT, VOCAB_SIZE
 from .caduceus import both_strands, over_strands
@@ -130,6 +130,20 @@ class DNAClassifier(PretrainedModel):
         """The mean of the last hidden states over the real bases: (B, L) as for `forward` -> (B, D)."""
         h, _, mask = self.hidden(tokens, mask)
         return self._mean_of_strands(mean_over(h, mask).float())
+
+    def states(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The last hidden states of the bases, of both strands their mean: (B, L) as for `forward` -> (B, L, D)."""
+        h, _, _ = self.hidden(tokens, mask)
+        if not self.config.both_strands:
+            return h
+        this, other = h.chunk(2)
+        return (this + other.flip(1)) / 2
+
+    def carried(self, tokens: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """`states` of bases that follow others, whose state is given, and the new state. Causal, and told no places."""
+        h, after = self.backbone(self.embedding(tokens), state, return_state=True)
+        assert after is not None
+        return h, after
 
     def hidden(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (B, L, D), window positions (B, L, F) and the mask (B, L); with both_strands 2B of each."""

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from ...core.train import autocast
 from ..commands import Embed, Predict
 from ..config import DNAClassifierConfig
 from ..inference import embed as embed_sequences
+from ..inference import embed_in_record
 from ..model import DNAClassifier
 from ..pieces import Piece, Pieces, in_chunks
 from ..reading.files import files_of
@@ -52,9 +53,14 @@ def embed(args: Embed) -> None:
     """Write the embedding of every record or window."""
     require_embeddings_file(args.output)
     model = load_embedder(args.run, args.compute)
+    if args.in_record and model.place is not None:
+        raise InputError(f"--in-record: {args.run} is told where in a window a base stands; leave the flag out")
+    if args.overlap is not None and not model.config.backbone.bidirectional:
+        raise InputError(f"--overlap is of models that see both ways; {args.run} carries its state, leave it out")
     with _checked_pieces(args, model.config) as pieces:
         shape = pieces.count, model.config.backbone.d_model
-        write_embeddings(args.output, _columns(pieces), shape, _embedded(model, pieces, args))
+        embedded = _embedded_in_records if args.in_record else _embedded
+        write_embeddings(args.output, _columns(pieces), shape, embedded(model, pieces, args))
 
 
 @contextmanager
@@ -95,6 +101,24 @@ def _embedded(model: DNAClassifier, pieces: Pieces, args: Embed) -> Iterator[tup
             with autocast(args.compute):
                 embeddings = embed_sequences(model, tokens, args.batch_size, args.max_tokens, advance=advance)
             yield [_where(piece, pieces) for piece in chunk], embeddings
+
+
+def _embedded_in_records(model: DNAClassifier, pieces: Pieces, args: Embed) -> Iterator[tuple[list[tuple], np.ndarray]]:
+    if pieces.window is None:
+        raise InputError("--in-record: no window to see in its record; give --window")
+    overlap = pieces.window if args.overlap is None else args.overlap
+    if model.config.backbone.bidirectional:
+        say(f"windows of {pieces.window} bases, with {overlap // 2} and {overlap - overlap // 2} more beside them")
+    with progress_bar("embed", pieces.n_bases) as advance, autocast(args.compute):
+        for record, windows in pieces.by_record():
+            if not windows:
+                continue
+            spans = [(piece.start, piece.end) for piece in windows]
+            sizes: Any = {"window": pieces.window, "overlap": overlap, "max_tokens": args.max_tokens}
+            done = 0
+            for embeddings in embed_in_record(model, record, spans, **sizes, advance=advance):
+                yield [_where(piece, pieces) for piece in windows[done : done + len(embeddings)]], embeddings
+                done += len(embeddings)
 
 
 def _write_table(file: TextIO, predicted: Iterator[Predicted], pieces: Pieces, config: DNAClassifierConfig) -> None:

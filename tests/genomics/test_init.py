@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from polymamba.cli import main
 from polymamba.genomics import Caduceus, DNAClassifier, tokenize
 from polymamba.genomics.alphabet import PAD, N, complement, decode, reverse_complement
+from polymamba.genomics.stored import embedding_model
+from polymamba.genomics.windows import window_starts
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = ("--device", "cpu")
@@ -221,3 +223,52 @@ def test_embed_by_a_language_model(case, folders, genome, tmp_path):
             strands = model.hidden(torch.from_numpy(tokenize(text).astype(np.int64))[None])
         expected = strands.flip(-1) if model.config.mirrored else strands  # of the frame in which it was pretrained
         assert row == pytest.approx(expected.mean((0, 1, 2)).numpy(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def causal_run(genome, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "causal"
+    flags = ["--valid-chromosomes", "chr1", "--test-chromosomes", "chr2", "--length", "32", "--steps-per-epoch", "2"]
+    words = [*flags, "--no-baselines", "--epochs", "1", *CPU, "-o", str(output)]
+    assert main(["genomics", "pretrain", str(genome), *words]) == 0
+    return output
+
+
+@pytest.mark.parametrize("stride", [20, 50, 70])
+def test_embed_in_record_by_a_causal_model_is_one_shot(stride, causal_run, genome, tmp_path):
+    output = tmp_path / "e.npy"
+    words = ["--window", 50, "--stride", stride, "--in-record", "--max-tokens", 64, "-o", output, *CPU]
+    assert main(["genomics", *map(str, ["embed", causal_run, genome, *words])]) == 0
+    model = embedding_model(causal_run)
+    expected = []
+    for text in genome.read_text().split()[1::2]:
+        with torch.no_grad():
+            states = model.states(torch.from_numpy(tokenize(text).astype(np.int64))[None])[0]
+        expected += [states[at : at + 50].mean(0).numpy() for at in window_starts(len(text), 50, stride)]
+    np.testing.assert_allclose(np.load(output), np.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["ph_mlm", "ps_mlm"])
+def test_embed_in_record_sees_more_on_either_side(case, folders, genome, tmp_path, capsys):
+    output = tmp_path / "e.npy"
+    words = ["--window", 40, "--in-record", "--overlap", 25, "-o", output, *CPU]
+    assert main(["genomics", *map(str, ["embed", folders[case], genome, *words])]) == 0
+    assert "windows of 40 bases, with 12 and 13 more beside them" in capsys.readouterr().err
+    model = embedding_model(folders[case])
+    found = iter(np.load(output))
+    for text in genome.read_text().split()[1::2]:
+        for at in window_starts(len(text), 40, 40)[:-1]:  # the last one is moved back, into two of these
+            first, last = max(0, at - 12), min(len(text), at + 53)
+            with torch.no_grad():
+                states = model.states(torch.from_numpy(tokenize(text[first:last]).astype(np.int64))[None])[0]
+            assert next(found) == pytest.approx(states[at - first : at - first + 40].mean(0).numpy(), abs=1e-4)
+        next(found)
+
+
+def test_embed_in_record_errors(causal_run, two_classes, genome, tmp_path, capsys):
+    words = ["genomics", "embed", str(causal_run), str(genome), "-o", str(tmp_path / "e.npy"), *CPU]
+    assert main([*words, "--in-record", "--overlap", "3"]) == 1
+    assert "--overlap is of models that see both ways" in capsys.readouterr().err
+    train(two_classes, tmp_path / "places")
+    assert main(["genomics", "embed", str(tmp_path / "places"), *words[3:], "--in-record"]) == 1
+    assert "is told where in a window a base stands" in capsys.readouterr().err
