@@ -64,8 +64,10 @@ for _set, _lengths in LENGTHS.items():
 
 
 class Row(NamedTuple):
-    """A set, what simple models make of it, the figure of metrics.json, and the run folder that has it; beside it stands
-    that of the folder's name with -init after the model's name."""
+    """A set, what simple models make of it, the figure of metrics.json, and the run folder that has it: model, length.
+
+    Beside it stands that of the folder in whose name -init follows the model.
+    """
 
     data: str
     baseline: str

@@ -65,14 +65,18 @@ class Windows:
 
     Each epoch moves training windows by up to half of it, at random.
     """
+    first_window: int | None = None
+    """Bases that the first epoch shows of a training window; they double with each epoch, up to all of it."""
     max_n: float = 0.5
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
     def __post_init__(self) -> None:
-        require_at_least_1(window=self.window, stride=self.stride)
+        require_at_least_1(window=self.window, stride=self.stride, first_window=self.first_window)
         require_shares(max_n=self.max_n)
         if self.stride is not None and self.window is None:
             raise ValueError("stride says how far apart windows are; give window too")
+        if self.first_window is not None and (self.window is None or self.first_window > self.window):
+            raise ValueError(f"first_window is {self.first_window}; it must not be more than window, {self.window}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +126,8 @@ class Train:
     """Leave the backbone that --init gave as it is: the head alone learns."""
     heads: int = 64
     """Places of a sequence that the model attends to; 0 for what the mean over all bases shows, such as a species."""
+    last_base: bool = False
+    """The head sees what a causal backbone (--init) says at the last base alone; --heads is then nothing."""
     strands: Literal["one", "both"] | None = None
     """both: read either strand by the same weights and take the mean, in training, too; wrong for signals that belong
     to one strand, such as splice sites. If left out: one, but both if --init gave a Caduceus-PS."""
@@ -135,6 +141,9 @@ class Train:
     """Train on either strand at random. Wrong for signals that belong to one strand, such as splice sites."""
     rc_average: bool = False
     """Average the predictions of both strands in the final test."""
+    steps_per_epoch: int | None = None
+    """Steps in an epoch, about, whose sequences are drawn anew, each once before any again; all of them once if left
+    out."""
     resume: bool = False
     """Continue the run in the output folder where it stopped."""
     train: OmitArgPrefixes[TrainConfig] = TrainConfig(epochs=15, lr=4e-3, ema=0.98)
@@ -148,6 +157,9 @@ class Train:
             raise ValueError("freeze and backbone_lr: a frozen backbone learns at no rate; give one of them")
         if self.backbone_lr is not None and not 0 < self.backbone_lr < math.inf:
             raise ValueError(f"backbone_lr is {self.backbone_lr}; it must be a number above 0")
+        require_at_least_1(steps_per_epoch=self.steps_per_epoch)
+        if self.last_base and self.init is None:
+            raise ValueError("last_base is of a causal backbone, such as --init gives; give --init, too")
         if self.heads < 0:
             raise ValueError(f"heads is {self.heads}; it must not be negative")
         if self.balance == "sampling" and self.target != "multiclass":

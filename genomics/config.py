@@ -31,6 +31,7 @@ class DNAClassifierConfig:
     window        bases of the windows that long sequences were cut into for training; None if they were left whole
     hard_mask     lower-case letters of the files are read as N
     both_strands  what is said of a sequence is the mean of what is said of either strand, by the same weights
+    last_base     the head sees what the backbone says at the last base alone, where a causal one has read them all
     """
 
     backbone: BackboneConfig
@@ -43,6 +44,7 @@ class DNAClassifierConfig:
     n_heads: int = 64  # of the attention pooling; 0: the mean over the bases alone, and no places
     head_dropout: float = 0.5
     both_strands: bool = False
+    last_base: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON gives a list
@@ -51,6 +53,8 @@ class DNAClassifierConfig:
             raise ValueError(f"classes {self.classes}: at least {least} needed, each with a name of its own")
         if self.target == "regression" and len(self.classes) != 1:
             raise ValueError(f"classes {self.classes}: a regression has one value")
+        if self.last_base and (self.n_heads or self.backbone.bidirectional):
+            raise ValueError("last_base is set; it is of causal backbones, and n_heads is then 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,11 @@ def train(args: Train) -> None:
     """Train, then test on the test part with the best epoch's model."""
     torch.manual_seed(args.compute.seed)
     start = None if args.init is None else read_start(args.init)
+    if args.last_base and start is not None and start.config.bidirectional:
+        raise InputError(
+            f"--last-base: {args.init} sees both ways, where the last base is like any other; leave it out"
+        )
+    n_heads = 0 if args.last_base else args.heads
     records = from_first(
         lambda: divide(
             read_source(args.source, args.target, hard_mask=args.hard_mask), args.dividing, args.compute.seed
@@ -63,9 +68,10 @@ def train(args: Train) -> None:
         scale=scale,
         window=args.windows.window,
         hard_mask=args.hard_mask,
-        n_heads=args.heads,
-        head_dropout=0.5 if args.heads else 0.0,  # places are soon learned by heart; a mean is not
+        n_heads=n_heads,
+        head_dropout=0.5 if n_heads else 0.0,  # places are soon learned by heart; a mean is not
         both_strands=args.strands == "both" or (args.strands is None and start is not None and start.both_strands),
+        last_base=args.last_base,
     )
     model = DNAClassifier(config)
     if start is not None:
@@ -87,6 +93,8 @@ def train(args: Train) -> None:
         balance=args.balance,
         label_smoothing=args.label_smoothing,
         move=move,
+        first_window=args.windows.first_window,
+        steps_per_epoch=args.steps_per_epoch,
     )
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
     if is_first():

@@ -272,3 +272,20 @@ def test_embed_in_record_errors(causal_run, two_classes, genome, tmp_path, capsy
     train(two_classes, tmp_path / "places")
     assert main(["genomics", "embed", str(tmp_path / "places"), *words[3:], "--in-record"]) == 1
     assert "is told where in a window a base stands" in capsys.readouterr().err
+
+
+def test_the_last_base_is_what_the_head_sees(causal_run, folders, two_classes, tmp_path, capsys):
+    model = train(two_classes, tmp_path / "last", "--init", causal_run, "--last-base", "--steps-per-epoch", 2)
+    assert model.pooling is None
+    tokens = torch.randint(7, 11, (2, 30))
+    mask = torch.arange(30) < torch.tensor([30, 17])[:, None]
+    with torch.no_grad():
+        found = model(tokens, mask)
+        alone = model(tokens[1:, :17])
+        h = model.backbone(model.embedding(tokens[:1]))[:, -1]
+        expected = model.head(model.mean_norm(h))
+    assert torch.allclose(found[1], alone[0], atol=1e-5)
+    assert torch.allclose(found[0], expected[0], atol=1e-5)
+    words = ["genomics", "train", *two_classes, "-o", str(tmp_path / "ph"), "--last-base", *CPU]
+    assert main([*words, "--init", str(folders["ph_mlm"])]) == 1
+    assert "sees both ways" in capsys.readouterr().err
