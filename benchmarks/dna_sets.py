@@ -73,10 +73,10 @@ HEAD = """Made by `python benchmarks/dna_sets.py table` from the run folders of 
 95 % bootstrap intervals. Baselines are simple models of the same data (LR: logistic regression, the best of two or
 three settings on the test part). The species' figure is the mean of the classes' recalls, chance being .333 for
 arabidopsis3 and .250 for the apes; one model is measured on windows of every length."""
-COUNTING = """Test regions are held out in all species. Counting: k-mers of orders 0 to 11, interpolated after Witten and
-Bell, by the same command."""
-CONTEXT = """The same bases of the human test part after ever more of those before them, by the model of four apes, which
-was trained on windows of up to 2^17 bases."""
+COUNTING = """Test regions are held out in all species. Counting: k-mers of orders 0 to 11, interpolated after Witten
+and Bell, by the same command."""
+CONTEXT = """The same bases of the human test part after ever more of those before them, by the model of four apes,
+which was trained on windows of up to 2^17 bases."""
 
 
 class Row(NamedTuple):
