@@ -6,8 +6,10 @@
 The table is of the run folders that are there; below it stand the commands that made them, as their manifests have them
 (--called gives the folders in these another name), and beside it the picture of perplexity against context.
 
-DATA holds the folders splice_statlog, arabidopsis_splice200, arabidopsis3 and apes; the latter is the ape alignment
-unpacked, a file a species and part (train/Hsap.fa, ...), each record a region, named binN.
+DATA holds the folders splice_statlog, arabidopsis_splice200, arabidopsis3, apes and athaliana. In apes is the ape
+alignment, unpacked: a file a species and part (train/Hsap.fa, ...), each record a region, named binN. In athaliana is
+chromosome 1 of TAIR10.1 (chr1.fa), its parts (parts.bed: train up to 21.5 Mb, valid 21.6 to 24, test from 24.1 on) and
+its genes after RefSeq (genes.gff): those that code for proteins (gene), the exons of their mRNAs (exon), and CDS.
 """
 
 import argparse
@@ -59,6 +61,9 @@ RUNS = {
     "apes-species-init": f"train --data {{data}}/apes --last-base --window 65536 --first-window 8192 {SPECIES} "
     "--mask-rate 0 --batch-size 64 --max-tokens 131072 --epochs 5 --steps-per-epoch 120 --lr 5e-4 --backbone-lr 5e-4 "
     "--init {runs}/apes",
+    "genes": "train-bases {data}/athaliana/chr1.fa --labels {data}/athaliana/genes.gff --classes CDS exon gene "
+    "--stranded --regions {data}/athaliana/parts.bed --preset small --window 8192 --batch-size 16 --max-tokens 131072 --epochs 12 "
+    "--lr 3e-3 --rc-augment --workers 2",
 }
 for _set, _lengths in LENGTHS.items():
     for _run in ("", "-init"):
@@ -77,6 +82,9 @@ COUNTING = """Test regions are held out in all species. Counting: k-mers of orde
 and Bell, by the same command."""
 CONTEXT = """The same bases of the human test part after ever more of those before them, by the model of four apes,
 which was trained on windows of up to 2^17 bases."""
+
+GENES = """Of each base of *A. thaliana*'s chromosome 1 from 24.1 Mb on: is it coding (CDS), else of an exon (an UTR),
+else of a gene (an intron), and on which strand? By a model of 0.6 million parameters, from scratch."""
 
 
 class Row(NamedTuple):
@@ -167,6 +175,19 @@ def tables(runs: Path) -> list[str]:
     return lines
 
 
+def bases(runs: Path) -> list[str]:
+    metrics = trained(runs, "genes")
+    if not metrics:
+        return []
+    figures = [f"{key.replace('_', ' ')} {figure(runs, 'genes', key)}" for key in ("accuracy", "mcc", "macro_f1")]
+    keys = ("precision", "recall", "f1", "auroc", "auprc")
+    lines = [f"{', '.join(figures)}.", "", f"| a base is | share | {' | '.join(keys)} |", "|---" * 7 + "|"]
+    for name, row in metrics["per_class"].items():
+        cells = ["-" if row[key] is None else f"{row[key]:.3f}".removeprefix("0") for key in keys]
+        lines.append(f"| {name} | {row['support'] / metrics['bases']:.3f} | {' | '.join(cells)} |")
+    return lines
+
+
 def made_by(runs: Path, called: list[str]) -> list[str]:
     """The commands that made the run folders, of those in RUNS that are there."""
     lines = []
@@ -203,6 +224,8 @@ def page(args: argparse.Namespace) -> str:
         if args.output and (picture := runs / "context" / "perplexity.png").is_file():
             shutil.copy(picture, args.output.with_name(f"{args.output.stem}-context.png"))
             lines += ["", f"![bits per base against context]({args.output.stem}-context.png)"]
+    if found := bases(runs):
+        lines += ["", "## Each base", "", GENES, "", *found]
     lines += ["", "## Commands", "", "```", *made_by(runs, args.called), "```"]
     lines += ["", f"date: {newest['started'][:10]}   {args.machine}; {versions}", ""]
     return "\n".join(lines)
