@@ -49,7 +49,7 @@ RUNS = {
     "statlog-clustered-init": "train --data {data}/splice_statlog/clustered --init {runs}/hsap-m --backbone-lr 1e-3 "
     "--epochs 25",
     "splice200": "train --data {data}/arabidopsis_splice200 --preset small --epochs 30 " + FINE,
-    "splice200-init": "train --data {data}/arabidopsis_splice200 --init {runs}/arab-m --backbone-lr 1e-3 --epochs 20 "
+    "splice200-init": "train --data {data}/arabidopsis_splice200 --init {runs}/arab-m --backbone-lr 3e-3 --epochs 30 "
     + FINE,
     "arabidopsis3": f"train --data {{data}}/arabidopsis3 --window 1024 {SPECIES} --mask-rate 0.05 --balance loss "
     "--batch-size 128 --max-tokens 131072 --epochs 20",
@@ -62,8 +62,8 @@ RUNS = {
     "--mask-rate 0 --batch-size 64 --max-tokens 131072 --epochs 5 --steps-per-epoch 120 --lr 5e-4 --backbone-lr 5e-4 "
     "--init {runs}/apes",
     "genes": "train-bases {data}/athaliana/chr1.fa --labels {data}/athaliana/genes.gff --classes CDS exon gene "
-    "--stranded --regions {data}/athaliana/parts.bed --preset small --window 8192 --batch-size 16 --max-tokens 131072 --epochs 12 "
-    "--lr 3e-3 --rc-augment --workers 2",
+    "--stranded --regions {data}/athaliana/parts.bed --preset small --window 8192 --batch-size 16 --max-tokens 131072 "
+    "--epochs 12 --lr 3e-3 --rc-augment --workers 2",
 }
 for _set, _lengths in LENGTHS.items():
     for _run in ("", "-init"):

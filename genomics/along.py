@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.batching import pad_right
 from .alphabet import PAD
-from .windows import grouped, inner_parts
+from .overlapping import grouped, inner_parts
 
 Bases = Callable[[int, int], np.ndarray]  # start, end -> tokens uint8 (end - start,) of a sequence
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..core.batching import pad_right
@@ -22,10 +21,10 @@ from ..core.train import Task
 from .alphabet import PAD, N, reverse_complement
 from .annotation import Annotation
 from .config import DNAAnnotatorConfig
+from .overlapping import grouped
 from .pretraining import Windows, cut_stretches, plan_windows, spread
 from .reading.genome import Genome
 from .terminal import progress_bar
-from .windows import grouped
 
 _PIECE = 1 << 20  # bases whose labels are counted at a time
 
@@ -132,7 +131,8 @@ class TrainBases(Task):
             def run(group: list[np.ndarray]) -> tuple[float, float]:
                 windows = np.stack(group)
                 batch = self._batch(self.valid, windows, np.zeros(len(windows), dtype=bool))
-                batch = send_to_device(batch, device)
+                tokens, labels, asked = (x.to(device) for x in batch[:3])
+                batch = Batch(tokens, labels, asked, None if batch.mask is None else batch.mask.to(device))
                 total, weight = self._loss_and_weight(model(batch.tokens, batch.mask).float(), batch)
                 advance(int(windows[:, 2].sum()))
                 return total.item(), weight.item()

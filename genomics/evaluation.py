@@ -28,9 +28,9 @@ from ..core.errors import InputError
 from ..core.processes import each_once
 from .alphabet import BOS, MASK, PAD
 from .config import Objective
+from .overlapping import grouped, inner_parts
 from .reading.genome import Genome
 from .tokenizers import Tokenizer, is_asked, per_base
-from .windows import grouped, inner_parts
 
 STRIDE = 7  # prime: a codon's three places are hidden in turn
 CHUNK = 65_536  # bases in one forward along a sequence

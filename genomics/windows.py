@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from .alphabet import N
 from .dataset import LabelledSequences
-
-Item = TypeVar("Item")
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -31,36 +27,6 @@ def windows_of(length: int, window: int | None, stride: int | None) -> Iterator[
         return
     for start in window_starts(length, window, window if stride is None else stride):
         yield start, min(start + window, length)
-
-
-class InnerPart(NamedTuple):
-    """Bases left .. right - 1, of which a window that goes from first to last - 1 tells."""
-
-    left: int
-    right: int
-    first: int
-    last: int
-
-
-def inner_parts(start: int, end: int, window: int, overlap: int) -> Iterator[InnerPart]:
-    """Windows that overlap, over bases start .. end - 1: their inner parts, window - overlap long, lie side by side.
-
-    Half of the overlap stands on either side, as far as there are bases. Raises ValueError unless it is 0 or more and
-    less than the window.
-    """
-    if not 0 <= overlap < window:
-        raise ValueError(f"overlap is {overlap}; it must be at least 0 and less than the window, which is {window}")
-    inner, margin = window - overlap, overlap // 2
-    for left in range(start, end, inner):
-        right = min(left + inner, end)
-        yield InnerPart(left, right, max(start, left - margin), min(end, right + overlap - margin))
-
-
-def grouped(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
-    """Lists of n items, the last one perhaps of fewer."""
-    items = iter(items)
-    while group := list(islice(items, n)):
-        yield group
 
 
 def cut_windows(data: LabelledSequences, window: int | None, stride: int | None) -> LabelledSequences:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ...core.config import ComputeConfig
+from ...core.device import autocast, pick_device
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, write_json, written_whole
 from ...core.hub import CONFIG, WEIGHTS
@@ -21,7 +22,7 @@ from ...core.plots import plot_confusion
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder, checksums_of, write_manifest
 from ...core.terminal import say
-from ...core.train import autocast, pick_device, settings_of, train_model
+from ...core.train import settings_of, train_model
 from ..along import Along, along
 from ..alphabet import N
 from ..annotation import Annotation, read_annotation

@@ -7,11 +7,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ...core.device import autocast
 from ...core.embeddings import require_embeddings_file, write_embeddings
 from ...core.errors import InputError
 from ...core.files import require_writable, write_tsv, written_whole
 from ...core.terminal import say
-from ...core.train import autocast
 from ..commands import Embed, Predict
 from ..config import DNAClassifierConfig
 from ..inference import embed as embed_sequences

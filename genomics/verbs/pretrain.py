@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
+from ...core.device import autocast, pick_device
 from ...core.files import write_json
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
-from ...core.train import autocast, pick_device, settings_of, train_model
+from ...core.train import settings_of, train_model
 from ..baselines import order_bits
 from ..caduceus import Caduceus
 from ..config import CaduceusConfig, language_model_config

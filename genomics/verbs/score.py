@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, write_tsv, written_whole
 from ...core.terminal import say
-from ...core.train import autocast
 from ..binned_track import BinnedTracks
 from ..evaluation import Reader, bits_in_context, causal_bits, masked_bits
 from ..evaluation import Score as Cost

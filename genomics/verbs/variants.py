@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pysam
 
+from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, write_json, written_whole
 from ...core.language_model import LanguageModel
 from ...core.terminal import say
-from ...core.train import autocast
 from ..alphabet import A, N, T, decode
 from ..binned_track import BinnedTracks
 from ..labels import Labels, measure
