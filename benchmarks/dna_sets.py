@@ -44,13 +44,13 @@ RUNS = {
     "--max-tokens 131072 --epochs 8 --lr 6e-3 --rc-augment --no-baselines --workers 2",
     "statlog-official": "train --data {data}/splice_statlog/official",
     "statlog-official-init": "train --data {data}/splice_statlog/official --init {runs}/hsap-m --backbone-lr 1e-3 "
-    "--epochs 25",
+    "--dropout 0.2 --epochs 25",
     "statlog-clustered": "train --data {data}/splice_statlog/clustered",
     "statlog-clustered-init": "train --data {data}/splice_statlog/clustered --init {runs}/hsap-m --backbone-lr 1e-3 "
-    "--epochs 25",
+    "--dropout 0.2 --epochs 25",
     "splice200": "train --data {data}/arabidopsis_splice200 --preset small --epochs 30 " + FINE,
-    "splice200-init": "train --data {data}/arabidopsis_splice200 --init {runs}/arab-m --backbone-lr 3e-3 --epochs 30 "
-    + FINE,
+    "splice200-init": "train --data {data}/arabidopsis_splice200 --init {runs}/arab-m --backbone-lr 3e-3 "
+    "--dropout 0.2 --epochs 20 " + FINE,
     "arabidopsis3": f"train --data {{data}}/arabidopsis3 --window 1024 {SPECIES} --mask-rate 0.05 --balance loss "
     "--batch-size 128 --max-tokens 131072 --epochs 20",
     "arabidopsis3-init": f"train --data {{data}}/arabidopsis3 --window 1024 {SPECIES} --mask-rate 0.05 --balance loss "
@@ -59,11 +59,11 @@ RUNS = {
     "--max-tokens 262144 --epochs 4",
     # As in the Mamba paper, section E.3.4: the last base's state, windows that double from epoch to epoch.
     "apes-species-init": f"train --data {{data}}/apes --last-base --window 65536 --first-window 8192 {SPECIES} "
-    "--mask-rate 0 --batch-size 64 --max-tokens 131072 --epochs 5 --steps-per-epoch 120 --lr 5e-4 --backbone-lr 5e-4 "
+    "--mask-rate 0 --batch-size 64 --max-tokens 131072 --epochs 5 --steps-per-epoch 100 --lr 5e-4 --backbone-lr 5e-4 "
     "--init {runs}/apes",
     "genes": "train-bases {data}/athaliana/chr1.fa --labels {data}/athaliana/genes.gff --classes CDS exon gene "
     "--stranded --regions {data}/athaliana/parts.bed --preset small --window 8192 --batch-size 16 --max-tokens 131072 "
-    "--epochs 12 --lr 3e-3 --rc-augment --workers 2",
+    "--epochs 8 --lr 3e-3 --rc-augment --workers 2",
 }
 for _set, _lengths in LENGTHS.items():
     for _run in ("", "-init"):

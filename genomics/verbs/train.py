@@ -1,6 +1,6 @@
 """`polymamba genomics train`: from labelled sequences to a run folder with a tested model."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,9 @@ def train(args: Train) -> None:
             f"--last-base: {args.init} sees both ways, where the last base is like any other; leave it out"
         )
     n_heads = 0 if args.last_base else args.heads
+    backbone = start.config if start else PRESETS[args.preset]
+    if args.dropout is not None:
+        backbone = replace(backbone, dropout=args.dropout)
     records = from_first(
         lambda: divide(
             read_source(args.source, args.target, hard_mask=args.hard_mask), args.dividing, args.compute.seed
@@ -62,7 +65,7 @@ def train(args: Train) -> None:
 
     mean, scale = value_scale(data.subset("train")) if args.target == "regression" else (0.0, 1.0)
     config = DNAClassifierConfig(
-        backbone=start.config if start else PRESETS[args.preset],
+        backbone=backbone,
         classes=data.classes,
         target=args.target,
         mean=mean,

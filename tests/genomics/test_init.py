@@ -275,7 +275,10 @@ def test_embed_in_record_errors(causal_run, two_classes, genome, tmp_path, capsy
 
 
 def test_the_last_base_is_what_the_head_sees(causal_run, folders, two_classes, tmp_path, capsys):
-    model = train(two_classes, tmp_path / "last", "--init", causal_run, "--last-base", "--steps-per-epoch", 2)
+    model = train(
+        two_classes, tmp_path / "last", "--init", causal_run, "--last-base", "--steps-per-epoch", 2, "--dropout", 0.25
+    )
+    assert model.config.backbone.dropout == 0.25
     assert model.pooling is None
     tokens = torch.randint(7, 11, (2, 30))
     mask = torch.arange(30) < torch.tensor([30, 17])[:, None]
