@@ -39,13 +39,14 @@ GPU = torch.cuda.is_available()
 REPEATS = 5
 PIECE = 1 << 16  # bases of a forward of `score`, if its flags do not say
 WORDS = (sys.executable, "-c")
-# What a command takes: printed as the last line.
+# What a command takes: printed as the last line. (ru_maxrss would be that of the process which started it, if larger.)
 MEASURED = """
-import json, resource, sys
+import json, re, sys
 from polymamba.cli import main
 assert main(sys.argv[1:]) == 0
 import torch
-print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(json.dumps({"rss": int(peak) * 1024,
                   "gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}))
 """
 
