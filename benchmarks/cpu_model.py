@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # for all alike, as polymamba's command line has it
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for all alike, as polymamba's command line has it
 
 import torch
 from machine import describe

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..kernels import Order, dispatch, sort_by_expert
+from ..kernels import Order, sort_by_expert
 from .sharded import is_part
 
 
@@ -59,11 +59,12 @@ def own_experts(weight: Any) -> Tensor:
 
 
 def through_experts(
-    experts: Callable[[Tensor, Tensor], Tensor], rows: Tensor, counts: Tensor, group: dist.ProcessGroup
+    experts: Callable[[Tensor, Tensor, Order], Tensor], rows: Tensor, counts: Tensor, group: dist.ProcessGroup
 ) -> Tensor:
     """rows (T K, D), sorted by expert, counts (E,) of each -> what the experts, wherever they are, make of them.
 
-    experts(rows (A, D), ends (E / P,)) does so for those here. Rows after the counted ones come out as zero.
+    experts(rows (A, D), gates (A, 1), order by expert) does so for those here, times the gates. Rows after the counted
+    ones come out as zero.
     """
     outgoing = counts.view(group.size(), -1)
     incoming = torch.empty_like(outgoing)
@@ -76,9 +77,8 @@ def through_experts(
     if not n_received:  # a row of zeros, so that kernels have one, and the weights a gradient
         x, expert = F.pad(x, (0, 0, 0, 1)), F.pad(expert, (0, 1))
     order = sort_by_expert(expert, outgoing.shape[1])
-    y = experts(dispatch(x, order, 1), order.ends)
-    back = Order(order.places, order.order, order.ends, order.counts)  # the inverse permutation
-    y = _exchanged(dispatch(y, back, 1)[:n_received], received, sent, group)
+    y = experts(x, torch.ones(len(x), 1, device=x.device), order)
+    y = _exchanged(y[:n_received], received, sent, group)
     return F.pad(y, (0, 0, 0, len(rows) - n_sent))
 
 

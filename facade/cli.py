@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None, *, extra: Mapping[str, str] | None =
 def _run_and_tell(words: list[str], extra: Mapping[str, str] | None) -> int:
     # Between its own loops, torch's OpenMP threads spin for milliseconds on the cores that our CPU kernels want
     # (measured: a scan on two threads then takes as long as on one). With this count they spin some tens of
-    # microseconds, in which torch's next loop still finds them awake. Has to be said before torch loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # microseconds (a spin is a pause of 40 nanoseconds on a recent Xeon), in which torch's next loop still finds them
+    # awake. Has to be said before torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         code = _run(words, _domains() | dict(extra or {}))
         sys.stdout.flush()  # here, where an error can still be told

@@ -9,7 +9,7 @@ import runpy
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: see facade/cli.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: see facade/cli.py
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers have the cores already
 

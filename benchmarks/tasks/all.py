@@ -41,7 +41,7 @@ RUNS = (
     (1, "ngram-lookup --key suffix --mixer hybrid --batch 128"),
     (1, "ngram-lookup --key suffix --mixer attention --n-layer 4 --batch 128 --lr 1e-3"),
     (6, "listops --mixer mamba --bf16"),
-    (6, "listops --mixer s4d"),
+    (6, "listops --mixer s4d --lr 5e-3"),
 )
 
 

@@ -101,8 +101,8 @@ PAPERS = {
         "longest",
         "accuracy",
         "Nested MIN, MAX, MED and SM of digits, 500 to 2,000 tokens; 96,000 examples, 2,000 others to test. Always "
-        "the most frequent answer: 17 %. Causal models, read at the last bracket; the S4s of the literature see both "
-        "ways and average.",
+        "the most frequent answer: 17 %. Causal models, averaged over the sequence; the S4s of the literature "
+        "average, too, and see both ways.",
         (
             "S4 (2111.00396, and its repository) 59.6, LRU (2303.06349) 60.2, S4D (2206.11893) 60.2 to 60.5; "
             "transformer (2011.04006) 36.4; others to 64",

@@ -57,15 +57,21 @@ def build(
     return LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=vocab_size, tie_embeddings=False))
 
 
-def answered(model: LanguageModel, batch: Batch) -> Tensor:
-    """Logits (B, Q, V) at the places alone: the head is not run over what nobody asks for."""
+def answered(model: LanguageModel, batch: Batch, pooled: bool = False) -> Tensor:
+    """Logits (B, Q, V) at the places alone: the head is not run over what nobody asks for.
+
+    pooled: not of the hidden state there, but of the mean of all from the first token to there.
+    """
     hidden = model.backbone(model.embedding(batch.tokens))
     assert isinstance(hidden, Tensor)
+    if pooled:
+        up_to = torch.arange(hidden.shape[1], device=hidden.device) <= batch.places[..., None]  # (B, Q, L)
+        return model.lm_head(torch.bmm(up_to.to(hidden.dtype), hidden) / (batch.places[..., None] + 1))
     return model.lm_head(hidden.gather(1, batch.places[..., None].expand(-1, -1, hidden.shape[2])))
 
 
 def answered_in_pieces(model: LanguageModel, batch: Batch, piece: int) -> Tensor:
-    """`answered`, `piece` tokens of each row at a time: only the state goes on from one to the next."""
+    """`answered`, not pooled, `piece` tokens of each row at a time: only the state goes on from one to the next."""
     state, hidden = None, None
     for start in range(0, batch.tokens.shape[1], piece):
         y, state = model.backbone(model.embedding(batch.tokens[:, start : start + piece]), state, return_state=True)
@@ -81,9 +87,10 @@ class Training:
     """A model, its optimizer, and where they stand."""
 
     def __init__(
-        self, model: LanguageModel, device: str, *, lr: float, weight_decay: float, bf16: bool, graph: bool, seed: int
-    ):
-        self.model, self.device, self.lr, self.seed = model.to(device), device, lr, seed
+        self, model: LanguageModel, device: str, *, lr: float, weight_decay: float, bf16: bool, graph: bool, seed: int,
+        pooled: bool = False,
+    ):  # fmt: skip
+        self.model, self.device, self.lr, self.seed, self.pooled = model.to(device), device, lr, seed, pooled
         self.bf16, self.cuda = bf16, device.startswith("cuda")
         self.graphed = graph and self.cuda
         groups = parameter_groups(model, weight_decay)
@@ -142,7 +149,7 @@ class Training:
         self.optimizer.zero_grad()
         answers = self._inputs.answers
         with self.autocast():
-            logits = answered(self.model, self._inputs).float()
+            logits = answered(self.model, self._inputs, self.pooled).float()
         loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=NONE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -203,8 +210,10 @@ class Training:
             some = Batch(*part)
             piece = max(64, PIECE // len(some.tokens))
             with self.autocast():
-                in_pieces = recurrent and length > piece
-                logits = answered_in_pieces(self.model, some, piece) if in_pieces else answered(self.model, some)
+                if recurrent and length > piece and not self.pooled:
+                    logits = answered_in_pieces(self.model, some, piece)
+                else:
+                    logits = answered(self.model, some, self.pooled)
             asked = some.answers != NONE
             is_right = logits.argmax(-1) == some.answers
             right += int((is_right & asked).sum())

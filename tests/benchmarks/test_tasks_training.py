@@ -31,6 +31,17 @@ def test_in_pieces_as_at_once(mixer):
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_pooled_reads_the_mean_of_all_up_to_its_place():
+    model = training().model
+    batch = copying(3, 5, 13, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = answered(model, batch, pooled=True)
+        hidden = model.backbone(model.embedding(batch.tokens))
+        for i, places in enumerate(batch.places):
+            for j, place in enumerate(places):
+                torch.testing.assert_close(logits[i, j], model.lm_head(hidden[i, : place + 1].mean(0)))
+
+
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
     def make(n: int, generator: torch.Generator) -> Batch:
         return induction_heads(n, 8, 6, generator)
