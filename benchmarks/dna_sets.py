@@ -35,7 +35,7 @@ RUNS = {
     "arab": "pretrain '{data}/arabidopsis3/*/*' --preset 1.4m --length 1024 --rc-augment --batch-size 128 "
     "--max-tokens 131072 --epochs 10 --lr 6e-3 --dropout 0.1 --cuda-graph --workers 2",
     "apes": f"pretrain {FOUR} {HUMAN.split(' ', 1)[1]} --preset 7m --length 131072 --first-length 4096 --batch-size 1 "
-    "--max-tokens 131072 --epochs 8 --steps-per-epoch 120 --lr 4e-3 --dropout 0.05 --rc-augment --no-baselines "
+    "--max-tokens 131072 --epochs 8 --steps-per-epoch 182 --lr 4e-3 --dropout 0.05 --rc-augment --no-baselines "
     "--cuda-graph --workers 2",
     "context": "perplexity {runs}/apes {data}/apes/test/Hsap.fa",
     "hsap-m": f"pretrain {HUMAN} --preset 470k --objective masked --length 512 --batch-size 256 --max-tokens 131072 "
@@ -136,15 +136,14 @@ def trained(runs: Path, name: str) -> dict[str, Any]:
 
 def language_models(runs: Path) -> list[str]:
     lines = ["| genome | best of counting | model | bits per base |", "|---|---|---|---|"]
-    for name, genome in (
-        ("hsap", "human chr22"),
-        ("arab", "arabidopsis3"),
-        ("apes", "human chr22, learned from four apes"),
-    ):
+    genomes = {"hsap": "human chr22", "arab": "arabidopsis3", "apes": "human chr22, learned from four apes"}
+    genomes |= {"hsap-m": "human chr22, hidden bases from both sides", "arab-m": "arabidopsis3, likewise"}
+    for name, genome in genomes.items():
         metrics = trained(runs, name)
         if not metrics:
             continue
-        orders = metrics.get("order_bits_per_base") or trained(runs, "hsap").get("order_bits_per_base") or []
+        counted = metrics if "order_bits_per_base" in metrics else trained(runs, "hsap") if name == "apes" else {}
+        orders = counted.get("order_bits_per_base", [])
         best = f"order {orders.index(min(orders))}: {min(orders):.3f}" if orders else "-"
         words = shlex.split(RUNS[name])
         lines.append(
