@@ -263,11 +263,16 @@ class Embed(_AlongRecords):
     on, as if it had read it in one piece; one that sees both ways sees half of --overlap more on either side."""
     overlap: int | None = None
     """With --in-record, of a model that sees both ways: bases; as many as in a window if left out."""
+    one_shot: bool = False
+    """With --in-record, of a model that sees both ways: also embed the windows of each record read in one piece, as far
+    as memory goes, and say how far the others are from that."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.overlap is not None and (self.overlap < 0 or not self.in_record):
             raise ValueError(f"overlap is {self.overlap}; it must not be negative, and goes with in_record")
+        if self.one_shot and not self.in_record:
+            raise ValueError("one_shot says how far windows in their record are from one piece; give in_record, too")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Language models on the command line after pretraining: converted, fine-tuned from, scored, embedded, and back."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -251,18 +252,27 @@ def test_embed_in_record_by_a_causal_model_is_one_shot(stride, causal_run, genom
 @pytest.mark.parametrize("case", ["ph_mlm", "ps_mlm"])
 def test_embed_in_record_sees_more_on_either_side(case, folders, genome, tmp_path, capsys):
     output = tmp_path / "e.npy"
-    words = ["--window", 40, "--in-record", "--overlap", 25, "-o", output, *CPU]
+    words = ["--window", 40, "--in-record", "--overlap", 25, "--one-shot", "-o", output, *CPU]
     assert main(["genomics", *map(str, ["embed", folders[case], genome, *words])]) == 0
-    assert "windows of 40 bases, with 12 and 13 more beside them" in capsys.readouterr().err
-    model = embedding_model(folders[case])
-    found = iter(np.load(output))
+    said = capsys.readouterr().err
+    assert "windows of 40 bases, with 12 and 13 more beside them" in said
+    model, rows = embedding_model(folders[case]), np.load(output)
+    found, in_one = iter(rows), []
     for text in genome.read_text().split()[1::2]:
+        with torch.no_grad():
+            whole = model.states(torch.from_numpy(tokenize(text).astype(np.int64))[None])[0]
+        in_one += [whole[at : at + 40].mean(0).numpy() for at in window_starts(len(text), 40, 40)]
         for at in window_starts(len(text), 40, 40)[:-1]:  # the last one is moved back, into two of these
             first, last = max(0, at - 12), min(len(text), at + 53)
             with torch.no_grad():
                 states = model.states(torch.from_numpy(tokenize(text[first:last]).astype(np.int64))[None])[0]
             assert next(found) == pytest.approx(states[at - first : at - first + 40].mean(0).numpy(), abs=1e-4)
         next(found)
+    difference = np.linalg.norm(rows - np.stack(in_one), axis=1) / np.linalg.norm(np.stack(in_one), axis=1)
+    told = re.search(r"by ([0-9.]+)% of their length in the mean, ([0-9.]+)% at most", said.replace("\n", " "))
+    assert [float(figure) for figure in told.groups()] == pytest.approx(
+        [100 * difference.mean(), 100 * difference.max()], abs=0.02
+    )
 
 
 def test_embed_in_record_errors(causal_run, two_classes, genome, tmp_path, capsys):
