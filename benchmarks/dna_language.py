@@ -6,16 +6,16 @@ tokenizers   Mb of bases a second to tokens, windows of 1,024 bases, one process
 training     bases a second and peak memory of a step of the 7m model (forward, backward, AdamW; bf16 on a GPU), at
              windows of 1,024 bases to 2^20; the longest with gradient checkpointing
 variants     5,000 substitutions of one base in a window of 512 by a 19m model, as a command from the shell, imports and
-             all: the first run compiles kernels, the second finds them compiled; in bf16 and in float32, and how far
-             the LLRs of the one are from those of the other
-scoring      `genomics score` of generated FASTA files of 10 and 100 Mb (on a CPU 1 and 10): bases a second and memory
+             all; a run before, which is not counted, compiles the kernels; in bf16 and in float32, and how far the
+             LLRs of the one are from those of the other
+scoring      `genomics score` of generated FASTA files of 10 and 100 Mb (on a CPU 1 and 10): bases a second and memory;
+             and how far the bits of each base of a piece are from those of the piece in one shot
 
 Weights are random unless --run gives a run folder of `genomics pretrain` for variants and scoring.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -37,14 +37,16 @@ from polymamba.genomics.tokenizers import CHARACTERS, BytePairs, KMers, Tokenize
 
 GPU = torch.cuda.is_available()
 REPEATS = 5
+PIECE = 1 << 16  # bases of a forward of `score`, if its flags do not say
 WORDS = (sys.executable, "-c")
-# What a command takes: printed as the last line.
+# What a command takes: printed as the last line. (ru_maxrss would be that of the process which started it, if larger.)
 MEASURED = """
-import json, resource, sys
+import json, re, sys
 from polymamba.cli import main
 assert main(sys.argv[1:]) == 0
 import torch
-print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(json.dumps({"rss": int(peak) * 1024,
                   "gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}))
 """
 
@@ -138,18 +140,17 @@ def variants(folder: Path, given: Path | None) -> Iterator[str]:
     (folder / "in.vcf").write_text("\n".join(rows) + "\n")
     model = given or model_folder(folder, "19m" if GPU else "tiny")
     yield f"{n:,} substitutions, window 512, {model.name}\n"
-    yield "| precision | strands | first run, s | second run, s |\n|---|---|---|---|"
     llrs = {}
     pysam.set_verbosity(0)  # of a header that declares no contigs
-    for precision in ("bf16", "fp32") if GPU else ("fp32",):
-        for strands in ("--no-both-strands", "--both-strands"):
-            out = folder / f"{precision}{strands}.vcf"
-            words = ["genomics", "variants", model, folder / "in.vcf", "--genome", folder / "genome.fa", "-o", out]
-            seconds = [run(*words, "--window", 512, strands, "--precision", precision)[0] for _ in range(2)]
-            which = "one" if "no" in strands else "both"
-            yield f"| {precision} | {which} | {seconds[0]:.1f} | {seconds[1]:.1f} |"
-            with pysam.VariantFile(str(out)) as file:
-                llrs[precision, which] = np.array([record.info["PM_LLR"][0] for record in file])
+    words = ["genomics", "variants", model, folder / "in.vcf", "--genome", folder / "genome.fa", "--window", 512]
+    yield f"the run that compiles: {run(*words, '-o', folder / 'first.vcf')[0]:.1f} s\n"
+    yield "| precision | strands | seconds |\n|---|---|---|"
+    for precision, strands in (("bf16", "one"), ("bf16", "both"), ("fp32", "both")) if GPU else (("fp32", "both"),):
+        out = folder / f"{precision}-{strands}.vcf"
+        flag = "--both-strands" if strands == "both" else "--no-both-strands"
+        yield f"| {precision} | {strands} | {run(*words, flag, '--precision', precision, '-o', out)[0]:.1f} |"
+        with pysam.VariantFile(str(out)) as file:
+            llrs[precision, strands] = np.array([record.info["PM_LLR"][0] for record in file])
     if GPU:
         one, other = llrs["bf16", "both"], llrs["fp32", "both"]
         difference = np.sqrt(np.mean((one - other) ** 2))
@@ -167,9 +168,33 @@ def scoring(folder: Path, given: Path | None) -> Iterator[str]:
     for n in (10, 100) if GPU else (1, 10):
         write_fasta(folder / "long.fa", random_bases(n * 1_000_000))
         seconds, memory = run("genomics", "score", model, folder / "long.fa", "-o", folder / "scores.tsv")
-        os.remove(folder / "long.fa.fai")
         rss, gpu = (memory[key] / 2**30 for key in ("rss", "gpu"))
         yield f"| {n} | {seconds:.1f} | {n * 1e6 / seconds:,.0f} | {rss:.2f} | {gpu:.2f} |"
+    n = 1_000_000 if GPU else 200_000
+    write_fasta(folder / "piece.fa", random_bases(n))
+    for precision in ("bf16", "fp32") if GPU else ("fp32",):
+        bits = []
+        for chunk in (PIECE, n):
+            track = folder / f"{chunk}.bedgraph"
+            run(
+                "genomics",
+                "score",
+                model,
+                folder / "piece.fa",
+                "--track",
+                track,
+                "--chunk",
+                chunk,
+                "--precision",
+                precision,
+            )
+            bits.append(np.loadtxt(track, skiprows=1, usecols=3))
+        difference, mean = np.abs(bits[0] - bits[1]), bits[1].mean()
+        yield (
+            f"\n{n:,} bases in {precision}, carried over pieces of {PIECE:,} against one shot: a base's bits differ by "
+            f"{difference.mean():.1e} in the mean and {difference.max():.4f} at most, bits per base "
+            f"({mean:.5f}) by {abs(bits[0].mean() - mean):.1e}"
+        )
 
 
 PARTS = {"tokenizers": tokenizers, "training": training, "variants": variants, "scoring": scoring}

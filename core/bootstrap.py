@@ -108,9 +108,16 @@ def _interval(value: float, resampled: np.ndarray, confidence: float) -> Interva
 
 
 def confusion_figures(labels: np.ndarray, predicted: np.ndarray, k: int, times: np.ndarray) -> dict[str, np.ndarray]:
-    """Accuracy, MCC (Gorodkin 2004) and macro-F1, each (R,), of labels (n,) and predictions (n,) among k classes."""
+    """`figures_of_confusion` of labels (n,) and predictions (n,) among k classes."""
     cells = labels.astype(np.int64) * k + predicted  # small integers would overflow
-    confusion = np.array([np.bincount(cells, weights=row, minlength=k * k) for row in times]).reshape(-1, k, k)
+    return figures_of_confusion(
+        np.array([np.bincount(cells, weights=row, minlength=k * k) for row in times]).reshape(-1, k, k)
+    )
+
+
+def figures_of_confusion(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Accuracy, balanced accuracy (the mean of the recalls of the classes that stand in the labels), MCC (Gorodkin
+    2004) and macro-F1, each (R,), of counts (R, K, K): true classes in rows, predicted ones in columns."""
     hits = np.diagonal(confusion, axis1=1, axis2=2)  # (R, K)
     true, chosen = confusion.sum(2), confusion.sum(1)
     correct, n = hits.sum(1), true.sum(1)
@@ -119,7 +126,13 @@ def confusion_figures(labels: np.ndarray, predicted: np.ndarray, k: int, times: 
         mcc = (correct * n - (true * chosen).sum(1)) / np.sqrt(spread_true * spread_chosen)
     mcc[spread_chosen == 0] = 0  # scikit-learn's convention: one class predicted throughout says nothing
     mcc[spread_true == 0] = np.nan
-    return {"accuracy": correct / n, "mcc": mcc, "macro_f1": mean_defined(_f1(hits, true + chosen))}
+    recalls = np.divide(hits, true, out=np.full(hits.shape, np.nan), where=true > 0)
+    return {
+        "accuracy": correct / n,
+        "balanced_accuracy": mean_defined(recalls),
+        "mcc": mcc,
+        "macro_f1": mean_defined(_f1(hits, true + chosen)),
+    }
 
 
 def label_figures(truth: np.ndarray, predicted: np.ndarray, times: np.ndarray) -> dict[str, np.ndarray]:
@@ -129,9 +142,13 @@ def label_figures(truth: np.ndarray, predicted: np.ndarray, times: np.ndarray) -
     found = weights @ (truth.astype(np.float64) + predicted)
     return {
         "exact_match": weights @ (truth == predicted).all(axis=1) / weights.sum(axis=1),
-        "micro_f1": _f1(hits.sum(1), found.sum(1)),
-        "macro_f1": mean_defined(_f1(hits, found)),
+        **figures_of_counts(hits, found),
     }
+
+
+def figures_of_counts(hits: np.ndarray, found: np.ndarray) -> dict[str, np.ndarray]:
+    """Micro-F1 and macro-F1, each (R,), of labels' hits (R, K) and of what `_f1` takes for found (R, K)."""
+    return {"micro_f1": _f1(hits.sum(1), found.sum(1)), "macro_f1": mean_defined(_f1(hits, found))}
 
 
 def _f1(hits: np.ndarray, found: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from .thresholds import check_probabilities, decide, one_against_rest
 
 NAMES = {
     "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
     "mcc": "MCC",
     "exact_match": "exact match",
     "micro_f1": "micro-F1",
@@ -55,13 +56,14 @@ def classification_metrics(
     threshold    of two classes, the second is predicted at or above it; None: the most probable class is
 
     The result, beside what all kinds have:
-    accuracy, mcc, macro_f1, auroc, auprc   figures; the last two are means over the classes that stand in the labels
+    accuracy, balanced_accuracy, mcc, macro_f1, auroc, auprc
+                 figures; the second and the last two are means over the classes that stand in the labels
     per_class    class -> support, precision, recall, f1, auroc, auprc
     support      class -> number of records
     confusion    (K, K) counts, true classes in rows, predicted ones in columns
     classes, threshold
 
-    AUROC of a class with no record is None, and so is all but accuracy and macro-F1 if the labels hold one class only.
+    AUROC of a class with no record is None, and so are mcc, auroc and auprc if the labels hold one class only.
     Resamples in which a figure is undefined, because a rare class was not drawn, do not count for it.
     """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)

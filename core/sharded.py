@@ -51,7 +51,8 @@ def shard(model: nn.Module, mesh: Any = None, *, apart: Collection[nn.Parameter]
     for unit in units:
         fully_shard(unit, reshard_after_forward=model.gathers_twice, **options)
     fully_shard(model, **options)
-    for (first, *_), (following, *_) in pairwise([[model], *units]):
+    wrapped: list[Any] = [model, *(unit[0] for unit in units)]
+    for first, following in pairwise(wrapped):
         first.set_modules_to_forward_prefetch([following])  # gathered while this one computes
     for name, p in model.named_parameters():
         vars(p).update(marks[name])

@@ -37,6 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from . import checkpoint, processes
 from .backbone import aux_loss
 from .config import ComputeConfig, TrainConfig
+from .device import pick_device, uses_bf16
 from .division import Division, require_divisible
 from .errors import InputError
 from .grouped import waits_for_host
@@ -117,27 +118,6 @@ class _Steps(Dataset):
     def __getitem__(self, i: int) -> _Step:
         step = self.steps[i]
         return step._replace(batches=[self.task.batch(d, self.epoch) for d in step.batches])
-
-
-def pick_device(compute: ComputeConfig) -> torch.device:
-    """Raises InputError if the device asked for is not here."""
-    if compute.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA GPU is visible here; use --device cpu, or see `polymamba doctor`")
-    if compute.device == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: not available here; use --device cpu")
-    if compute.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(compute.device)
-
-
-def uses_bf16(compute: ComputeConfig, device: torch.device) -> bool:
-    return compute.precision == "bf16" or (compute.precision == "auto" and device.type == "cuda")
-
-
-def autocast(compute: ComputeConfig) -> torch.autocast:
-    """The precision that `compute` asks for, outside training."""
-    device = pick_device(compute)
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(compute, device))
 
 
 def settings_of(

@@ -5,9 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .alphabet import reverse_complement, tokenize
+    from .annotator import DNAAnnotator
     from .caduceus import Caduceus, CaduceusClassifier
     from .commands import Dividing, Source
-    from .config import CaduceusClassifierConfig, CaduceusConfig, DNAClassifierConfig, DNALanguageModelConfig
+    from .config import (
+        CaduceusClassifierConfig,
+        CaduceusConfig,
+        DNAAnnotatorConfig,
+        DNAClassifierConfig,
+        DNALanguageModelConfig,
+    )
     from .dataset import LabelledSequences
     from .dividing import divide
     from .inference import embed, predict
@@ -25,6 +32,8 @@ _MODULE_OF = {
     "CaduceusClassifier": "caduceus",
     "CaduceusClassifierConfig": "config",
     "CaduceusConfig": "config",
+    "DNAAnnotator": "annotator",
+    "DNAAnnotatorConfig": "config",
     "DNAClassifier": "model",
     "DNAClassifierConfig": "config",
     "DNALanguageModel": "language_model",
@@ -49,6 +58,8 @@ __all__ = [
     "CaduceusClassifier",
     "CaduceusClassifierConfig",
     "CaduceusConfig",
+    "DNAAnnotator",
+    "DNAAnnotatorConfig",
     "DNAClassifier",
     "DNAClassifierConfig",
     "DNALanguageModel",

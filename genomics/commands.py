@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, TrainConfig
 from ..core.inputs import require_at_least_1, require_shares
+from .annotation_commands import ANNOTATION_COMMANDS
 from .config import Preset, Target
 from .language_commands import LANGUAGE_COMMANDS
 
@@ -64,14 +65,18 @@ class Windows:
 
     Each epoch moves training windows by up to half of it, at random.
     """
+    first_window: int | None = None
+    """Bases that the first epoch shows of a training window; they double with each epoch, up to all of it."""
     max_n: float = 0.5
     """Leave out sequences (or windows) of which a larger share is N; how many is said."""
 
     def __post_init__(self) -> None:
-        require_at_least_1(window=self.window, stride=self.stride)
+        require_at_least_1(window=self.window, stride=self.stride, first_window=self.first_window)
         require_shares(max_n=self.max_n)
         if self.stride is not None and self.window is None:
             raise ValueError("stride says how far apart windows are; give window too")
+        if self.first_window is not None and (self.window is None or self.first_window > self.window):
+            raise ValueError(f"first_window is {self.first_window}; it must not be more than window, {self.window}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +124,12 @@ class Train:
     """Peak learning rate of the backbone that --init gave; a tenth of --lr if left out."""
     freeze: bool = False
     """Leave the backbone that --init gave as it is: the head alone learns."""
+    dropout: float | None = None
+    """Of the backbone that --init gave, on what each layer adds: 0.2 helps on small data; as it was if left out."""
     heads: int = 64
     """Places of a sequence that the model attends to; 0 for what the mean over all bases shows, such as a species."""
+    last_base: bool = False
+    """The head sees what a causal backbone (--init) says at the last base alone; --heads is then nothing."""
     strands: Literal["one", "both"] | None = None
     """both: read either strand by the same weights and take the mean, in training, too; wrong for signals that belong
     to one strand, such as splice sites. If left out: one, but both if --init gave a Caduceus-PS."""
@@ -134,6 +143,9 @@ class Train:
     """Train on either strand at random. Wrong for signals that belong to one strand, such as splice sites."""
     rc_average: bool = False
     """Average the predictions of both strands in the final test."""
+    steps_per_epoch: int | None = None
+    """Steps in an epoch, about, whose sequences are drawn anew, each once before any again; all of them once if left
+    out."""
     resume: bool = False
     """Continue the run in the output folder where it stopped."""
     train: OmitArgPrefixes[TrainConfig] = TrainConfig(epochs=15, lr=4e-3, ema=0.98)
@@ -141,12 +153,17 @@ class Train:
 
     def __post_init__(self) -> None:
         require_shares(label_smoothing=self.label_smoothing, mask_rate=self.mask_rate)
-        if self.init is None and (self.freeze or self.backbone_lr is not None):
-            raise ValueError("freeze and backbone_lr are of a backbone that --init gave; give --init, too")
+        if self.init is None and (self.freeze or self.backbone_lr is not None or self.dropout is not None):
+            raise ValueError("freeze, backbone_lr and dropout are of a backbone that --init gave; give --init, too")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.freeze and self.backbone_lr is not None:
             raise ValueError("freeze and backbone_lr: a frozen backbone learns at no rate; give one of them")
         if self.backbone_lr is not None and not 0 < self.backbone_lr < math.inf:
             raise ValueError(f"backbone_lr is {self.backbone_lr}; it must be a number above 0")
+        require_at_least_1(steps_per_epoch=self.steps_per_epoch)
+        if self.last_base and self.init is None:
+            raise ValueError("last_base is of a causal backbone, such as --init gives; give --init, too")
         if self.heads < 0:
             raise ValueError(f"heads is {self.heads}; it must not be negative")
         if self.balance == "sampling" and self.target != "multiclass":
@@ -241,6 +258,21 @@ class Embed(_AlongRecords):
 
     output: Output
     """.npy (float32, a row a record or window; names in .names.tsv beside it) or .parquet (id, ..., embedding)."""
+    in_record: bool = False
+    """See windows in their record, not by themselves: a causal language model carries its state from the record's start
+    on, as if it had read it in one piece; one that sees both ways sees half of --overlap more on either side."""
+    overlap: int | None = None
+    """With --in-record, of a model that sees both ways: bases; as many as in a window if left out."""
+    one_shot: bool = False
+    """With --in-record, of a model that sees both ways: also embed the windows of each record read in one piece, as far
+    as memory goes, and say how far the others are from that."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overlap is not None and (self.overlap < 0 or not self.in_record):
+            raise ValueError(f"overlap is {self.overlap}; it must not be negative, and goes with in_record")
+        if self.one_shot and not self.in_record:
+            raise ValueError("one_shot says how far windows in their record are from one piece; give in_record, too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,5 +314,6 @@ COMMANDS = {
     "eval": (Eval, "polymamba.genomics.verbs.evaluate:evaluate"),
     "predict": (Predict, "polymamba.genomics.verbs.predict:predict"),
     "embed": (Embed, "polymamba.genomics.verbs.predict:embed"),
+    **ANNOTATION_COMMANDS,
     **LANGUAGE_COMMANDS,
 }

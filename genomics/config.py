@@ -31,6 +31,7 @@ class DNAClassifierConfig:
     window        bases of the windows that long sequences were cut into for training; None if they were left whole
     hard_mask     lower-case letters of the files are read as N
     both_strands  what is said of a sequence is the mean of what is said of either strand, by the same weights
+    last_base     the head sees what the backbone says at the last base alone, where a causal one has read them all
     """
 
     backbone: BackboneConfig
@@ -43,6 +44,7 @@ class DNAClassifierConfig:
     n_heads: int = 64  # of the attention pooling; 0: the mean over the bases alone, and no places
     head_dropout: float = 0.5
     both_strands: bool = False
+    last_base: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON gives a list
@@ -51,6 +53,51 @@ class DNAClassifierConfig:
             raise ValueError(f"classes {self.classes}: at least {least} needed, each with a name of its own")
         if self.target == "regression" and len(self.classes) != 1:
             raise ValueError(f"classes {self.classes}: a regression has one value")
+        if self.last_base and (self.n_heads or self.backbone.bidirectional):
+            raise ValueError("last_base is set; it is of causal backbones, and n_heads is then 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DNAAnnotatorConfig:
+    """A backbone between a base embedding and a linear head at each base.
+
+    classes       in the order of the outputs; of multiclass the first is that of bases without a label; for regression
+                  the one name of the value
+    mean, scale   regression: the value is mean + scale * output
+    window        bases of the windows that it was trained on
+    stranded      the classes are in pairs, LABEL(+) and LABEL(-), which are exchanged where the other strand is read
+    both_strands  what is said of a base is the mean of what is said of it on either strand, by the same weights
+    """
+
+    backbone: BackboneConfig
+    classes: tuple[str, ...]
+    target: Target = "multiclass"
+    mean: float = 0.0
+    scale: float = 1.0
+    window: int = 4096
+    stranded: bool = False
+    both_strands: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))  # JSON gives a list
+        least = 2 if self.target == "multiclass" else 1
+        if len(set(self.classes)) != len(self.classes) or len(self.classes) < least:
+            raise ValueError(f"classes {self.classes}: at least {least}, each named once")
+        if self.target == "regression" and (len(self.classes) != 1 or self.stranded):
+            raise ValueError(f"classes {self.classes}: a regression has one value, of no strand")
+        if self.both_strands and not self.backbone.bidirectional:
+            raise ValueError("both_strands is set; it is of backbones that see both ways")
+
+    @property
+    def other_strand(self) -> list[int]:
+        """The class that each class is on the other strand."""
+        if not self.stranded:
+            return list(range(len(self.classes)))
+        swapped = {"(+)": "(-)", "(-)": "(+)"}
+        return [
+            self.classes.index(name[:-3] + swapped[name[-3:]] if name[-3:] in swapped else name)
+            for name in self.classes
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,8 @@ pieces of a sequence are cut into tokens one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +28,10 @@ from ..core.errors import InputError
 from ..core.processes import each_once
 from .alphabet import BOS, MASK, PAD
 from .config import Objective
+from .overlapping import grouped, inner_parts
 from .reading.genome import Genome
 from .tokenizers import Tokenizer, is_asked, per_base
 
-Item = TypeVar("Item")
 STRIDE = 7  # prime: a codon's three places are hidden in turn
 CHUNK = 65_536  # bases in one forward along a sequence
 
@@ -117,7 +116,7 @@ def score_windows(
         advance(sum(map(len, sequences)))
         return total
 
-    found = each_once(list(enumerate(_grouped(windows, max(1, max_tokens // longest)))), run)
+    found = each_once(list(enumerate(grouped(windows, max(1, max_tokens // longest)))), run)
     return Score(sum(score.n_bases for score in found), sum(score.bits for score in found))
 
 
@@ -139,7 +138,7 @@ def bits_in_context(
     before = context if reader.objective == "next" else context // 2
     size = n_target + context
     found = []
-    for batch in _grouped(places, max(1, max_tokens // size)):
+    for batch in grouped(places, max(1, max_tokens // size)):
         sequences = [genome.tokens(contig, at - before, at - before + size)[0] for contig, at in batch]
         tokens = _Tokens(reader.tokenizer, sequences)
         starts = [at - before for _, at in batch]
@@ -174,17 +173,11 @@ def masked_bits(
     The windows' inner parts, window - overlap bases long, lie side by side; half of the overlap stands on either side.
     Which bases are hidden together follows from their places. Raises ValueError unless 0 <= overlap < window.
     """
-    if not 0 <= overlap < window:
-        raise ValueError(f"overlap is {overlap}; it must be at least 0 and less than the window, which is {window}")
-    inner, margin = window - overlap, overlap // 2
-    parts = ((left, min(left + inner, end)) for left in range(start, end, inner))
-    for group in _grouped(parts, max(1, max_tokens // window)):
-        starts = [max(start, left - margin) for left, _ in group]
-        ends = [min(end, right + overlap - margin) for _, right in group]
-        sequences = [genome.tokens(contig, first, last)[0] for first, last in zip(starts, ends, strict=True)]
-        found = _Tokens(reader.tokenizer, sequences).all_hidden_bits(reader, starts)
-        for (left, right), first, bits in zip(group, starts, found, strict=True):
-            yield left, bits[left - first : right - first]
+    for group in grouped(inner_parts(start, end, window, overlap), max(1, max_tokens // window)):
+        sequences = [genome.tokens(contig, part.first, part.last)[0] for part in group]
+        found = _Tokens(reader.tokenizer, sequences).all_hidden_bits(reader, [part.first for part in group])
+        for part, bits in zip(group, found, strict=True):
+            yield part.left, bits[part.left - part.first : part.right - part.first]
 
 
 class _Tokens:
@@ -234,10 +227,3 @@ def _bits_where_asked(nats: Tensor, ids: np.ndarray, hidden: Tensor | None = Non
     if not np.isfinite(bits[asked]).all():
         raise InputError("the model's predictions are not finite; check its weights")
     return np.where(asked, bits, np.nan)
-
-
-def _grouped(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
-    """Lists of n items, the last one perhaps of fewer."""
-    items = iter(items)
-    while group := list(islice(items, n)):
-        yield group

@@ -1,6 +1,6 @@
 """Running a DNA model over sequences: any lengths, any order, results in the order of the input."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core.batching import pad_right, sorted_batches
 from ..core.processes import each_once
+from .along import Along, along
 from .alphabet import PAD, reverse_complement
 from .model import DNAClassifier
 
@@ -79,3 +80,38 @@ def embed(
     """Embeddings (n, D) float32 of n token sequences: `DNAClassifier.embed`."""
     device = next(model.parameters()).device
     return run_over(model.embed, device, tokens, batch_size, max_tokens, advance=advance).numpy()
+
+
+def embed_in_record(
+    model: DNAClassifier,
+    record: np.ndarray,
+    windows: Sequence[tuple[int, int]],
+    *,
+    window: int,
+    overlap: int,
+    max_tokens: int,
+    advance: Callable[[int], object] = lambda n: None,
+) -> Iterator[np.ndarray]:
+    """Embeddings, float32 (n, D) a time, of windows (start, end) of a record as their bases are seen in all of it.
+
+    A causal model carries its state from the record's start on. Of another, windows of `window` bases see half of
+    `overlap` more on either side; see along.py. Starts and ends of the windows rise. The model is told no places.
+    """
+    carried = None if model.config.backbone.bidirectional else model.carried
+    what = Along(model.states, carried, next(model.parameters()).device)
+    sizes = {"window": window + overlap, "overlap": overlap, "max_tokens": max_tokens}
+    begun: list[np.ndarray] = []  # of windows done .. done + len(begun) - 1: the sum of the bases' states so far
+    done = 0
+    for at, states in along(what, lambda start, end: record[start:end], 0, len(record), **sizes):
+        upto = np.concatenate((np.zeros((1, states.shape[1])), states.double().cumsum(0).numpy()))
+        end = at + len(states)
+        while done + len(begun) < len(windows) and windows[done + len(begun)][0] < end:
+            begun.append(np.zeros(states.shape[1]))
+        for i, (first, last) in enumerate(windows[done : done + len(begun)]):
+            begun[i] += upto[min(last, end) - at] - upto[min(max(first, at), end) - at]
+        n = sum(last <= end for _, last in windows[done : done + len(begun)])
+        if n:
+            lengths = np.array([last - first for first, last in windows[done : done + n]])
+            yield (np.stack(begun[:n]) / lengths[:, None]).astype(np.float32)
+            begun, done = begun[n:], done + n
+        advance(len(states))

@@ -16,7 +16,8 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from ..core.backbone import Backbone
+from ..core.backbone import Backbone, State
+from ..core.batching import at_places
 from ..core.hub import PretrainedModel
 from .alphabet import COMPLEMENT, VOCAB_SIZE
 from .caduceus import both_strands, over_strands
@@ -95,6 +96,8 @@ class DNAClassifier(PretrainedModel):
     n_heads = 0 the mean over all bases, which tells composition (which species?), and the model is told no places. Not
     both: beside the weighted means, the plain one cost half a percent of accuracy on splice sites.
 
+    With last_base, and no heads either, it sees what a causal backbone has made of all bases by the last one.
+
     With both_strands the logits are the mean of those of the two strands, which are read by the same weights.
     """
 
@@ -123,13 +126,28 @@ class DNAClassifier(PretrainedModel):
             pooled = self.pooling(h, place, mask)
         else:
             assert self.mean_norm is not None
-            pooled = self.mean_norm(mean_over(h, mask).float()).to(h.dtype)
+            pooled = at_places(h, mask.sum(1) - 1) if self.config.last_base else mean_over(h, mask)
+            pooled = self.mean_norm(pooled.float()).to(h.dtype)
         return self._mean_of_strands(self.head(self.dropout(pooled)))
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean of the last hidden states over the real bases: (B, L) as for `forward` -> (B, D)."""
         h, _, mask = self.hidden(tokens, mask)
         return self._mean_of_strands(mean_over(h, mask).float())
+
+    def states(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The last hidden states of the bases, of both strands their mean: (B, L) as for `forward` -> (B, L, D)."""
+        h, _, _ = self.hidden(tokens, mask)
+        if not self.config.both_strands:
+            return h
+        this, other = h.chunk(2)
+        return (this + other.flip(1)) / 2
+
+    def carried(self, tokens: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """`states` of bases that follow others, whose state is given, and the new state. Causal, and told no places."""
+        h, after = self.backbone(self.embedding(tokens), state, return_state=True)
+        assert after is not None
+        return h, after
 
     def hidden(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (B, L, D), window positions (B, L, F) and the mask (B, L); with both_strands 2B of each."""

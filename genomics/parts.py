@@ -83,7 +83,7 @@ def _of_regions(genome: Genome, paths: Sequence[Path]) -> list[Stretch]:
     wanted: dict[str, str] = {}
     for region in regions:
         wanted.setdefault(region.chromosome, f"{region.path}, line {region.line}")
-    numbers = _numbers_of(genome, wanted)
+    numbers = contig_numbers(genome, wanted)
     last: dict[int, tuple[Stretch, str]] = {}  # contig -> of the regions so far, the one that reaches farthest
     stretches = []
     for region in sorted(regions, key=lambda r: (numbers[r.chromosome], r.start, r.end)):
@@ -103,12 +103,12 @@ def _of_regions(genome: Genome, paths: Sequence[Path]) -> list[Stretch]:
     return stretches
 
 
-def _numbers_of(genome: Genome, wanted: Mapping[str, str]) -> dict[str, int]:
+def contig_numbers(genome: Genome, wanted: Mapping[str, str], *, skip_unknown: bool = False) -> dict[str, int]:
     """Wanted chromosome -> its number; as for match_names. Raises InputError where two files hold it, too."""
     numbers: dict[str, list[int]] = defaultdict(list)
     for i, contig in enumerate(genome.contigs):
         numbers[contig.name].append(i)
-    matches = match_names(wanted, numbers)
+    matches = match_names(wanted, numbers, skip_unknown=skip_unknown)
     for name, match in matches.items():
         if len(numbers[match]) > 1:
             files = " and ".join(str(genome.contigs[i].path) for i in numbers[match][:2])

@@ -43,6 +43,13 @@ class Pieces:
     def __iter__(self) -> Iterator[Piece]:
         return (piece for _, piece, kept in self._all() if kept)
 
+    def by_record(self) -> Iterator[tuple[np.ndarray, list[Piece]]]:
+        """The tokens of each record, and its pieces, by their starts."""
+        for file in self.files:
+            for record in read_records(file):
+                tokens = tokens_of(record, self.hard_mask)
+                yield tokens, [piece for piece, kept in self._of(record.name, tokens) if kept]
+
     def check(self, max_tokens: int, *, unique_names: bool) -> None:
         """Read all files, so that what is wrong with them shows before any work, and count.
 
@@ -69,9 +76,13 @@ class Pieces:
         for file in self.files:
             for record in read_records(file):
                 tokens = tokens_of(record, self.hard_mask)
-                for start, end in windows_of(len(tokens), self.window, self.stride):
-                    piece = Piece(record.name, start, end, tokens[start:end])
-                    yield file, piece, self.window is None or share_of_n(piece.tokens) <= self.max_n
+                yield from ((file, piece, kept) for piece, kept in self._of(record.name, tokens))
+
+    def _of(self, name: str, tokens: np.ndarray) -> Iterator[tuple[Piece, bool]]:
+        """Each piece of a record, and whether it is kept."""
+        for start, end in windows_of(len(tokens), self.window, self.stride):
+            piece = Piece(name, start, end, tokens[start:end])
+            yield piece, self.window is None or share_of_n(piece.tokens) <= self.max_n
 
 
 def in_chunks(pieces: Iterable[Piece], batch_size: int, max_tokens: int) -> Iterator[list[Piece]]:

@@ -75,6 +75,20 @@ def cut_stretches(where: Windows, length: int, rng: np.random.Generator | None) 
     return np.concatenate([*windows, np.empty((0, 3), np.int64)]), n_dropped
 
 
+def plan_windows(
+    where: Windows, length: int, tokens: int, n_batches: int | None, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """Windows of an epoch in batches of at most so many bases, each int64 (B, 3) as `cut_stretches` gives them.
+
+    n_batches   so many batches' windows, drawn from all of them; None: all
+    """
+    rng = np.random.default_rng((seed, epoch))
+    windows, _ = cut_stretches(where, length, rng)
+    if n_batches is not None:
+        windows = windows[rng.permutation(len(windows))[: n_batches * (tokens // length)]]
+    return [windows[batch] for batch in shuffled_batches(windows[:, 2], tokens // length, tokens, seed, epoch)]
+
+
 def spread(windows: np.ndarray, n_bases: int) -> np.ndarray:
     """Windows (n, 3) that hold no more than about n_bases together, taken evenly from all; one at least."""
     n = int(np.searchsorted(np.cumsum(windows[:, 2]), n_bases, side="right"))
@@ -123,14 +137,8 @@ class TrainGenome(Task):
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The windows of each batch, int64 (B, 3), as `cut_stretches` gives them."""
-        rng = np.random.default_rng((self.seed, epoch))
-        length = self.length_in(epoch)
-        windows, _ = cut_stretches(self.where, length, rng)
-        if self.steps_per_epoch is not None:  # so many windows, drawn from all of them
-            n = self.steps_per_epoch * self.config.accumulation * (self.tokens // length)
-            windows = windows[rng.permutation(len(windows))[:n]]
-        batches = shuffled_batches(windows[:, 2], self.tokens // length, self.tokens, self.seed, epoch)
-        return [windows[batch] for batch in batches]
+        n_batches = None if self.steps_per_epoch is None else self.steps_per_epoch * self.config.accumulation
+        return plan_windows(self.where, self.length_in(epoch), self.tokens, n_batches, self.seed, epoch)
 
     def batch(self, description: np.ndarray, epoch: int) -> Batch:
         # Seeded by what the batch is, so that a resumed run draws the same strands and masks.

@@ -1,4 +1,4 @@
-"""Language models in folders, of whatever class, and classifiers that begin with one."""
+"""Language models in folders, of whatever class, and classifiers and annotators that begin with one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..core.config import BackboneConfig
 from ..core.errors import InputError
 from ..core.hub import CONFIG, WEIGHTS, model_name
 from .alphabet import VOCAB_SIZE, N
+from .annotator import DNAAnnotator
 from .caduceus import Caduceus, ids_of
 from .config import DNAClassifierConfig
 from .language_model import DNALanguageModel
@@ -65,15 +66,15 @@ def read_start(folder: Path) -> Start:
 
 
 @torch.no_grad()
-def begin_with(model: DNAClassifier, start: Start, lr_scale: float | None) -> None:
-    """Give the classifier that backbone and its embedding, to learn at lr_scale times the head's rate; None: never.
+def begin_with(model: DNAClassifier | DNAAnnotator, start: Start, lr_scale: float | None) -> None:
+    """Give the model that backbone and its embedding, to learn at lr_scale times the head's rate; None: never.
 
-    What it is told of the places in its window begins at nothing, so that the backbone sees at first what it knows.
+    What a classifier is told of the places in its window begins at nothing: the backbone sees at first what it knows.
     """
     model.embedding.weight.copy_(start.embedding)
     model.backbone.load_state_dict(start.backbone)
     begun: list[nn.Module] = [model.embedding, model.backbone]
-    if model.place is not None:
+    if isinstance(model, DNAClassifier) and model.place is not None:
         model.place.weight.zero_()
         begun.append(model.place)
     for parameter in (p for module in begun for p in module.parameters()):

@@ -32,13 +32,18 @@ class TrainDNA(Task):
         balance: Literal["none", "loss", "sampling"],
         label_smoothing: float,
         move: Callable[[LabelledSequences, int, np.random.Generator], np.ndarray] | None = None,
+        first_window: int | None = None,
+        steps_per_epoch: int | None = None,
     ):
-        """move   tokens of the i-th training sequence at another place of its record, if it is a window of one."""
+        """move         tokens of the i-th training sequence at another place of its record, if it is a window of one
+        first_window    of longer sequences a part of this length is shown in the first epoch, of twice that in the next
+        """
         self.target, self.train, self.valid = data.target, data.subset("train"), data.subset("valid")
         self.lengths = np.array([len(t) for t in self.train.tokens])
         self.config, self.seed = config, seed
         self.mask_rate, self.rc_augment, self.label_smoothing = mask_rate, rc_augment, label_smoothing
         self.balance, self.move = balance, move
+        self.first_window, self.steps_per_epoch = first_window, steps_per_epoch
         self.class_weights = torch.ones(len(data.classes))
         if balance == "loss":
             counts = np.array([members.sum() for members in self.train.members().values()])
@@ -52,23 +57,37 @@ class TrainDNA(Task):
         records = np.arange(len(self.lengths))
         if self.balance == "sampling":
             records = balanced_draw(self.train.labels, len(self.train.classes), (self.seed, epoch))
-        batches = shuffled_batches(
-            self.lengths[records], self.config.batch_size, self.config.max_tokens, self.seed, epoch
-        )
+        config, lengths = self.config, np.minimum(self.lengths, self.longest(epoch))
+        if self.steps_per_epoch is not None:
+            in_batch = min(config.batch_size, max(1, config.max_tokens // int(lengths.max())))
+            n = self.steps_per_epoch * config.accumulation * in_batch
+            rng = np.random.default_rng((self.seed, epoch))
+            records = np.concatenate([rng.permutation(records) for _ in range(-(-n // len(records)))])[:n]
+        batches = shuffled_batches(lengths[records], config.batch_size, config.max_tokens, self.seed, epoch)
         return [records[batch] for batch in batches]
+
+    def longest(self, epoch: int) -> int:
+        """How much of a sequence this epoch shows, at most."""
+        longest = int(self.lengths.max())
+        return longest if self.first_window is None else min(longest, self.first_window << min(epoch, 40))
 
     def batch(self, description: np.ndarray, epoch: int) -> Batch:
         # Seeded by what the batch is, so that a resumed run draws the same strands and masks.
         rng = np.random.default_rng((self.seed, epoch, *description))
-        sequences = [self.augmented(i, rng) for i in description]
+        sequences = [self.augmented(i, rng, self.longest(epoch)) for i in description]
         return *pad_right(sequences, PAD), torch.from_numpy(self.train.labels[description])
 
-    def augmented(self, i: int, rng: np.random.Generator) -> np.ndarray:
+    def augmented(self, i: int, rng: np.random.Generator, longest: int) -> np.ndarray:
         """The i-th training sequence, perhaps elsewhere in its record, perhaps its other strand, with hidden bases.
+
+        Of one that is longer than `longest` a part at random.
 
         Hidden ones become N: in some sequences hardly any, in others a share of twice mask_rate.
         """
         tokens = self.train.tokens[i] if self.move is None else self.move(self.train, i, rng)
+        if len(tokens) > longest:
+            start = int(rng.integers(len(tokens) - longest + 1))
+            tokens = tokens[start : start + longest]
         if self.rc_augment and rng.random() < 0.5:
             tokens = reverse_complement(tokens)
         if self.mask_rate:

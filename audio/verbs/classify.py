@@ -4,9 +4,9 @@ import sys
 
 import numpy as np
 
+from ...core.device import autocast
 from ...core.files import require_writable, save_tsv, write_tsv
 from ...core.terminal import say
-from ...core.train import autocast
 from ..commands import Classify
 from ..training import classify as logits_of
 from .common import load_classifier, read_codes

@@ -7,9 +7,9 @@ from tempfile import TemporaryFile
 import numpy as np
 
 from ...core.config import ComputeConfig
+from ...core.device import autocast, pick_device
 from ...core.errors import InputError
 from ...core.terminal import say
-from ...core.train import autocast, pick_device
 from ..codec import encode
 from ..config import AudioConfig
 from ..corpus import find_sounds, folder_labels

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, sha256, write_json, write_text
 from ...core.hub import WEIGHTS
 from ...core.terminal import say
-from ...core.train import autocast
 from ..codec import decode
 from ..commands import Eval
 from ..generation import Watchdog, begin, write_on

@@ -10,11 +10,11 @@ from typing import Any, cast
 import numpy as np
 import soundfile
 
+from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import require_writable, written_whole
 from ...core.generation import load_state, save_state
 from ...core.terminal import say
-from ...core.train import autocast
 from ..codec import decode, encode
 from ..commands import Generate
 from ..generation import Begun, Watchdog, begin, write_on

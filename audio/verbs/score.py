@@ -2,9 +2,9 @@
 
 import sys
 
+from ...core.device import autocast
 from ...core.files import require_writable, save_tsv, write_tsv
 from ...core.terminal import say
-from ...core.train import autocast
 from ..commands import Score
 from ..scoring import bits_of, order0_bits
 from ..terminal import progress_bar

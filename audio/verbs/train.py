@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...core.device import autocast, pick_device
 from ...core.errors import InputError
 from ...core.files import write_json
 from ...core.metrics import classification_metrics, format_table, write_confusion_tsv
@@ -14,7 +15,7 @@ from ...core.plots import plot_confusion
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
-from ...core.train import autocast, pick_device, settings_of, train_model
+from ...core.train import settings_of, train_model
 from ..commands import Train
 from ..config import AudioConfig, ClassifierConfig
 from ..corpus import Recordings, describe, divide, find_sounds, open_corpus, write_splits_tsv

@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 
 from ...core.config import ComputeConfig
+from ...core.device import autocast, pick_device, uses_bf16
 from ...core.errors import InputError
 from ...core.files import require_writable
 from ...core.speed import cell, cell_mib, cell_ms, describe_machine, save_table, table_line
-from ...core.train import autocast, pick_device, uses_bf16
 from ..bench import Speed, measure
 from ..commands import Bench
 from ..config import PRESETS, Preset, preset_config

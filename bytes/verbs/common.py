@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from ...core.config import ComputeConfig
+from ...core.device import autocast, pick_device
 from ...core.files import write_json
 from ...core.routing import LayerRouting, recorded_routing, write_routing
 from ...core.routing_plot import plot_routing
-from ...core.train import autocast, pick_device
 from ..config import name_of
 from ..documents import Documents
 from ..evaluation import CHUNK, Score, check_causality, order0_bits_per_byte, score, xz_bits_per_byte

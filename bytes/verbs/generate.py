@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.generation import FinishReason, Step
 from ...core.generation import generate as continuations
 from ...core.speculation import Tally, speculate
 from ...core.terminal import say
-from ...core.train import autocast
 from ..commands import Generate
 from ..config import DOCUMENT
 from ..model import ByteLM

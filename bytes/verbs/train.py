@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+from ...core.device import pick_device
 from ...core.moe import parameter_counts
 from ...core.parallel import SPLITTABLE
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
-from ...core.train import pick_device, settings_of, train_model
+from ...core.train import settings_of, train_model
 from ..commands import Train
 from ..config import preset_config
 from ..corpus import describe, divide, open_corpus, write_splits_tsv

@@ -19,16 +19,17 @@ _LEADING_ZEROS = re.compile(r"^0+(?=[0-9])")
 _BETWEEN_PARTS = re.compile(r"[:|]")
 
 
-def match_names(wanted: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
+def match_names(wanted: Mapping[str, str], known: Iterable[str], *, skip_unknown: bool = False) -> dict[str, str]:
     """Wanted chromosome name -> the sequence among `known` that it means.
 
-    wanted    name -> where it stands (file and line, or option), for messages
-    known     the names of the genome's sequences
+    wanted         name -> where it stands (file and line, or option), for messages
+    known          the names of the genome's sequences
+    skip_unknown   leave out a name that means none of them
 
     An equal name goes first. Otherwise two names mean the same if they differ only in case, a prefix chr, chrom or
     chromosome, leading zeros, or as M and MT do; and a name in several parts, such as `Umaydis:chr01:1:+:2476500` or
     `NC_000001.11|chr1`, means what one of its parts does, numbers apart (they may be positions).
-    Raises InputError for a name that means none, or more than one, of the sequences.
+    Raises InputError for a name that means more than one of the sequences, and for one that means none.
     """
     known = list(known)
     meanings: dict[str, set[str]] = defaultdict(set)
@@ -45,7 +46,7 @@ def match_names(wanted: Mapping[str, str], known: Iterable[str]) -> dict[str, st
         elif candidates:
             both = " or ".join(repr(candidate) for candidate in sorted(candidates))
             raise InputError(f"{where}: chromosome {name!r} may mean {both} of the genome; use the genome's own name")
-        else:
+        elif not skip_unknown:
             raise InputError(f"{where}: chromosome {name!r} is not in the genome, which has {_some(known)}")
     return matches
 

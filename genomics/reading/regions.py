@@ -1,4 +1,4 @@
-"""Regions of a genome, from BED, GFF3 and GTF files or folders of the Genomic Benchmarks, and their bases.
+"""Regions of a genome, from BED, bedGraph, GFF3 and GTF files or folders of the Genomic Benchmarks, and their bases.
 
 All are held as BED counts: from 0, the end left out (half-open). GFF and GTF count from 1, the end taken in. The blocks
 of a BED12 line are not cut out, and the exons of a transcript not joined: a region goes from its start to its end.
@@ -12,7 +12,7 @@ Columns of a BED file are told by its header line, with or without `#`, in any o
     split       split, set, partition
 
 Without a header they are those of BED: chromosome, start, end, label (its name), score, strand; a file has three or
-more of them, the same number in every line.
+more of them, the same number in every line. bedGraph is read as a BED file whose fourth column is the value.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _COLUMNS = {
     "split": ("split", "set", "partition"),
 }
 _REQUIRED = ("chromosome", "start", "end")
-_FORMAT = re.compile(r".+\.(bed|gff3?|gtf)(\.gz|\.bgz)?", re.IGNORECASE)
+_FORMAT = re.compile(r".+\.(bed|bedgraph|bdg|gff3?|gtf)(\.gz|\.bgz)?", re.IGNORECASE)
 _COMMENT = re.compile(r"\s*(#|(track|browser)( |$)|$)")
 _INTEGER = re.compile(r"[0-9]{1,18}")
 _GFF_COLUMNS = 9
@@ -73,7 +73,7 @@ def region_name(region: Region) -> str:
 
 
 def read_regions(path: str | Path, features: Collection[str] = ()) -> list[Region]:
-    """The regions of a BED, GFF3 or GTF file, in its order; the name's ending tells which: .bed, .gff, .gff3 or .gtf.
+    """The regions of a file, in its order; the name's ending tells which: .bed, .bedgraph, .bdg, .gff, .gff3 or .gtf.
 
     features    types to take from a GFF or GTF file (its third column), such as CDS; each must be there; all if empty
 
@@ -85,9 +85,9 @@ def read_regions(path: str | Path, features: Collection[str] = ()) -> list[Regio
     match = _FORMAT.fullmatch(path.name)
     if match is None:
         raise InputError(
-            f"{path}: regions are read from .bed, .gff, .gff3 or .gtf files, also with .gz; rename the file"
+            f"{path}: regions are read from .bed, .bedgraph, .gff, .gff3 or .gtf files, also with .gz; rename the file"
         )
-    if match[1].lower() == "bed":
+    if match[1].lower().startswith("b"):
         if features:
             raise InputError(f"{path}: a BED file has no feature types to choose from ({', '.join(features)})")
         regions = list(_read_bed(path))

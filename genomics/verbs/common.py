@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...core.config import ComputeConfig
+from ...core.device import autocast, pick_device
 from ...core.errors import InputError
 from ...core.files import save_tsv, write_json
 from ...core.hub import model_name
@@ -22,7 +23,6 @@ from ...core.metrics import (
 from ...core.plots import plot_confusion, plot_precision_recall, plot_regression, plot_roc
 from ...core.run_folder import checksums_of, write_manifest
 from ...core.thresholds import decide
-from ...core.train import autocast, pick_device
 from ..commands import Eval, Predict, Source, Split, Stats
 from ..config import DNAClassifierConfig, Target
 from ..dataset import NO_LABEL, LabelledSequences

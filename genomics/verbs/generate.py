@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import require_writable, written_whole
 from ...core.generation import generate as continuations
 from ...core.language_model import LanguageModel
-from ...core.train import autocast
 from ..alphabet import BOS, LetterError, decode, tokenize
 from ..language_commands import Generate
 from ..reading.files import files_of

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ...core.config import ComputeConfig
+from ...core.device import pick_device
 from ...core.language_model import LanguageModel
-from ...core.train import pick_device
 from ..evaluation import Reader
 from ..stored import read_language_model
 from ..tokenizers import load_tokenizer

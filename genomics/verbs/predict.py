@@ -3,18 +3,19 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
+from ...core.device import autocast
 from ...core.embeddings import require_embeddings_file, write_embeddings
 from ...core.errors import InputError
 from ...core.files import require_writable, write_tsv, written_whole
 from ...core.terminal import say
-from ...core.train import autocast
 from ..commands import Embed, Predict
 from ..config import DNAClassifierConfig
 from ..inference import embed as embed_sequences
+from ..inference import embed_in_record
 from ..model import DNAClassifier
 from ..pieces import Piece, Pieces, in_chunks
 from ..reading.files import files_of
@@ -52,9 +53,15 @@ def embed(args: Embed) -> None:
     """Write the embedding of every record or window."""
     require_embeddings_file(args.output)
     model = load_embedder(args.run, args.compute)
+    if args.in_record and model.place is not None:
+        raise InputError(f"--in-record: {args.run} is told where in a window a base stands; leave the flag out")
+    if (args.overlap is not None or args.one_shot) and not model.config.backbone.bidirectional:
+        flag = "overlap" if args.overlap is not None else "one-shot"
+        raise InputError(f"--{flag} is of models that see both ways; {args.run} carries its state, leave it out")
     with _checked_pieces(args, model.config) as pieces:
         shape = pieces.count, model.config.backbone.d_model
-        write_embeddings(args.output, _columns(pieces), shape, _embedded(model, pieces, args))
+        embedded = _embedded_in_records if args.in_record else _embedded
+        write_embeddings(args.output, _columns(pieces), shape, embedded(model, pieces, args))
 
 
 @contextmanager
@@ -95,6 +102,34 @@ def _embedded(model: DNAClassifier, pieces: Pieces, args: Embed) -> Iterator[tup
             with autocast(args.compute):
                 embeddings = embed_sequences(model, tokens, args.batch_size, args.max_tokens, advance=advance)
             yield [_where(piece, pieces) for piece in chunk], embeddings
+
+
+def _embedded_in_records(model: DNAClassifier, pieces: Pieces, args: Embed) -> Iterator[tuple[list[tuple], np.ndarray]]:
+    if pieces.window is None:
+        raise InputError("--in-record: no window to see in its record; give --window")
+    overlap = pieces.window if args.overlap is None else args.overlap
+    if model.config.backbone.bidirectional:
+        say(f"windows of {pieces.window} bases, with {overlap // 2} and {overlap - overlap // 2} more beside them")
+    differences: list[float] = []
+    with progress_bar("embed", pieces.n_bases) as advance, autocast(args.compute):
+        for record, windows in pieces.by_record():
+            if not windows:
+                continue
+            spans = [(piece.start, piece.end) for piece in windows]
+            sizes: Any = {"window": pieces.window, "overlap": overlap, "max_tokens": args.max_tokens}
+            whole: Any = {"window": len(record), "overlap": 0, "max_tokens": len(record)}
+            in_one = list(embed_in_record(model, record, spans, **whole)) if args.one_shot else []
+            done = 0
+            for embeddings in embed_in_record(model, record, spans, **sizes, advance=advance):
+                upto = done + len(embeddings)
+                yield [_where(piece, pieces) for piece in windows[done:upto]], embeddings
+                if args.one_shot:
+                    ours = np.concatenate(in_one)[done:upto]
+                    differences += (np.linalg.norm(embeddings - ours, axis=1) / np.linalg.norm(ours, axis=1)).tolist()
+                done = upto
+    if differences:
+        how_far = f"{np.mean(differences):.2%} of their length in the mean, {max(differences):.2%} at most"
+        say(f"the windows' embeddings are off those of the records in one piece by {how_far}")
 
 
 def _write_table(file: TextIO, predicted: Iterator[Predicted], pieces: Pieces, config: DNAClassifierConfig) -> None:

@@ -1,30 +1,29 @@
 """`polymamba genomics pretrain`: from genomes to a run folder with a tested language model."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from ...core.errors import InputError
+from ...core.device import autocast, pick_device
 from ...core.files import write_json
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
-from ...core.train import autocast, pick_device, settings_of, train_model
+from ...core.train import settings_of, train_model
 from ..baselines import order_bits
 from ..caduceus import Caduceus
 from ..config import CaduceusConfig, language_model_config
 from ..evaluation import score_windows
 from ..language_commands import Pretrain
 from ..language_model import DNALanguageModel
-from ..n_runs import find_n_runs
-from ..parts import Stretch, describe_parts, divide_genome, write_splits_bed
+from ..parts import describe_parts, divide_genome, write_splits_bed
 from ..pretraining import TrainGenome, Windows, cut_stretches, spread
 from ..reading.files import files_of
 from ..reading.genome import Genome
 from ..terminal import progress_bar
 from ..tokenizers import BPE_FILE, CHARACTERS, BytePairs, KMers, Tokenizer, save_tokenizer
+from .genome import windows_of_parts
 from .language import load_reader
 
 BPE_BASES = 10_000_000  # that a byte-pair encoding is learned from
@@ -39,7 +38,7 @@ def pretrain(args: Pretrain) -> None:
         inputs = [path for path in (*files, *args.dividing.regions) if path.is_file()]
         run = RunFolder(args.output, _settings(args, genome), inputs, resume=args.resume)
         say(describe_parts(stretches))
-        parts = _parts(genome, stretches, args)
+        parts = windows_of_parts(genome, stretches, args.length, args.max_n)
         with first_alone():
             write_splits_bed(run / "splits.bed", genome, stretches)
             tokenizer = _tokenizer(genome, parts["train"], args, run)
@@ -71,24 +70,6 @@ def pretrain(args: Pretrain) -> None:
             say("no test part: nothing is held out to measure the model on")
             return
         _test(args, genome, parts, task, run)
-
-
-def _parts(genome: Genome, stretches: Sequence[Stretch], args: Pretrain) -> dict[str, Windows]:
-    """The windows of each part; how many are mostly N is said. Raises InputError if train or valid has none left."""
-    with progress_bar("letters", sum(s.n_bases for s in stretches)) as advance:
-        runs = from_first(lambda: find_n_runs(genome, stretches, advance=advance))
-    parts, dropped = {}, []
-    for part in ("train", "valid", "test"):
-        members = [i for i, stretch in enumerate(stretches) if stretch.part == part]
-        parts[part] = Windows([stretches[i] for i in members], [runs[i] for i in members], args.max_n)
-        windows, n_dropped = cut_stretches(parts[part], args.length, None)
-        dropped.append(f"{n_dropped:,} of {n_dropped + len(windows):,} {part}")
-        if not len(windows) and members:
-            raise InputError(
-                f"all {n_dropped} windows of the {part} part are more than {args.max_n:.0%} N; see --max-n"
-            )
-    say(f"windows left out, more than {args.max_n:.0%} of their bases being N: {', '.join(dropped)}")
-    return parts
 
 
 def _model(args: Pretrain, tokenizer: Tokenizer) -> DNALanguageModel | Caduceus:

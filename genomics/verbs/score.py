@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, write_tsv, written_whole
 from ...core.terminal import say
-from ...core.train import autocast
-from ..binned_track import BinnedTrack
+from ..binned_track import BinnedTracks
 from ..evaluation import Reader, bits_in_context, causal_bits, masked_bits
 from ..evaluation import Score as Cost
 from ..language_commands import Perplexity, Score
@@ -20,6 +20,7 @@ from ..plots import plot_perplexity
 from ..reading.files import files_of
 from ..reading.genome import Genome
 from ..terminal import progress_bar
+from .genome import require_unlike_names
 from .language import load_reader
 
 CONTEXT_TOKENS = 1 << 18  # in a batch of `perplexity`
@@ -46,9 +47,9 @@ def score(args: Score) -> None:
         genome = stack.enter_context(Genome(files_of(args.fasta)))
         track = None
         if args.track is not None:
-            _require_unlike_names(genome)
+            require_unlike_names(genome)
             beside = stack.enter_context(written_whole(args.track))
-            track = BinnedTrack(stack.enter_context(beside.open("w", encoding="utf-8")), "bits per base", args.bin)
+            track = BinnedTracks([stack.enter_context(beside.open("w", encoding="utf-8"))], ["bits per base"], args.bin)
         stack.enter_context(autocast(args.compute))
         rows = _rows(args, reader, genome, (window, overlap), track)
         if args.output is None:
@@ -60,7 +61,7 @@ def score(args: Score) -> None:
 
 
 def _rows(
-    args: Score, reader: Reader, genome: Genome, geometry: tuple[int, int], track: BinnedTrack | None
+    args: Score, reader: Reader, genome: Genome, geometry: tuple[int, int], track: BinnedTracks | None
 ) -> Iterator[list[Any]]:
     window, overlap = geometry
     with progress_bar("score", genome.n_bases) as advance:
@@ -86,7 +87,7 @@ def _rows(
 
             pieces = counted(bits_by(window, overlap))
             if track is not None:
-                track.write(contig.name, pieces)
+                track.write(contig.name, ((start, bits[:, None]) for start, bits in pieces))
             else:
                 for _ in pieces:
                     pass
@@ -98,15 +99,6 @@ def _rows(
                 known = differences[~np.isnan(differences)]
                 row += [f"{x:.5f}" for x in (known.mean(), known.max())] if len(known) else [".", "."]
             yield row
-
-
-def _require_unlike_names(genome: Genome) -> None:
-    seen: dict[str, object] = {}
-    for contig in genome.contigs:
-        if contig.name in seen:
-            both = f"{seen[contig.name]} and {contig.path} both hold a record {contig.name!r}"
-            raise InputError(f"--track: {both}, which a track could not tell apart; rename one")
-        seen[contig.name] = contig.path
 
 
 def perplexity(args: Perplexity) -> None:

@@ -1,19 +1,20 @@
 """`polymamba genomics train`: from labelled sequences to a run folder with a tested model."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from ...core.device import autocast, pick_device
 from ...core.errors import InputError
 from ...core.files import write_json
 from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
 from ...core.thresholds import best_thresholds
-from ...core.train import autocast, pick_device, settings_of, train_model
+from ...core.train import settings_of, train_model
 from ..commands import Train
 from ..config import PRESETS, DNAClassifierConfig
 from ..dataset import LabelledSequences
@@ -32,6 +33,14 @@ def train(args: Train) -> None:
     """Train, then test on the test part with the best epoch's model."""
     torch.manual_seed(args.compute.seed)
     start = None if args.init is None else read_start(args.init)
+    if args.last_base and start is not None and start.config.bidirectional:
+        raise InputError(
+            f"--last-base: {args.init} sees both ways, where the last base is like any other; leave it out"
+        )
+    n_heads = 0 if args.last_base else args.heads
+    backbone = start.config if start else PRESETS[args.preset]
+    if args.dropout is not None:
+        backbone = replace(backbone, dropout=args.dropout)
     records = from_first(
         lambda: divide(
             read_source(args.source, args.target, hard_mask=args.hard_mask), args.dividing, args.compute.seed
@@ -56,16 +65,17 @@ def train(args: Train) -> None:
 
     mean, scale = value_scale(data.subset("train")) if args.target == "regression" else (0.0, 1.0)
     config = DNAClassifierConfig(
-        backbone=start.config if start else PRESETS[args.preset],
+        backbone=backbone,
         classes=data.classes,
         target=args.target,
         mean=mean,
         scale=scale,
         window=args.windows.window,
         hard_mask=args.hard_mask,
-        n_heads=args.heads,
-        head_dropout=0.5 if args.heads else 0.0,  # places are soon learned by heart; a mean is not
+        n_heads=n_heads,
+        head_dropout=0.5 if n_heads else 0.0,  # places are soon learned by heart; a mean is not
         both_strands=args.strands == "both" or (args.strands is None and start is not None and start.both_strands),
+        last_base=args.last_base,
     )
     model = DNAClassifier(config)
     if start is not None:
@@ -87,6 +97,8 @@ def train(args: Train) -> None:
         balance=args.balance,
         label_smoothing=args.label_smoothing,
         move=move,
+        first_window=args.windows.first_window,
+        steps_per_epoch=args.steps_per_epoch,
     )
     train_model(model, task, args.train, args.compute, run, resume=args.resume)
     if is_first():

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pysam
 
+from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, write_json, written_whole
 from ...core.language_model import LanguageModel
 from ...core.terminal import say
-from ...core.train import autocast
 from ..alphabet import A, N, T, decode
-from ..binned_track import BinnedTrack
+from ..binned_track import BinnedTracks
 from ..labels import Labels, measure
 from ..language_commands import Mutagenesis, Variants
 from ..plots import plot_mutagenesis
@@ -181,7 +181,7 @@ def mutagenesis(args: Mutagenesis) -> None:
             known = np.isfinite(effects).any(1)
             means = np.full(len(effects), np.nan)
             means[known] = np.nanmean(effects[known], axis=1)
-            BinnedTrack(file, "mean LLR of the three substitutions", 1).write(name, [(start, means)])
+            BinnedTracks([file], ["mean LLR of the three substitutions"], 1).write(name, [(start, means[:, None])])
         plot_mutagenesis(folder / "effects.png", effects, reference, start + 1, name)
 
 

@@ -51,6 +51,8 @@ def test_confusion(n, k):
     for i, row in enumerate(drawn):
         pair = labels[row], predicted[row]
         assert found["accuracy"][i] == pytest.approx(skm.accuracy_score(*pair))
+        recalls = skm.recall_score(*pair, labels=np.unique(pair[0]), average=None, zero_division=0)
+        assert found["balanced_accuracy"][i] == pytest.approx(np.mean(recalls))
         assert found["macro_f1"][i] == pytest.approx(skm.f1_score(*pair, average="macro"))
         if len(np.unique(pair[0])) > 1:
             assert found["mcc"][i] == pytest.approx(skm.matthews_corrcoef(*pair), abs=1e-12)

@@ -28,11 +28,12 @@ def predictions(n: int, k: int, seed: int = 0, digits: int = 2) -> tuple[np.ndar
 
 
 def by_scikit_learn(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """The five figures of a set in which every class of `labels` can be ranked."""
+    """The figures of a set in which every class of `labels` can be ranked."""
     predicted = probabilities.argmax(1)
     present = np.unique(labels)
     return {
         "accuracy": skm.accuracy_score(labels, predicted),
+        "balanced_accuracy": skm.recall_score(labels, predicted, labels=present, average="macro", zero_division=0),
         "mcc": skm.matthews_corrcoef(labels, predicted),
         "macro_f1": skm.f1_score(labels, predicted, average="macro"),
         "auroc": np.mean([skm.roc_auc_score(labels == c, probabilities[:, c]) for c in present]),
@@ -207,10 +208,10 @@ def test_table():
     found |= {"accuracy": {"value": 0.95, "low": 0.9, "high": 1.0}, "mcc": UNDEFINED}
     lines = format_table(found).splitlines()
     assert lines[0].split(maxsplit=1) == ["value", "95 % interval"]
-    assert lines[1] == "accuracy   0.9500   0.9000 to 1.0000"
-    assert lines[2].split() == ["MCC", "-"]
-    assert [line.split()[0] for line in lines[3:6]] == ["macro-F1", "AUROC", "AUPRC"]
-    assert lines[6] == "30 records: EI 10, IE 10, N 10"
+    assert lines[1] == "accuracy            0.9500   0.9000 to 1.0000"
+    assert lines[3].split() == ["MCC", "-"]
+    assert [line.split()[0] for line in (lines[2], *lines[4:7])] == ["balanced", "macro-F1", "AUROC", "AUPRC"]
+    assert lines[7] == "30 records: EI 10, IE 10, N 10"
 
 
 def flags(n: int, k: int, share: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
@@ -411,7 +412,7 @@ def test_the_table_says_what_intervals_are_over():
     def last_lines(n_records: int) -> list[str]:
         records = np.arange(60) % n_records
         found = classification_metrics(labels, probabilities, CLASSES[:3], records=np.sort(records), n_bootstrap=5)
-        return format_table(found).splitlines()[6:]
+        return format_table(found).splitlines()[7:]
 
     (line,) = last_lines(60)
     assert line.startswith("60 records: ")

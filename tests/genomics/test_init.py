@@ -1,6 +1,7 @@
 """Language models on the command line after pretraining: converted, fine-tuned from, scored, embedded, and back."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from polymamba.cli import main
 from polymamba.genomics import Caduceus, DNAClassifier, tokenize
 from polymamba.genomics.alphabet import PAD, N, complement, decode, reverse_complement
+from polymamba.genomics.stored import embedding_model
+from polymamba.genomics.windows import window_starts
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = ("--device", "cpu")
@@ -221,3 +224,81 @@ def test_embed_by_a_language_model(case, folders, genome, tmp_path):
             strands = model.hidden(torch.from_numpy(tokenize(text).astype(np.int64))[None])
         expected = strands.flip(-1) if model.config.mirrored else strands  # of the frame in which it was pretrained
         assert row == pytest.approx(expected.mean((0, 1, 2)).numpy(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def causal_run(genome, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "causal"
+    flags = ["--valid-chromosomes", "chr1", "--test-chromosomes", "chr2", "--length", "32", "--steps-per-epoch", "2"]
+    words = [*flags, "--no-baselines", "--epochs", "1", *CPU, "-o", str(output)]
+    assert main(["genomics", "pretrain", str(genome), *words]) == 0
+    return output
+
+
+@pytest.mark.parametrize("stride", [20, 50, 70])
+def test_embed_in_record_by_a_causal_model_is_one_shot(stride, causal_run, genome, tmp_path):
+    output = tmp_path / "e.npy"
+    words = ["--window", 50, "--stride", stride, "--in-record", "--max-tokens", 64, "-o", output, *CPU]
+    assert main(["genomics", *map(str, ["embed", causal_run, genome, *words])]) == 0
+    model = embedding_model(causal_run)
+    expected = []
+    for text in genome.read_text().split()[1::2]:
+        with torch.no_grad():
+            states = model.states(torch.from_numpy(tokenize(text).astype(np.int64))[None])[0]
+        expected += [states[at : at + 50].mean(0).numpy() for at in window_starts(len(text), 50, stride)]
+    np.testing.assert_allclose(np.load(output), np.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["ph_mlm", "ps_mlm"])
+def test_embed_in_record_sees_more_on_either_side(case, folders, genome, tmp_path, capsys):
+    output = tmp_path / "e.npy"
+    words = ["--window", 40, "--in-record", "--overlap", 25, "--one-shot", "-o", output, *CPU]
+    assert main(["genomics", *map(str, ["embed", folders[case], genome, *words])]) == 0
+    said = capsys.readouterr().err
+    assert "windows of 40 bases, with 12 and 13 more beside them" in said
+    model, rows = embedding_model(folders[case]), np.load(output)
+    found, in_one = iter(rows), []
+    for text in genome.read_text().split()[1::2]:
+        with torch.no_grad():
+            whole = model.states(torch.from_numpy(tokenize(text).astype(np.int64))[None])[0]
+        in_one += [whole[at : at + 40].mean(0).numpy() for at in window_starts(len(text), 40, 40)]
+        for at in window_starts(len(text), 40, 40)[:-1]:  # the last one is moved back, into two of these
+            first, last = max(0, at - 12), min(len(text), at + 53)
+            with torch.no_grad():
+                states = model.states(torch.from_numpy(tokenize(text[first:last]).astype(np.int64))[None])[0]
+            assert next(found) == pytest.approx(states[at - first : at - first + 40].mean(0).numpy(), abs=1e-4)
+        next(found)
+    difference = np.linalg.norm(rows - np.stack(in_one), axis=1) / np.linalg.norm(np.stack(in_one), axis=1)
+    told = re.search(r"by ([0-9.]+)% of their length in the mean, ([0-9.]+)% at most", said.replace("\n", " "))
+    assert [float(figure) for figure in told.groups()] == pytest.approx(
+        [100 * difference.mean(), 100 * difference.max()], abs=0.02
+    )
+
+
+def test_embed_in_record_errors(causal_run, two_classes, genome, tmp_path, capsys):
+    words = ["genomics", "embed", str(causal_run), str(genome), "-o", str(tmp_path / "e.npy"), *CPU]
+    assert main([*words, "--in-record", "--overlap", "3"]) == 1
+    assert "--overlap is of models that see both ways" in capsys.readouterr().err
+    train(two_classes, tmp_path / "places")
+    assert main(["genomics", "embed", str(tmp_path / "places"), *words[3:], "--in-record"]) == 1
+    assert "is told where in a window a base stands" in capsys.readouterr().err
+
+
+def test_the_last_base_is_what_the_head_sees(causal_run, folders, two_classes, tmp_path, capsys):
+    model = train(
+        two_classes, tmp_path / "last", "--init", causal_run, "--last-base", "--steps-per-epoch", 2, "--dropout", 0.25
+    )
+    assert model.config.backbone.dropout == 0.25
+    assert model.pooling is None
+    tokens = torch.randint(7, 11, (2, 30))
+    mask = torch.arange(30) < torch.tensor([30, 17])[:, None]
+    with torch.no_grad():
+        found = model(tokens, mask)
+        alone = model(tokens[1:, :17])
+        h = model.backbone(model.embedding(tokens[:1]))[:, -1]
+        expected = model.head(model.mean_norm(h))
+    assert torch.allclose(found[1], alone[0], atol=1e-5)
+    assert torch.allclose(found[0], expected[0], atol=1e-5)
+    words = ["genomics", "train", *two_classes, "-o", str(tmp_path / "ph"), "--last-base", *CPU]
+    assert main([*words, "--init", str(folders["ph_mlm"])]) == 1
+    assert "sees both ways" in capsys.readouterr().err

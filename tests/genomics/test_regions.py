@@ -139,7 +139,9 @@ def test_bed_refused(tmp_path, content, message):
 
 @pytest.mark.parametrize("name", ["x.txt", "x.csv.gz", "bed", "x.vcf"])
 def test_other_file_names_refused(tmp_path, name):
-    assert refusal(write(tmp_path / name, "chr1 0 9\n")).startswith("regions are read from .bed, .gff, .gff3 or .gtf")
+    assert refusal(write(tmp_path / name, "chr1 0 9\n")).startswith(
+        "regions are read from .bed, .bedgraph, .gff, .gff3"
+    )
 
 
 def test_missing_file(tmp_path):

@@ -13,6 +13,7 @@ from polymamba.cli import main
 from polymamba.core import BackboneConfig, TrainConfig
 from polymamba.core.hub import config_from_dict
 from polymamba.genomics import Dividing, DNAClassifier, DNAClassifierConfig, Source, divide, read_source, tokenize
+from polymamba.genomics.alphabet import decode
 from polymamba.genomics.training import TrainDNA
 
 
@@ -111,6 +112,28 @@ def test_validation_is_never_augmented(files):
     a, b = task.batch(task.plan(3)[0], 3), task.batch(task.plan(3)[0], 3)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(a[0], task.batch(task.plan(3)[0], 4)[0])  # augmented anew in the next epoch
+
+
+def test_windows_grow_from_epoch_to_epoch(files):
+    source = Source(classes=tuple(f"{name}={path}" for name, path in files.items()))
+    data = divide(read_source(source), Dividing(), 0)
+    settings = {"mask_rate": 0.0, "rc_augment": False, "label_smoothing": 0.0, "balance": "none"}
+    config = TrainConfig(batch_size=50, max_tokens=100)
+    task = TrainDNA(data, config, 0, first_window=6, steps_per_epoch=30, **settings)
+    longest, n = task.lengths.max(), len(task.lengths)
+    for epoch, wanted in enumerate((6, 12, 24, longest, longest)):
+        plan = task.plan(epoch)
+        times = np.bincount(np.concatenate(plan), minlength=n)
+        assert times.sum() == 30 * max(1, 100 // wanted)
+        assert times.max() - times.min() <= 1  # each once before any again
+        whole = set()
+        for description in plan:
+            tokens, mask, _ = task.batch(description, epoch)
+            assert mask.sum(1).tolist() == np.minimum(task.lengths[description], wanted).tolist()
+            for i, row, real in zip(description, tokens.numpy(), mask.numpy(), strict=True):
+                assert decode(row[real]) in decode(task.train.tokens[i])
+                whole.add(decode(task.train.tokens[i]).find(decode(row[real])))
+        assert (len(whole) > 5) == (wanted < longest)  # at places of its own
 
 
 def test_classifier_ignores_padding():

@@ -9,10 +9,10 @@ import timm
 import torch
 from torch import nn
 
+from ...core.device import pick_device, uses_bf16
 from ...core.errors import InputError
 from ...core.files import require_writable
 from ...core.speed import cell, cell_mib, cell_ms, describe_machine, save_table, table_line
-from ...core.train import pick_device, uses_bf16
 from ..bench import Speed, create, measure, multiplication_rate
 from ..commands import Bench
 from ..transforms import data_config

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from ...core.config import ComputeConfig
+from ...core.device import autocast, pick_device
 from ...core.errors import InputError
 from ...core.files import write_json, written_whole
 from ...core.metrics import classification_metrics, format_table, write_confusion_tsv
 from ...core.plots import plot_confusion
-from ...core.train import autocast, pick_device
 from ..dataset import ImageSet
 from ..images import read_image
 from ..inference import predict

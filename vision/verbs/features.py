@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
+from ...core.device import autocast, pick_device
 from ...core.embeddings import require_embeddings_file, write_embeddings
 from ...core.errors import InputError
-from ...core.train import autocast, pick_device
 from ..commands import Features
 from ..dataset import ImageSet
 from ..inference import batches, for_batches

@@ -8,10 +8,10 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import require_writable, write_json, written_whole
 from ...core.terminal import say
-from ...core.train import autocast
 from ..commands import Predict
 from ..images import Item
 from ..inference import batches, for_batches, probabilities

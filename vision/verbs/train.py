@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...core.device import pick_device
 from ...core.errors import InputError
 from ...core.files import write_json
 from ...core.inputs import PARTS
 from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
-from ...core.train import pick_device, settings_of, train_model
+from ...core.train import settings_of, train_model
 from ..commands import Train
 from ..config import INPUT_SIZES, VimConfig, preset_config
 from ..dataset import ImageSet, divide
