@@ -47,13 +47,13 @@ def shard(model: nn.Module, mesh: Any = None, *, apart: Collection[nn.Parameter]
     apart = set(apart)
     model.gathers_twice = _size(model, apart) > KEPT  # pyright: ignore[reportArgumentType] - for all_weights
     options: Any = {"mesh": mesh, "ignored_params": apart}
-    units: list[Any] = _units(model, apart)
+    units = _units(model, apart)
     for unit in units:
         fully_shard(unit, reshard_after_forward=model.gathers_twice, **options)
     fully_shard(model, **options)
-    wrapped: list[Any] = [model, *(unit[0] for unit in units)]
-    for first, following in pairwise(wrapped):
-        first.set_modules_to_forward_prefetch([following])  # gathered while this one computes
+    firsts: list[Any] = [model, *(unit[0] for unit in units)]
+    for one, following in pairwise(firsts):
+        one.set_modules_to_forward_prefetch([following])  # gathered while this one computes
     for name, p in model.named_parameters():
         vars(p).update(marks[name])
 
