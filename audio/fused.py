@@ -1,9 +1,13 @@
-"""From an AudioModel to the tables of fused_kernel.py, and its states to and from them."""
+"""From an AudioModel to the tables of fused_kernel.py, and its states to and from them.
+
+On a GPU cuda_kernels/write.cu reads the same tables, but for the order of a matrix's elements: see fused_cuda.py.
+"""
 
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.mamba import Mamba
@@ -18,7 +22,7 @@ from .unet import UNet, UNetState
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether this is a float32 model on a CPU, as it was made, of mixers that the kernel knows.
+    """Whether this is a float32 model on one device, as it was made, of mixers that the kernels know.
 
     Under autocast to bfloat16 its matrices will be rounded to that, and nothing else.
     """
@@ -26,7 +30,7 @@ def can_fuse(model: Any) -> bool:
         return False
     weights = list(model.parameters())
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in weights)
+    plain = all(p.dtype == torch.float32 and p.device == weights[0].device for p in weights)
     known = all(
         type(b.mixer) is Mamba or (type(b.mixer) is MLP and not b.mixer.gated and b.mixer.in_proj.bias is not None)
         for b in model.unet.all_blocks()
@@ -39,18 +43,19 @@ class FusedModel:
 
     def __init__(self, model: AudioModel):
         self.model, unet = model, model.unet
-        self._weights: list[np.ndarray] = []
-        self._matrices: list[np.ndarray] = []
-        self._n_weights = self._n_matrices = self._n_values = 0
+        self.device = unet.norm.weight.device
+        self._weights: list[Tensor] = []
+        self._matrices: list[Tensor] = []
+        self._n_weights = self._n_matrices = self._n_values = self._n_states = 0
         self._sizes = [0, 0, 0, 0]
         config = unet.config
         rates = len(config.pool) + 1
         self.width = config.d_model
         self.strides = np.cumprod([1, *config.pool]).astype(np.int64)
         with torch.no_grad():
-            table = model.embedding(torch.arange(N_CODES + 1))
+            table = model.embedding(torch.arange(N_CODES + 1, device=self.device))
         self.embedding_at = self._weight(table)
-        # Values: what a row of a batch has of its own, the first being what enters.
+        # Values: what a row of a batch has of its own, the first being what enters. Behind them are the blocks' states.
         self.x = [self._values(config.width(rate)) for rate in range(rates)]
         self.condition = [self._values(config.width(rate)) for rate in range(rates)] if model.label_embeddings else []
         self.pending = [self._values(config.width(r) * p) for r, p in enumerate(config.pool)]
@@ -70,10 +75,10 @@ class FusedModel:
             spans.append((first, len(self._ops)))
         self.spans = np.array(spans, np.int64)
         self.ops = np.array(self._ops, np.int64)
-        self.weights, self.matrices = np.concatenate(self._weights), np.concatenate(self._matrices)
-        if torch.is_autocast_enabled("cpu"):
-            halves = torch.from_numpy(self.matrices).bfloat16().view(torch.uint16)  # rounded to the nearest
-            self.matrices = halves.numpy()
+        self.ops[self.ops[:, 0] == MAMBA, 8:10] += self._n_values  # the states' places
+        self.weights, self.matrices = torch.cat(self._weights), torch.cat(self._matrices)
+        if torch.is_autocast_enabled(self.device.type):
+            self.matrices = self.matrices.bfloat16()  # rounded to the nearest
         self.sizes = np.array(self._sizes, np.int64)
 
     # The tables
@@ -82,22 +87,39 @@ class FusedModel:
         """Put tensors end to end; their place."""
         at = self._n_weights
         for tensor in tensors:
-            array = tensor.detach().float().contiguous().numpy().ravel()
-            self._weights.append(array)
-            self._n_weights += array.size
+            self._weights.append(tensor.detach().to(self.device, torch.float32).flatten())
+            self._n_weights += tensor.numel()
         return at
 
     def _matrix(self, *tensors: Tensor) -> int:
-        """The same for matrices (inputs, outputs)."""
+        """The same for matrices that are laid out."""
         at = self._n_matrices
         for tensor in tensors:
-            self._matrices.append(tensor.detach().float().contiguous().numpy().ravel())
+            self._matrices.append(tensor.flatten())
             self._n_matrices += tensor.numel()
         return at
 
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        """The elements of a matrix (outputs, inputs) in the kernel's order."""
+        return weight.detach().mT
+
+    def _by_state(self, x: Tensor) -> Tensor:
+        """What there is of channels and states, (.., E, N), in the kernel's order; `_by_channel` is the way back."""
+        return x.mT
+
+    def _by_channel(self, x: Tensor, E: int, N: int) -> Tensor:
+        """(B, .) -> (B, E, N)."""
+        return x.view(len(x), N, E).mT
+
     def _values(self, n: int) -> int:
         at = self._n_values
-        self._n_values += n
+        self._n_values += -(-n // 4) * 4  # so that places divide by 4: a GPU moves four at once
+        return at
+
+    def _states(self, n: int) -> int:
+        """A place behind all values."""
+        at = self._n_states
+        self._n_states += -(-n // 4) * 4
         return at
 
     def _op(self, *operands: int) -> None:
@@ -105,10 +127,10 @@ class FusedModel:
 
     def _linear(self, layer: nn.Linear) -> tuple[int, int]:
         """Places of bias and matrix."""
-        return self._weight(layer.bias), self._matrix(layer.weight.mT)
+        return self._weight(layer.bias), self._matrix(self._laid_out(layer.weight))
 
     def _norm(self, norm: AddRMSNorm) -> int:
-        bias = getattr(norm, "bias", torch.zeros_like(norm.weight))
+        bias = norm.bias if isinstance(norm, AddLayerNorm) else torch.zeros_like(norm.weight)
         return self._weight(norm.weight, bias, torch.tensor([norm.eps]))
 
     def _need(self, *sizes: int) -> None:
@@ -119,21 +141,22 @@ class FusedModel:
         mixer, centred = block.mixer, isinstance(block.norm, AddLayerNorm)
         at, M = self._norm(block.norm), len(block.norm.weight)
         if isinstance(mixer, MLP):
-            F = mixer.in_proj.out_features
+            inner = mixer.in_proj.out_features
             _, matrices = self._linear(mixer.in_proj)
             self._linear(mixer.out_proj)
-            self._need(M, F, 0, 0)
-            return (MLP_OP, M, F, 0, 0, 0, at, 0, 0, centred, matrices)
+            self._need(M, inner, 0, 0)
+            return (MLP_OP, M, inner, 0, 0, 0, at, 0, 0, centred, matrices)
         E, N = mixer.A_log.shape
         R, W = mixer.dt_rank, mixer.conv1d.weight.shape[-1]
         n_low = -(-(R + 2 * N) // 16) * 16
         conv_bias = mixer.conv1d.bias if mixer.conv1d.bias is not None else torch.zeros(E)
-        x_proj = torch.zeros(E, n_low)
-        x_proj[:, : R + 2 * N] = mixer.x_proj.weight.detach().mT
-        self._weight(conv_bias, mixer.conv1d.weight[:, 0].mT, mixer.dt_proj.bias, mixer.D, mixer.A.mT * LOG2E)
-        matrices = self._matrix(mixer.in_proj.weight.mT, x_proj, mixer.dt_proj.weight.mT, mixer.out_proj.weight.mT)
+        A = self._by_state(mixer.A * LOG2E)
+        self._weight(conv_bias, mixer.conv1d.weight[:, 0].mT, mixer.dt_proj.bias, mixer.D, A)
+        x_proj = F.pad(mixer.x_proj.weight, (0, 0, 0, n_low - (R + 2 * N)))
+        into, low, out = map(self._laid_out, (mixer.in_proj.weight, x_proj, mixer.out_proj.weight))
+        matrices = self._matrix(into, low, mixer.dt_proj.weight.detach().mT, out)
         self._need(M, 2 * E, n_low, E)
-        return (MAMBA, M, E, N, R, W, at, self._values(E * (W - 1)), self._values(E * N), centred, matrices)
+        return (MAMBA, M, E, N, R, W, at, self._states(E * (W - 1)), self._states(A.numel()), centred, matrices)
 
     def _rate(self, unet: UNet, rate: int, depth: int) -> None:
         """Instructions of `unet.rate`, at a sample at which `depth` rates within take a step."""
@@ -192,13 +215,13 @@ class FusedModel:
 
     # States
 
-    def pack(self, state: AudioState) -> np.ndarray:
-        """The values (B, n) of a state."""
+    def pack(self, state: AudioState) -> Tensor:
+        """The values and states (B, n) of a state."""
         unet, n_rows = state.unet, len(state.label)
-        v = np.zeros((n_rows, self._n_values), np.float32)
+        v = torch.zeros(n_rows, self._n_values + self._n_states, device=self.device)
 
         def put(at: int, value: Tensor) -> None:
-            flat = value.detach().float().contiguous().numpy().reshape(n_rows, -1)
+            flat = value.detach().reshape(n_rows, -1)
             v[:, at : at + flat.shape[1]] = flat
 
         with torch.no_grad():
@@ -208,17 +231,17 @@ class FusedModel:
             put(at, value.mT)
         for (kind, *operands), of_block in zip(self.blocks, unet.blocks, strict=True):
             if kind == MAMBA:
-                put(operands[6], of_block.conv.mT)
-                put(operands[7], of_block.ssm.mT)
+                put(self._n_values + operands[6], of_block.conv.mT)
+                put(self._n_values + operands[7], self._by_state(of_block.ssm))
         return v
 
-    def unpack(self, v: np.ndarray, label: Tensor, position: Tensor) -> AudioState:
-        """The state that values stand for."""
+    def unpack(self, v: Tensor, label: Tensor, position: Tensor) -> AudioState:
+        """The state that values stand for; nothing of it is shared with them."""
         config, n_rows = self.model.config.unet, len(v)
 
         def get(at: int, *shape: int) -> Tensor:
             n = int(np.prod(shape))
-            return torch.from_numpy(v[:, at : at + n].reshape(n_rows, *shape)).mT.contiguous()
+            return v[:, at : at + n].view(n_rows, *shape).mT.clone(memory_format=torch.contiguous_format)
 
         sizes = [(config.width(rate), pool) for rate, pool in enumerate(config.pool)]
         blocks = []
@@ -226,12 +249,15 @@ class FusedModel:
             of_block = block.mixer.init_state(n_rows)
             if kind == MAMBA:
                 _, E, N, _, W, _, conv_at, ssm_at, _, _ = operands
-                of_block = of_block._replace(conv=get(conv_at, W - 1, E), ssm=get(ssm_at, N, E))
+                conv, ssm_at = get(self._n_values + conv_at, W - 1, E), self._n_values + ssm_at
+                size = self._by_state(torch.empty(E, N)).numel()
+                ssm = self._by_channel(v[:, ssm_at : ssm_at + size], E, N)
+                of_block = of_block._replace(conv=conv, ssm=ssm.clone(memory_format=torch.contiguous_format))
             blocks.append(of_block)
         # Of what has not begun, the slots that are still to come hold the step before.
         pending = [get(at, *size) for at, size in zip(self.pending, sizes, strict=True)]
         for rate, (steps, (_, pool)) in enumerate(zip(pending, sizes, strict=True)):
             filled = position // int(self.strides[rate]) % pool
-            steps.masked_fill_((torch.arange(pool) >= filled[:, None])[..., None], 0)
+            steps.masked_fill_((torch.arange(pool, device=v.device) >= filled[:, None])[..., None], 0)
         queue = [get(at, *size) for at, size in zip(self.queue, sizes, strict=True)]
-        return AudioState(label, UNetState(position, pending, queue, blocks))
+        return AudioState(label.clone(), UNetState(position.clone(), pending, queue, blocks))

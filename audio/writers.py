@@ -1,13 +1,15 @@
-"""Three ways to write recordings on, sample by sample, one choice between them, and one result.
+"""Four ways to write recordings on, sample by sample, one choice between them, and one result.
 
     FusedWriter   on a CPU: one compiled loop (fused_kernel.py), a thread for each recording
-    GraphWriter   on a GPU: a whole period of the U-Net, with the choice of each code, is one CUDA graph; the host looks
-                  at what was written when all of it is there
+    CudaWriter    on a GPU: the same loop as one kernel (fused_cuda.py), a block of threads for each recording
+    GraphWriter   on a GPU, any model: a whole period of the U-Net, with the choice of each code, is one CUDA graph; the
+                  host looks at what was written when all of it is there
     EagerWriter   any model, anywhere: a step of the model, a choice, and so on
 
 What is drawn for a recording depends on its own generator alone, by core/sampling.py's rules. Letters: B recordings.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from ..core.config import SamplingConfig
 from ..core.sampling import Draws, choose, uniforms
+from ..kernels import nvrtc
+from ..kernels.backends import INSTALLED
 from ..kernels.numba_runtime import parallel
 from .fused import FusedModel, can_fuse
 from .fused_kernel import run
@@ -52,7 +56,15 @@ def writer_of(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     bare = bare_model(model)
     if can_fuse(bare) and config.repetition_penalty == 1:
-        return FusedWriter(model, state, unread, config, generators)
+        arguments = model, state, unread, config, generators
+        if unread.device.type == "cpu":
+            return FusedWriter(*arguments)
+        if unread.is_cuda and INSTALLED["cuda"]:
+            try:
+                return CudaWriter(*arguments)
+            except nvrtc.Unavailable as error:
+                message = f"recordings are written by CUDA graphs, which is slower: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
     state = pytree.tree_map(torch.clone, state)
     if unread.is_cuda and config.repetition_penalty == 1:
         return GraphWriter(model, state, unread, config, generators)
@@ -60,6 +72,8 @@ def writer_of(
 
 
 class FusedWriter:
+    """By the tables of a model (fused.py)."""
+
     def __init__(
         self,
         model: AudioModel | Guided,
@@ -69,7 +83,7 @@ class FusedWriter:
         generators: list[torch.Generator],
     ):
         guided = isinstance(model, Guided)
-        self.fused = FusedModel(model.model if guided else model)
+        self.fused = self._tables_of(bare_model(model), len(unread), guided)
         self.guidance = float(model.scale) if guided else 1.0
         of_each = list(state) if guided else [state]
         self.labels = [s.label.clone() for s in of_each]
@@ -77,42 +91,66 @@ class FusedWriter:
         self.position, self.unread = of_each[0].unet.position.clone(), unread.clone()
         self.config, self.generators, self.state_class = config, generators, type(state) if guided else None
 
-    def write(self, n: int, seen: np.ndarray | None = None) -> np.ndarray:
-        """See `Writer`. seen (B, n, 256) gets the logits."""
-        fused, config, values = self.fused, self.config, self.values
-        uniform = np.stack([uniforms(g, n).numpy() for g in self.generators])
-        out = np.empty(uniform.shape, np.int64)
+    def _tables_of(self, model: AudioModel, n_recordings: int, guided: bool) -> Any:
+        return FusedModel(model)
+
+    def write(self, n: int, seen: Tensor | None = None) -> np.ndarray:
+        """See `Writer`. seen float32 (B, n, 256) gets the logits."""
+        uniform = torch.stack([uniforms(g, n) for g in self.generators])
+        out = self._run(uniform, seen)
+        self.position += n
+        self.unread = out[:, -1].clone()
+        return out.cpu().numpy()
+
+    def _run(self, uniform: Tensor, seen: Tensor | None) -> Tensor:
+        """Codes for uniform (B, n) numbers."""
+        fused, config, values = self.fused, self.config, [v.numpy() for v in self.values]
+        out, matrices = torch.empty(uniform.shape, dtype=torch.int64), fused.matrices
         parallel(
             run,
             len(out),
             *(values[0], values[1] if len(values) > 1 else np.empty((0, 0), np.float32)),
-            *(fused.weights, fused.matrices, fused.ops, fused.spans, fused.strides),
-            *(self.position.numpy(), self.unread.numpy(), uniform, out),
-            np.empty((0, 0, 0), np.float32) if seen is None else seen,
+            fused.weights.numpy(),
+            (matrices.view(torch.uint16) if matrices.dtype == torch.bfloat16 else matrices).numpy(),
+            *(fused.ops, fused.spans, fused.strides),
+            *(self.position.numpy(), self.unread.numpy(), uniform.numpy(), out.numpy()),
+            np.empty((0, 0, 0), np.float32) if seen is None else seen.numpy(),
             *(fused.embedding_at, fused.logits_at, fused.width, fused.sizes, np.float32(self.guidance)),
             *(float(config.temperature), config.top_k, float(config.top_p), float(config.min_p)),
         )
-        self.position += n
-        self.unread = torch.from_numpy(out[:, -1].copy())
         return out
 
     @property
     def state(self) -> Any:
         pairs = zip(self.values, self.labels, strict=True)
-        states = [self.fused.unpack(v.copy(), label.clone(), self.position.clone()) for v, label in pairs]
+        states = [self.fused.unpack(v, label, self.position) for v, label in pairs]
         return states[0] if self.state_class is None else self.state_class(*states)
 
     def snapshot(self) -> Any:
-        states = [v.copy() for v in self.values], self.position.clone(), self.unread.clone()
+        states = [v.clone() for v in self.values], self.position.clone(), self.unread.clone()
         return states, [g.get_state() for g in self.generators]
 
     def restore(self, snapshot: Any, rows: np.ndarray, *, draw_anew: bool = False) -> None:
         (values, position, unread), draws = snapshot
-        for now, before in zip(self.values, values, strict=True):
-            now[rows] = before[rows]
-        self.position[rows], self.unread[rows] = position[rows], unread[rows]
+        which = torch.from_numpy(np.flatnonzero(rows)).to(unread.device)
+        pairs = zip((*self.values, self.position, self.unread), (*values, position, unread), strict=True)
+        for now, before in pairs:
+            now[which] = before[which]
         if not draw_anew:
             _set_back(self.generators, draws, rows)
+
+
+class CudaWriter(FusedWriter):
+    """Raises nvrtc.Unavailable where its kernel cannot be had."""
+
+    def _tables_of(self, model: AudioModel, n_recordings: int, guided: bool) -> Any:
+        from .fused_cuda import CudaModel
+
+        return CudaModel(model, n_recordings, guided=guided)
+
+    def _run(self, uniform: Tensor, seen: Tensor | None) -> Tensor:
+        uniform = uniform.to(self.unread.device)
+        return self.fused.run(self.values, self.position, self.unread, uniform, self.config, self.guidance, seen)
 
 
 class EagerWriter:

@@ -3,8 +3,9 @@
     python benchmarks/audio.py cpu [--output FILE]     one thread; some minutes
     python benchmarks/audio.py gpu [--output FILE]     one GPU; some 5 minutes
 
-Random weights, 16 kHz. `fused` and `graph` are what `polymamba audio generate` takes (audio/writers.py); `eager` steps
-the same modules by plain PyTorch operators and draws each code by core's sampling, as both do. A real-time factor is
+Random weights, 16 kHz, float32 unless it says bf16 (then matrices alone are rounded). `polymamba audio generate` takes
+the loop as one compiled kernel (audio/writers.py), and the CUDA graph for mixers that it does not know; `eager` steps
+the same modules by plain PyTorch operators and draws each code by core's sampling, as all do. A real-time factor is
 seconds of work for a second of sound of one stream: below 1 is faster than real time. Medians of one run; on the CPU of
 the thread's own time, so that other work on the machine counts as little as it can.
 Training: batch 8 x 16,000 samples of sc09-small, forward, backward and AdamW, with our kernels and with their plain
@@ -26,7 +27,7 @@ from machine import describe
 
 from polymamba.audio import PRESETS, AudioConfig, AudioModel
 from polymamba.audio.config import START
-from polymamba.audio.writers import EagerWriter, FusedWriter, GraphWriter
+from polymamba.audio.writers import CudaWriter, EagerWriter, FusedWriter, GraphWriter
 from polymamba.core import SamplingConfig
 from polymamba.kernels.backends import choose
 
@@ -64,12 +65,16 @@ def writer(kind: type, model: AudioModel, streams: int):
 
 
 @torch.no_grad()
-def seconds_per_sample(kind: type, preset: str, device: str, streams: int, n: int, repeats: int) -> float:
+def seconds_per_sample(
+    kind: type, preset: str, device: str, streams: int, n: int, repeats: int, *, bf16: bool = False
+) -> float:
     """Of each stream; n whole periods at a time."""
     model = model_of(preset, device)
-    w, n = writer(kind, model, streams), n * model.config.unet.period
-    w.write(n)  # compiles, or captures
-    return median(lambda: w.write(n), repeats, device) / n
+    n *= model.config.unet.period
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        w = writer(kind, model, streams)
+        w.write(n)  # compiles, or captures
+        return median(lambda: w.write(n), repeats, device) / n
 
 
 def median(work: Callable[[], object], repeats: int, device: str) -> float:
@@ -111,19 +116,37 @@ def table(rows: list[tuple], heads: tuple[str, ...]) -> str:
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows]) + "\n"
 
 
-def speeds(device: str, fast: type, plans: list[tuple[str, int, int, int]]) -> Iterator[tuple]:
-    """plans: preset, streams, periods of the fast writer, periods of the eager one (0: not measured)."""
-    for preset, streams, n_fast, n_eager in plans:
-        ours = seconds_per_sample(fast, preset, device, streams, n_fast, 5)
-        with plain_pytorch("reference"):
-            eager = seconds_per_sample(EagerWriter, preset, device, streams, n_eager, 3) if n_eager else None
+def cpu_speeds(plans: list[tuple[str, int, int]]) -> Iterator[tuple]:
+    """plans: preset, periods of the fast writer, periods of the eager one."""
+    for preset, n_fast, n_eager in plans:
+        ours = seconds_per_sample(FusedWriter, preset, "cpu", 1, n_fast, 5)
+        eager = eager_seconds(preset, "cpu", 1, n_eager)
+        yield preset, 1, f"{1 / ours:,.0f}", f"{ours * RATE:.2f}", f"{1 / eager:,.0f}", f"{eager / ours:.1f}"
+
+
+def gpu_speeds(plans: list[tuple[str, int, int, int]]) -> Iterator[tuple]:
+    """plans: preset, streams, periods, periods of the eager writer (0: not measured)."""
+    for preset, streams, n, n_eager in plans:
+        ours, halves = (seconds_per_sample(CudaWriter, preset, "cuda", streams, n, 5, bf16=b) for b in (False, True))
+        graph = seconds_per_sample(GraphWriter, preset, "cuda", streams, n, 3)
+        eager = eager_seconds(preset, "cuda", streams, n_eager) if n_eager else None
+        rates = (f"{streams / seconds:,.0f}" for seconds in (ours, halves, graph))
         yield (
-            *(preset, streams, f"{streams / ours:,.0f}", f"{ours * RATE:.2f}"),
-            *(("-", "-") if eager is None else (f"{streams / eager:,.0f}", f"{eager / ours:.1f}")),
+            *(preset, streams, *rates, f"{ours * RATE:.2f}", f"{halves * RATE:.2f}"),
+            *(("-", "-") if eager is None else (f"{streams / eager:,.0f}", f"{eager / ours:.0f}")),
         )
 
 
-HEADS = ("model", "streams", "samples/s", "real-time factor", "eager, samples/s", "ratio")
+def eager_seconds(preset: str, device: str, streams: int, n: int) -> float:
+    with plain_pytorch("reference"):
+        return seconds_per_sample(EagerWriter, preset, device, streams, n, 3)
+
+
+CPU_HEADS = ("model", "streams", "samples/s", "real-time factor", "eager, samples/s", "ratio")
+GPU_HEADS = (
+    *("model", "streams", "float32, samples/s", "bf16", "CUDA graph", "real-time factor", "of bf16"),
+    *("eager, samples/s", "ratio, float32"),
+)
 
 
 def main() -> None:
@@ -136,14 +159,12 @@ def main() -> None:
     text = ["  \n".join(describe()), ""]
     print(text[0], flush=True)
     if args.where == "cpu":
-        plans = [("tiny", 1, 300, 4), ("youtubemix", 1, 40, 1), ("sc09-small", 1, 150, 4), ("sc09-large", 1, 40, 2)]
-        rows = list(_shown(speeds("cpu", FusedWriter, plans)))
-        text.append(table(rows, HEADS))
+        plans = [("tiny", 300, 4), ("youtubemix", 40, 1), ("sc09-small", 150, 4), ("sc09-large", 40, 2)]
+        text.append(table(list(_shown(cpu_speeds(plans))), CPU_HEADS))
     else:
         plans = [("sc09-small", 1, 100, 4), ("youtubemix", 1, 8, 1), ("sc09-large", 1, 40, 0)]
-        plans += [("sc09-small", 128, 50, 4), ("youtubemix", 128, 8, 0)]
-        rows = list(_shown(speeds("cuda", GraphWriter, plans)))
-        text.append(table(rows, HEADS))
+        plans += [("sc09-small", 128, 50, 4), ("youtubemix", 128, 8, 0), ("sc09-large", 128, 20, 0)]
+        text.append(table(list(_shown(gpu_speeds(plans))), GPU_HEADS))
         rows = []
         for name, backend in (("our kernels", None), ("plain PyTorch", "torch")):
             try:

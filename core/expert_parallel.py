@@ -2,7 +2,9 @@
 
     mesh = init_device_mesh("cuda", (4,), mesh_dim_names=("expert",))
     experts = spread_experts(model, mesh["expert"])
-    fully_shard(model, mesh=mesh["expert"], ignored_params=experts)        what else there is, by data parallelism
+    shard(model, apart=experts)                             what else there is, divided among all processes (sharded.py)
+
+So does `train --expert-parallel` (division.py), in groups of processes, if there are more of them.
 
 Process p of P holds the experts [p E / P, (p + 1) E / P). A layer's rows, sorted by expert, are then sorted by process
 too: one all-to-all tells how many come (E numbers), a second one brings them, a third one takes the results back.
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..kernels import Order, dispatch, sort_by_expert
+from ..kernels import Order, sort_by_expert
 from .sharded import is_part
 
 
@@ -59,11 +61,12 @@ def own_experts(weight: Any) -> Tensor:
 
 
 def through_experts(
-    experts: Callable[[Tensor, Tensor], Tensor], rows: Tensor, counts: Tensor, group: dist.ProcessGroup
+    experts: Callable[[Tensor, Tensor, Order], Tensor], rows: Tensor, counts: Tensor, group: dist.ProcessGroup
 ) -> Tensor:
     """rows (T K, D), sorted by expert, counts (E,) of each -> what the experts, wherever they are, make of them.
 
-    experts(rows (A, D), ends (E / P,)) does so for those here. Rows after the counted ones come out as zero.
+    experts(rows (A, D), gates (A, 1), order by expert) does so for those here, times the gates. Rows after the counted
+    ones come out as zero.
     """
     outgoing = counts.view(group.size(), -1)
     incoming = torch.empty_like(outgoing)
@@ -76,9 +79,8 @@ def through_experts(
     if not n_received:  # a row of zeros, so that kernels have one, and the weights a gradient
         x, expert = F.pad(x, (0, 0, 0, 1)), F.pad(expert, (0, 1))
     order = sort_by_expert(expert, outgoing.shape[1])
-    y = experts(dispatch(x, order, 1), order.ends)
-    back = Order(order.places, order.order, order.ends, order.counts)  # the inverse permutation
-    y = _exchanged(dispatch(y, back, 1)[:n_received], received, sent, group)
+    y = experts(x, torch.ones(len(x), 1, device=x.device), order)
+    y = _exchanged(y[:n_received], received, sent, group)
     return F.pad(y, (0, 0, 0, len(rows) - n_sent))
 
 

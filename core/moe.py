@@ -13,15 +13,16 @@ and, in training, the auxiliary loss of a layer, which `core.aux_loss` collects:
 No token is dropped, unless a capacity is set, and then in training only: so a token's result depends on no other token,
 and a batch, a row alone and a step by step run agree. Padding neither routes nor counts.
 
-The tokens are sorted by expert, and each projection is one grouped matrix product; on a GPU a step of few tokens
-gathers the matrices of its experts instead. The gradient of a permutation is the inverse permutation: nothing is added
-in an order that may vary. Letters: T tokens, K = top_k, E experts, D d_model, F inner width of an expert.
+The tokens are sorted by expert, and each projection is one grouped matrix product; on a GPU ReLU experts in bf16 are
+one operation, and a step of few tokens gathers the matrices of its experts instead. The gradient of a permutation is
+the inverse permutation: nothing is added in an order that may vary. Letters: T tokens, K = top_k, E experts, D d_model,
+F inner width of an expert.
 """
 
 import math
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -165,23 +166,24 @@ class MoE(nn.Module):
         if factor is not None:
             experts = within_capacity(experts, order, n_tokens * factor * c.top_k / c.n_experts)
             order = sort_by_expert(experts, c.n_experts)
-        # What belongs to no expert comes out of the grouped products undefined, and so does its gradient: both end
-        # in `combine` and `dispatch`.
         some_lost = factor is not None or real is not None
-        rows = dispatch(_as_autocast(routes.x), order, c.top_k, some_lost=some_lost)
-        weight: Any = self.in_proj.weight
-        if is_part(weight):
-            rows = through_experts(self._transformed, rows, order.counts, weight.device_mesh.get_group())
-        else:
-            rows = self._transformed(rows, order.ends)
+        x, weight = _as_autocast(routes.x), cast(Any, self.in_proj.weight)
+        if not is_part(weight):
+            return self._of_experts(x, routes.gates, order, some_lost)
+        rows = dispatch(x, order, c.top_k, some_lost=some_lost)
+        rows = through_experts(self._of_experts, rows, order.counts, weight.device_mesh.get_group())
         return combine(rows, routes.gates, order, some_lost=some_lost)
 
-    def _transformed(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """rows (A, D), sorted by expert, expert e's ending at ends[e] -> what those here make of them, (A, D)."""
-        if self.config.expert == "relu" and fuses_experts(rows):
-            in_weight, out_weight = (own_experts(linear.weight).to(rows.dtype) for linear in self.experts)
-            return expert_mlp(rows, in_weight, out_weight, ends)
-        return self.out_proj(self._activated(self.in_proj(rows, ends)), ends)
+    def _of_experts(self, x: Tensor, gates: Tensor, order: Order, some_lost: bool = False) -> Tensor:
+        """x (T, D), gates (T, K) -> (T, D): each token's sum of what its experts, which are here, make of it."""
+        if self.config.expert == "relu" and fuses_experts(x):
+            w_in, w_out = (own_experts(linear.weight).to(x.dtype) for linear in self.experts)
+            return expert_mlp(x, gates, w_in, w_out, order, some_lost=some_lost)
+        # What belongs to no expert comes out of the grouped products undefined, and so does its gradient: both end
+        # in `combine` and `dispatch`.
+        rows = dispatch(x, order, gates.shape[1], some_lost=some_lost)
+        rows = self.out_proj(self._activated(self.in_proj(rows, order.ends)), order.ends)
+        return combine(rows, gates, order, some_lost=some_lost)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """The same for few tokens, and no gradients."""

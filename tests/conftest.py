@@ -1,11 +1,15 @@
 """For all tests: Triton's interpreter where there is no GPU, one seed, and `gpu` tests skipped without a GPU.
 
-`in_processes` runs a function in several processes that share a gloo group.
+`in_processes` runs a function in several processes that share a gloo group. `emulated` runs a CUDA kernel on the CPU.
 """
 
+import ctypes
+import hashlib
 import multiprocessing
 import os
 import runpy
+import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -61,3 +65,42 @@ def in_processes():
             return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(n)]
 
     return run
+
+
+_EMULATOR = Path(__file__).parent / "kernels"  # emulator.h, emulator_main.h
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    """(a CUDA source) -> C++ for the CPU."""
+
+    def of(source: str) -> str:
+        macros, rest = source.split("// What only a GPU has", 1)
+        return f'#include "{_EMULATOR}/emulator.h"\n{macros}{rest[rest.index("// Numbers of 16 and 32 bits") :]}\n'
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def emulated(emulation, tmp_path_factory):
+    """(a CUDA source, the name of its kernel) -> a function of the same arguments as nvrtc.Kernel's, on the CPU."""
+    if shutil.which("g++") is None or HAS_GPU:
+        pytest.skip("needs g++, and no GPU, where the kernels themselves are tested")
+    folder = tmp_path_factory.mktemp("emulated")
+
+    def made(source: str, name: str):
+        text = emulation(source) + f'#define KERNEL {name}\n#include "{_EMULATOR}/emulator_main.h"\n'
+        path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+        if not path.exists():
+            path.with_suffix(".cpp").write_text(text)
+            options = ["-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
+            subprocess.run(["g++", *options, str(path.with_suffix(".cpp")), "-o", str(path)], check=True)
+        library = ctypes.CDLL(str(path))
+
+        def launch(blocks: int, threads: int, argument: bytes) -> None:
+            if blocks:
+                library.launch(argument, ctypes.c_int64(blocks), threads)
+
+        return launch
+
+    return made

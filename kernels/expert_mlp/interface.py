@@ -1,55 +1,87 @@
-"""The experts of a mixture, where each is two layers with a ReLU between: y = relu(x w_in[e]) w_out[e].
+"""The experts of a mixture, where each is two layers with a ReLU between: relu(x w_in[e]) w_out[e].
 
-Rows are sorted by expert: expert e's are x[ends[e - 1] : ends[e]]. Of the six grouped matrix products of a forward and
-a backward PyTorch makes four; the two whose result passes the ReLU, there and back, are Triton's, which does that
-where it has the numbers at hand: alone it would move as many bytes as a product does.
+Rows are sorted by expert before the first product; the second one writes its results where their tokens stand. A row's
+gate is taken in between, after the ReLU, which saves a pass over the results, and the memory to keep them in: with
+h = gate relu(x w_in[e]) and y = h w_out[e], the gradient of the gate is h (w_out[e] dy) / gate, a sum over numbers that
+the gradient of h computes anyhow.
 
-Letters: T rows, E experts, D width of a row, I inner width of an expert.
+Letters: T tokens, K experts of each, E experts, D width of a token, I inner width of an expert.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import INSTALLED, traced, watched
-from ..operators import module
+from ..backends import choose
+from ..expert_rows.interface import Order
+from ..operators import Operator, module
 
 
 def fuses_experts(x: Tensor) -> bool:
-    """Whether `expert_mlp` is the way to take: bf16, where PyTorch's product is one kernel, and no compiler looks on,
-    which would do likewise."""
-    if x.dtype != torch.bfloat16 or not x.is_cuda or not INSTALLED["triton"] or traced(x):
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+    """Whether `expert_mlp` is the way to take: bf16 on a GPU of compute capability 9 and up."""
+    return x.dtype == torch.bfloat16 and choose(None, x.device, x.dtype) == "triton" and _loads_tiles(x.device.index)
 
 
-def expert_mlp(x: Tensor, w_in: Tensor, w_out: Tensor, ends: Tensor) -> Tensor:
-    """x (T, D), w_in (E, D, I), w_out (E, I, D), ends int32 (E,), ascending -> (T, D).
+@torch.compiler.assume_constant_result
+def _loads_tiles(device: int | None) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
-    What belongs to no expert, from ends[-1] on, comes out undefined, and so does its gradient. The gradient that comes
-    in must be dense (no expanded one).
+
+def expert_mlp(
+    x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Order, *, some_lost: bool = False
+) -> Tensor:
+    """x (T, D), gates (T, K) float32, w_in (E, D, I), w_out (E, I, D) -> (T, D): each token's sum of what its experts
+    make of it, by their gates.
+
+    some_lost: whether there may be assignments without an expert, which count as 0.
     """
-    if watched(x, w_in, w_out):
-        return _ExpertMLP.apply(x, w_in, w_out, ends)
-    return F.grouped_mm(_matmul(x, w_in, ends), w_out, offs=ends)
+    gates, w_in, w_out = gates.contiguous(), w_in.contiguous(), w_out.contiguous()
+    return _expert_mlp(x, gates, w_in, w_out, order.order, order.places, order.ends, some_lost)[0]
 
 
-def _matmul(x: Tensor, weight: Tensor, ends: Tensor, inner: Tensor | None = None) -> Tensor:
-    return module(__package__ or "", "triton").matmul(x, weight, ends, inner)
+def _run(
+    x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, places: Tensor, ends: Tensor, some_lost: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and what the backward needs: rows of x, (T K, D), and h of each, (T K, I), sorted."""
+    return _triton().forward(x, gates, w_in, w_out, order, places, ends, some_lost)
 
 
-class _ExpertMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w_in, w_out, ends):
-        inner = _matmul(x, w_in, ends)
-        ctx.save_for_backward(x, w_in, w_out, ends, inner)
-        return F.grouped_mm(inner, w_out, offs=ends)
+def _run_backward(
+    dy: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, places: Tensor, ends: Tensor,
+    rows: Tensor, inner: Tensor, some_lost: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _triton().backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost)
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, w_in, w_out, ends, inner = ctx.saved_tensors
-        dinner = _matmul(dy, w_out.transpose(1, 2), ends, inner)
-        dx = F.grouped_mm(dinner, w_in.transpose(1, 2), offs=ends) if ctx.needs_input_grad[0] else None
-        dw_in = F.grouped_mm(x.T, dinner, offs=ends) if ctx.needs_input_grad[1] else None
-        dw_out = F.grouped_mm(inner.T, dy, offs=ends) if ctx.needs_input_grad[2] else None
-        return dx, dw_in, dw_out, None
+
+def _triton() -> Any:
+    return module(__package__ or "", "triton")
+
+
+def _fake(x, gates, w_in, w_out, order, places, ends, some_lost):
+    rows = x.new_empty(len(order), x.shape[1])
+    return x.new_empty(x.shape), rows, rows.new_empty(len(order), w_in.shape[2])
+
+
+def _fake_backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost):
+    return tuple(t.new_empty(t.shape) for t in (dy, gates, w_in, w_out))
+
+
+_expert_mlp = Operator("expert_mlp", _run, _fake)
+_expert_mlp_backward = Operator("expert_mlp_backward", _run_backward, _fake_backward)
+
+
+def _setup(ctx, inputs, output):
+    _, *tensors, ctx.some_lost = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 8
+    return *_expert_mlp_backward(dy, *ctx.saved_tensors, ctx.some_lost), None, None, None, None
+
+
+_expert_mlp.differentiate(_backward, _setup)

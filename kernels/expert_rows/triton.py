@@ -30,9 +30,10 @@ def _choose(
     tl.store(probabilities + at, p, mask=inside)
     left = tl.where(d < width, p, -1.0)
     for k in range(TOP_K):
-        largest, found = tl.max(left, axis=1, return_indices=True)
+        _, found = tl.max(left, axis=1, return_indices=True)
         found = tl.minimum(found, width - 1)  # a row of NaN has no largest one
-        tl.store(gates + row * TOP_K + k, largest, mask=row < n_rows)
+        gate = tl.sum(tl.where(d == found[:, None], p, 0.0), axis=1)
+        tl.store(gates + row * TOP_K + k, gate, mask=row < n_rows)
         tl.store(experts + row * TOP_K + k, found, mask=row < n_rows)
         left = tl.where(d == found[:, None], -2.0, left)
 
@@ -123,7 +124,9 @@ def route_backward(dx, dlogits, dprobabilities, dgates, x, weight, probabilities
         )  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
         dweight = _matmul(out.T, x)
-    return dx_sum, (dweight.unflatten(0, (2, -1)).sum(0) if halves else dweight).to(weight.dtype)
+    if not halves:
+        return dx_sum, dweight.to(weight.dtype)
+    return dx_sum, torch.add(dweight[:n_experts], dweight[n_experts:], out=torch.empty_like(weight))
 
 
 @triton.jit(do_not_specialize=["n", "piece"])

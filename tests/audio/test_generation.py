@@ -63,10 +63,10 @@ def test_the_compiled_loop_is_the_model(shape, input):
     state, unread = states_of(model)
     writer = writer_of(model, state, unread, SamplingConfig(), [1, 2])
     assert isinstance(writer, FusedWriter)
-    seen = np.zeros((2, 29, 256), np.float32)
+    seen = torch.zeros(2, 29, 256)
     codes = torch.from_numpy(writer.write(29, seen))
     logits, after = model(torch.cat((unread[:, None], codes[:, :-1]), 1), state, return_state=True)
-    assert (torch.from_numpy(seen) - logits).abs().max() < 2e-5 * logits.abs().max()
+    assert (seen - logits).abs().max() < 2e-5 * logits.abs().max()
     close(writer.state, after)
     assert torch.equal(writer.unread, codes[:, -1])
     more = writer.write(7)
@@ -86,10 +86,10 @@ def test_bf16_rounds_the_matrices_and_nothing_else(shape):
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("_proj.weight", "pools", "head.weight")) and "bias" not in name:
             parameter.data = parameter.data.bfloat16().float()
-    seen = np.zeros((2, 29, 256), np.float32)
+    seen = torch.zeros(2, 29, 256)
     codes = torch.from_numpy(writer.write(29, seen))
     logits = model(torch.cat((unread[:, None], codes[:, :-1]), 1), state)
-    assert (torch.from_numpy(seen) - logits).abs().max() < 2e-5 * logits.abs().max()
+    assert (seen - logits).abs().max() < 2e-5 * logits.abs().max()
 
 
 @pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(top_p=0.9), SamplingConfig(temperature=0.0)])

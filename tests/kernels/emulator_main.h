@@ -10,7 +10,7 @@ static void body() {
 }
 
 extern "C" void launch(const Problem* p, int64_t blocks, int threads) {
-  static std::vector<char> stacks(size_t(1 << 16) * 256);
+  static std::vector<char> stacks(size_t(1 << 16) * 512);
   argument = p;
   fibers.resize(threads), exchange.resize(threads);
   for (int64_t block = 0; block < blocks; ++block) {

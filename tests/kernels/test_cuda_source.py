@@ -1,12 +1,9 @@
 """The CUDA sources of the scan without a GPU: run on the CPU by an emulator, and compiled by NVRTC."""
 
-import ctypes
-import hashlib
 import shutil
 import subprocess
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,31 +16,6 @@ from polymamba.kernels.cross_scan import cuda as cross_cuda
 from polymamba.kernels.selective_scan import cuda
 from polymamba.kernels.vss_block import VSSWeights, vss_block, vss_block_reference
 
-HERE = Path(__file__).parent
-
-
-def emulation(source: str) -> str:
-    """A CUDA source as C++ for the CPU."""
-    macros, rest = source.split("// What only a GPU has", 1)
-    return f'#include "{HERE}/emulator.h"\n{macros}{rest[rest.index("// Numbers of 16 and 32 bits") :]}\n'
-
-
-def emulated(source: str, name: str, folder: Path):
-    """The kernel `name` of a source as a function of the same arguments as nvrtc.Kernel's, on the CPU."""
-    text = emulation(source) + f'#define KERNEL {name}\n#include "{HERE}/emulator_main.h"\n'
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        path.with_suffix(".cpp").write_text(text)
-        options = ["-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
-        subprocess.run(["g++", *options, str(path.with_suffix(".cpp")), "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
-
-    def launch(blocks: int, threads: int, argument: bytes) -> None:
-        if blocks:
-            library.launch(argument, ctypes.c_int64(blocks), threads)
-
-    return launch
-
 
 def forget():
     """Functions and plans made for another machine."""
@@ -51,19 +23,12 @@ def forget():
         made.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
-
-
 @pytest.fixture
-def on_the_cpu(monkeypatch, folder):
+def on_the_cpu(monkeypatch, emulated):
     """The CUDA path, its kernels emulated: chunks of 64 steps, units of 32 above 4 states, tiles as on a GPU
     of one multiprocessor."""
-    if shutil.which("g++") is None or torch.cuda.is_available():
-        pytest.skip("needs g++, and no GPU, where the kernels themselves are tested")
     monkeypatch.setattr(nvrtc, "EMULATED", True)
-    monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name, folder))
+    monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(cuda, "usable", lambda device: True)
     monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
@@ -235,7 +200,7 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [227, 163, 99])
 @pytest.mark.parametrize("states", [4, 8, 16, 32, 64])
-def test_shared_memory_fits(states, kilobytes, tmp_path):
+def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
     """Of a block of the backward: in 227 KiB on Hopper (a second block beside it, too), 163 on an A100, 99 on a GPU for
     a desk. The compiler is asked for the size."""
     if shutil.which("g++") is None:

@@ -15,6 +15,11 @@ __device__ __forceinline__ float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float inverse_root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ float half_to_float(unsigned bits) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((unsigned short)bits));
