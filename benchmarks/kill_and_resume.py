@@ -1,17 +1,20 @@
 """Does a training run that is killed go on to the very same results? Kills many, at random moments, and compares.
 
     python benchmarks/kill_and_resume.py [--domain genomics] [--kills 20] [--seed 0] [--output FILE]
+    python benchmarks/kill_and_resume.py --processes 2 --device cuda [--flags="--fsdp"]      one of several processes
 
 Trains the tiny DNA model on random sequences of two classes, or the tiny byte model on random words, a checkpoint every
 3 steps, once undisturbed. Then, for each kill anew: the run is killed (SIGKILL, which no program can catch) a random
 while after it has reached a random checkpoint, the first moments and the final test included, and continued with
 --resume until it ends. Model, metrics and predictions (or the division) have to be those of the undisturbed run, byte
-for byte, and so has the logged curve of losses and validation figures, short of the seconds in it. Exits with 1 if any
-of them is not. Recorded in benchmarks/results/kill_and_resume.md.
+for byte, and so has the logged curve of losses and validation figures, short of the seconds in it. Of several processes
+that torchrun started a random one is killed; how long the others live on, and what is said, is told. Exits with 1 if
+any result is not the same. Recorded in benchmarks/results/kill_and_resume.md and scaling.md.
 """
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -52,9 +55,11 @@ def write_classes(folder: Path, rng: random.Random) -> list[str]:
 WRITE = {"genomics": write_classes, "bytes": write_texts}
 
 
-def command(domain: str, inputs: list[str], output: Path) -> list[str]:
-    train = [sys.executable, "-m", "polymamba", domain, "train", *inputs, "-o", str(output)]
-    return [*train, "--epochs", "6", "--batch-size", "16", "--save-every", "3", "--device", "cpu"]
+def command(domain: str, inputs: list[str], output: Path, n: int, device: str, flags: list[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    train = [sys.executable, *launcher, "-m", "polymamba", domain, "train", *inputs, "-o", str(output)]
+    common = ["--epochs", "6", "--batch-size", "16", "--save-every", "3", "--accumulation", str(n), "--device", device]
+    return [*train, *common, *flags]
 
 
 def last_checkpoint(output: Path) -> int:
@@ -70,14 +75,32 @@ def whole_run(words: list[str]) -> float:
     return time.monotonic() - began
 
 
-def kill(step: int, delay: float, words: list[str], output: Path) -> bool:
-    """Start a run, kill it `delay` seconds after its checkpoint of `step`; False if it has ended before that."""
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def kill(step: int, delay: float, words: list[str], output: Path, rank: int | None) -> str | None:
+    """Start a run, kill it `delay` seconds after its checkpoint of `step`; None if it has ended before that.
+
+    rank: of the process to kill, where torchrun starts several. Returns what there is to tell of the others.
+    """
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while last_checkpoint(output) < step and process.poll() is None:
         time.sleep(0.001)
     time.sleep(delay)
-    process.kill()
-    return process.wait() == -signal.SIGKILL
+    if process.poll() is not None:
+        return None
+    if rank is None:
+        process.kill()
+        process.communicate()
+        return "" if process.returncode == -signal.SIGKILL else None
+    os.kill(process_of(rank, process.pid), signal.SIGKILL)
+    began = time.monotonic()
+    _, said = process.communicate()
+    lines = [line for line in said.splitlines() if line.startswith("error:")]
+    return f"process {rank} of them; all ended {time.monotonic() - began:.1f} s later: {' / '.join(lines) or 'no line'}"
+
+
+def process_of(rank: int, launcher: int) -> int:
+    """The id of a process that torchrun has started (Linux)."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return next(int(c) for c in children if f"RANK={rank}" in Path(f"/proc/{c}/environ").read_text().split("\0"))
 
 
 def resume(words: list[str], output: Path) -> None:
@@ -100,7 +123,7 @@ def curve(run: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-def report(domain: str, n_kills: int, seed: int) -> tuple[str, bool]:
+def report(domain: str, n_kills: int, seed: int, n: int, device: str, flags: list[str]) -> tuple[str, bool]:
     """The lines, printed as they come, and whether every run ended as it should."""
     lines: list[str] = []
 
@@ -115,18 +138,24 @@ def report(domain: str, n_kills: int, seed: int) -> tuple[str, bool]:
         folder = Path(name)
         inputs = WRITE[domain](folder, rng)
         whole = folder / "whole"
-        seconds = whole_run(command(domain, inputs, whole))
+        settings = n, device, flags
+        seconds = whole_run(command(domain, inputs, whole, *settings))
         last = last_checkpoint(whole)
-        say(f"{domain}, undisturbed run: {seconds:.1f} s, {last} steps")
+        how = f"{n} processes on {device}, {' '.join(flags)}".rstrip(", ")
+        say(f"{domain}, {how}; undisturbed run: {seconds:.1f} s, {last} steps")
         same = 0
         for number in range(1, n_kills + 1):
             output = folder / f"run{number}"
             step, delay = rng.randrange(0, last + 1, 3), rng.uniform(0, 0.5)
-            while not kill(step, delay, command(domain, inputs, output), output):
+            words = command(domain, inputs, output, *settings)
+            rank = rng.randrange(n) if n > 1 else None
+            while (others := kill(step, delay, words, output, rank)) is None:
                 shutil.rmtree(output)
                 delay /= 2
             where = f"killed {delay:.3f} s after step {step}, had a checkpoint of step {last_checkpoint(output)}"
-            resume(command(domain, inputs, output), output)
+            if others:
+                say(f"     {others}")
+            resume(words, output)
             differing = unlike(whole, output, RESULTS[domain])
             shutil.rmtree(output)
             same += not differing
@@ -140,9 +169,12 @@ if __name__ == "__main__":
     parser.add_argument("--domain", choices=tuple(WRITE), default="genomics")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--flags", type=str.split, default=[], help="more flags of the training")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    text, all_same = report(args.domain, args.kills, args.seed)
+    text, all_same = report(args.domain, args.kills, args.seed, args.processes, args.device, args.flags)
     if args.output:
         args.output.write_text(text)
     sys.exit(not all_same)

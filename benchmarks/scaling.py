@@ -4,8 +4,9 @@
 
 Each number of GPUs is a group of the processes that torchrun started; the others wait meanwhile. A step is forward,
 loss, backward and AdamW, bf16 by autocast, of random data that lies on the GPU; medians of STEPS after WARM. Weak: each
-GPU has the same work at every number of GPUs; strong: all share the work of the first line. "of n": the rate, over n
-times that of one GPU. Memory is what PyTorch has allocated at the peak, on the GPU with most. About 200 s on four
+GPU has the same work at every number of GPUs; strong: all share the work of one, where it says so in batches whose
+gradients are added up. Recorded: forward and backward by CUDA graph, as by `train --cuda-graph`. "of n": the rate, over
+n times that of one GPU. Memory is what PyTorch has reserved at the peak, on the GPU with most. About 150 s on two
 H100s; the file is written anew after each line. --tiny tries the script on CPUs (gloo).
 """
 
@@ -14,7 +15,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 import polymamba.vision  # noqa: F401 - registers vmamba_* in timm
 from polymamba.bytes import ByteLM
 from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, MoEConfig, aux_loss
+from polymamba.core.division import average_gradients
 from polymamba.core.expert_parallel import spread_experts
 from polymamba.core.parallel import context_parallel
-from polymamba.core.sharded import shard
+from polymamba.core.replayed import WARM_UPS, Replayed, own_stream
+from polymamba.core.sharded import UNIT, shard
 
-WARM, STEPS = 3, 5
+WARM, STEPS = WARM_UPS + 1, 4
 warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of VMamba's convolutions, in DDP
 
 
@@ -43,10 +46,10 @@ warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides
 class Sizes:
     lm: BackboneConfig
     lm_length: int
-    lm_batch: int  # of each GPU, weak; all of them share 4 times as many, strong
+    lm_batch: int  # of each GPU, weak; all of them share 4 times, and 16 times as many, strong
     image_model: str
     image_size: int
-    image_batch: int  # as lm_batch; strong: twice as many
+    image_batch: int  # as lm_batch; strong: 4 times as many
     dna: BackboneConfig
     dna_length: int  # of the piece of each GPU, weak
     dna_longest: int
@@ -122,33 +125,45 @@ class Bench:
         """Median seconds of a step, and peak GiB, where the first n processes run make(n)'s step; on the first one."""
         result = None
         if self.rank < n:
-            step = make(n)
-            for _ in range(WARM):
-                step()
-            if self.cuda:
-                torch.cuda.reset_peak_memory_stats()
-            times = []
-            for _ in range(STEPS):
-                self.synchronize()
-                meet(self.groups[n])
-                start = time.perf_counter()
-                step()
-                self.synchronize()
-                times.append(time.perf_counter() - start)
-            peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0
-            worst = torch.tensor([statistics.median(times), peak], dtype=torch.float64)
-            dist.all_reduce(worst, dist.ReduceOp.MAX, group=self.groups[n])
-            result = worst[0].item(), worst[1].item()
-            del step
+            with own_stream(self.device) if self.cuda else nullcontext():  # where a step can be recorded
+                result = self._measured(n, make(n))
         if self.cuda:
             torch.cuda.empty_cache()
         meet()
         return result if self.rank == 0 else None
 
-    def series(self, name: str, work: Callable[[int], int], make: Callable[[int], Any]) -> None:
-        """A line for each number of GPUs n, of work(n) units a step."""
-        one = None
-        for n in self.counts:
+    def _measured(self, n: int, step: Callable[[], object]) -> tuple[float, float]:
+        for _ in range(WARM):
+            step()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(STEPS):
+            self.synchronize()
+            meet(self.groups[n])
+            start = time.perf_counter()
+            step()
+            self.synchronize()
+            times.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_reserved() / 2**30 if self.cuda else 0.0
+        worst = torch.tensor([statistics.median(times), peak], dtype=torch.float64)
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=self.groups[n])
+        return worst[0].item(), worst[1].item()
+
+    def series(
+        self,
+        name: str,
+        work: Callable[[int], int],
+        make: Callable[[int], Any],
+        *,
+        first: int = 1,
+        one: float | None = None,
+    ) -> float | None:
+        """A line for each number of GPUs n, from the first one on, of work(n) units a step.
+
+        Returns the rate of one GPU, on the first process; `one` is that, if it has been measured.
+        """
+        for n in [n for n in self.counts if n >= first]:
             found = self.measure(n, make)
             if found is None:
                 continue
@@ -158,6 +173,7 @@ class Bench:
                 f"| {name} | {n} | {work(n):,} | {found[0] * 1e3:,.1f} | {rate:,.0f} | {rate / (n * one):.0%} "
                 f"| {found[1]:.1f} |"
             )
+        return one
 
     def table(self, title: str, unit: str) -> None:
         self.say(
@@ -173,6 +189,10 @@ def meet(group: Any = None) -> None:
 
 def parameters(model: torch.nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
+
+
+def byte_model(backbone: BackboneConfig) -> LanguageModelConfig:
+    return LanguageModelConfig(backbone=backbone, vocab_size=320, tie_embeddings=False)
 
 
 def build(bench: Bench, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -192,15 +212,53 @@ def parallel(bench: Bench, model: Any, n: int, how: str) -> Any:
     return model
 
 
-def train_step(bench: Bench, model: Any, loss_of: Callable[[Any], torch.Tensor]) -> Callable[[], object]:
+def train_step(
+    bench: Bench, model: Any, loss_of: Callable[[Any, Any], torch.Tensor], batches: Sequence[Any] = (None,)
+) -> Callable[[], object]:
+    """A step over batches whose gradients are added up; loss_of(model, batch)."""
     optimizer = bench.optimizer(model)
 
     def step() -> None:
-        with bench.autocast():
-            loss = loss_of(model)
-        loss.backward()
+        for i, batch in enumerate(batches):
+            last = i + 1 == len(batches)
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(last)
+            with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
+                with bench.autocast():
+                    loss = loss_of(model, batch) / len(batches)
+                loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
+
+
+def recorded_step(
+    bench: Bench, model: Any, loss_of: Callable[[Any, Any], torch.Tensor], batches: Sequence[Any], n: int
+) -> Callable[[], object]:
+    """The same, of which forward and backward are a CUDA graph; gradients of n processes meet after the last one."""
+    optimizer, parameters = bench.optimizer(model), list(model.parameters())
+
+    def gradients(batch: Any) -> list[torch.Tensor]:
+        for p in parameters:
+            p.grad = None
+        with bench.autocast():
+            loss = loss_of(model, batch) / len(batches)
+        loss.backward()
+        return [p.grad for p in parameters]
+
+    replayed = Replayed(gradients, bench.device) if bench.cuda else gradients
+
+    def step() -> None:
+        total = replayed(batches[0])
+        for i, batch in enumerate(batches[1:]):
+            total = [g.clone() for g in total] if i == 0 else total
+            torch._foreach_add_(total, replayed(batch))
+        for p, g in zip(parameters, total, strict=True):
+            p.grad = g
+        if n > 1:
+            average_gradients(parameters, bench.groups[n])
+        optimizer.step()
 
     return step
 
@@ -212,27 +270,44 @@ def language_models(bench: Bench) -> None:
     s = bench.sizes
 
     def model() -> torch.nn.Module:
-        return ByteLM(LanguageModelConfig(backbone=s.lm, vocab_size=320, tie_embeddings=False))
+        return ByteLM(byte_model(s.lm))
 
-    def make(how: str, batch_of: Callable[[int], int]) -> Callable[[int], Callable[[], object]]:
+    def loss_of(net: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    def make(how: str, n_batches: Callable[[int], int], size: Callable[[int], int]) -> Callable[[int], Any]:
+        """A step of n_batches(n) batches of size(n) sequences on each of n GPUs."""
+
         def made(n: int) -> Callable[[], object]:
-            net = parallel(bench, build(bench, model), n, how)
-            tokens = torch.randint(256, (batch_of(n), s.lm_length + 1), device=bench.device)
-
-            def loss_of(net: Any) -> torch.Tensor:
-                return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-            return train_step(bench, net, loss_of)
+            net = build(bench, model)
+            shape = size(n), s.lm_length + 1
+            batches = [torch.randint(256, shape, device=bench.device) for _ in range(n_batches(n))]
+            if how == "recorded":
+                return recorded_step(bench, net, loss_of, batches, n)
+            return train_step(bench, parallel(bench, net, n, how), loss_of, batches)
 
         return made
 
     bench.table(f"Byte language model of {parameters(build(bench, model))}, sequences of {s.lm_length:,}", "tokens")
-    most = 4 * s.lm_batch
-    for how in ("ddp", "fsdp"):
-        weak = make(how, lambda n: s.lm_batch)
-        bench.series(f"{how}, weak", lambda n: n * s.lm_batch * s.lm_length, weak)
-        strong = make(how, lambda n: max(1, most // n))
-        bench.series(f"{how}, strong", lambda n: most * s.lm_length, strong)
+    kinds = (("ddp", "ddp"), ("fsdp", "fsdp"), ("recorded, gradients after it", "recorded"))
+    for name, kinds_, n_batches, size, total in (
+        ("weak", kinds, lambda n: 1, lambda n: s.lm_batch, lambda n: n * s.lm_batch),
+        ("strong", kinds, lambda n: 1, lambda n: max(1, 4 * s.lm_batch // n), lambda n: 4 * s.lm_batch),
+        # What is too much for one GPU at once, in batches of twice the size: too long to wait for the host.
+        ("strong, added up", kinds[:2], lambda n: max(1, 8 // n), lambda n: 2 * s.lm_batch, lambda n: 16 * s.lm_batch),
+    ):
+        one = None
+        for label, how in kinds_:
+            steps = make(how, n_batches, size)
+            first = 2 if how == "fsdp" else 1  # on one GPU it is what ddp is there
+            rate = bench.series(
+                f"{name}: {label}",
+                lambda n, total=total: total(n) * s.lm_length,
+                steps,
+                first=first,
+                one=one if how == "fsdp" else None,
+            )
+            one = one or rate
     bench.say("")
 
 
@@ -245,19 +320,25 @@ def images(bench: Bench) -> None:
     def model() -> torch.nn.Module:
         return timm.create_model(s.image_model, num_classes=1000)
 
-    def make(batch_of: Callable[[int], int]) -> Callable[[int], Callable[[], object]]:
+    def loss_of(net: Any, batch: Any) -> torch.Tensor:
+        return F.cross_entropy(net(batch[0]).float(), batch[1])
+
+    def make(how: str, batch_of: Callable[[int], int]) -> Callable[[int], Callable[[], object]]:
         def made(n: int) -> Callable[[], object]:
-            net = parallel(bench, build(bench, model), n, "ddp")
+            net = build(bench, model)
             x = torch.randn(batch_of(n), 3, s.image_size, s.image_size, device=bench.device)
-            y = torch.randint(1000, (batch_of(n),), device=bench.device)
-            return train_step(bench, net, lambda net: F.cross_entropy(net(x).float(), y))
+            batch = x, torch.randint(1000, (batch_of(n),), device=bench.device)
+            if how == "recorded":
+                return recorded_step(bench, net, loss_of, [batch], n)
+            return train_step(bench, parallel(bench, net, n, how), loss_of, [batch])
 
         return made
 
-    bench.table(f"{s.image_model}, {parameters(build(bench, model))}, {s.image_size} x {s.image_size}, ddp", "images")
-    bench.series("weak", lambda n: n * s.image_batch, make(lambda n: s.image_batch))
-    most = 2 * s.image_batch
-    bench.series("strong", lambda n: most, make(lambda n: max(1, most // n)))
+    bench.table(f"{s.image_model}, {parameters(build(bench, model))}, {s.image_size} x {s.image_size}", "images")
+    most = 4 * s.image_batch
+    for label, how in (("ddp", "ddp"), ("recorded, gradients after it", "recorded")):
+        bench.series(f"weak: {label}", lambda n: n * s.image_batch, make(how, lambda n: s.image_batch))
+        bench.series(f"strong: {label}", lambda n: most, make(how, lambda n: max(1, most // n)))
     bench.say("")
 
 
@@ -315,9 +396,11 @@ def pieces(bench: Bench) -> None:
             net.backbone.gradient_checkpointing = True
             net = parallel(bench, net, n, "ddp")
             tokens = torch.randint(4, (1, length_of(n) // n + 1), device=bench.device)  # the own piece, and one more
-            inner = train_step(
-                bench, net, lambda net: F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1).float(), tokens[0, 1:])
-            )
+
+            def loss_of(net: Any, _: None) -> torch.Tensor:
+                return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1).float(), tokens[0, 1:])
+
+            inner = train_step(bench, net, loss_of)
             clocks[n] = clock = Clock(bench)
 
             def step() -> None:
@@ -332,8 +415,8 @@ def pieces(bench: Bench) -> None:
     bench.say(
         f"## One sequence over all GPUs: a DNA model of {parameters(build(bench, model))}, blocks recomputed",
         "",
-        "state passing: all collectives of the context, in the forward, the recomputed one and the backward, and the "
-        "waiting for slower GPUs in them. second scan: what one GPU takes more in a context of its own than without.",
+        "state passing: all collectives of the context, in forward and backward, and the waiting for slower GPUs in "
+        "them. second scan: what one GPU takes more in a context of its own than without.",
         "",
         "| | GPUs | bases of a sequence | ms a step | state passing ms | bases/s | of n | GiB a GPU |",
         "|---|---|---|---|---|---|---|---|",
@@ -370,7 +453,7 @@ def experts(bench: Bench) -> None:
     length = s.lm_length
 
     def model() -> torch.nn.Module:
-        return ByteLM(LanguageModelConfig(backbone=s.experts, vocab_size=320, tie_embeddings=False))
+        return ByteLM(byte_model(s.experts))
 
     def make(how: str) -> Callable[[int], Callable[[], object]]:
         def made(n: int) -> Callable[[], object]:
@@ -384,7 +467,7 @@ def experts(bench: Bench) -> None:
             shape = (s.experts_batch, length + 1)
             tokens = torch.randint(256, shape, device=bench.device, generator=generator)
 
-            def loss_of(net: Any) -> torch.Tensor:
+            def loss_of(net: Any, _: None) -> torch.Tensor:
                 logits = net(tokens[:, :-1]).flatten(0, 1).float()
                 return F.cross_entropy(logits, tokens[:, 1:].flatten()) + aux_loss(net)
 
@@ -401,40 +484,67 @@ def experts(bench: Bench) -> None:
 
 # What the links do: the constants of docs/scaling.md
 
-AT_A_TIME = 100  # collectives of a measurement
+AT_A_TIME = 50  # small collectives of a measurement
 
 
 def links(bench: Bench) -> None:
     s = bench.sizes
-    dna, lm = s.dna, build(bench, lambda: ByteLM(LanguageModelConfig(backbone=s.lm, vocab_size=320)))
-    n_state, n_weights = dna.d_inner * (dna.d_state + 1), sum(p.numel() for p in lm.parameters())
-    del lm
+    n_state = s.dna.d_inner * (s.dna.d_state + 1)
+    n_weights = sum(p.numel() for p in build(bench, lambda: ByteLM(byte_model(s.lm))).parameters())
 
-    def gathers(n: int) -> Callable[[], object]:
-        own = torch.ones(n_state, device=bench.device)
-        all_ = torch.empty(n * n_state, device=bench.device)
+    def numbers(n: int) -> torch.Tensor:
+        return torch.ones(n, device=bench.device)
+
+    def all_gather(n: int, size: int) -> Callable[[], object]:
+        own, everyones = numbers(size), numbers(n * size)
+        return lambda: dist.all_gather_into_tensor(everyones, own, group=bench.groups[n])
+
+    def reduce_scatter(n: int, size: int) -> Callable[[], object]:
+        own, everyones = numbers(size), numbers(n * size)
+        return lambda: dist.reduce_scatter_tensor(own, everyones, group=bench.groups[n])
+
+    def all_reduce(n: int, size: int) -> Callable[[], object]:
+        own = numbers(size)
+        return lambda: dist.all_reduce(own, group=bench.groups[n])
+
+    def send(n: int, size: int) -> Callable[[], object]:
+        """To the next process; from the one before."""
+        own, other = numbers(size), numbers(size)
+        after, before = (bench.rank + 1) % n, (bench.rank - 1) % n
 
         def step() -> None:
-            for _ in range(AT_A_TIME):
-                dist.all_gather_into_tensor(all_, own, group=bench.groups[n])
+            sends = [dist.P2POp(dist.isend, own, after, bench.groups[n])]
+            for work in dist.batch_isend_irecv([*sends, dist.P2POp(dist.irecv, other, before, bench.groups[n])]):
+                work.wait()
 
         return step
 
-    def reduces(n: int) -> Callable[[], object]:
-        gradients = torch.ones(n_weights, device=bench.device)
-        return lambda: dist.all_reduce(gradients, group=bench.groups[n])
+    # name, collective, numbers of the own part, numbers received over these, how often
+    def kinds(n: int) -> list[tuple[str, Callable[[int, int], Callable[[], object]], int, float, int]]:
+        part = UNIT // n if bench.cuda else 8
+        return [
+            ("all-gather of one number", all_gather, 1, n - 1, AT_A_TIME),
+            ("all-gather of a layer's state", all_gather, n_state, n - 1, AT_A_TIME),
+            ("reduce-scatter of its gradient", reduce_scatter, n_state, n - 1, AT_A_TIME),
+            ("a layer's state to the next one", send, n_state, 1, AT_A_TIME),
+            ("all-gather of a unit of weights (fsdp)", all_gather, part, n - 1, 4),
+            ("reduce-scatter of its gradients", reduce_scatter, part, n - 1, 4),
+            ("all-reduce of the language model's gradients", all_reduce, n_weights, 2 * (n - 1) / n, 4),
+        ]
 
     bench.say("## Links", "", "| | GPUs | bytes | ms | GB/s |", "|---|---|---|---|---|")
     for n in bench.counts[1:]:
-        for name, size, times, make in (
-            ("all-gather of a layer's state", 4 * n_state * (n - 1), AT_A_TIME, gathers),
-            ("all-reduce of the language model's gradients", 8 * n_weights * (n - 1) // n, 1, reduces),
-        ):
+        for name, collective, size, received, times in kinds(n):
+
+            def make(n: int, collective=collective, size=size, times=times) -> Callable[[], object]:
+                one = collective(n, size)
+                return lambda: [one() for _ in range(times)]
+
             found = bench.measure(n, make)
             if found is not None:
-                seconds = found[0] / times
-                bench.say(f"| {name} | {n} | {size:,} | {seconds * 1e3:.3f} | {size / seconds / 1e9:.1f} |")
-    bench.say("", "bytes: what a GPU receives, by a ring", "")
+                seconds, n_bytes = found[0] / times, 4 * received * size
+                bench.say(f"| {name} | {n} | {n_bytes:,.0f} | {seconds * 1e3:.3f} | {n_bytes / seconds / 1e9:.1f} |")
+    bench.say("", "bytes: what a GPU receives, by a ring; ms: of one of several that follow one another", "")
 
 
 PARTS = {"links": links, "context": pieces, "lm": language_models, "experts": experts, "vision": images}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core.batching import pad_right, shuffled_batches
 from ..core.config import TrainConfig
+from ..core.parallel import padded_piece
 from ..core.train import Task
 from .config import DOCUMENT, Windows
 from .documents import Documents
@@ -39,6 +40,7 @@ class TrainBytes(Task):
     """
 
     same_kernels = True
+    cuts = True
 
     def __init__(
         self, train: Documents, valid: Documents, config: TrainConfig, context: int, seed: int, windows: Windows
@@ -96,7 +98,12 @@ class TrainBytes(Task):
 def next_byte_loss(model: torch.nn.Module, ids: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of each id of int (B, L + 1) but the first, given those before it.
 
-    PADDING, which stands on the right only, is no target, and nothing sees it.
+    PADDING, which stands on the right only, is no target, and nothing sees it. In a context of several processes, this
+    one's part of the mean.
     """
-    logits = model(ids[:, :-1].clamp(min=0))
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=PADDING)
+    inputs, targets = padded_piece(ids[:, :-1], PADDING), padded_piece(ids[:, 1:], PADDING)
+    logits = model(inputs.clamp(min=0)).flatten(0, 1).float()
+    if targets.shape == ids[:, 1:].shape:
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=PADDING)
+    nats = F.cross_entropy(logits, targets.flatten(), ignore_index=PADDING, reduction="sum")
+    return nats / (ids[:, 1:] != PADDING).sum()

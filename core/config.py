@@ -234,7 +234,7 @@ class SpeculationConfig:
 
 
 # Of TrainConfig: what changes the way to a result and not the result. A run may resume with others.
-SAME_RESULT = ("save_every", "workers", "fsdp", "stall", "cuda_graph")
+SAME_RESULT = ("save_every", "workers", "fsdp", "context_parallel", "expert_parallel", "stall", "cuda_graph")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,13 +265,18 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward: less memory, a third more time."""
     cuda_graph: bool = False
-    """On one GPU: launch the forward and backward of all batches of a shape as a CUDA graph, for the same numbers. Of
-    use where the GPU waits for the processor: 2 to 4 times as fast for small models of images. For these, and for
-    causal models of bytes and DNA."""
+    """Launch the forward and backward of all batches of a shape as a CUDA graph, for the same numbers. Of use where the
+    GPU waits for the processor: 2 to 4 times as fast for small models of images. For these, and for causal models of
+    bytes and DNA; of several processes, where each has the whole model and whole sequences."""
     workers: int = 0
     """Processes that prepare batches; 0 prepares them in the main one."""
     fsdp: bool = False
     """Divide weights and optimizer among the processes that `accelerate launch` or torchrun started (FSDP2)."""
+    context_parallel: int = 1
+    """Cut each sequence into so many pieces, for as many of the processes: for windows longer than one GPU holds. For
+    language models of bytes and DNA, of mamba, bimamba, mlp and moe."""
+    expert_parallel: int = 1
+    """Spread each layer's experts over so many of the processes, and divide all other weights as --fsdp does."""
     stall: int = 1800
     """With several processes: seconds without progress after which the run ends and names the one that is stuck."""
 
@@ -285,6 +290,8 @@ class TrainConfig:
             accumulation=self.accumulation,
             save_every=self.save_every,
             stall=self.stall,
+            context_parallel=self.context_parallel,
+            expert_parallel=self.expert_parallel,
         )
         for name in ("weight_decay", "patience", "workers"):
             if not getattr(self, name) >= 0:

@@ -2,7 +2,9 @@
 
     mesh = init_device_mesh("cuda", (4,), mesh_dim_names=("expert",))
     experts = spread_experts(model, mesh["expert"])
-    fully_shard(model, mesh=mesh["expert"], ignored_params=experts)        what else there is, by data parallelism
+    shard(model, apart=experts)                             what else there is, divided among all processes (sharded.py)
+
+So does `train --expert-parallel` (division.py), in groups of processes, if there are more of them.
 
 Process p of P holds the experts [p E / P, (p + 1) E / P). A layer's rows, sorted by expert, are then sorted by process
 too: one all-to-all tells how many come (E numbers), a second one brings them, a third one takes the results back.

@@ -23,7 +23,7 @@ from ..kernels.backends import watched
 from .mamba_at_once import as_made, at_once
 from .norm import AddLayerNorm, AddRMSNorm
 from .padding import forward_as_pack
-from .parallel import causal_conv1d, selective_scan
+from .pieces import causal_conv1d, selective_scan
 
 
 class MambaState(NamedTuple):

@@ -8,6 +8,7 @@ from torch.nn.modules import module as all_modules
 from ..kernels.mamba_block import BlockWeights, ScanWeights, mamba_block, serves
 from . import parallel
 from .autocast import autocast_dtype
+from .pieces import border_of
 
 
 def as_made(*parts: Any, kinds: tuple[type, ...] = (nn.Linear, nn.Conv1d)) -> bool:
@@ -36,10 +37,12 @@ def at_once(
 
     scans: the mixer's selective SSMs, if it is none itself; the results of all are added up. scale: of out_proj. None
     where the parts have to be run one after another: before a compiler, if a part is not what it was made as, wherever
-    autocast or the weights' dtypes would have the parts compute otherwise, and where the sequence is cut into pieces
-    (parallel.py).
+    autocast or the weights' dtypes would have the parts compute otherwise, and where a sequence that is cut into pieces
+    (parallel.py) is packed or padded.
     """
-    if parallel.current() is not None or all_modules._has_any_global_hook():
+    context = parallel.current()
+    border = None if context is None else border_of(context, cu_seqlens)
+    if (context is not None and border is None) or all_modules._has_any_global_hook():
         return None
     dtype = autocast_dtype(hidden)
     if not projected and hidden.dtype != dtype:
@@ -53,7 +56,7 @@ def at_once(
     matrices = in_proj, out_proj, *(w for scan in weights.scans for w in (scan.x_proj, scan.dt_proj))
     if any(w is not None and autocast_dtype(w) != dtype for w in matrices) or not serves(hidden, weights, dtype):
         return None
-    return mamba_block(hidden, weights, dtype=dtype, cu_seqlens=cu_seqlens, reverse=reverse, scale=scale)
+    return mamba_block(hidden, weights, dtype=dtype, cu_seqlens=cu_seqlens, reverse=reverse, scale=scale, border=border)
 
 
 def _linear_weights(module: nn.Module, *names: str) -> list[Any] | None:

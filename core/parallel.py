@@ -5,8 +5,8 @@
         logits = model(own_piece(tokens[:, :-1]))
         F.cross_entropy(logits.flatten(0, 1), own_piece(tokens[:, 1:]).flatten()).backward()
 
-Process r of P has the tokens [r L / P, (r + 1) L / P) of each row. Of the layers that such a model may have only
-Mamba's look across time, and those need little of other pieces:
+So does the `--context-parallel` of language models (division.py). Process r of P has the tokens [r L / P, (r+1) L / P)
+of each row. Of the layers that such a model may have only Mamba's look across time, and those need little of others:
 
     convolution   the W - 1 inputs beside the piece, which are the neighbour's last ones
     scan          the state before the piece, a sum over the pieces q before it, not a walk from one to the next:
@@ -15,9 +15,7 @@ Mamba's look across time, and those need little of other pieces:
                                                        s_qr  sum of dt over the pieces between q and r
 
 f_q (B, E, N) and the sums (B, E) go round by one all-gather, whatever L is: nothing that grows with it leaves a
-process. The price is a second scan, for f_q has to be known before the scan from h_r begins. (To add what h_r does to y
-would cost as much: that is a scan, too.) Gradients go the same way back. What runs outside of the context does not
-change.
+process. What that asks of the two operations is in pieces.py. What runs outside of the context does not change.
 
 Loss: each process takes the mean over its own targets, and gradients are averaged over the processes as in data
 parallelism. Every process has to call backward, of a loss that its own outputs have a part in.
@@ -35,13 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import kernels
-
 SPLITTABLE = {"mamba", "bimamba", "mlp", "moe"}  # mixers that know what to do in a context, or see single tokens only
-AT_ONCE = 1 << 15  # tokens whose step sizes are added up at a time, in float32
+SHORTEST = 16  # tokens of a padded piece: more than convolutions reach
 
 # Not a ContextVar: a GPU's backward, which recomputes blocks, has a thread of its own.
 _context: "Context | None" = None
+_memory: "_Memory | None" = None  # of the block that runs under activation checkpointing
 
 
 class Pack(NamedTuple):
@@ -102,13 +99,13 @@ def context_parallel(group: DeviceMesh | dist.ProcessGroup) -> Iterator[Context]
 
 
 @contextmanager
-def _entered(context: Context) -> Iterator[Context]:
-    global _context
-    before, _context = _context, context
+def _entered(context: Context, memory: "_Memory | None" = None) -> Iterator[Context]:
+    global _context, _memory
+    before, (_context, _memory) = (_context, _memory), (context, memory)
     try:
         yield context
     finally:
-        _context = before
+        _context, _memory = before
 
 
 def current() -> Context | None:
@@ -117,8 +114,30 @@ def current() -> Context | None:
 
 
 def recomputing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """context_fn of activation checkpointing: a block is recomputed in the context in which it ran."""
-    return nullcontext(), nullcontext() if _context is None else _entered(_context)
+    """context_fn of activation checkpointing: a block is recomputed in the context in which it ran, with its states."""
+    if _context is None:
+        return nullcontext(), nullcontext()
+    states: list[Any] = []
+    return _entered(_context, _Memory(states, False)), _entered(_context, _Memory(states, True))
+
+
+class _Memory(NamedTuple):
+    """What came of the calls of `once` in a block."""
+
+    results: list[Any]
+    recalls: bool  # or adds to them
+
+
+def once(work: Callable[[], Any]) -> Any:
+    """work(); in a block that is recomputed, what came of it when the block first ran."""
+    global _memory
+    if _memory is None:
+        return work()
+    if _memory.recalls:
+        first, _memory = _memory.results[0], _memory._replace(results=_memory.results[1:])
+        return first
+    _memory.results.append(work())
+    return _memory.results[-1]
 
 
 @contextmanager
@@ -144,10 +163,28 @@ def own_piece(x: Tensor, dim: int = 1) -> Tensor:
     return x.chunk(context.size, dim)[context.rank]
 
 
+def padded_length(length: int) -> int:
+    """The least one from this on that divides into pieces of SHORTEST tokens or more."""
+    n = 1 if _context is None else _context.size
+    return length if n == 1 else n * max(SHORTEST, -(-length // n))
+
+
+def padded_piece(x: Tensor, fill: float) -> Tensor:
+    """This process's piece of x (B, L), which is padded by `fill` on the right if it does not divide."""
+    n = padded_length(x.shape[1]) - x.shape[1]
+    return own_piece(F.pad(x, (0, n), value=fill) if n else x)
+
+
 def all_pieces(x: Tensor, dim: int = 1) -> Tensor:
     """The pieces x of all processes, end to end. Its gradient is the sum of what all processes make of it."""
     context = _context
     return x if context is None else torch.cat(list(gathered(x, context.group)), dim)
+
+
+def backwards(x: Tensor, dim: int = 1) -> Tensor:
+    """x of which the whole is flipped along `dim`: its own piece is the flipped one of another process."""
+    context = _context
+    return x.flip(dim) if context is None else gathered(x, context.group)[context.size - 1 - context.rank].flip(dim)
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -169,137 +206,3 @@ class _Gathered(torch.autograd.Function):
         dx = dout.new_empty(dout[0].numel())
         dist.reduce_scatter_tensor(dx, dout.contiguous().flatten(), group=ctx.group)
         return dx.view(dout.shape[1:]), None
-
-
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
-    """`kernels.causal_conv1d`, in a context that of the whole sequence."""
-    context = _context
-    if context is None:
-        return kernels.causal_conv1d(x, weight, bias, **options)
-    options, cu_seqlens, reverse = _without_states(options)
-    length, width = x.shape[1], weight.shape[1] - 1
-    if length < width:
-        raise ValueError(f"pieces of {length} tokens are shorter than the convolution's reach of {width}: use fewer")
-    if context.real is not None:
-        x = x * context.real[..., None]
-    pack = context.pack(cu_seqlens, length)
-    sent = (x[:, :width].flip(1) if reverse else x[:, length - width :]).mT  # (B, E, W - 1), most recent last
-    if pack is not None:  # what belongs to a sequence before the one that goes on counts as zero
-        places = torch.arange(width, device=x.device)
-        if reverse:
-            belongs = width - 1 - places < pack.cu_seqlens[pack.first[context.rank] + 1]
-        else:
-            belongs = length - width + places >= pack.cu_seqlens[pack.last[context.rank]]
-        sent = sent * belongs
-    halo = gathered(sent, context.group)[context.earlier(reverse)]
-    halo = halo[:1] if reverse else halo[-1:]  # the neighbour's; none at the beginning of all
-    linked = context.linked(pack, reverse)
-    if linked is not None:
-        linked = linked[context.earlier(reverse)]
-        halo = halo * (linked[:1] if reverse else linked[-1:])[:, None, None, None]
-    state = _placed(halo.sum(0), pack, context, reverse)
-    y = kernels.causal_conv1d(x, weight, bias, **options, **_layout(pack, reverse), initial_state=state)
-    assert isinstance(y, Tensor)  # no final state was asked for
-    # A bias makes something of padding, which would drive the state.
-    return y if context.real is None else y * context.real[..., None]
-
-
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    **options: Any,
-) -> Any:
-    """`kernels.selective_scan`, in a context that of the whole sequence."""
-    context = _context
-    if context is None:
-        return kernels.selective_scan(u, delta, A, B, C, D, z, **options)
-    options, cu_seqlens, reverse = _without_states(options)
-    pack = context.pack(cu_seqlens, u.shape[1])
-    options |= _layout(pack, reverse)
-    _, final = kernels.selective_scan(u, delta, A, B, C, return_final_state=True, **options)
-    if pack is not None:
-        final = final[(pack.first if reverse else pack.last)[context.rank]][None]
-    steps = _SumOfSteps.apply(delta, options.get("delta_bias"), options.get("delta_softplus", False))
-    state = state_before(context, final, steps, A, context.linked(pack, reverse), reverse)
-    return kernels.selective_scan(
-        *(u, delta, A, B, C, D, z), initial_state=_placed(state, pack, context, reverse), **options
-    )
-
-
-def state_before(
-    context: Context, final: Tensor, steps: Tensor, A: Tensor, linked: Tensor | None, reverse: bool
-) -> Tensor:
-    """The state with which the own piece begins, (B, E, N).
-
-    final (B, E, N) and steps (B, E), the sum of dt, are those of the own piece; linked as of `Context.linked`.
-    """
-    each = gathered(torch.cat((final, steps[..., None].to(final.dtype)), -1), context.group)
-    each = each[context.earlier(reverse)]
-    finals, steps = each[..., :-1], each[..., -1]
-    # Of the pieces between q and the own one: summed from the own one's side.
-    towards: Callable[[Tensor], Tensor] = (lambda x: x) if reverse else (lambda x: x.flip(0))
-    between = towards(F.pad(towards(steps), (0, 0, 0, 0, 1, 0))[:-1].cumsum(0))
-    states = torch.exp(between[..., None] * A) * finals
-    if linked is not None:
-        states = states * linked[context.earlier(reverse)][:, None, None, None]
-    return states.sum(0)
-
-
-class _SumOfSteps(torch.autograd.Function):
-    """dt = delta + bias, through softplus if so: its sum over the piece, (B, L, E) -> (B, E) float32 or float64.
-
-    Nothing of the size of delta is made in float32, or kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(delta, bias)
-        ctx.softplus = softplus
-        return torch.stack([_steps(d, bias, softplus).sum(1) for d in delta.split(AT_ONCE, 1)]).sum(0)
-
-    @staticmethod
-    def backward(ctx: Any, dsum: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        delta, bias = ctx.saved_tensors
-        ddelta, dbias = torch.empty_like(delta), torch.zeros_like(dsum)
-        for d, into in zip(delta.split(AT_ONCE, 1), ddelta.split(AT_ONCE, 1), strict=True):
-            gradient = dsum[:, None].expand(d.shape)
-            if ctx.softplus:
-                gradient = gradient * torch.sigmoid(_wide(d) if bias is None else _wide(d) + bias)
-            into.copy_(gradient)
-            dbias += gradient.sum(1)
-        return ddelta, None if bias is None else dbias.sum(0).to(bias.dtype), None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _steps(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    dt = _wide(delta) if bias is None else _wide(delta) + bias
-    return F.softplus(dt) if softplus else dt
-
-
-def _without_states(options: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None, bool]:
-    """The options that are neither states nor layout; cu_seqlens; reverse."""
-    options = dict(options)
-    if options.pop("initial_state", None) is not None or options.pop("return_final_state", False):
-        raise ValueError("a sequence that is cut into pieces takes no state and returns none")
-    return options, options.pop("cu_seqlens", None), options.pop("reverse", False)
-
-
-def _layout(pack: Pack | None, reverse: bool) -> dict[str, Any]:
-    return {"cu_seqlens": None if pack is None else pack.cu_seqlens, "reverse": reverse}
-
-
-def _placed(state: Tensor, pack: Pack | None, context: Context, reverse: bool) -> Tensor:
-    """The state (B, ..) at the piece's border as that of each sequence: (S, ..) with packs, zero for the others."""
-    if pack is None:
-        return state
-    own = (pack.last if reverse else pack.first)[context.rank]
-    n_seqs = len(pack.cu_seqlens) - 1
-    return state * (torch.arange(n_seqs, device=state.device) == own).view(-1, *[1] * (state.dim() - 1))

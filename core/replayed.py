@@ -60,7 +60,8 @@ class Replayed:
             graph = torch.cuda.CUDAGraph()
             current = torch.cuda.current_stream()
             own = None if current == torch.cuda.default_stream() else current  # the default stream cannot be recorded
-            with torch.cuda.graph(graph, pool=self.pool, stream=own):
+            # Other threads, such as NCCL's, may ask for their own events meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=own, capture_error_mode="thread_local"):
                 outputs = self.function(pytree.tree_unflatten(inputs, structure))
         self.pool = graph.pool()
         return _Graph(inputs, outputs, graph.replay)

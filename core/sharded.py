@@ -4,13 +4,21 @@ Such weights are DTensors. What makes them has loaded torch.distributed.tensor; 
 process would take as long as to load torch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# To gather or reduce a unit takes a GPU's links half a millisecond for 2^25 weights (128 MiB), and the host about as
+# long to begin it: fewer weights would make it wait for the host, more would save nothing.
+UNIT = 1 << 25  # parameters of a unit, at least; all units but the last have so many
+KEPT = (
+    1 << 29
+)  # parameters (2 GiB) of a model that is gathered once a step and kept until its backward; if larger, twice
 
 
 def is_part(x: Any) -> bool:
@@ -27,37 +35,67 @@ def is_sharded(model: nn.Module) -> bool:
     return any(map(is_part, model.parameters()))
 
 
-def shard(model: nn.Module, mesh: Any = None, *, apart: set[nn.Parameter] | None = None) -> None:
-    """Divide all weights among the processes of a mesh, or all, by FSDP2: a unit is what a model calls its Block, and
-    what is left. apart: parameters to leave as they are, such as `spread_experts` returns.
+def shard(model: nn.Module, mesh: Any = None, *, apart: Collection[nn.Parameter] = ()) -> None:
+    """Divide all weights among the processes of a mesh, or all, by FSDP2.
+
+    A unit, whose weights come and go together, is a run of what a model calls its Blocks (see UNIT), and what is left.
+    apart: parameters to leave as they are, such as `spread_experts` returns.
     """
     from torch.distributed.fsdp import fully_shard
 
     marks = {name: dict(vars(p)) for name, p in model.named_parameters()}  # such as optim.py reads
-    for module in model.modules():
-        if type(module).__name__ == "Block":
-            fully_shard(module, mesh=mesh, ignored_params=apart)
-    fully_shard(model, mesh=mesh, ignored_params=apart)
+    apart = set(apart)
+    model.gathers_twice = _size(model, apart) > KEPT  # pyright: ignore[reportArgumentType] - for all_weights
+    options: Any = {"mesh": mesh, "ignored_params": apart}
+    units: list[Any] = _units(model, apart)
+    for unit in units:
+        fully_shard(unit, reshard_after_forward=model.gathers_twice, **options)
+    fully_shard(model, **options)
+    for (first, *_), (following, *_) in pairwise([[model], *units]):
+        first.set_modules_to_forward_prefetch([following])  # gathered while this one computes
     for name, p in model.named_parameters():
         vars(p).update(marks[name])
 
 
+def _size(module: nn.Module, apart: Collection[nn.Parameter]) -> int:
+    return sum(p.numel() for p in module.parameters() if p not in apart)
+
+
+def _units(model: nn.Module, apart: Collection[nn.Parameter]) -> list[list[nn.Module]]:
+    units, size = [[]], 0
+    for module in model.modules():
+        if type(module).__name__ == "Block":
+            units[-1].append(module)
+            size += _size(module, apart)
+            if size >= UNIT:
+                units, size = [*units, []], 0
+    return list(filter(None, units))
+
+
 @contextmanager
 def all_weights(model: nn.Module) -> Iterator[None]:
-    """Within it each process has all weights of a model that `shard` divided, and may run it as often as it likes."""
+    """Within it each process has all weights of a model that `shard` divided, and may run it as often as it likes.
+
+    Spread experts included.
+    """
     if not is_sharded(model):
         yield
         return
     from torch.distributed.fsdp import FSDPModule
 
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    reshards = [unit is not model for unit in units]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    experts = [linear for module in model.modules() for linear in getattr(module, "experts", ())]
+    spread = [(linear, linear.weight) for linear in experts if is_part(linear.weight)]
+    for linear, weight in spread:
+        linear.weight = nn.Parameter(weight.full_tensor(), requires_grad=False)
     yield
-    for unit, reshard in zip(units, reshards, strict=True):
-        unit.set_reshard_after_forward(reshard, recurse=False)
+    for linear, weight in spread:
+        linear.weight = weight
+    for unit in units:
+        unit.set_reshard_after_forward(unit is not model and bool(model.gathers_twice), recurse=False)
         unit.reshard()
 
 

@@ -8,7 +8,9 @@ is all there is to save.
 
 Several processes (processes.py) share the batches of a step, each of which one of them makes and reads: what a step
 does is the same for any number of them, short of the order in which floats are added and of what dropout draws.
-Gradients go round by DDP; with `fsdp` weights, gradients and optimizer are divided, by FSDP2.
+Gradients go round by DDP; with `fsdp` weights, gradients and optimizer are divided, by FSDP2. With `context_parallel`
+neighbours have the same batches, and each its pieces of them; with `expert_parallel` each has some of the experts
+(division.py).
 """
 
 import gc
@@ -35,6 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from . import checkpoint, processes
 from .backbone import aux_loss
 from .config import ComputeConfig, TrainConfig
+from .division import Division, require_divisible
 from .errors import InputError
 from .grouped import waits_for_host
 from .hub import PretrainedModel
@@ -44,7 +47,7 @@ from .optim import averaged, learning_rate, parameter_groups, warmup_cosine
 from .plots import plot_curves
 from .replayed import Replayed, own_stream
 from .run_folder import RunFolder
-from .sharded import all_weights, clip_gradients, shard
+from .sharded import all_weights, clip_gradients
 
 LOG_EVERY = 10  # steps
 
@@ -53,6 +56,7 @@ class Task(ABC):
     """What the loop asks of a modality. A batch is whatever `batch` returns: tensors in dicts, tuples or lists."""
 
     same_kernels = False  # whether `loss` launches the same ones for all batches of a shape, and waits for none
+    cuts = False  # whether `loss` may be called in a context of parallel.py, where it is what the own pieces add to it
 
     @abstractmethod
     def plan(self, epoch: int) -> list[Any]:
@@ -136,26 +140,20 @@ def autocast(compute: ComputeConfig) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(compute, device))
 
 
-def settings_of(config: TrainConfig, compute: ComputeConfig, *, same_kernels: bool) -> dict[str, Any]:
+def settings_of(
+    config: TrainConfig, compute: ComputeConfig, *, same_kernels: bool, cuts: bool = False, n_experts: int = 0
+) -> dict[str, Any]:
     """What of these determines a run's result, for its folder; and whether it can be trained so, before that is made.
 
-    same_kernels: as the Task's. Raises InputError if the device is not here, for an accumulation that the number of
-    processes does not divide, and for --cuda-graph where it cannot be.
+    same_kernels, cuts: as the Task's; n_experts: of each mixture of experts in the model, 0 if there is none. Raises
+    InputError if the device is not here, for an accumulation that the number of processes does not divide, and for
+    --cuda-graph, --context-parallel and --expert-parallel where they cannot be.
     """
     device = pick_device(compute)
     processes.join()
-    _require_equal_shares(config.accumulation)
+    require_divisible(config, cuts=cuts, n_experts=n_experts)
     _require_recordable(config, same_kernels)
     return {**asdict(config), "seed": compute.seed, "device": device.type, "bf16": uses_bf16(compute, device)}
-
-
-def _require_equal_shares(accumulation: int) -> None:
-    world = processes.count()
-    if accumulation % world:
-        raise InputError(
-            f"--accumulation {accumulation}: {world} processes share the batches of a step; give a multiple of {world} "
-            "(and divide --batch-size, if a step is to see as many sequences as before)"
-        )
 
 
 def _require_recordable(config: TrainConfig, same_kernels: bool) -> None:
@@ -197,9 +195,9 @@ class _Trainer:
     def __init__(self, model, task: Task, config: TrainConfig, compute: ComputeConfig, run: RunFolder):
         AcceleratorState._reset_state(reset_partial_state=True)  # a process may train twice, on other devices
         device, world = pick_device(compute), processes.count()
-        _require_equal_shares(config.accumulation)
+        require_divisible(config, cuts=task.cuts)
+        _require_recordable(config, task.same_kernels)
         by_accelerate = os.environ.pop("ACCELERATE_USE_FSDP", "false") == "true"  # its config asks for FSDP
-        self.sharded = (config.fsdp or by_accelerate) and world > 1
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="bf16" if uses_bf16(compute, device) else "no"
         )
@@ -213,21 +211,22 @@ class _Trainer:
                 module.gradient_checkpointing = config.gradient_checkpointing
         model = model.to(self.accelerator.device)
         self.average = averaged(model, config.ema) if config.ema else None
-        if self.sharded:
-            shard(model)
-            if self.average:
-                shard(self.average.module)
-        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
-        self.model: Any = model if self.sharded else self.accelerator.prepare(model)
-        self.optimizer: Any = optimizer if self.sharded else self.accelerator.prepare(optimizer)
+        self.division = Division(config, self.accelerator.device, sharded=config.fsdp or by_accelerate)
+        self.division.divide(model)
+        if self.average:
+            self.division.divide(self.average.module)
+        groups = parameter_groups(model, config.weight_decay)
+        # Torch takes long to begin an operation on divided weights; fused, a step is one.
+        fused = True if self.division.sharded and self.accelerator.device.type == "cuda" else None
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)
+        prepared = not self.division.sharded and not self.division.gradients_meet_after
+        self.model: Any = self.accelerator.prepare(model) if prepared else model
+        self.optimizer: Any = self.accelerator.prepare(optimizer) if prepared else optimizer
         self.parameters = list(self.model.parameters())
         self.task, self.config, self.run = task, config, run
         self.position = _Position()
-        _require_recordable(config, task.same_kernels)
-        # Of several processes the backward waits for the others' gradients.
-        alone = self.accelerator.device.type == "cuda" and world == 1
         self.replayed = None
-        if config.cuda_graph and alone:
+        if self.division.records:
             self._require_no_waiting()
             self.replayed = Replayed(self.fresh_gradients, self.accelerator.device)
         self.main = processes.is_first()
@@ -319,11 +318,12 @@ class _Trainer:
         total = torch.zeros(2, device=self.accelerator.device)
         for i, batch in enumerate(step.batches):
             last = i + 1 == len(step.batches)
-            if self.replayed is not None:
-                total += self.replayed_backward(batch, step.n_all)
-            else:
+            if self.replayed is None:
                 total += self.backward(batch, step.n_all, last=last, counts=i < step.n_own)
-        if self.sharded:
+            elif i < step.n_own:
+                total += self.replayed_backward(batch, step.n_all, first=i == 0, last=last)
+        self.division.finish(self.bare_model)
+        if self.division.sharded:
             clip_gradients(self.model.parameters(), self.config.clip)
         else:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
@@ -340,14 +340,15 @@ class _Trainer:
         here for that alone.
         """
         batch = send_to_device(batch, self.accelerator.device)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.division.piece():
             loss = self.task.loss(self.model, batch)
-            parts = torch.stack((loss, loss.new_zeros(()) + aux_loss(self.model))) / n
+            auxiliary = loss.new_zeros(()) + aux_loss(self.model) / self.config.context_parallel
+            parts = torch.stack((loss, auxiliary)) / n
         if not counts:
             parts = parts * 0
-        if self.sharded:
+        if self.division.sharded:
             self.model.set_requires_gradient_sync(last)
-        with nullcontext() if last or self.sharded else self.accelerator.no_sync(self.model):
+        with nullcontext() if last or self.division.sharded else self.accelerator.no_sync(self.model):
             # The mean over the processes is taken of what is to be a sum.
             self.accelerator.backward(parts.sum() * processes.count())
         return parts.detach()
@@ -358,12 +359,12 @@ class _Trainer:
         parts = self.backward(*inputs)
         return parts, [p.grad for p in self.parameters]
 
-    def replayed_backward(self, batch: Any, n: int) -> Tensor:
-        """`backward` by a graph, once there is one for batches of this shape."""
+    def replayed_backward(self, batch: Any, n: int, *, first: bool, last: bool) -> Tensor:
+        """`backward` by a graph, once there is one for batches of this shape. first, last: of the step's."""
         assert self.replayed is not None
         so_far = [p.grad for p in self.parameters]
         parts, found = self.replayed((batch, n))
-        if n > 1:  # the next batch's are written over these
+        if not (first and last):  # the next batch's are written over these
             found = [_sum(old, new) for old, new in zip(so_far, found, strict=True)]
         self._set_gradients(found)
         return parts
@@ -377,16 +378,17 @@ class _Trainer:
         return nullcontext() if self.replayed is None else own_stream(self.accelerator.device)
 
     def steps_of_epoch(self, epoch: int) -> list[_Step]:
-        """The epoch's batches in groups of `accumulation`, and of each group this process's share.
+        """The epoch's batches in groups of `accumulation`, and of each group the share of this process (and of those
+        that have pieces of the same sequences).
 
         All have as many: where the last group does not divide, its last batch comes again, and does not count.
         """
-        plan, rank, world = self.task.plan(epoch), processes.rank(), processes.count()
+        plan, rank, shares = self.task.plan(epoch), self.division.rank, self.division.shares
         steps = []
         for i in range(0, len(plan), self.config.accumulation):
             group = plan[i : i + self.config.accumulation]
-            share = -(-len(group) // world)
-            own = group[rank::world]
+            share = -(-len(group) // shares)
+            own = group[rank::shares]
             steps.append(_Step([*own, *group[-1:] * (share - len(own))], len(own), len(group)))
         return steps
 
@@ -416,7 +418,7 @@ class _Trainer:
             print(f"epoch {position.epoch + 1:>3}  train_loss {train_loss:.4f}  {figures}{note}", file=sys.stderr)
         if better:
             position.best_score, position.best_epoch, position.metrics = score, position.epoch, metrics
-            if self.main or self.sharded:
+            if self.main or self.division.sharded:
                 self.best_candidate.save_pretrained(self.run.path)
         position.epoch, position.step_in_epoch, position.loss_sum = position.epoch + 1, 0, 0.0
         self.save_checkpoint()

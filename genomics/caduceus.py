@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..core.backbone import Backbone
 from ..core.hub import PretrainedModel
 from ..core.language_model import LanguageModel
+from ..core.parallel import backwards
 from .alphabet import COMPLEMENT, TOKEN_NAMES
 from .config import CaduceusClassifierConfig, CaduceusConfig
 from .language_model import ExactHead
@@ -43,7 +44,7 @@ def complements(vocabulary: tuple[str, ...], vocab_size: int) -> list[int]:
 def both_strands(tokens: Tensor, complement: Tensor) -> Tensor:
     """Ids (B, L), and below them their reverse complements: (2B, L). complement: of each id."""
     tokens = tokens.long()  # uint8 would index as a mask
-    return torch.cat((tokens, complement[tokens.flip(1)]))
+    return torch.cat((tokens, complement[backwards(tokens)]))
 
 
 def over_strands(backbone: Backbone, x: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -88,18 +89,18 @@ class Caduceus(LanguageModel):
         tokens = self.ids[tokens.long()] if self.translates else tokens.long()
         if rcps:
             tokens = both_strands(tokens, self.complement)
-            padding_mask = None if padding_mask is None else torch.cat((padding_mask, padding_mask.flip(1)))
+            padding_mask = None if padding_mask is None else torch.cat((padding_mask, backwards(padding_mask)))
             strands = over_strands(self.backbone, self.embedding(tokens), padding_mask).unflatten(0, (2, -1))
         else:
             strands = self.backbone(self.embedding(tokens), padding_mask=padding_mask)[None]
-        return strands.flip(0, 2, 3) if self.config.mirrored else strands
+        return backwards(strands, 2).flip(0, 3) if self.config.mirrored else strands
 
     def forward(self, tokens: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """padding_mask   bool (B, L), True = real token; padding changes no real token's logits."""
         of_strands = self.lm_head(self.hidden(tokens, padding_mask))
         logits = of_strands[0]
         if self.config.rcps:
-            logits = logits + of_strands[1].flip(1)[..., self.complement]
+            logits = logits + backwards(of_strands[1])[..., self.complement]
         return logits[..., self.ids].masked_fill(self.unknown, NEVER) if self.translates else logits
 
 

@@ -67,7 +67,10 @@ def base_nats(model: Any, inputs: Tensor, targets: Tensor, padding_mask: Tensor 
 
     padding_mask  bool (B, L), True = real; of a causal model not needed for what is padded on the right
     """
-    logits = model(inputs) if padding_mask is None else model(inputs, padding_mask=padding_mask)
+    return _nats(model(inputs) if padding_mask is None else model(inputs, padding_mask=padding_mask), targets)
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
 
@@ -192,9 +195,16 @@ class _Tokens:
         self.ids, self.mask = pad_right([ids for ids, _ in self.each], PAD)
 
     def causal_bits(self, reader: Reader) -> list[np.ndarray]:
-        """Of each base of each sequence, nan for N."""
-        inputs = F.pad(self.ids[:, :-1], (1, 0), value=BOS).to(reader.device)
-        return self._of_bases(base_nats(reader.model, inputs, self.ids.to(reader.device)))
+        """Of each base of each sequence, nan for N. Long ones piece by piece: training may have cut them, too."""
+        targets = self.ids.to(reader.device)
+        inputs = F.pad(targets[:, :-1], (1, 0), value=BOS)
+        if inputs.shape[1] <= CHUNK:
+            return self._of_bases(base_nats(reader.model, inputs, targets))
+        nats, state = [], None
+        for x, y in zip(inputs.split(CHUNK, 1), targets.split(CHUNK, 1), strict=True):
+            logits, state = reader.model(x, state, return_state=True)
+            nats.append(_nats(logits, y))
+        return self._of_bases(torch.cat(nats, 1))
 
     def hidden_bits(self, reader: Reader, hidden: Tensor) -> list[np.ndarray]:
         """Those of the tokens that `hidden` (B, M) says, which are hidden together; nan for others."""

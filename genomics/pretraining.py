@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.batching import pad_right, shuffled_batches
 from ..core.config import TrainConfig
+from ..core.parallel import padded_length, padded_piece
 from ..core.train import Task
 from .alphabet import BOS, MASK, PAD, VOCAB_SIZE, A, T, reverse_complement
 from .config import Objective
@@ -84,6 +85,8 @@ def spread(windows: np.ndarray, n_bases: int) -> np.ndarray:
 
 class TrainGenome(Task):
     """Pretraining; judged by bits per base of the validation windows."""
+
+    cuts = True
 
     def __init__(
         self,
@@ -148,10 +151,18 @@ class TrainGenome(Task):
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         inputs, targets, weights, mask = batch
-        # What is padded on the right is nothing to a causal model.
-        return (
-            base_nats(model, inputs, targets, mask if self.objective == "masked" else None) * weights
-        ).sum() / weights.sum().clamp(min=1e-6)
+        length = inputs.shape[1]
+        if self.objective == "next":
+            mask = None  # what is padded on the right is nothing to a causal model
+        elif mask is None and padded_length(length) > length:
+            mask = torch.ones_like(inputs, dtype=torch.bool)
+        nats = base_nats(
+            model,
+            padded_piece(inputs, PAD),
+            padded_piece(targets, PAD),
+            None if mask is None else padded_piece(mask, False),
+        )
+        return (nats * padded_piece(weights, 0)).sum() / weights.sum().clamp(min=1e-6)
 
     def evaluate(self, model: Any) -> dict[str, float]:
         n_bases = int(self.valid_windows[:, 2].sum())

@@ -3,6 +3,8 @@
 All of it runs compiled on a GPU and in Triton's interpreter on the CPU (TRITON_INTERPRET=1), which has no libdevice.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import triton
@@ -148,6 +150,43 @@ def piece_of(cu_seqlens, n_seqs, length, number, PIECE: tl.constexpr):
     return s, start, length, begin
 
 
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(kernel: Any, blocks: int, *given: Any, **named: Any) -> None:
+    """kernel[(blocks,)](*given, **named), on the current device, for a third of the host's time.
+
+    Triton asks at each call what of the arguments it is to compile for. Here that is asked in short, and the compiled
+    kernel remembered. The kernel's constants stand last among its parameters.
+    """
+    if interpreting():
+        kernel[(blocks,)](*given, **named)
+        return
+    names, device, kinds, values = kernel.arg_names, torch.cuda.current_device(), [], []
+    arguments = [*given, *[named[name] for name in names[len(given) :]]]
+    first_constant = len(names) - len(kernel.constexprs)
+    for x in arguments[:first_constant]:
+        if isinstance(x, Tensor):
+            address = x.data_ptr()
+            kinds.append((x.dtype, address % 16 == 0))
+            x = address
+        elif isinstance(x, int):
+            kinds.append((x == 1, x % 16 == 0, -(2**31) <= x < 2**31))
+        else:
+            kinds.append(type(x))
+        values.append(x)
+    constants = arguments[first_constant:]
+    key = kernel, device, *kinds, *constants, named.get("num_warps"), named.get("num_stages")
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[(blocks,)](*given, **named)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled.run(
+        *(blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None), *values, *constants
+    )
+
+
 SUM_TILE = tl.constexpr(2048)  # numbers that a program loads at once
 
 
@@ -185,11 +224,11 @@ def sum_block(shares, total, block, n_terms, n, ROWS: tl.constexpr, TERMS: tl.co
 _GROUP = tl.constexpr(512)  # terms of a program: with more, a few programs would walk long columns
 
 
-@triton.jit(do_not_specialize=["n_terms", "n"])
-def _sum_terms(x, totals, n_terms, n, TERMS: tl.constexpr):
-    group = tl.program_id(1).to(tl.int64)
+@triton.jit(do_not_specialize=["n_terms", "n", "n_blocks"])
+def _sum_terms(x, totals, n_terms, n, n_blocks, TERMS: tl.constexpr):
+    group = (tl.program_id(0) // n_blocks).to(tl.int64)
     of_group = tl.minimum(n_terms - group * _GROUP, _GROUP).to(tl.int32)
-    sum_block(x + group * _GROUP * n, totals + group * n, tl.program_id(0), of_group, n, 1, TERMS)
+    sum_block(x + group * _GROUP * n, totals + group * n, tl.program_id(0) % n_blocks, of_group, n, 1, TERMS)
 
 
 def sum_first_axis(x: Tensor) -> Tensor:
@@ -202,8 +241,8 @@ def sum_first_axis(x: Tensor) -> Tensor:
         totals = torch.empty(n_groups, *x.shape[1:], device=x.device)
         n = totals[0].numel()
         if n:
-            grid = (sum_blocks(n, len(x)), n_groups)
-            _sum_terms[grid](x, totals, len(x), n, terms_at_once(len(x)))
+            n_blocks = sum_blocks(n, len(x))
+            launch(_sum_terms, n_blocks * n_groups, x, totals, len(x), n, n_blocks, TERMS=terms_at_once(len(x)))
         x = totals
     return x[0]
 

@@ -20,11 +20,16 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         x = x.contiguous()
-        if not x.is_cuda or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if not x.is_cuda or not torch.compiler.is_dynamo_compiling():  # is_exporting() is true in there, too
             return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         dtype = autocast_dtype(x)
         y = channels_last_conv(x.to(dtype), self.weight.to(dtype), self.stride[0], int(self.padding[0]), self.groups)
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """The same less the bias, contiguous; for no compiler."""
+        y = self._conv_forward(x.contiguous().permute(0, 3, 1, 2), self.weight, None)
+        return y.permute(0, 2, 3, 1).contiguous()
 
 
 def _run(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:

@@ -23,12 +23,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.autocast import autocast_dtype
 from ..core.mamba import initial_dt_bias
+from ..core.mamba_at_once import as_made
 from ..kernels import cross_scan
+from ..kernels.backends import choose, traced
 from ..kernels.norm import layer_norm, layer_norm_alone
+from ..kernels.norm.interface import implementation
+from ..kernels.vss_block import conv_norm_gelu
 from .config import VMambaConfig
 from .conv import Conv
 from .mlp import Mlp
 from .model import ImageModel, drop_path_rates, feature_layout
+from .vss_at_once import at_once
 
 NORM_EPS = 1e-5
 K = 4  # directions
@@ -67,6 +72,29 @@ class ScanNorm(Norm):
 
     def forward(self, x: Tensor, *, projected: bool = False) -> Tensor:
         return self.by_kernel(x, projected)
+
+
+def normed(conv: Any, norm: Any, x: Tensor) -> Tensor:
+    """norm(conv(x)). In inference on a GPU the norm's kernel adds the convolution's bias."""
+    if not may_join(conv, norm, x) or traced(x):
+        return norm(conv(x))
+    y = conv.without_bias(x)
+    rows, _ = implementation("triton", "forward")(
+        y.flatten(0, 2), None, norm.weight, norm.bias, norm.eps, True, norm.weight.dtype, before=conv.bias
+    )
+    return rows.view(y.shape)
+
+
+def may_join(conv: Any, norm: Any, x: Tensor) -> bool:
+    """Whether, without gradients, a kernel of ours may stand for more than one of these."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_cuda
+        and not torch.is_grad_enabled()
+        and conv.bias is not None
+        and choose(None, x.device, torch.promote_types(x.dtype, norm.weight.dtype)) == "triton"
+        and as_made(conv, norm, kinds=(Conv, Norm))
+    )
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -129,8 +157,11 @@ class SS2D(nn.Module):
         return self.out_proj(y if z is None else y * F.silu(z))
 
 
+PARTS = (Norm, AddNorm, ScanNorm, SS2D, Conv, Mlp, DropPath, nn.Linear, nn.GELU, nn.Identity)  # as they are made
+
+
 class Block(nn.Module):
-    """x += scan(norm(x)); x += mlp(norm2(x))."""
+    """x += scan(norm(x)); x += mlp(norm2(x)). On a GPU one operation, unless a part is special."""
 
     def __init__(self, dim: int, config: VMambaConfig, drop_path: float):
         super().__init__()
@@ -143,6 +174,10 @@ class Block(nn.Module):
             self.mlp = Mlp(dim, int(config.mlp_ratio * dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        found = at_once(self, x, PARTS)
+        return self.by_parts(x) if found is None else found
+
+    def by_parts(self, x: Tensor) -> Tensor:
         y = self.drop_path(self.op(self.norm(x, projected=True)))
         if self.mlp is None or self.norm2 is None:
             return x + y
@@ -160,7 +195,25 @@ class ConvStem(nn.Module):
         self.conv2, self.norm2 = Conv(half, dim, 3, config.patch_size // 2, 1), Norm(dim, NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
+        return normed(self.conv2, self.norm2, self.first(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        conv: Any = self.conv1
+        norm: Any = self.norm1
+        if not self.at_once(x):
+            return F.gelu(norm(conv(x)))
+        dtype = autocast_dtype(x)
+        return conv_norm_gelu(x.permute(0, 3, 1, 2), conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, dtype)
+
+    def at_once(self, x: Tensor) -> bool:
+        """Whether the first convolution, its norm and GELU may be one kernel, without gradients."""
+        weight: Any = self.conv1.weight
+        return (
+            may_join(self.conv1, self.norm1, x)
+            and weight.dtype == x.dtype
+            and weight[0].numel() <= 128
+            and len(weight) <= 128
+        )
 
 
 class PatchStem(nn.Module):
@@ -183,7 +236,7 @@ class ConvDownsample(nn.Module):
         self.conv, self.norm = Conv(dim, 2 * dim, 3, 2, 1), Norm(2 * dim, NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return normed(self.conv, self.norm, x)
 
 
 @register_notrace_module

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ...core.moe import parameter_counts
+from ...core.parallel import SPLITTABLE
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
 from ...core.terminal import say
@@ -52,13 +53,15 @@ def train(args: Train) -> None:
 def _settings(args: Train) -> dict[str, Any]:
     """What determines the result, beside the files."""
     backbone = preset_config(args.preset, args.dropout, args.pattern, args.moe).backbone
+    n_experts = backbone.moe.n_experts if "moe" in backbone.mixers else 0
+    cuts = backbone.mixers <= SPLITTABLE
     return {
         "preset": args.preset,
         "pattern": list(backbone.pattern),
-        **({"moe": asdict(backbone.moe)} if "moe" in backbone.mixers else {}),
+        **({"moe": asdict(backbone.moe)} if n_experts else {}),
         "dropout": args.dropout,
         "context": args.context,
         "windows": args.windows,
         **asdict(args.dividing),
-        **settings_of(args.train, args.compute, same_kernels=True),
+        **settings_of(args.train, args.compute, same_kernels=True, cuts=cuts, n_experts=n_experts),
     }

@@ -152,7 +152,7 @@ def _settings(args: Pretrain, genome: Genome) -> dict[str, Any]:
         **{name: value for name, value in asdict(args).items() if name not in groups},
         **dividing,
         "regions": [str(path) for path in args.dividing.regions],
-        **settings_of(args.train, args.compute, same_kernels=args.objective == "next"),
+        **settings_of(args.train, args.compute, same_kernels=args.objective == "next", cuts=True),
         "contigs": len(genome.contigs),
         "bases": genome.n_bases,
     }

@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 
 from ..sequences import checkpoint_slots
-from ..triton_runtime import ceil_div, load_float, load_rows, piece_of, sigmoid, sum_first_axis, token_of, with_rows
+from ..triton_runtime import (
+    ceil_div,
+    launch,
+    load_float,
+    load_rows,
+    piece_of,
+    sigmoid,
+    sum_first_axis,
+    token_of,
+    with_rows,
+)  # fmt: skip
 
 PIECE = 64  # steps of a program
 BLOCK_D = 128  # channels of a program, 4 a lane
@@ -180,7 +190,7 @@ def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
     n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _forward[(n_pieces * ceil_div(x.shape[1], BLOCK_D),)](**arguments, y=y)
+        launch(_forward, n_pieces * ceil_div(x.shape[1], BLOCK_D), **arguments, y=y)
     return y
 
 
@@ -193,7 +203,9 @@ def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, revers
     dstate = None if initial_state is None else torch.empty(initial_state.shape, device=x.device)
     dy = with_rows(dy)
     with torch.cuda.device_of(x):
-        _backward[(n_pieces * ceil_div(x.shape[1], BLOCK_D),)](
+        launch(
+            _backward,
+            n_pieces * ceil_div(x.shape[1], BLOCK_D),
             **arguments,
             dy=dy,
             dy_stride=dy.stride(0),

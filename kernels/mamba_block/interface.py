@@ -21,11 +21,12 @@ where a line that more than one scan has a share in is the sum of these:
     dhidden     = (dx, dz) W_in                         dW_in = (dx, dz)' hidden
 
 dx and dz are written to the two halves of one matrix. Either projection may be left out: what comes in is then (x, z),
-what comes out y.
+what comes out y. Where the sequences are pieces of longer ones, a Border brings the states at their beginnings, and the
+gradients of those at their ends.
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +58,26 @@ class BlockWeights(NamedTuple):
     scans: tuple[ScanWeights, ...]
 
 
+class Border(Protocol):
+    """What pieces of sequences (B, L, ..) have to do with those beside them; each call is one for all of these."""
+
+    def before(self, x: Tensor, width: int, reverse: bool) -> Tensor:
+        """The convolution's state before x (B, L, E), (B, E, width)."""
+        ...
+
+    def add_gradient(self, dstate: Tensor, dx: Tensor, reverse: bool) -> None:
+        """Give dstate, of such a state, to those that it came from; add to dx, (B, L, E), what comes from others."""
+        ...
+
+    def state_before(self, *inputs: Any, reverse: bool) -> tuple[Tensor, Tensor]:
+        """The scan's state before u, delta, A, B, C, bias: (B, E, N), and something for `gradient_after`."""
+        ...
+
+    def gradient_after(self, dy: Tensor, *inputs: Any, reverse: bool) -> Tensor:
+        """That of the scan's state after delta, z, bias, A, C, and that something: (B, E, N)."""
+        ...
+
+
 def serves(hidden: Tensor, weights: BlockWeights, dtype: torch.dtype) -> bool:
     """Whether `mamba_block` does what the block's single operations would do.
 
@@ -72,13 +93,14 @@ def serves(hidden: Tensor, weights: BlockWeights, dtype: torch.dtype) -> bool:
 
 def mamba_block(
     hidden: Tensor, weights: BlockWeights, *, dtype: torch.dtype, cu_seqlens: Tensor | None = None,
-    reverse: tuple[bool, ...] = (False,), scale: float = 1.0, backend: str | None = None,
+    reverse: tuple[bool, ...] = (False,), scale: float = 1.0, border: Border | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """hidden (B, L, M), or (x, z) (B, L, 2E) without in_proj -> (B, L, M), or y (B, L, E) without out_proj.
 
     dtype: that of the matrix products and of what lies between them. cu_seqlens and, for each scan, reverse are
-    `selective_scan`'s. scale: a factor of out_proj. The gradients are deterministic; there are none of second order.
-    Ask `serves` first: no tracer may see this, and it has no implementation in PyTorch's own operations (ValueError).
+    `selective_scan`'s. scale: a factor of out_proj. border: where rows are pieces, without cu_seqlens. The gradients
+    are deterministic; there are none of second order. Ask `serves` first: no tracer may see this, and it has no
+    implementation in PyTorch's own operations (ValueError).
     """
     n_channels, rank = weights.scans[0].dt_proj.shape
     scan = choose(backend, hidden.device, dtype, in_cuda=True)
@@ -88,7 +110,7 @@ def mamba_block(
     flat = _flat(weights)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, *flat))
     shape = n_channels, rank, weights.scans[0].A_log.shape[1], hidden.shape[0]
-    settings = _Settings(dtype, *shape, reverse, scale, trained, conv, scan)
+    settings = _Settings(dtype, *shape, reverse, scale, border, trained, conv, scan)
     if trained:
         return _Block.apply(settings, cu_seqlens, hidden, *flat)
     return _forward(settings, cu_seqlens, hidden, *flat)[0]
@@ -110,6 +132,7 @@ class _Settings(NamedTuple):
     batch: int
     reverse: tuple[bool, ...]
     scale: float
+    border: Border | None
     save: bool
     conv_backend: str
     scan_backend: str
@@ -117,6 +140,10 @@ class _Settings(NamedTuple):
     def halves(self, xz: Tensor) -> tuple[Tensor, Tensor]:
         """(T, 2E) -> x, z (T, E)."""
         return xz[:, : self.n_channels], xz[:, self.n_channels :]
+
+    def by_sequence(self, *tensors: Tensor) -> list[Tensor]:
+        """(T, ..) -> (B, L, ..)."""
+        return [x.unflatten(0, (self.batch, -1)) for x in tensors]
 
     def parts(self, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, R + 2N) -> t (T, R), B, C (T, 1, N)."""
@@ -150,16 +177,21 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
         y, kept = None, []
         for i, (scan, A, reverse) in enumerate(zip(scans, A_of, s.reverse, strict=True)):
             x_proj, dt_proj, D, dt_bias = *low_rank[2 * i : 2 * i + 2], *own[3 * i + 1 : 3 * i + 3]
-            taps = scan.conv[:, 0]
-            u = s.convolution("forward", reverse, x, taps, scan.conv_bias, None, cu_seqlens)
+            taps, halo, state, passed = scan.conv[:, 0], None, None, None
+            if s.border is not None:
+                halo = s.border.before(s.by_sequence(x)[0], taps.shape[1] - 1, reverse)
+            u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
             low = torch.mm(u, x_proj.t())
             t, B, C = s.parts(low)
             delta = torch.mm(t, dt_proj.t())
+            if s.border is not None:
+                u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
+                state, passed = s.border.state_before(u_, delta_, A, B_, C_, dt_bias, reverse=reverse)
             y_, _, saved = s.scan(
-                "forward", u, delta, A, B, C, D, z, dt_bias, None, cu_seqlens, s.batch, True, reverse, s.save
+                "forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save
             )
             y = y_ if y is None else y.add_(y_)
-            kept += low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D
+            kept += low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed
         assert y is not None
         out = y if out_proj is None else torch.mm(y, out_proj.t())
     own_rows = (None if in_proj is None else xz), (None if out_proj is None else y)
@@ -197,14 +229,20 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         xz = rows if xz is None else xz
         x, z = s.halves(xz)
         for i, (wanted, reverse) in enumerate(zip(_scans(ctx.needs_input_grad[5:]), s.reverse, strict=True)):
-            low, saved, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D = saved_tensors[6 + 9 * i : 15 + 9 * i]
-            u = s.convolution("forward", reverse, x, taps, conv_bias, None, cu_seqlens)
+            low, saved, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed = saved_tensors[
+                6 + 12 * i : 18 + 12 * i
+            ]
+            u = s.convolution("forward", reverse, x, taps, conv_bias, halo, cu_seqlens)
             t, B, C = s.parts(low)
             delta = torch.mm(t, dt_proj.t())
             dxz = torch.empty_like(xz)
             dx, dz = s.halves(dxz)
+            dstate = None
+            if s.border is not None:
+                dy_, delta_, z_, C_ = s.by_sequence(dy, delta, z, C)
+                dstate = s.border.gradient_after(dy_, delta_, z_, dt_bias, A, C_, passed, reverse=reverse)
             du, ddelta, dA, dB, dC, dD, _, dbias, _ = s.scan(
-                *("backward", dy, None, u, delta, A, B, C, D, z, dt_bias, None, cu_seqlens, s.batch, saved, True),
+                *("backward", dy, dstate, u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, saved, True),
                 *(reverse, dz),
             )
             du, ddelta = du.to(s.dtype), ddelta.to(s.dtype)
@@ -212,9 +250,11 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
             d_dt_proj = torch.mm(ddelta.t(), t) if wanted.dt_proj else None
             d_x_proj = torch.mm(dlow.t(), u) if wanted.x_proj else None
             du.addmm_(dlow, x_proj)
-            _, dconv, dconv_bias, _ = s.convolution(
-                "backward", reverse, du, x, taps, conv_bias, None, cu_seqlens, dx=dx
+            _, dconv, dconv_bias, dhalo = s.convolution(
+                "backward", reverse, du, x, taps, conv_bias, halo, cu_seqlens, dx=dx
             )
+            if s.border is not None:
+                s.border.add_gradient(dhalo, s.by_sequence(dx)[0], reverse)
             if in_proj is None:
                 dhidden = dxz if dhidden is None else dhidden.add_(dxz)
             if in_proj is not None and of_in_proj:

@@ -7,7 +7,7 @@ from ..backends import IN_PYTORCH, choose
 from ..operators import Implementations, Operator
 from .reference import norm_reference
 
-_implementation = Implementations(__package__, numba="cpu", triton="triton")
+implementation = Implementations(__package__, numba="cpu", triton="triton")
 
 
 def rms_norm(
@@ -87,7 +87,7 @@ def _run(
     dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, stream); the stream is empty without a residual: then it is x."""
-    return _implementation(backend, "forward")(x, residual, weight, bias, eps, centred, dtype)
+    return implementation(backend, "forward")(x, residual, weight, bias, eps, centred, dtype)
 
 
 def _fake(x, residual, weight, bias, eps, centred, dtype, backend):
@@ -103,7 +103,7 @@ def _run_backward(
     centred: bool, x_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of (residual, x, weight, bias); x's is empty if x is float32: then it is the residual's."""
-    backward = _implementation(backend, "backward")
+    backward = implementation(backend, "backward")
     dresidual, dx, dweight, dbias = backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype)
     dx = stream.new_empty(0, dtype=x_dtype) if x_dtype == torch.float32 else dx
     return dresidual, dx, dweight.to(weight.dtype), weight.new_empty(0) if bias is None else dbias.to(bias.dtype)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_runtime import ceil_div, load_float, sum_first_axis, with_rows
+from ..triton_runtime import ceil_div, launch, load_float, sum_first_axis, with_rows
 
 PIECE = 16  # rows of a program of the backward: fixed, so that sums over rows depend on nothing else
 TILE = 4096  # elements of a tile, unless a row is longer
@@ -25,27 +25,31 @@ def _statistics(values, inside, width, eps, CENTRED: tl.constexpr):
     return values * scale, scale
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "rows_a_factor"])
 def _forward(
-    x, residual, weight, bias, stream, y, eps, x_stride, residual_stride, n_rows, width,
+    x, residual, weight, bias, stream, y, factors, shift, eps, x_stride, residual_stride, n_rows, rows_a_factor, width,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (d < width)
     values = load_float(x, row * x_stride + d, inside)
+    if factors is not None:
+        values *= load_float(factors, row // rows_a_factor, row < n_rows)
     if residual is not None:
         values += load_float(residual, row * residual_stride + d, inside)
-        tl.store(stream + row * width + d, values, mask=inside)
+        if stream is not None:
+            tl.store(stream + row * width + d, values + load_float(shift, d, d < width), mask=inside)
     normed, _ = _statistics(values, inside, width, eps, CENTRED)
     out = normed * load_float(weight, d, d < width) + load_float(bias, d, d < width)
     tl.store(y + row * width + d, out, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "rows_a_factor"])
 def _backward(
-    dy, dstream, stream, weight, dresidual, dx, dweight, dbias, eps, dy_stride, dstream_stride, stream_stride,
-    share_stride, n_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, CENTRED: tl.constexpr,
+    dy, dstream, stream, weight, dresidual, dx, dweight, dbias, factors, eps, dy_stride, dstream_stride, stream_stride,
+    share_stride, n_rows, rows_a_factor, width,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK)[None, :]
     weight_row = load_float(weight, d, d < width)
@@ -69,6 +73,8 @@ def _backward(
             along = normed * along
         out = (grad - along) * scale + onward
         tl.store(dresidual + row * width + d, out, mask=inside)
+        if factors is not None:
+            out *= load_float(factors, row // rows_a_factor, row < n_rows)
         if dx is not None:
             tl.store(dx + row * width + d, out, mask=inside)
     share = tl.program_id(0).to(tl.int64) * share_stride + tl.arange(0, BLOCK)
@@ -85,35 +91,50 @@ def _shape(width: int) -> dict[str, int]:
     return {"ROWS": n_rows, "BLOCK": block, "num_warps": min(max(n_rows * block // 1024, 1), 16)}
 
 
-def forward(x, residual, weight, bias, eps, centred, dtype):
+def forward(x, residual, weight, bias, eps, centred, dtype, factors=None, shift=None, before=None):
+    """(y, stream); the stream is empty without a residual, whose dtype it has.
+
+    factors (K,): of x before it is added, each for as many rows. shift (D,): added to the stream, but not to what is
+    normed. before (D,), in place of a residual: added to x before it is normed.
+    """
     n_rows, width = x.shape
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    stream = torch.empty((0,) if residual is None else x.shape, dtype=torch.float32, device=x.device)
-    x, residual = with_rows(x), None if residual is None else with_rows(residual)
+    stream = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    x, added = with_rows(x), before if residual is None else with_rows(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     shape = _shape(width)
     with torch.cuda.device_of(x):
-        _forward[(ceil_div(n_rows, shape["ROWS"]),)](
-            x, residual, weight, bias, stream, y, eps, x.stride(0), 0 if residual is None else residual.stride(0),
-            n_rows, width, **shape, CENTRED=centred,
+        launch(
+            _forward, ceil_div(n_rows, shape["ROWS"]), x, added, weight, bias, stream, y, factors, shift, eps,
+            x.stride(0), 0 if residual is None else added.stride(0), n_rows, _rows_a_factor(n_rows, factors), width,
+            **shape, CENTRED=centred,
         )  # fmt: skip
-    return y, stream
+    return y, x.new_empty(0, dtype=torch.float32) if stream is None else stream
 
 
-def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype):
-    """Gradients of (residual, x, weight, bias); None for x's if it is float32, and for that of an absent bias."""
+def _rows_a_factor(n_rows, factors) -> int:
+    return n_rows // len(factors) if factors is not None and n_rows else 1
+
+
+def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype, factors=None):
+    """Gradients of (residual, x, weight, bias); None for x's if it is the residual's, and for that of an absent bias.
+    factors: as of
+       `forward`.
+    """
     n_rows, width = stream.shape
     n_pieces = ceil_div(n_rows, PIECE)
     dresidual = torch.empty(stream.shape, dtype=torch.float32, device=stream.device)
-    dx = None if x_dtype == torch.float32 else torch.empty(stream.shape, dtype=x_dtype, device=stream.device)
+    same = x_dtype == torch.float32 and factors is None
+    dx = None if same else torch.empty(stream.shape, dtype=x_dtype, device=stream.device)
     shares = torch.empty(n_pieces, 1 if bias is None else 2, width, device=stream.device)  # of dweight, dbias
     dy, stream, dstream = with_rows(dy), with_rows(stream), None if dstream is None else with_rows(dstream)
     strides = dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0), shares.stride(0)
-    share_bias = None if bias is None else shares[:, 1]
+    share_bias, shape = None if bias is None else shares[:, 1], _shape(width)
     with torch.cuda.device_of(stream):
-        _backward[(n_pieces,)](
-            dy, dstream, stream, weight.contiguous(), dresidual, dx, shares, share_bias, eps, *strides, n_rows, width,
-            **_shape(width), PIECE=PIECE, CENTRED=centred,
+        launch(
+            _backward, n_pieces, dy, dstream, stream, weight.contiguous(), dresidual, dx, shares, share_bias, factors,
+            eps, *strides, n_rows, _rows_a_factor(n_rows, factors), width,
+            **shape, PIECE=PIECE, CENTRED=centred,
         )  # fmt: skip
         sums = sum_first_axis(shares)
     return dresidual, dx, sums[0], None if bias is None else sums[1]

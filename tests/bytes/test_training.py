@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from polymamba.bytes import ByteLM
 from polymamba.bytes.config import DOCUMENT
 from polymamba.bytes.evaluation import score
 from polymamba.bytes.training import PADDING, TrainBytes, next_byte_loss
-from polymamba.core import InputError, TrainConfig
+from polymamba.core import BackboneConfig, InputError, LanguageModelConfig, MoEConfig, TrainConfig
+from polymamba.core.batching import pad_right
+from polymamba.core.parallel import context_parallel
 
 
 def task(documents, context=16, seed=0, windows="packed", **options) -> TrainBytes:
@@ -136,3 +140,25 @@ def test_learns(model, documents, windows):
     assert before > 7
     assert figures["valid_bits_per_byte"] < 2
     assert work.score(figures) == -score(model, documents).bits_per_byte
+
+
+def cut_losses():
+    """Of windows of unlike lengths: (the loss, what the processes have of it together)."""
+    torch.manual_seed(0)
+    backbone = BackboneConfig(d_model=8, n_layer=2, d_state=2, pattern=("mamba", "moe"), moe=MoEConfig(n_experts=2))
+    model = ByteLM(LanguageModelConfig(backbone=backbone, vocab_size=320))
+    pairs = []
+    for lengths in ([41, 41], [42, 12]):
+        ids = pad_right([np.arange(n) * 7 % 256 for n in lengths], PADDING)[0]
+        truth = next_byte_loss(model, ids)
+        with context_parallel(dist.group.WORLD):
+            own = next_byte_loss(model, ids).detach()
+        dist.all_reduce(own)
+        pairs.append((truth.item(), own.item()))
+    return pairs
+
+
+def test_losses_of_pieces_add_up(in_processes):
+    for pairs in in_processes(2, cut_losses):
+        for truth, found in pairs:
+            assert found == pytest.approx(truth, abs=1e-6)

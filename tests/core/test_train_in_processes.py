@@ -1,6 +1,7 @@
 """Training on 2 and 4 processes, by DDP and FSDP2: the numbers of one, and checkpoints that any number goes on from."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -14,20 +15,27 @@ from polymamba.core import (
     InputError,
     LanguageModel,
     LanguageModelConfig,
+    MoEConfig,
     RunFolder,
     Task,
     TrainConfig,
     processes,
+    sharded,
+    train,
     train_model,
 )
+from polymamba.core.parallel import padded_piece
 from polymamba.core.processes import _Sign, stuck
+from polymamba.core.train import settings_of
 
 N_BATCHES, N_VALID = 10, 7  # of an epoch; in steps of 4 batches, the last one of 2
-CONFIG = TrainConfig(epochs=3, lr=1e-2, save_every=2, accumulation=4, clip=0.3, ema=0.9)
+CONFIG = TrainConfig(epochs=2, lr=1e-2, save_every=2, accumulation=4, clip=0.3, ema=0.9)
 
 
 class CountUp(Task):
     """Next-token prediction of sequences that count upwards modulo 7, in batches of unlike sizes."""
+
+    cuts = True
 
     def __init__(self, broken_at: int | None = None):
         self.broken_at, self.made, self.n_losses = broken_at, [], 0
@@ -44,7 +52,9 @@ class CountUp(Task):
         self.n_losses += 1
         if self.n_losses == self.broken_at:
             raise KeyboardInterrupt
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        logits = model(padded_piece(batch[:, :-1], 0)).flatten(0, 1)
+        nats = F.cross_entropy(logits, padded_piece(batch[:, 1:], -1).flatten(), ignore_index=-1, reduction="sum")
+        return nats / batch[:, 1:].numel()
 
     def evaluate(self, model):
         def of_batch(number):
@@ -57,13 +67,15 @@ class CountUp(Task):
         return -metrics["valid_loss"]
 
 
-def run(folder, *, fsdp=False, broken_at=None, resume=False):
+def run(folder, *, pattern=("mamba",), broken_at=None, resume=False, **flags):
     """Train in `folder`, perhaps only up to a certain batch of each process. Returns the batches that this one made."""
     torch.manual_seed(2)
-    model = LanguageModel(LanguageModelConfig(backbone=BackboneConfig(d_model=16, n_layer=2, d_state=4), vocab_size=7))
+    moe = MoEConfig(n_experts=4, d_expert=8, balance_weight=0)  # balance is that of what a process has at a time
+    backbone = BackboneConfig(d_model=16, n_layer=2, d_state=4, pattern=pattern, moe=moe)
+    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=7))
     task = CountUp(broken_at)
-    out = RunFolder(folder, {"fsdp": fsdp}, [], resume=resume)
-    config, cpu = replace(CONFIG, fsdp=fsdp), ComputeConfig(device="cpu", seed=1)
+    out = RunFolder(folder, flags, [], resume=resume)
+    config, cpu = replace(CONFIG, **flags), ComputeConfig(device="cpu", seed=1)
     try:
         train_model(model, task, config, cpu, out, resume=resume)
     except KeyboardInterrupt:
@@ -101,14 +113,17 @@ def test_two_processes_are_one_and_read_different_batches(tmp_path, truth, in_pr
     assert len(set(made[0] + made[1])) == CONFIG.epochs * N_BATCHES
 
 
-def broken(folder, *, fsdp):
-    run(
-        folder, fsdp=fsdp, broken_at=9
-    )  # in step 5, the second epoch's second, of which the last checkpoint knows nothing
+def broken(folder, **options):
+    run(folder, broken_at=9, **options)  # in a step that the last checkpoint knows nothing of
 
 
-def resumed(folder, *, fsdp):
-    run(folder, fsdp=fsdp, resume=True)
+def resumed(folder, **options):
+    return run(folder, resume=True, **options)
+
+
+def resumed_in_small_units(folder, **options):
+    sharded.UNIT, sharded.KEPT = 1, 0
+    resumed(folder, **options)
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
@@ -119,23 +134,74 @@ def test_save_on_two_resume_on_one_and_on_four(fsdp, tmp_path, truth, in_process
     shutil.copytree(tmp_path / "two", tmp_path / "four")
     resumed(tmp_path / "two", fsdp=fsdp)
     assert_same(tmp_path / "two", truth)
-    in_processes(4, resumed, tmp_path / "four", fsdp=fsdp)
+    in_processes(4, resumed_in_small_units, tmp_path / "four", fsdp=fsdp)
     assert_same(tmp_path / "four", truth)
 
 
-def undivided():
-    try:
-        train_model(
-            *(torch.nn.Linear(2, 2), CountUp(), replace(CONFIG, accumulation=3), ComputeConfig(device="cpu"), None),
-            resume=False,
-        )
-    except InputError as error:
-        return str(error)
+def test_sequences_in_pieces_then_experts_spread_too(tmp_path, in_processes):
+    """Two pieces of each sequence, weights whole; gone on with on four processes: two groups that have other batches,
+    in each of them two pieces, and half of the experts on each process; all other weights in four parts."""
+    pattern = "mamba", "moe"
+    run(tmp_path / "one", pattern=pattern)
+    in_processes(2, broken, tmp_path / "run", pattern=pattern, context_parallel=2)
+    made = in_processes(4, resumed, tmp_path / "run", pattern=pattern, context_parallel=2, expert_parallel=2)
+    assert_same(tmp_path / "run", results(tmp_path / "one"))
+    assert made[0] == made[1]
+    assert not set(made[0]) & set(made[2])
 
 
-def test_an_accumulation_that_does_not_divide(in_processes):
-    for said in in_processes(2, undivided):
-        assert said.startswith("--accumulation 3: 2 processes share the batches of a step; give a multiple of 2")
+class OnCPU(train.Division):
+    """As on a GPU with cuda_graph."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.records = self.gradients_meet_after = True
+
+
+def recorded(folder):
+    """A training whose recorded backward knows of no other process; a graph's stand-in is the function itself."""
+    train.Division, train.Replayed = OnCPU, lambda function, _: function
+    train.own_stream = lambda _: nullcontext()
+    CountUp.same_kernels = True
+    run(folder, cuda_graph=True)
+
+
+def test_gradients_that_meet_after_the_backward(tmp_path, truth, in_processes):
+    """In an epoch's last step two processes have no batch."""
+    in_processes(4, recorded, tmp_path / "run")
+    assert_same(tmp_path / "run", truth)
+
+
+def refusals():
+    """What is said of each setting that 2 processes, or this training, cannot have."""
+    said = []
+    for cuts, n_experts, flags in [
+        (False, 0, {"accumulation": 3}),
+        (True, 0, {"accumulation": 3, "context_parallel": 2}),
+        (False, 0, {"context_parallel": 2}),
+        (True, 0, {"context_parallel": 4}),
+        (True, 0, {"expert_parallel": 2}),
+        (True, 5, {"expert_parallel": 2}),
+        (True, 4, {"expert_parallel": 2}),
+    ]:
+        try:
+            config, cpu = replace(CONFIG, **flags), ComputeConfig(device="cpu")
+            settings_of(config, cpu, same_kernels=False, cuts=cuts, n_experts=n_experts)
+            said.append("")
+        except InputError as error:
+            said.append(str(error))
+    return said
+
+
+def test_refusals(in_processes):
+    for said in in_processes(2, refusals):
+        assert said[0].startswith("--accumulation 3: 2 processes share the batches of a step; give a multiple of 2")
+        assert said[1] == ""  # both have the same batches
+        assert said[2].startswith("--context-parallel: this kind of training cannot cut its sequences")
+        assert said[3].startswith("--context-parallel 4: 2 processes do not divide by 4")
+        assert said[4] == "--expert-parallel 2: a layer has no experts; leave it out"
+        assert said[5] == "--expert-parallel 2: a layer has 5 experts; give a number that divides these"
+        assert said[6] == ""
 
 
 def sign(number=2, moves=5, step=3, waits=0, name="host, pid 1"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from polymamba.core.config import BackboneConfig, LanguageModelConfig
 from polymamba.core.errors import InputError
 from polymamba.core.language_model import LanguageModel
+from polymamba.genomics import evaluation
 from polymamba.genomics.alphabet import BOS, MASK, VOCAB_SIZE, A, N, T
 from polymamba.genomics.baselines import order_bits
 from polymamba.genomics.evaluation import STRIDE, Reader, Score, causal_bits, masked_bits, score_windows
@@ -124,8 +125,9 @@ def reader(model, objective="next", tokenizer=CHARACTERS) -> Reader:
 WINDOWS = [(0, 0, 30), (0, 200, 30), (1, 0, 10), (0, 370, 17)]
 
 
-@pytest.mark.parametrize("max_tokens", [1, 61, 10_000])
-def test_windows_causally(max_tokens, genome, causal):
+@pytest.mark.parametrize(("max_tokens", "chunk"), [(1, 65_536), (61, 65_536), (10_000, 65_536), (10_000, 13)])
+def test_windows_causally(max_tokens, chunk, genome, causal, monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK", chunk)
     bits = np.concatenate([causally(causal, genome.tokens(c, s, s + n)[0].tolist()) for c, s, n in WINDOWS])
     seen = []
     found = score_windows(reader(causal), genome, WINDOWS, max_tokens, advance=seen.append)

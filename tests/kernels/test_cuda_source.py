@@ -14,11 +14,12 @@ pytest.importorskip("triton")
 
 from polymamba.kernels.cross_scan import cuda as cross_cuda
 from polymamba.kernels.selective_scan import cuda
+from polymamba.kernels.vss_block import VSSWeights, vss_block, vss_block_reference
 
 
 def forget():
     """Functions and plans made for another machine."""
-    for made in (cuda._function, cuda._forward_plan, cuda._backward_plan, cross_cuda._function):
+    for made in (cuda._function, cuda._forward_plan, cuda._backward_plan, cross_cuda._function, cross_cuda._launch_of):
         made.cache_clear()
 
 
@@ -262,9 +263,9 @@ def launched(on_the_cpu, monkeypatch):
     """The names of the kernels of the 2-D scan that were launched."""
     names, launch = [], cross_cuda._Problem.launch
 
-    def launch_and_tell(self, kernel, *arguments, **values):
+    def launch_and_tell(self, kernel, *results, **options):
         names.append(kernel)
-        launch(self, kernel, *arguments, **values)
+        launch(self, kernel, *results, **options)
 
     monkeypatch.setattr(cross_cuda._Problem, "launch", launch_and_tell)
     return names
@@ -347,7 +348,70 @@ def test_without_nvrtc_an_image_is_four_scans_and_a_warning_says_so(on_the_cpu, 
     ("length", "channels", "rank"), [(3136, 96, 6), pytest.param(49, 768, 48, marks=pytest.mark.slow)]
 )
 def test_image_sources_compile(kernel, length, channels, rank, compiler):
-    macros = {"U": "bf16", "M": "bf16", "R": rank, "VR": 2, "WIDE": 1, "FAST": 1}
+    macros = {"U": "bf16", "M": "bf16", "P": "float", "LOG": 1, "R": rank, "VR": 2, "WIDE": 1, "FAST": 1}
     plan = cross_cuda._plan(kernel, length, channels, rank)._asdict()
     source = cross_cuda._source(kernel, tuple({**macros, **plan}.items()))
     assert nvrtc.compile_source(source, "sm_90")[:4] == b"\x7fELF"
+
+
+# VMamba's block: with Triton in its interpreter ---------------------------------------------------------------------
+
+C, E, R, WIDE = 5, 6, 2, 12
+WEIGHTS = VSSWeights(
+    *((C,), (C,), (E, C), (E, 1, 3, 3), (E,), (4, R + 2, E), (4, E, R), (4, E), (4 * E, 1), (4 * E,), (E,), (E,)),
+    *((C, E), (C,), (C,), (WIDE, C), (WIDE,), (C, WIDE), (C,)),
+)
+
+
+def block_problem(images: int, height: int, width: int, conv_bias: bool = True) -> dict[str, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights = {name: normal(*shape) / shape[-1] ** 0.5 for name, shape in WEIGHTS._asdict().items()}
+    if not conv_bias:
+        weights["conv_bias"] = None
+    return {"x": normal(images, height, width, C), **weights}
+
+
+def run_block(x, *, backend, factors=None, **weights):
+    run = vss_block_reference if backend == "torch" else vss_block
+    return run(x, VSSWeights(**weights), dtype=x.dtype, eps=1e-5, factors=factors)
+
+
+BLOCKS = {
+    "plain": (2, 3, 4, True, False), "drop path": (3, 2, 5, False, True), "one row": (1, 1, 7, True, True),
+    "one pixel": (2, 1, 1, False, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_equals_its_parts(name, on_the_cpu, results_of, cast, assert_close):
+    images, height, width, conv_bias, dropped = BLOCKS[name]
+    tensors = block_problem(images, height, width, conv_bias)
+    factors = torch.rand(2, images) if dropped else None
+    expected = results_of(run_block, tensors, "torch", factors=factors)
+    actual = results_of(run_block, cast(tensors, torch.float32), "cuda", factors=factors)
+    assert_close(actual, expected, 1e-5, name)
+    with torch.no_grad():  # saves nothing, and may add in another order
+        y = run_block(**cast(tensors, torch.float32), backend="cuda", factors=factors)
+    assert_close({"y": y}, expected, 1e-5, name)
+
+
+def test_block_is_an_operator(on_the_cpu, cast):
+    tensors = list(cast(block_problem(2, 3, 4), torch.float32).values())
+    torch.library.opcheck(torch.ops.polymamba.vss_block.default, (tensors[0], tensors[1:], torch.float32, 1e-5))
+
+
+def test_block_under_autocast(on_the_cpu, results_of, cast, assert_close):
+    """What lies between the norms is in bfloat16, the residual stream in float32."""
+    tensors = cast(block_problem(2, 3, 4), torch.float32)
+    expected = results_of(run_block, cast(tensors, torch.float64), "torch")
+
+    def run(x, *, backend, **weights):
+        return vss_block(x, VSSWeights(**weights), dtype=torch.bfloat16, eps=1e-5)
+
+    actual = results_of(run, tensors, "cuda")
+    assert all(x.dtype == torch.float32 for x in actual.values())
+    assert_close(actual, expected, 0.1)  # the interpreter truncates where a GPU rounds

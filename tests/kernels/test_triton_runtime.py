@@ -8,6 +8,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from polymamba.kernels import triton_runtime  # noqa: E402
 from polymamba.kernels.triton_runtime import exp_negative, sigmoid, softplus, softplus_and_slope, sum_first_axis  # noqa: E402
 
 UNIT = np.finfo(np.float32).eps
@@ -83,3 +84,57 @@ def test_sum_first_axis(n_terms, device_of):
     torch.testing.assert_close(total.double(), x.double().sum(0), rtol=1e-6, atol=3e-5)
     # The order is that of the index: other columns beside it change nothing.
     assert torch.equal(sum_first_axis(x[:, :1, :7].contiguous()), total[:1, :7])
+
+
+class Kernel:
+    """In the place of a jitted function: tells what it is compiled for, and what is run."""
+
+    arg_names = ("x", "y", "n", "scale", "WIDTH")
+    constexprs = (4,)
+
+    def __init__(self):
+        self.compiled, self.runs = [], []
+
+    def __getitem__(self, grid):
+        def first(*given, **named):
+            self.compiled.append((grid, given, named))
+            return self
+
+        return first
+
+    function, packed_metadata = "function", "metadata"
+
+    def run(self, *arguments):
+        self.runs.append(arguments)
+
+
+def test_a_compiled_kernel_is_remembered_for_arguments_of_the_same_kinds(monkeypatch):
+    monkeypatch.setattr(triton_runtime, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    kernel, x = Kernel(), torch.zeros(64)
+    call = {"y": None, "n": 5, "scale": 0.5, "WIDTH": 8, "num_warps": 2}
+    triton_runtime.launch(kernel, 3, x, **call)
+    assert kernel.compiled == [((3,), (x,), call)]
+    triton_runtime.launch(kernel, 4, x, **{**call, "n": 21, "scale": 0.25})
+    fixed = (4, 1, 1, 7, "function", "metadata", None, None, None)
+    assert kernel.runs == [(*fixed, x.data_ptr(), None, 21, 0.25, 8)]
+    others = [
+        *({"y": x}, {"n": 16}, {"n": 1}, {"n": 2**40 + 1}, {"WIDTH": 4}, {"num_warps": 4}),
+        *({"x": x[1:]}, {"x": x.double()}),
+    ]
+    for number, change in enumerate(others):
+        changed = {"x": x, **call, **change}
+        triton_runtime.launch(kernel, 3, **changed)
+        assert len(kernel.compiled) == number + 2, change
+        triton_runtime.launch(kernel, 3, **changed)
+        assert len(kernel.compiled) == number + 2, change
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_launched_again_with_other_numbers(skipped):
+    """As Triton launches it: a sum of 3 rows, and then one of 5, at an address that divides by 16 or not."""
+    for rows in (3, 5, 3):
+        x = torch.randn(skipped + rows * 37, device="cuda")[skipped:].view(rows, 37)
+        assert torch.allclose(sum_first_axis(x), x.sum(0), rtol=1e-5, atol=1e-6)

@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     stage_rows(p, shared.rows[0], a, k, order, (chunks - 1) * STEPS, threadIdx.x, THREADS);
     float bias[V], A[V], skip[V], sum_A[V], sum_bias[V], sum_D[V];
     load_parameter(bias, p.bias, p, a, k);
-    load_parameter(A, p.A, p, a, k);
+    load_A(A, p, a, k);
     load_skip(skip, p, a, k);
 #pragma unroll
     for (int v = 0; v < V; ++v) bias[v] *= SCALE, sum_A[v] = sum_bias[v] = sum_D[v] = 0.0f;
@@ -174,6 +174,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     }
 
     __syncthreads();  // all have what entered their segments
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (LOG) sum_A[v] *= A[v];
     store_floats(&shared.told[0][a.segment][a.column], sum_A);
     store_floats(&shared.told[1][a.segment][a.column], sum_bias);
     store_floats(&shared.told[2][a.segment][a.column], sum_D);
@@ -183,9 +186,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       for (int s = 0; s < SEGMENTS; ++s)
 #pragma unroll
         for (int i = 0; i < 3; ++i) sums[i] += shared.told[i][s][lane];
-      const int64 of_direction = (int64(a.image) * 4 + k) * p.n_channels + channel;
-      p.share_A[of_direction] = sums[0], p.share_bias[of_direction] = sums[1];
-      if (k == 0) p.share_D[int64(a.image) * p.n_channels + channel] = sums[2];
+      float* share = p.shares + (int64(a.image) * 12 + k) * p.n_channels + channel;
+      *share = sums[0], share[4 * p.n_channels] = sums[1];
+      if (k == 0)
+        for (int i = 0; i < 4; ++i) share[(8 + i) * p.n_channels] = sums[2];
     }
   }
 }

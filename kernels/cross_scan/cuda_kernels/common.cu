@@ -8,8 +8,9 @@
 //
 // What is summed in which order follows from T alone, and not from WARPS or from how many images there are.
 //
-// Macros, set when compiled: U, the type of x; M, that of dt, B and C; R, the rank of dt; VR, elements of dt in one load;
-// WIDE, whether rows of channels divide by V; FAST, whether approximate logarithms do (16-bit inputs); T, WARPS, MIN_BLOCKS.
+// Macros, set when compiled: U, the type of x; M, that of dt, B and C; P, that of what is one for all images; LOG, whether
+// A is given as log(-A), and its gradient is that of it; R, the rank of dt; VR, elements of dt in one load; WIDE, whether
+// rows of channels divide by V; FAST, whether approximate logarithms do (16-bit inputs); T, WARPS, MIN_BLOCKS.
 
 constexpr int V = 4, LANES = 8, CB = LANES * V;
 constexpr int THREADS = 32 * WARPS, SEGMENTS = THREADS / LANES, STEPS = SEGMENTS * T;
@@ -21,12 +22,12 @@ static_assert(R % VR == 0, "dt is read in whole loads");
 struct Problem {
   const U* x;                          // (token, E)
   const M *dt, *B, *C;
-  const float *dt_weight, *bias, *A, *D;  // (4, E, R), (4, E)
+  const P *dt_weight, *bias, *A, *D;   // (4, E, R), (4, E)
   float *y, *saved;                    // (token, E), of each direction if split; (image, 4, slot, E)
   const float* dy;                     // (token, E)
   float* sum;                          // (token, E): of the directions' gradients of x
   U *dx, *ddelta;                      // (token, E), (token, 4, E)
-  float *share_BC, *share_A, *share_bias, *share_D;  // (E / CB, 2, 4, token), (image, 4, E) twice, (image, E)
+  float *share_BC, *shares;            // (E / CB, 2, 4, token); (image, 3, 4, E): of A, the bias and D
   int64 n_images, height, width, n_channels, inverse_height, split, every;
   int64 dt_token, dt_direction, B_token, B_direction, C_token, C_direction;  // in elements
 };
@@ -138,18 +139,27 @@ INLINE void stage_rows(
 constexpr float SCALE = FAST ? LOG2E : 1.0f;  // of what goes into step_size
 
 INLINE void stage_weight(const Problem& p, Shared& shared, const Place& a, int k) {
-  const float* from = p.dt_weight + (k * p.n_channels + a.block * CB) * R;
+  const P* from = p.dt_weight + (k * p.n_channels + a.block * CB) * R;
   const int left = int(p.n_channels) - a.block * CB;
   for (int i = threadIdx.x; i < CB * R; i += THREADS) {
     const int c = i / R, r = i % R;
-    shared.weight[r][c] = c < left ? from[i] * SCALE : 0.0f;
+    shared.weight[r][c] = c < left ? one(from + i) * SCALE : 0.0f;
   }
 }
 
 // A lane's channels of a parameter (4, E).
-INLINE void load_parameter(float (&x)[V], const float* from, const Problem& p, const Place& a, int k) {
+INLINE void load_parameter(float (&x)[V], const P* from, const Problem& p, const Place& a, int k) {
 #pragma unroll
-  for (int v = 0; v < V; ++v) x[v] = v < a.there ? from[k * p.n_channels + a.e + v] : 0.0f;
+  for (int v = 0; v < V; ++v) x[v] = v < a.there ? one(from + k * p.n_channels + a.e + v) : 0.0f;
+}
+INLINE void load_A(float (&A)[V], const Problem& p, const Place& a, int k) {
+  load_parameter(A, p.A, p, a, k);
+#pragma unroll
+  for (int v = 0; v < V; ++v)
+    if (LOG) {
+      const float e = exp_negative(-fabsf(A[v]));
+      A[v] = A[v] < 0.0f ? -e : A[v] == A[v] ? -reciprocal(e) : A[v];
+    }
 }
 // D of all directions, which the first one adds.
 INLINE void load_skip(float (&skip)[V], const Problem& p, const Place& a, int k) {

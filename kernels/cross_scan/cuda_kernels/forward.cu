@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     stage_rows(p, shared.rows[0], a, k, order, 0, threadIdx.x, THREADS);
     float bias[V], A2[V], skip[V];
     load_parameter(bias, p.bias, p, a, k);
-    load_parameter(A2, p.A, p, a, k);
+    load_A(A2, p, a, k);
     load_skip(skip, p, a, k);
 #pragma unroll
     for (int v = 0; v < V; ++v) bias[v] *= SCALE, A2[v] *= LOG2E;
