@@ -20,15 +20,8 @@
 
 constexpr int CODES = 256, OPERANDS = 14, NONE = -1;
 constexpr int V = 16 / sizeof(T);  // elements of a matrix in one load
-#ifndef EARLY
-#define EARLY 16
-#endif
-#ifndef AT_ONCE
-#define AT_ONCE 8
-#endif
-#ifndef THEN
-#define THEN 4
-#endif
+constexpr int AT_ONCE = 8;         // such loads that a thread has in flight for a product, as far as that goes
+constexpr int EARLY = 16;          // loads of a whole block up to which all are in flight from its begin
 constexpr int S = 1 + GUIDED;
 static_assert(THREADS >= CODES, "a thread for each code");
 
@@ -73,11 +66,11 @@ INLINE float sum_of_warp(float x) {
 }
 
 // out = W x: LANES threads share a row, and a thread has PASSES rows, of which it reads STEPS pieces of V.
-template <int OUT, int IN, int LANES, int MOST = AT_ONCE> struct Product {
+template <int OUT, int IN, int LANES> struct Product {
   static constexpr int STEPS = (IN + V - 1) / V / LANES, SLOTS = THREADS / LANES, PASSES = (OUT + SLOTS - 1) / SLOTS;
   static constexpr int SIZE = PASSES * STEPS * THREADS * V;
   static INLINE constexpr int ahead() {
-    int n = MOST / PASSES < 1 ? 1 : MOST / PASSES > STEPS ? STEPS : MOST / PASSES;
+    int n = AT_ONCE / PASSES < 1 ? 1 : AT_ONCE / PASSES > STEPS ? STEPS : AT_ONCE / PASSES;
     while (STEPS % n) --n;
     return n;
   }
@@ -229,8 +222,8 @@ template <int M, int E, int N, int R, int W, bool CENTRED, int IN_LANES, int X_L
 INLINE void mamba(const Problem& p, Shared& s, const Rows& rows, const int* op) {
   constexpr int N_LOW = (R + 2 * N + 15) / 16 * 16, MINE = (E + THREADS - 1) / THREADS;
   typedef Product<2 * E, M, IN_LANES> In;
-  typedef Product<N_LOW, E, X_LANES, THEN> X;
-  typedef Product<M, E, OUT_LANES, THEN> Out;
+  typedef Product<N_LOW, E, X_LANES> X;
+  typedef Product<M, E, OUT_LANES> Out;
   typedef States<E, N, R> Scan;
   constexpr bool early = In::HELD + X::HELD + Out::HELD <= EARLY;
   const float* w = p.w + op[7];
