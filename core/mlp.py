@@ -6,16 +6,15 @@
 Letters: B batch, L length, F inner width (d_ff).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .padding import Padding
 
-
-class NoState(NamedTuple):
-    """What an MLP remembers of a sequence: nothing."""
+# What an MLP remembers of a sequence: nothing. No NamedTuple, for FSDP2 loses one without fields on its way to a GPU.
+NoState = tuple[()]
 
 
 class MLP(nn.Module):
@@ -43,7 +42,7 @@ class MLP(nn.Module):
     ) -> Tensor | tuple[Tensor, NoState]:
         """hidden (B, L, d_model) -> the same shape, or (that, the empty state) iff return_state."""
         y = self._of_each(hidden)
-        return (y, NoState()) if return_state else y
+        return (y, ()) if return_state else y
 
     def forward_padded(self, hidden: Tensor, padding: Padding, **options: Any) -> Any:
         return self(hidden, **options)
@@ -53,7 +52,7 @@ class MLP(nn.Module):
         return self._of_each(hidden)
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> NoState:
-        return NoState()
+        return ()
 
     def _of_each(self, hidden: Tensor) -> Tensor:
         inner = self.in_proj(hidden)

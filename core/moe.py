@@ -125,7 +125,7 @@ class MoE(nn.Module):
     ) -> Tensor | tuple[Tensor, NoState]:
         """hidden (B, L, d_model) -> the same shape, or (that, the empty state) iff return_state."""
         y = self._mixed(hidden.flatten(0, 1), None, self.training).view(hidden.shape)
-        return (y, NoState()) if return_state else y
+        return (y, ()) if return_state else y
 
     def forward_padded(
         self, hidden: Tensor, padding: Padding, *, state: NoState | None = None, return_state: bool = False
@@ -133,7 +133,7 @@ class MoE(nn.Module):
         """`forward` of rows that hold padding, which no expert sees; it comes out as 0."""
         real = padding.real(hidden.shape[1]).flatten()
         y = self._mixed(hidden.flatten(0, 1), real, self.training).view(hidden.shape)
-        return (y, NoState()) if return_state else y
+        return (y, ()) if return_state else y
 
     def step(self, hidden: Tensor, state: NoState) -> Tensor:
         """hidden (B, d_model) -> (B, d_model)."""
@@ -146,7 +146,7 @@ class MoE(nn.Module):
         return self._mixed(hidden, None, training=False)
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> NoState:
-        return NoState()
+        return ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "aux_loss": None}  # a copy has had no forward; and no graph of autograd can be copied

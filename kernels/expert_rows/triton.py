@@ -26,12 +26,14 @@ def _choose(
     inside = (row < n_rows)[:, None] & (d < width)
     values = tl.where(d < width, load_float(logits, at, inside), float("-inf"))
     weights = exp_negative(values - tl.max(values, axis=1)[:, None])
-    p = weights / tl.sum(weights, axis=1)[:, None]
+    # Said here, since neither the largest of NaN nor its exponential need be one.
+    is_nan = tl.max((values != values).to(tl.int32), axis=1) > 0
+    p = tl.where(is_nan[:, None], float("nan"), weights / tl.sum(weights, axis=1)[:, None])
     tl.store(probabilities + at, p, mask=inside)
     left = tl.where(d < width, p, -1.0)
     for k in range(TOP_K):
         _, found = tl.max(left, axis=1, return_indices=True)
-        found = tl.minimum(found, width - 1)  # a row of NaN has no largest one
+        found = tl.where(is_nan, k, found)
         gate = tl.sum(tl.where(d == found[:, None], p, 0.0), axis=1)
         tl.store(gates + row * TOP_K + k, gate, mask=row < n_rows)
         tl.store(experts + row * TOP_K + k, found, mask=row < n_rows)

@@ -242,8 +242,7 @@ def test_graphs_of_whole_periods(shape, guided):
     begun = begin(mixed, np.arange(9, dtype=np.uint8), 1)
     state = pytree.tree_map(lambda s: s.repeat_interleave(3, 0), begun.state)
     arguments = (begun.unread.repeat(3), SamplingConfig(top_p=0.95))
-    graph = writer_of(mixed, state, *arguments, [1, 2, 3])
-    assert isinstance(graph, GraphWriter)
+    graph = GraphWriter(mixed, pytree.tree_map(torch.clone, state), *arguments, generators(1, 2, 3))
     eager = EagerWriter(mixed, state, *arguments, generators(1, 2, 3))
     for n in (3, 40, 17):
         before = graph.snapshot()

@@ -1,5 +1,8 @@
 """Which Blocks come and go together when weights are divided."""
 
+import torch
+from torch.distributed.utils import _to_kwargs
+
 from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, MoEConfig, sharded
 
 
@@ -26,3 +29,9 @@ def test_what_is_apart_does_not_count(monkeypatch):
     assert [len(unit) for unit in sharded._units(model, ())] == [2, 2, 2]
     monkeypatch.setattr(sharded, "UNIT", sharded._size(model.backbone, experts))
     assert [len(unit) for unit in sharded._units(model, experts)] == [6]
+
+
+def test_states_survive_what_moves_inputs_to_a_gpu():
+    state = language_model(("mamba", "moe", "mlp")).init_state(2)
+    ((moved,),), _ = _to_kwargs((state,), {}, torch.device("cpu"), False)
+    assert [type(layer) for layer in moved] == [type(layer) for layer in state]
