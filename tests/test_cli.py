@@ -25,6 +25,11 @@ def test_help_does_not_load_torch(words):
     assert len(result.stdout) > 4
 
 
+def test_importing_models_and_verbs_does_not_load_the_compiler():
+    code = "import sys, polymamba.genomics.verbs.variants, polymamba.bytes; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_usage_errors_exit_with_2(capsys):
     for words in ([], ["cook"], ["genomics"], ["genomics", "cook"], ["doctor", "--cook"], ["convert", "mamba-ssm"]):
         assert cli.main(words) == 2, words

@@ -23,9 +23,12 @@ def fuses_experts(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and choose(None, x.device, x.dtype) == "triton" and _loads_tiles(x.device.index)
 
 
-@torch.compiler.assume_constant_result
 def _loads_tiles(device: int | None) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+# All that torch.compiler.assume_constant_result does, but that would load the whole compiler: a second, and more.
+_loads_tiles._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def expert_mlp(
