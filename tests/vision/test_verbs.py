@@ -271,7 +271,8 @@ def test_flags_and_recipes_name_the_same_things():
     assert set(ModelName.__args__) == set(PRESETS)
     assert set(RecipeName.__args__) == set(RECIPES)
     assert set(Augment.__dataclass_fields__) == set(Augmentation.__dataclass_fields__)
-    assert set(Training.__dataclass_fields__) == set(TrainConfig.__dataclass_fields__) - {"max_tokens"}
+    of_sequences = {"max_tokens", "context_parallel", "expert_parallel"}
+    assert set(Training.__dataclass_fields__) == set(TrainConfig.__dataclass_fields__) - of_sequences
     args = Train(data=Path("d"), output=Path("o"), recipe="vim", train=Training(lr=0.5), augment=Augment(mixup=0.0))
     assert (args.training().lr, args.training().epochs) == (0.5, 300)
     assert (args.augmentation().mixup, args.augmentation().cutmix) == (0.0, 1.0)
