@@ -77,6 +77,7 @@ class FusedModel:
         self.ops = np.array(self._ops, np.int64)
         self.ops[self.ops[:, 0] == MAMBA, 8:10] += self._n_values  # the states' places
         self.weights, self.matrices = torch.cat(self._weights), torch.cat(self._matrices)
+        del self._weights, self._matrices
         if torch.is_autocast_enabled(self.device.type):
             self.matrices = self.matrices.bfloat16()  # rounded to the nearest
         self.sizes = np.array(self._sizes, np.int64)

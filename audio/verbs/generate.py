@@ -50,10 +50,10 @@ def generate(args: Generate) -> None:
             with progress_bar("prompt", 0 if prompt is None else len(prompt), "samples") as advance:
                 begun = begin(guided, prompt, label, advance=advance)
         _say_format(args, rate)
-        for _ in write_on(guided, begun, 1, args.sampling, [0], block=1):
+        seeds = [args.compute.seed + i for i in range(args.n)]
+        for _ in write_on(guided, begun, 1, args.sampling, seeds, block=1):
             pass  # so that the time told below is not that of compiling
         began = time.monotonic()
-        seeds = [args.compute.seed + i for i in range(args.n)]
         block = _block(model)
         steps = write_on(guided, begun, n, args.sampling, seeds, block=block, watchdog=watchdog)
         waves = _write(args, outputs, model, prompt, steps, n)

@@ -18,13 +18,17 @@ from ..expert_rows.interface import Order
 from ..operators import Operator, module
 
 
+SHARED_MEMORY = 213 * 1024  # bytes that the largest tiles of triton.py take; Blackwell's smaller chips have 99 KiB
+
+
 def fuses_experts(x: Tensor) -> bool:
-    """Whether `expert_mlp` is the way to take: bf16 on a GPU of compute capability 9 and up."""
+    """Whether `expert_mlp` is the way to take: bf16 on a GPU that loads tiles by descriptor, and holds large ones."""
     return x.dtype == torch.bfloat16 and choose(None, x.device, x.dtype) == "triton" and _loads_tiles(x.device.index)
 
 
 def _loads_tiles(device: int | None) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_capability(device) >= (9, 0) and room >= SHARED_MEMORY
 
 
 # All that torch.compiler.assume_constant_result does, but that would load the whole compiler: a second, and more.
@@ -37,6 +41,7 @@ def expert_mlp(
     """x (T, D), gates (T, K) float32, w_in (E, D, I), w_out (E, I, D) -> (T, D): each token's sum of what its experts
     make of it, by their gates.
 
+    Gates are a softmax's: none is negative, and one of 0 gets no gradient.
     some_lost: whether there may be assignments without an expert, which count as 0.
     """
     gates, w_in, w_out = gates.contiguous(), w_in.contiguous(), w_out.contiguous()
