@@ -17,7 +17,6 @@ from ..backends import choose
 from ..expert_rows.interface import Order
 from ..operators import Operator, module
 
-
 SHARED_MEMORY = 213 * 1024  # bytes that the largest tiles of triton.py take; Blackwell's smaller chips have 99 KiB
 
 
