@@ -24,7 +24,7 @@ from .config import TrainConfig
 from .errors import InputError
 from .expert_parallel import spread_experts
 from .parallel import context_parallel
-from .sharded import here, shard
+from .sharded import experts_of, here, shard
 
 AT_ONCE = 1 << 26  # gradients that are put side by side, to go round in one operation
 
@@ -85,8 +85,8 @@ class Division:
         if self.gradients_meet_after:
             average_gradients([p for p in model.parameters() if p.requires_grad], dist.group.WORLD)
         if self.experts and self.experts["others"].size() > 1:
-            spread = [linear.weight for m in model.modules() for linear in getattr(m, "experts", ())]
-            average_gradients([p for p in spread if p.requires_grad], self.experts["others"].get_group())
+            spread = [linear.weight for linear in experts_of(model) if linear.weight.requires_grad]
+            average_gradients(spread, self.experts["others"].get_group())
 
 
 def _groups(n: int, device: torch.device) -> DeviceMesh | None:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 # To gather or reduce a unit takes a GPU's links half a millisecond for 2^25 weights (128 MiB), and the host about as
 # long to begin it: fewer weights would make it wait for the host, more would save nothing.
 UNIT = 1 << 25  # parameters of a unit, at least; all units but the last have so many
-KEPT = (
-    1 << 29
-)  # parameters (2 GiB) of a model that is gathered once a step and kept until its backward; if larger, twice
+# Parameters (2 GiB) of a model that is gathered once a step and kept until its backward; a larger one is, twice.
+KEPT = 1 << 29
 
 
 def is_part(x: Any) -> bool:
@@ -58,6 +57,11 @@ def shard(model: nn.Module, mesh: Any = None, *, apart: Collection[nn.Parameter]
         vars(p).update(marks[name])
 
 
+def experts_of(model: nn.Module) -> list[Any]:
+    """The linear maps, grouped by expert, of all its mixtures."""
+    return [linear for module in model.modules() for linear in getattr(module, "experts", ())]
+
+
 def _size(module: nn.Module, apart: Collection[nn.Parameter]) -> int:
     return sum(p.numel() for p in module.parameters() if p not in apart)
 
@@ -88,8 +92,7 @@ def all_weights(model: nn.Module) -> Iterator[None]:
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    experts = [linear for module in model.modules() for linear in getattr(module, "experts", ())]
-    spread = [(linear, linear.weight) for linear in experts if is_part(linear.weight)]
+    spread = [(linear, linear.weight) for linear in experts_of(model) if is_part(linear.weight)]
     for linear, weight in spread:
         linear.weight = nn.Parameter(weight.full_tensor(), requires_grad=False)
     yield

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backends import traced
 
@@ -26,6 +27,18 @@ class Implementations:
 
     def __call__(self, backend: str, function: str) -> Callable[..., Any]:
         return getattr(module(self.package, self.modules[backend]), function)
+
+
+def of_first_order(gradients: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """An autograd.Function's backward, of one output, that refuses to be differentiated itself."""
+    gradients = once_differentiable(gradients)
+
+    @wraps(gradients)
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        # As once_differentiable sees it, gradients depend on dout alone; but on the inputs, too, they do.
+        return gradients(ctx, dout.detach().requires_grad_() if torch.is_grad_enabled() else dout)
+
+    return backward
 
 
 class Operator:

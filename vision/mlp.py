@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..core.autocast import autocast_dtype
 from ..core.mamba_at_once import as_made
 from ..kernels.backends import traced
 from ..kernels.casting import cast_all
+from ..kernels.operators import of_first_order
 
 
 @register_notrace_module
@@ -62,11 +62,10 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # As once_differentiable sees it, gradients depend on dy alone; but on the inputs, too, they do.
-        return _gradients(ctx, dy.detach().requires_grad_() if torch.is_grad_enabled() else dy)
+        return _gradients(ctx, dy)
 
 
-@once_differentiable
+@of_first_order
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     rows, h, w_1, w_2 = ctx.saved_tensors
     with torch.autocast(dy.device.type, enabled=False):

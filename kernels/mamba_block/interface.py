@@ -30,11 +30,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import IN_PYTORCH, choose, traced
 from ..casting import cast_all
 from ..causal_conv1d import interface as conv_interface
+from ..operators import of_first_order
 from ..selective_scan import interface as scan_interface
 
 
@@ -208,11 +208,10 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # As once_differentiable sees it, gradients depend on dout alone; but on the inputs, too, they do.
-        return _gradients(ctx, dout.detach().requires_grad_() if torch.is_grad_enabled() else dout)
+        return _gradients(ctx, dout)
 
 
-@once_differentiable
+@of_first_order
 def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     s, saved_tensors = ctx.settings, ctx.saved_tensors
     cu_seqlens, rows, xz, y, in_proj, out_proj = saved_tensors[:6]

@@ -118,8 +118,8 @@ def _rows_a_factor(n_rows, factors) -> int:
 
 def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype, factors=None):
     """Gradients of (residual, x, weight, bias); None for x's if it is the residual's, and for that of an absent bias.
-    factors: as of
-       `forward`.
+
+    factors: as of `forward`.
     """
     n_rows, width = stream.shape
     n_pieces = ceil_div(n_rows, PIECE)

@@ -18,17 +18,15 @@ products and what lies between them are in the dtype that is asked for; x and x_
 """
 
 from functools import cache
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose, traced
 from ..casting import cast_all
-from ..operators import Operator
+from ..operators import Operator, module, of_first_order
 
 
 class VSSWeights(NamedTuple):
@@ -118,7 +116,7 @@ def conv_norm_gelu(
 def _run_stem(
     x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor, norm_bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    return import_module(".triton_stem", __package__).run(x, weight, bias, norm, norm_bias, eps, dtype)
+    return module(__package__ or "", "triton_stem").run(x, weight, bias, norm, norm_bias, eps, dtype)
 
 
 def _fake_stem(x, weight, bias, norm, norm_bias, eps, dtype):
@@ -178,11 +176,10 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # As once_differentiable sees it, gradients depend on dout alone; but on the inputs, too, they do.
-        return _gradients(ctx, dout.detach().requires_grad_() if torch.is_grad_enabled() else dout)
+        return _gradients(ctx, dout)
 
 
-@once_differentiable
+@of_first_order
 def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, n_1, a, u, low, y, states, n_2, x_1, n_3, h, factors, *rest = ctx.saved_tensors
     in_proj, x_proj, out_proj, fc1, fc2 = rest[:5]
