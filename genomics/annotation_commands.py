@@ -1,6 +1,5 @@
 """`polymamba genomics <verb>-bases`: the flags. What the verbs do is in verbs/bases.py, loaded when one runs."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,14 +9,12 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from ..core.config import ComputeConfig, TrainConfig
 from ..core.inputs import require_at_least_1, require_shares
 from .config import Preset, Target
-from .language_commands import GenomeDividing
+from .language_commands import GenomeDividing, require_sequence_files, require_start
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
 
-def _require_named(fasta: tuple[str, ...], labels: tuple[Path, ...] = (Path(),)) -> None:
-    if not fasta:
-        raise ValueError("no sequence file; name one or more")
+def _require_labels(labels: tuple[Path, ...]) -> None:
     if not labels:
         raise ValueError("no labels; name one or more files, BED, GFF, GTF or bedGraph")
 
@@ -73,7 +70,8 @@ class TrainBases:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_named(self.fasta, self.labels)
+        require_sequence_files(self.fasta)
+        _require_labels(self.labels)
         require_at_least_1(window=self.window, steps_per_epoch=self.steps_per_epoch, valid_bases=self.valid_bases)
         require_shares(max_n=self.max_n)
         if self.overlap is not None and not 0 <= self.overlap < self.window:
@@ -82,12 +80,7 @@ class TrainBases:
             raise ValueError("classes, stranded and balance are of labels; leave them out with target regression")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes {self.classes}: name each once")
-        if self.init is None and (self.freeze or self.backbone_lr is not None):
-            raise ValueError("freeze and backbone_lr are of a backbone that --init gave; give --init, too")
-        if self.freeze and self.backbone_lr is not None:
-            raise ValueError("freeze and backbone_lr: a frozen backbone learns at no rate; give one of them")
-        if self.backbone_lr is not None and not 0 < self.backbone_lr < math.inf:
-            raise ValueError(f"backbone_lr is {self.backbone_lr}; it must be a number above 0")
+        require_start(self.init, self.freeze, self.backbone_lr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +100,7 @@ class _AlongGenome:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_named(self.fasta)
+        require_sequence_files(self.fasta)
         require_at_least_1(window=self.window, max_tokens=self.max_tokens)
 
 
@@ -126,7 +119,7 @@ class EvalBases(_AlongGenome):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_named(self.fasta, self.labels)
+        _require_labels(self.labels)
 
 
 @dataclass(frozen=True, kw_only=True)

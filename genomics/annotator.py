@@ -20,6 +20,7 @@ from ..core.hub import PretrainedModel
 from .alphabet import COMPLEMENT, VOCAB_SIZE
 from .caduceus import both_strands, over_strands
 from .config import DNAAnnotatorConfig
+from .model import predictions_of
 
 
 class DNAAnnotator(PretrainedModel):
@@ -56,8 +57,4 @@ class DNAAnnotator(PretrainedModel):
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Logits (..., K) -> probabilities of the classes or of each label, or values (..., 1)."""
-        if self.config.target == "multiclass":
-            return logits.softmax(-1)
-        if self.config.target == "multilabel":
-            return logits.sigmoid()
-        return self.config.mean + self.config.scale * logits
+        return predictions_of(logits, self.config)

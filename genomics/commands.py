@@ -4,7 +4,6 @@ Letters, everywhere: case is ignored unless --hard-mask is given, U reads as T, 
 letter is an error.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +14,7 @@ from ..core.config import ComputeConfig, TrainConfig
 from ..core.inputs import require_at_least_1, require_shares
 from .annotation_commands import ANNOTATION_COMMANDS
 from .config import Preset, Target
-from .language_commands import LANGUAGE_COMMANDS
+from .language_commands import LANGUAGE_COMMANDS, require_start
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
@@ -153,14 +152,9 @@ class Train:
 
     def __post_init__(self) -> None:
         require_shares(label_smoothing=self.label_smoothing, mask_rate=self.mask_rate)
-        if self.init is None and (self.freeze or self.backbone_lr is not None or self.dropout is not None):
-            raise ValueError("freeze, backbone_lr and dropout are of a backbone that --init gave; give --init, too")
+        require_start(self.init, self.freeze, self.backbone_lr, dropout=self.dropout)
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.freeze and self.backbone_lr is not None:
-            raise ValueError("freeze and backbone_lr: a frozen backbone learns at no rate; give one of them")
-        if self.backbone_lr is not None and not 0 < self.backbone_lr < math.inf:
-            raise ValueError(f"backbone_lr is {self.backbone_lr}; it must be a number above 0")
         require_at_least_1(steps_per_epoch=self.steps_per_epoch)
         if self.last_base and self.init is None:
             raise ValueError("last_base is of a causal backbone, such as --init gives; give --init, too")

@@ -1,5 +1,6 @@
 """`polymamba genomics <verb>` of language models: the flags. What the verbs do is in verbs/, loaded when one runs."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,9 +14,20 @@ from .config import LanguagePreset, Objective, TokenizerName
 Output = Annotated[Path, arg(aliases=["-o"])]
 
 
-def _require_sequence_files(words: tuple[str, ...]) -> None:
+def require_sequence_files(words: tuple[str, ...]) -> None:
     if not words:
         raise ValueError("no sequence file; name one or more")
+
+
+def require_start(init: Path | None, freeze: bool, backbone_lr: float | None, **others: object) -> None:
+    """Raises ValueError for flags of a backbone that --init gave (others: further ones) without it, or at odds."""
+    if init is None and (freeze or any(x is not None for x in (backbone_lr, *others.values()))):
+        *names, last = "freeze", "backbone_lr", *others
+        raise ValueError(f"{', '.join(names)} and {last} are of a backbone that --init gave; give --init, too")
+    if freeze and backbone_lr is not None:
+        raise ValueError("freeze and backbone_lr: a frozen backbone learns at no rate; give one of them")
+    if backbone_lr is not None and not 0 < backbone_lr < math.inf:
+        raise ValueError(f"backbone_lr is {backbone_lr}; it must be a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +102,7 @@ class Pretrain:
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 
     def __post_init__(self) -> None:
-        _require_sequence_files(self.fasta)
+        require_sequence_files(self.fasta)
         require_at_least_1(length=self.length, first_length=self.first_length, steps_per_epoch=self.steps_per_epoch)
         require_at_least_1(valid_bases=self.valid_bases)
         require_shares(mask_rate=self.mask_rate, lower_case_weight=self.lower_case_weight, max_n=self.max_n)
@@ -153,7 +165,7 @@ class Score(_WithLanguageModel):
     windows are from that."""
 
     def __post_init__(self) -> None:
-        _require_sequence_files(self.fasta)
+        require_sequence_files(self.fasta)
         require_at_least_1(bin=self.bin, chunk=self.chunk, window=self.window)
         if self.bin > 1 and self.track is None:
             raise ValueError("bin says what the lines of a track are; give --track, too")
@@ -182,7 +194,7 @@ class Perplexity(_WithLanguageModel):
     """How many stretches, at most; each needs the longest of the contexts before it."""
 
     def __post_init__(self) -> None:
-        _require_sequence_files(self.fasta)
+        require_sequence_files(self.fasta)
         require_at_least_1(target=self.target, stretches=self.stretches)
         if not self.contexts or min(self.contexts) < 1 or list(self.contexts) != sorted(set(self.contexts)):
             raise ValueError(f"contexts is {self.contexts}; give one or more numbers of at least 1, in rising order")

@@ -21,9 +21,18 @@ from ..core.batching import at_places
 from ..core.hub import PretrainedModel
 from .alphabet import COMPLEMENT, VOCAB_SIZE
 from .caduceus import both_strands, over_strands
-from .config import DNAClassifierConfig
+from .config import DNAAnnotatorConfig, DNAClassifierConfig
 
 N_WAVES = 16  # per end of the window
+
+
+def predictions_of(logits: Tensor, config: DNAClassifierConfig | DNAAnnotatorConfig) -> Tensor:
+    """Logits (..., K) -> probabilities of the classes or of each label, or values (..., 1)."""
+    if config.target == "multiclass":
+        return logits.softmax(-1)
+    if config.target == "multilabel":
+        return logits.sigmoid()
+    return config.mean + config.scale * logits
 
 
 def window_position(mask: Tensor) -> Tensor:
@@ -168,8 +177,4 @@ class DNAClassifier(PretrainedModel):
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Logits (B, K) -> probabilities of the classes (rows sum to 1) or of each label, or values (B, 1)."""
-        if self.config.target == "multiclass":
-            return logits.softmax(-1)
-        if self.config.target == "multilabel":
-            return logits.sigmoid()
-        return self.config.mean + self.config.scale * logits
+        return predictions_of(logits, self.config)

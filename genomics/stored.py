@@ -20,14 +20,19 @@ from .model import DNAClassifier
 from .tokenizers import CHARACTERS, load_tokenizer
 
 
+def require_run_folder(folder: Path) -> None:
+    """Raises InputError if there is none: from_pretrained would look for a model of this name on the hub."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder")
+
+
 @torch.no_grad()
 def read_language_model(folder: Path) -> DNALanguageModel | Caduceus:
     """The model in a folder of `pretrain` or `convert caduceus`. Raises InputError if there is none.
 
     It reads N as what stood for it in pretraining: an official model never saw its own.
     """
-    if not folder.is_dir():  # from_pretrained would look for a model of this name on the hub
-        raise InputError(f"{folder}: no such run folder")
+    require_run_folder(folder)
     if model_name(folder) != "Caduceus":
         return DNALanguageModel.from_pretrained(folder)
     model = Caduceus.from_pretrained(folder)

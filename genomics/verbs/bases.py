@@ -38,9 +38,9 @@ from ..pretraining import Windows
 from ..reading.files import files_of
 from ..reading.genome import Genome
 from ..runs_track import RunsTrack
-from ..stored import begin_with, read_start
+from ..stored import begin_with, read_start, require_run_folder
 from ..terminal import progress_bar
-from .genome import require_unlike_names, windows_of_parts
+from .genome import require_unlike_names, settings_of_genome, window_and_overlap, windows_of_parts
 
 UNIT = 4096  # bases that figures add up by, at most
 
@@ -204,8 +204,7 @@ def _told(pieces: Iterator[tuple[int, np.ndarray]], advance: Any) -> Iterator[tu
 
 
 def _load(run: Path, compute: ComputeConfig) -> DNAAnnotator:
-    if not run.is_dir():  # from_pretrained would look for a model of this name on the hub
-        raise InputError(f"{run}: no such run folder")
+    require_run_folder(run)
     return DNAAnnotator.from_pretrained(run).to(pick_device(compute))
 
 
@@ -223,11 +222,7 @@ def _geometry(model: DNAAnnotator, window: int | None, overlap: int | None) -> t
         raise InputError(
             "--window and --overlap are of models that see both ways; this one carries its state, leave them out"
         )
-    window = window or model.config.window
-    overlap = window // 2 if overlap is None else overlap
-    if not 0 <= overlap < window:
-        raise InputError(f"--overlap {overlap}: must be at least 0 and less than the window, which is {window}")
-    return window, overlap
+    return window_and_overlap(window or model.config.window, overlap)
 
 
 def _predicted(
@@ -315,16 +310,8 @@ def _scale(counts: LabelCounts) -> tuple[float, float]:
 
 
 def _settings(args: TrainBases, genome: Genome) -> dict[str, Any]:
-    """What determines the result, beside the files."""
-    groups = {"output", "resume", "dividing", "train", "compute", "fasta"}
-    dividing = {name: value for name, value in asdict(args.dividing).items() if name != "regions"}
     return {
-        **{name: value for name, value in asdict(args).items() if name not in groups},
+        **settings_of_genome(args, genome, settings_of(args.train, args.compute, same_kernels=False)),
         "labels": [str(path) for path in args.labels],
         "init": None if args.init is None else str(args.init),
-        **dividing,
-        "regions": [str(path) for path in args.dividing.regions],
-        **settings_of(args.train, args.compute, same_kernels=False),
-        "contigs": len(genome.contigs),
-        "bases": genome.n_bases,
     }

@@ -29,7 +29,7 @@ from ..dataset import NO_LABEL, LabelledSequences
 from ..inference import predict
 from ..model import DNAClassifier
 from ..reading.files import find_files
-from ..stored import embedding_model
+from ..stored import embedding_model, require_run_folder
 
 THRESHOLDS = "thresholds.json"
 
@@ -37,8 +37,7 @@ THRESHOLDS = "thresholds.json"
 def load_models(runs: Sequence[Path], compute: ComputeConfig) -> list[DNAClassifier]:
     """The models of run folders, on the device. Raises InputError if they do not predict the same thing."""
     for run in runs:
-        if not run.is_dir():  # from_pretrained would look for a model of this name on the hub
-            raise InputError(f"{run}: no such run folder")
+        require_run_folder(run)
     models = [DNAClassifier.from_pretrained(run) for run in runs]
     first = models[0].config
     for run, model in zip(runs[1:], models[1:], strict=True):

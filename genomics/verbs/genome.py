@@ -1,6 +1,8 @@
 """What the verbs that go over genomes share."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from ...core.errors import InputError
 from ...core.processes import from_first
@@ -26,6 +28,28 @@ def windows_of_parts(genome: Genome, stretches: Sequence[Stretch], length: int, 
             raise InputError(f"all {n_dropped} windows of the {part} part are more than {max_n:.0%} N; see --max-n")
     say(f"windows left out, more than {max_n:.0%} of their bases being N: {', '.join(dropped)}")
     return parts
+
+
+def settings_of_genome(args: Any, genome: Genome, of_training: dict[str, Any]) -> dict[str, Any]:
+    """What determines the result of a training verb, beside the files."""
+    groups = {"output", "resume", "dividing", "train", "compute", "fasta"}
+    given = {name: value for name, value in asdict(args).items() if name not in groups}
+    return {
+        **given,
+        **asdict(args.dividing),
+        "regions": [str(path) for path in args.dividing.regions],
+        **of_training,
+        "contigs": len(genome.contigs),
+        "bases": genome.n_bases,
+    }
+
+
+def window_and_overlap(window: int, overlap: int | None) -> tuple[int, int]:
+    """Both, the overlap half a window if left out. Raises InputError if they do not fit together."""
+    overlap = window // 2 if overlap is None else overlap
+    if not 0 <= overlap < window:
+        raise InputError(f"--overlap {overlap}: must be at least 0 and less than the window, which is {window}")
+    return window, overlap
 
 
 def require_unlike_names(genome: Genome) -> None:

@@ -118,13 +118,13 @@ def _embedded_in_records(model: DNAClassifier, pieces: Pieces, args: Embed) -> I
             spans = [(piece.start, piece.end) for piece in windows]
             sizes: Any = {"window": pieces.window, "overlap": overlap, "max_tokens": args.max_tokens}
             whole: Any = {"window": len(record), "overlap": 0, "max_tokens": len(record)}
-            in_one = list(embed_in_record(model, record, spans, **whole)) if args.one_shot else []
+            in_one = np.concatenate(list(embed_in_record(model, record, spans, **whole))) if args.one_shot else None
             done = 0
             for embeddings in embed_in_record(model, record, spans, **sizes, advance=advance):
                 upto = done + len(embeddings)
                 yield [_where(piece, pieces) for piece in windows[done:upto]], embeddings
-                if args.one_shot:
-                    ours = np.concatenate(in_one)[done:upto]
+                if in_one is not None:
+                    ours = in_one[done:upto]
                     differences += (np.linalg.norm(embeddings - ours, axis=1) / np.linalg.norm(ours, axis=1)).tolist()
                 done = upto
     if differences:

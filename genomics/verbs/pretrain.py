@@ -1,6 +1,5 @@
 """`polymamba genomics pretrain`: from genomes to a run folder with a tested language model."""
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from ..reading.files import files_of
 from ..reading.genome import Genome
 from ..terminal import progress_bar
 from ..tokenizers import BPE_FILE, CHARACTERS, BytePairs, KMers, Tokenizer, save_tokenizer
-from .genome import windows_of_parts
+from .genome import settings_of_genome, windows_of_parts
 from .language import load_reader
 
 BPE_BASES = 10_000_000  # that a byte-pair encoding is learned from
@@ -36,7 +35,9 @@ def pretrain(args: Pretrain) -> None:
     with Genome(files) as genome:
         stretches = from_first(lambda: divide_genome(genome, args.dividing, args.compute.seed))
         inputs = [path for path in (*files, *args.dividing.regions) if path.is_file()]
-        run = RunFolder(args.output, _settings(args, genome), inputs, resume=args.resume)
+        of_training = settings_of(args.train, args.compute, same_kernels=args.objective == "next", cuts=True)
+        settings = settings_of_genome(args, genome, of_training)
+        run = RunFolder(args.output, settings, inputs, resume=args.resume)
         say(describe_parts(stretches))
         parts = windows_of_parts(genome, stretches, args.length, args.max_n)
         with first_alone():
@@ -123,17 +124,3 @@ def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], task: Train
     print(f"{'bases':<22}{found.n_bases:>12,}")
     for order, bits in enumerate(metrics.get("order_bits_per_base", [])):
         print(f"{f'order {order}':<22}{bits:>12.4f}")
-
-
-def _settings(args: Pretrain, genome: Genome) -> dict[str, Any]:
-    """What determines the result, beside the files."""
-    groups = {"output", "resume", "dividing", "train", "compute", "fasta"}
-    dividing = {name: value for name, value in asdict(args.dividing).items() if name != "regions"}
-    return {
-        **{name: value for name, value in asdict(args).items() if name not in groups},
-        **dividing,
-        "regions": [str(path) for path in args.dividing.regions],
-        **settings_of(args.train, args.compute, same_kernels=args.objective == "next", cuts=True),
-        "contigs": len(genome.contigs),
-        "bases": genome.n_bases,
-    }

@@ -20,7 +20,7 @@ from ..plots import plot_perplexity
 from ..reading.files import files_of
 from ..reading.genome import Genome
 from ..terminal import progress_bar
-from .genome import require_unlike_names
+from .genome import require_unlike_names, window_and_overlap
 from .language import load_reader
 
 CONTEXT_TOKENS = 1 << 18  # in a batch of `perplexity`
@@ -37,10 +37,7 @@ def score(args: Score) -> None:
         if getattr(args, name) and not masked:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} is of masked models; {args.run} carries its state along a record, leave it out")
-    window = args.window or reader.model.config.window
-    overlap = window // 2 if args.overlap is None else args.overlap
-    if masked and not 0 <= overlap < window:
-        raise InputError(f"--overlap {overlap}: must be at least 0 and less than the window, which is {window}")
+    window, overlap = window_and_overlap(args.window or reader.model.config.window, args.overlap)
     header = ["id", "bases", "scored", "log_likelihood", "bits_per_base", "perplexity"]
     header += ["mean_difference", "largest_difference"] if args.one_shot else []
     with ExitStack() as stack:
