@@ -56,9 +56,10 @@ def _run(
 
 def _run_backward(
     dy: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, order: Tensor, places: Tensor, ends: Tensor,
-    rows: Tensor, inner: Tensor, some_lost: bool,
+    rows: Tensor, inner: Tensor, some_lost: bool, of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _triton().backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost)
+    """Gradients of x, gates, w_in and w_out; the last two are empty unless of_weights."""
+    return _triton().backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost, of_weights)
 
 
 def _triton() -> Any:
@@ -70,8 +71,9 @@ def _fake(x, gates, w_in, w_out, order, places, ends, some_lost):
     return x.new_empty(x.shape), rows, rows.new_empty(len(order), w_in.shape[2])
 
 
-def _fake_backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost):
-    return tuple(t.new_empty(t.shape) for t in (dy, gates, w_in, w_out))
+def _fake_backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost, of_weights):
+    of_experts = (w.new_empty(w.shape if of_weights else 0) for w in (w_in, w_out))
+    return dy.new_empty(dy.shape), gates.new_empty(gates.shape), *of_experts
 
 
 _expert_mlp = Operator("expert_mlp", _run, _fake)
@@ -88,7 +90,9 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 8
-    return *_expert_mlp_backward(dy, *ctx.saved_tensors, ctx.some_lost), None, None, None, None
+    of_weights = any(ctx.needs_input_grad[2:4])
+    dx, dgates, *dweights = _expert_mlp_backward(dy, *ctx.saved_tensors, ctx.some_lost, of_weights)
+    return dx, dgates, *(dweights if of_weights else (None, None)), None, None, None, None
 
 
 _expert_mlp.differentiate(_backward, _setup)

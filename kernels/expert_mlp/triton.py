@@ -172,19 +172,19 @@ def forward(x, gates, w_in, w_out, order, places, ends, some_lost):
     return _summed(y, places, ends, top_k, some_lost), rows, inner
 
 
-def backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost):
-    """Gradients of x, gates, w_in and w_out."""
+def backward(dy, gates, w_in, w_out, order, places, ends, rows, inner, some_lost, of_weights):
+    """Gradients of x, gates, w_in and w_out; the last two are empty unless of_weights."""
     top_k, n_rows, (n_groups, n_x, n_inner) = gates.shape[1], len(rows), w_in.shape
     dys, dinner = gather(dy, order, top_k), torch.empty_like(inner)
     shares = (gates.new_zeros if some_lost else gates.new_empty)(ceil_div(n_inner, NARROW["COLUMNS"]), n_rows)
     _product(dys, w_out.transpose(1, 2), dinner, order, ends, inner=inner, gates=gates, shares=shares)
     dx = _place_of_results(rows, top_k, some_lost)
     new = w_in.new_empty if n_rows else w_in.new_zeros
-    dw_in, dw_out = new(w_in.shape), new(w_out.shape)
+    dw_in, dw_out = (new(w.shape if of_weights else 0) for w in (w_in, w_out))
     if n_rows:
         columns, k = WIDE["COLUMNS"], INNER
         n_first = _most_tiles(n_rows, n_groups) * ceil_div(n_x, columns)
-        n_other = 2 * n_groups * ceil_div(n_x, ROWS) * ceil_div(n_inner, columns)
+        n_other = 2 * n_groups * ceil_div(n_x, ROWS) * ceil_div(n_inner, columns) if of_weights else 0
         with torch.cuda.device_of(rows):
             _gradients[(n_first + n_other,)](
                 TensorDescriptor.from_tensor(dinner, [ROWS, k]), TensorDescriptor.from_tensor(w_in, [1, columns, k]),

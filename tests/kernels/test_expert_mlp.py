@@ -69,6 +69,25 @@ def test_output_and_gradients(counts, n_lost, top_k, width, inner, device_of):
         assert ((actual - wanted).abs() <= (0.02 if dtype == torch.bfloat16 else 1e-5) * scale).all()
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_frozen_experts(top_k, device_of):
+    """The other gradients are the same, to the bit, and those of the weights are not made."""
+    device = device_of("triton")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x, dy, w_in, w_out = (
+        normal(*shape, seed=i).to(device, dtype) for i, shape in enumerate(((9, 8), (9, 8), (3, 8, 16), (3, 16, 8)))
+    )
+    gates = normal(9, top_k, seed=7).sigmoid().to(device, torch.float32)
+    order = sort_by_expert(torch.arange(9 * top_k, device=device) % 3, 3, backend="triton")
+    results = []
+    for trained in (True, False):
+        leaves = [t.clone().requires_grad_(trained or i < 2) for i, t in enumerate((x, gates, w_in, w_out))]
+        expert_mlp(*leaves, order).backward(dy)
+        results.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*(found[:2] for found in results), strict=True))
+    assert results[1][2:] == [None, None]
+
+
 def test_no_gradient_and_nan(device_of):
     """What passes the ReLU passes it in inference, too; a NaN is not lost, and stays in its row."""
     device = device_of("triton")
