@@ -158,10 +158,8 @@ class Mamba(SelectiveSSM):
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         return self.out_proj(super().step(x, z, state))
 
-    def step_with(
-        self, norm: AddRMSNorm, x: Tensor, stream: Tensor | None, state: MambaState
-    ) -> tuple[Tensor, Tensor] | None:
-        """A step of the norm and then of this block as one kernel: (out, stream).
+    def weights_with(self, norm: AddRMSNorm, x: Tensor, state: MambaState) -> MambaWeights | None:
+        """What a fused step of the norm and then of this block reads.
 
         None where the parts have to be run one after another: if one is not what it was made as (an adapter, a
         quantised layer) or has a hook, if autocast computes in another dtype, if autograd or a compiler looks on.
@@ -188,7 +186,16 @@ class Mamba(SelectiveSSM):
             return None
         if not all(s.is_contiguous() for s in state):  # it is updated in place
             return None
-        return mamba_step(x, stream, *state, weights, norm.eps, centred=norm_bias is not None)
+        return weights
+
+    def step_with(
+        self, norm: AddRMSNorm, x: Tensor, stream: Tensor | None, state: MambaState
+    ) -> tuple[Tensor, Tensor] | None:
+        """A step of the norm and then of this block as one kernel: (out, stream). None: see `weights_with`."""
+        weights = self.weights_with(norm, x, state)
+        if weights is None:
+            return None
+        return mamba_step(x, stream, *state, weights, norm.eps, centred=weights.norm_bias is not None)
 
     forward_padded = forward_as_pack
 

@@ -152,6 +152,25 @@ def _compile_or_recall(source: str, architecture: str) -> bytes:
     return code
 
 
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("value", ctypes.c_int * 17))  # the value begins 8 bytes from the start
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("n_attributes", ctypes.c_uint),
+    )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_EARLY = _LaunchAttribute(6, (ctypes.c_int * 17)(0, 1))
+
+
 class Kernel:
     """A function on one device, with the dynamic shared memory that its source says (an int `shared_bytes`)."""
 
@@ -173,17 +192,22 @@ class Kernel:
                 f"{self.shared} bytes of shared memory for {name}",
             )
 
-    def __call__(self, blocks: int, threads: int, argument: bytes) -> None:
+    def __call__(self, blocks: int, threads: int, argument: bytes, *, early: bool = False) -> None:
         """Launch with one argument, a struct given as its bytes, on the current stream of the kernel's device.
 
-        That device is the current one.
+        That device is the current one. early: before what was launched last has ended; the kernel waits for that
+        itself (griddepcontrol: Hopper GPUs and later).
         """
         if not blocks:
             return
         _make_context_current()
         pointers = (ctypes.c_char_p * 1)(argument)
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device))
-        code = self._launch(self._function, blocks, 1, 1, threads, 1, 1, self.shared, stream, pointers, None)
+        if early:
+            config = _LaunchConfig(blocks, 1, 1, threads, 1, 1, self.shared, stream, ctypes.pointer(_EARLY), 1)
+            code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+        else:
+            code = self._launch(self._function, blocks, 1, 1, threads, 1, 1, self.shared, stream, pointers, None)
         if code:
             raise RuntimeError(f"launching a CUDA kernel failed with code {code}")
 

@@ -1,5 +1,6 @@
 """The public step of a whole Mamba block, for decoding: checks and choice of a backend."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
@@ -50,6 +51,38 @@ def mamba_step(
             module = import_module(f".{'cpu' if backend == 'numba' else 'triton'}", __package__)
             return module.step(x, stream, conv_state, ssm_state, weights, eps, centred)
         return mamba_step_reference(x, stream, conv_state, ssm_state, weights, eps, centred)
+
+
+def mamba_stack_step(
+    x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence[MambaWeights], eps: float = 1e-5
+) -> Tensor | None:
+    """One token of each of B sequences through several norms and Mamba blocks of one shape, on a GPU: the stream.
+
+    x, states and weights as of `mamba_step`, LayerNorm where norms have a bias. Returns stream + out after the last
+    block, (B, M) float32. None, and nothing is done, where `mamba_step` is to be called for each block.
+    """
+    if choose(None, x.device, x.dtype, in_cuda=True) != "cuda":
+        return None
+    module = import_module(".cuda", __package__)
+    centred = weights[0].norm_bias is not None
+    with torch.no_grad():
+        if not module.serves(x, states, weights, centred):
+            return None
+        return module.step(x, states, weights, eps, centred)
+
+
+def few_rows_head(
+    stream: Tensor, norm: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float
+) -> Tensor | None:
+    """A norm, and the product with a weight (V, M), of what `mamba_stack_step` returned: (B, V) in the weight's dtype.
+
+    None where the two are to be done one after another.
+    """
+    if choose(None, weight.device, weight.dtype, in_cuda=True) != "cuda":
+        return None
+    module = import_module(".cuda", __package__)
+    with torch.no_grad():
+        return module.head(stream, norm, norm_bias, weight, eps)
 
 
 def _check(x: Tensor, stream: Tensor | None, conv_state: Tensor, ssm_state: Tensor, w: MambaWeights) -> None:

@@ -62,3 +62,32 @@ inline float add_across(float x, int mask) { return x + across(x, mask); }
 template <typename X> inline void store_if(bool wanted, void* to, X x) {
   if (wanted) *static_cast<X*>(to) = x;
 }
+
+// Of kernels/mamba_step: one phase of it is run at a time, so nobody waits.
+#define GRID_CONSTANT
+inline float fresh(const float* from) { return *from; }
+inline float4 fresh4(const float* from) { return *reinterpret_cast<const float4*>(from); }
+inline uint4 fresh16(const void* from) { return *static_cast<const uint4*>(from); }
+inline unsigned fresh2(const void* from) { return *static_cast<const uint16_t*>(from); }
+inline uint4 once16(const void* from) { return fresh16(from); }
+inline void wait_for_launch_before() {}
+inline void arrive(unsigned*) {}
+inline void await_arrivals(const unsigned*, unsigned) {}
+inline void prefetch(const void*, unsigned) {}
+struct Operands { unsigned a[4], b[2]; };
+static std::vector<Operands> operands(1024);
+inline float bf16_of(unsigned pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }
+inline void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  operands[threadIdx.x] = {{a0, a1, a2, a3}, {b0, b1}};
+  give_way();
+  unsigned warp = threadIdx.x & ~31u, lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      unsigned a = operands[warp + row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+      unsigned b = operands[warp + column * 4 + k % 8 / 2].b[k / 8];
+      c[i] += bf16_of(a, k % 2) * bf16_of(b, k % 2);
+    }
+  }
+  give_way();
+}
