@@ -159,9 +159,9 @@ def prefill(
     logits = None
     for start in range(0, max(len(prompt) for prompt in prompts), chunk):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
-        pieces = [prompts[row][start : start + chunk].long().to(device) for row in rows]
+        pieces = [prompts[row][start : start + chunk].long() for row in rows]
         before = state if state is None or len(rows) == len(prompts) else select_state(state, rows)
-        at_last, after = read(model, pieces, before, only_last=True)
+        at_last, after = read(model, pieces, before, only_last=True, device=device)
         if logits is None or len(rows) == len(prompts):
             logits, state = at_last, after
         else:
@@ -175,13 +175,19 @@ def prefill(
 
 
 def read(
-    model: AutoregressiveModel, pieces: list[Tensor], state: State | None, *, only_last: bool = False
+    model: AutoregressiveModel,
+    pieces: list[Tensor],
+    state: State | None,
+    *,
+    only_last: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, State]:
     """One forward over pieces of any lengths, int64 (l,) each: (logits (B, L, V), the state after each piece).
 
     only_last  the logits are (B, V), those after each piece's last token
+    device     where the model is, if the pieces are elsewhere: they are brought there as one
     """
-    tokens, mask = pad_sequence(pieces, batch_first=True), None
+    tokens, mask = pad_sequence(pieces, batch_first=True).to(device), None
     lengths = torch.tensor([len(piece) for piece in pieces], device=tokens.device)
     if len({len(piece) for piece in pieces}) > 1:
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

@@ -41,12 +41,14 @@ class _StepGraph:
 
         def step() -> None:
             logits = model.step(self.tokens, self.state)
-            tokens, bad = choose(logits, config, self.recent, self.uniform.index_select(0, self.row)[0])
+            uniform = self.uniform.index_select(0, self.row)[0] if config.temperature else None
+            tokens, bad = choose(logits, config, self.recent, uniform)
             if self.recent is not None:
                 self.recent.copy_(with_token(self.recent, tokens, config))
             self.tokens.copy_(tokens)
             self.chosen.copy_(torch.where(bad, -1, tokens))
-            self.row.add_(1).remainder_(BLOCK)
+            if config.temperature:
+                self.row.add_(1).remainder_(BLOCK)
 
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels import MambaWeights, causal_conv1d_step, mamba_step, selective_scan_step
 from ..kernels.backends import watched
-from .mamba_at_once import as_made, at_once
+from .mamba_at_once import as_made, at_once, at_once_onwards
 from .norm import AddLayerNorm, AddRMSNorm
 from .padding import forward_as_pack
 from .pieces import causal_conv1d, selective_scan
@@ -150,6 +150,10 @@ class Mamba(SelectiveSSM):
             out = at_once(self, hidden, cu_seqlens, projected=True)
             if out is not None:
                 return out
+        elif return_state and cu_seqlens is None and type(self) is Mamba:
+            onwards = at_once_onwards(self, hidden, (None, None) if state is None else state)
+            if onwards is not None:
+                return onwards[0], MambaState(*onwards[1:])
         y, after = super().forward(self.in_proj(hidden), state, return_state=return_state, cu_seqlens=cu_seqlens)
         return self.out_proj(y) if after is None else (self.out_proj(y), after)
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
-from ..kernels.mamba_block import BlockWeights, ScanWeights, mamba_block, serves
+from ..kernels.mamba_block import BlockWeights, ScanWeights, mamba_block, mamba_block_onwards, serves
 from . import parallel
 from .autocast import autocast_dtype
 from .pieces import border_of
@@ -44,11 +45,37 @@ def at_once(
     border = None if context is None else border_of(context, cu_seqlens)
     if (context is not None and border is None) or all_modules._has_any_global_hook():
         return None
+    found = _weights_and_dtype(mixer, hidden, scans or (mixer,), projected)
+    if found is None:
+        return None
+    weights, dtype = found
+    return mamba_block(hidden, weights, dtype=dtype, cu_seqlens=cu_seqlens, reverse=reverse, scale=scale, border=border)
+
+
+def at_once_onwards(
+    mixer: nn.Module, hidden: Tensor, states: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`mixer.forward` of hidden (B, L, M) from states (of the convolution, of the scan), with those at the end.
+
+    None where the parts have to be run one after another: as of `at_once`, if autograd looks on, or if a sequence is
+    cut into pieces.
+    """
+    if torch.is_grad_enabled() or parallel.current() is not None or all_modules._has_any_global_hook():
+        return None
+    found = _weights_and_dtype(mixer, hidden, (mixer,), True)
+    if found is None or not hidden.numel():
+        return None
+    return mamba_block_onwards(hidden, found[0], *states, dtype=found[1])
+
+
+def _weights_and_dtype(
+    mixer: nn.Module, hidden: Tensor, scans: tuple[nn.Module, ...], projected: bool
+) -> tuple[BlockWeights, torch.dtype] | None:
     dtype = autocast_dtype(hidden)
     if not projected and hidden.dtype != dtype:
         return None  # the convolution is in the dtype of its input, whatever autocast says
     outer = _linear_weights(mixer, "in_proj", "out_proj") if projected else [None, None]
-    inner = [_scan_weights(scan) for scan in scans or (mixer,)]
+    inner = [_scan_weights(scan) for scan in scans]
     if outer is None or None in inner:
         return None
     in_proj, out_proj = outer
@@ -56,7 +83,7 @@ def at_once(
     matrices = in_proj, out_proj, *(w for scan in weights.scans for w in (scan.x_proj, scan.dt_proj))
     if any(w is not None and autocast_dtype(w) != dtype for w in matrices) or not serves(hidden, weights, dtype):
         return None
-    return mamba_block(hidden, weights, dtype=dtype, cu_seqlens=cu_seqlens, reverse=reverse, scale=scale, border=border)
+    return weights, dtype
 
 
 def _linear_weights(module: nn.Module, *names: str) -> list[Any] | None:

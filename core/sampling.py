@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import largest
 from .config import SamplingConfig
 from .errors import InputError
 
@@ -82,14 +83,14 @@ def refuse(bad: Tensor) -> None:
         )
 
 
-def choose(logits: Tensor, config: SamplingConfig, recent: Tensor | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, config: SamplingConfig, recent: Tensor | None, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     """(the next token of each row, int64 (B,); which rows have none, bool (B,)) without waiting for a GPU.
 
-    logits, recent as in `next_token_probabilities`; uniform (B,) in [0, 1).
+    logits, recent as in `next_token_probabilities`; uniform (B,) in [0, 1), None at temperature 0.
     """
     if config.temperature == 0:
-        likeliest = (logits if recent is None else _with_penalty(logits, config, recent)).max(-1)
-        return likeliest.indices, ~likeliest.values.isfinite()
+        return largest(logits if recent is None else _with_penalty(logits, config, recent))
+    assert uniform is not None
     return _at_quantile(next_token_probabilities(logits, config, recent), uniform)
 
 

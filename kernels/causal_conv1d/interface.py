@@ -42,7 +42,7 @@ def causal_conv1d(
         y = _conv(flat, weight, bias, initial_state, cu_seqlens, x.shape[0], silu, reverse, backend).view(x.shape)
     if not return_final_state:
         return y
-    return y, _final_state(x, weight.shape[1] - 1, initial_state, cu_seqlens, reverse)
+    return y, last_inputs(x, weight.shape[1] - 1, initial_state, cu_seqlens, reverse)
 
 
 def causal_conv1d_step(
@@ -61,8 +61,8 @@ def causal_conv1d_step(
         return causal_conv1d_step_reference(state, x, weight, bias, activation=activation)
 
 
-def _final_state(
-    x: Tensor, width: int, initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
+def last_inputs(
+    x: Tensor, width: int, initial_state: Tensor | None, cu_seqlens: Tensor | None = None, reverse: bool = False
 ) -> Tensor:
     """The last `width` inputs of each sequence, most recent last: (S, D, width). Differentiable indexing, no kernel."""
     batch, length, n_channels = x.shape

@@ -116,6 +116,27 @@ def mamba_block(
     return _forward(settings, cu_seqlens, hidden, *flat)[0]
 
 
+@torch.no_grad()
+def mamba_block_onwards(
+    hidden: Tensor, weights: BlockWeights, conv_state: Tensor | None, ssm_state: Tensor | None, *, dtype: torch.dtype,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`mamba_block` of one scan for inference, from a state and to the next: (out, conv_state, ssm_state).
+
+    conv_state (B, E, W - 1), ssm_state (B, E, N): None at the beginning; they are not changed.
+    """
+    scan = choose(backend, hidden.device, dtype, in_cuda=True)
+    conv = "triton" if scan == "cuda" else scan
+    if conv in IN_PYTORCH:
+        raise ValueError(f"mamba_block_onwards has no implementation for backend={scan!r} and {dtype}")
+    n_channels, rank = weights.scans[0].dt_proj.shape
+    shape = n_channels, rank, weights.scans[0].A_log.shape[1], hidden.shape[0]
+    settings = _Settings(dtype, *shape, (False,), 1.0, None, False, conv, scan)
+    states: list[tuple[Tensor, Tensor]] = []
+    out, _ = _forward(settings, None, hidden, *_flat(weights), before=(conv_state, ssm_state), after=states)
+    return out, *states[0]
+
+
 def _flat(weights: BlockWeights) -> list[Tensor | None]:
     return [weights.in_proj, weights.out_proj, *(w for scan in weights.scans for w in scan)]
 
@@ -159,8 +180,10 @@ class _Settings(NamedTuple):
         return scan_interface.implementation(self.scan_backend, direction)(*inputs)
 
 
-def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tuple[Tensor, tuple[Any, ...]]:
-    """(the result, what a backward needs)."""
+def _forward(
+    s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat, before=(None, None), after=None
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """(the result, what a backward needs). before: the states of each scan; to `after` those at the end are added."""
     scans = _scans(flat)
     with torch.autocast(hidden.device.type, enabled=False):
         in_proj, out_proj, *low_rank = cast_all(
@@ -177,7 +200,7 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
         y, kept = None, []
         for i, (scan, A, reverse) in enumerate(zip(scans, A_of, s.reverse, strict=True)):
             x_proj, dt_proj, D, dt_bias = *low_rank[2 * i : 2 * i + 2], *own[3 * i + 1 : 3 * i + 3]
-            taps, halo, state, passed = scan.conv[:, 0], None, None, None
+            taps, (halo, state), passed = scan.conv[:, 0], before, None
             if s.border is not None:
                 halo = s.border.before(s.by_sequence(x)[0], taps.shape[1] - 1, reverse)
             u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
@@ -187,9 +210,11 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
             if s.border is not None:
                 u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
                 state, passed = s.border.state_before(u_, delta_, A, B_, C_, dt_bias, reverse=reverse)
-            y_, _, saved = s.scan(
+            y_, final, saved = s.scan(
                 "forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save
             )
+            if after is not None:
+                after.append((conv_interface.last_inputs(s.by_sequence(x)[0], taps.shape[1] - 1, halo), final))
             y = y_ if y is None else y.add_(y_)
             kept += low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed
         assert y is not None

@@ -27,6 +27,8 @@ AHEAD = int(os.environ.get("ENG_AHEAD", "0"))
 HEAD = os.environ.get("ENG_HEAD", "cuda")
 FEW_WARPS = int(os.environ.get("ENG_WARPS", "16"))
 MANY_WARPS = 8
+HYBRID = int(os.environ.get("ENG_HYBRID", "1"))
+SCAN_WARPS = int(os.environ.get("ENG_SCAN_WARPS", "12"))
 
 
 def kind_of(n_rows: int, width: int, rank: int, centred: bool) -> str | None:
@@ -74,9 +76,9 @@ def source(kind: str, macros: tuple[tuple[str, int], ...]) -> str:
     return "\n".join([*parts, *(path.read_text() for path in (*files, _FOLDER / f"{kind}.cu"))]) + "\n"
 
 
-def macros_of(kind: str, shape: tuple[int, int, int, int], n_rows: int, centred: bool, blocks: int, only: int = -1, n_out: int = 0):
+def macros_of(kind: str, shape: tuple[int, int, int, int], n_rows: int, centred: bool, blocks: int, only: int = -1, n_out: int = 0, warps: int = 0):
     M, E, R, W = shape
-    warps = FEW_WARPS if kind == "few" else MANY_WARPS
+    warps = warps or (FEW_WARPS if kind == "few" else MANY_WARPS)
     sizes = {"M": M, "E": E, "R": R, "W": W, "ROWS": n_rows, "CENTRED": int(centred)}
     return tuple((sizes | {"BLOCKS": blocks, "WARPS": warps, "LAYERS": LAYERS, "AHEAD": AHEAD, "ONLY": only, "VOCABULARY": n_out}).items())
 
@@ -145,6 +147,7 @@ def head(stream: Tensor, norm: Tensor, norm_bias: Tensor | None, weight: Tensor,
     tensors = [norm, weight] if norm_bias is None else [norm, norm_bias, weight]
     if (
         HEAD != "cuda"
+        or not (stream.is_cuda or nvrtc.EMULATED)
         or n_rows * width > 4096
         or width % 256
         or device in _broken
@@ -164,3 +167,39 @@ def head(stream: Tensor, norm: Tensor, norm_bias: Tensor | None, weight: Tensor,
         else:
             kernel(blocks, 32 * FEW_WARPS, _pack(*pointers, 0, 1, 1, eps), early=True)
     return logits
+
+
+def project_and_scan(uz: Tensor, w, ssm_state: Tensor) -> Tensor | None:
+    """From the convolution to out_proj for many sequences: uz (B, 2E), u convolved already -> y (B, E)."""
+    (n_rows, _), device = uz.shape, uz.get_device()
+    (n_channels, n_states), rank = w.A_log.shape, w.dt_proj.shape[1]
+    tensors = (w.x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D)
+    if (
+        not HYBRID
+        or not (uz.is_cuda or nvrtc.EMULATED)
+        or n_states != 16
+        or rank % 16
+        or n_channels % 256
+        or device in _broken
+        or not _capable(device)
+        or any(t.dtype != torch.bfloat16 or not t.is_contiguous() or t.data_ptr() % 16 for t in tensors)
+    ):
+        return None
+    low = torch.empty(n_rows, rank + 2 * n_states, device=uz.device)
+    y = torch.empty(n_rows, n_channels, dtype=uz.dtype, device=uz.device)
+    blocks = nvrtc.processors(device)
+    none = (0,) * 5
+    layer = (*none, w.x_proj.data_ptr(), w.dt_proj.data_ptr(), w.dt_bias.data_ptr(), w.A_log.data_ptr())
+    pointers = [*layer, w.D.data_ptr(), 0, 0, ssm_state.data_ptr(), *[0] * (13 * (LAYERS - 1))]
+    pointers += [0, 0, 0, uz.data_ptr(), low.data_ptr(), y.data_ptr(), 0, 0, 0]
+    with torch.cuda.device_of(uz):
+        for part in (1, 2):
+            warps = MANY_WARPS if part == 1 else SCAN_WARPS
+            macros = macros_of("many", (256, n_channels, rank, 4), n_rows, False, blocks, part, warps=warps)
+            kernel = nvrtc.kernel(source("many", macros), "stack", device)
+            argument = _pack(*pointers, part + 1, part + 2, 1, 0.0)
+            if nvrtc.EMULATED:
+                kernel(blocks, 32 * warps, argument)
+            else:
+                kernel(blocks, 32 * warps, argument, early=True)
+    return y

@@ -73,6 +73,7 @@ inline uint4 once16(const void* from) { return fresh16(from); }
 inline void wait_for_launch_before() {}
 inline void arrive(unsigned*) {}
 inline void await_arrivals(const unsigned*, unsigned) {}
+inline int opaque(int x) { return x; }
 inline void prefetch(const void*, unsigned) {}
 struct Operands { unsigned a[4], b[2]; };
 static std::vector<Operands> operands(1024);

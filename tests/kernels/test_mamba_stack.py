@@ -85,3 +85,21 @@ def test_head_emulated(centred, emulated, monkeypatch, assert_close):
         wide = wide - wide.mean(1, keepdim=True)
     normed = wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt() * norm + (bias.double() if centred else 0)
     assert_close({"logits": logits.float()}, {"logits": normed @ weight.double().T}, 1e-2)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_project_and_scan_emulated(rows, emulated, monkeypatch, assert_close):
+    monkeypatch.setattr(nvrtc, "EMULATED", True)
+    monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
+    monkeypatch.setattr(cuda, "SCAN_WARPS", 4)
+    _, [(_, ssm)], [w] = problem(rows, 256, 256, 48, 4, False, 1)
+    uz = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    u, z = uz.double().chunk(2, 1)
+    dt, B, C = (u @ w.x_proj.double().T).split([48, 16, 16], 1)
+    dt = torch.nn.functional.softplus(dt @ w.dt_proj.double().T + w.dt_bias)
+    state = (dt[..., None] * -w.A_log.double().exp()).exp() * ssm + (dt * u)[..., None] * B[:, None]
+    y = ((state * C[:, None]).sum(-1) + w.D * u) * torch.nn.functional.silu(z)
+    actual = cuda.project_and_scan(uz, w, ssm)
+    assert actual is not None
+    assert_close({"y": actual.float(), "state": ssm}, {"y": y, "state": state}, 1e-2)

@@ -18,19 +18,18 @@ INLINE int place(int k) { return (k & ~255) + (k >> 2 & 1) * 128 + (k >> 3 & 31)
 template <int K, int AT_ONCE> struct Rows {
   uint4 part[AT_ONCE][K / 256];
 
-  INLINE void load(const bf16* matrix, int first, int n) {
+  INLINE void load(const bf16* matrix, int first, int n, int tid) {
 #pragma unroll
     for (int r = 0; r < AT_ONCE; ++r)
-      if (first + r < n) {
 #pragma unroll
-        for (int i = 0; i < K / 256; ++i)
-          part[r][i] = once16(matrix + int64(first + r) * K + i * 256 + threadIdx.x % 32 * 8);
-      }
+      for (int i = 0; i < K / 256; ++i)  // something always, so that nothing is kept from phase to phase
+        if (first + r < n) part[r][i] = once16(matrix + int64(first + r) * K + i * 256 + tid % 32 * 8);
+        else part[r][i] = make_uint4(0, 0, 0, 0);
   }
   // Of each row with the vectors of all sequences; lane b AT_ONCE + r gets that of row r and sequence b.
-  INLINE float products(const Shared& s) const {
+  INLINE float products(const Shared& s, int tid) const {
     float mine = 0.0f;
-    int lane = threadIdx.x % 32;
+    int lane = tid % 32;
 #pragma unroll
     for (int b = 0; b < ROWS; ++b) {
       float sum[AT_ONCE][2];
@@ -65,14 +64,14 @@ template <int K, int AT_ONCE> struct Rows {
   }
 };
 
-INLINE int unit_of(int step) { return (step * WARPS + int(threadIdx.x / 32)) * BLOCKS + int(blockIdx.x); }
+INLINE int unit_of(int step, int tid) { return (step * WARPS + tid / 32) * BLOCKS + int(blockIdx.x); }
 INLINE constexpr int steps_for(int units) { return (units + WARPS * BLOCKS - 1) / (WARPS * BLOCKS); }
 
 // Vectors that a phase before wrote, (ROWS, K), to shared memory.
-template <int K> INLINE void bring(const float* from, Shared& s) {
+template <int K> INLINE void bring(const float* from, Shared& s, int tid) {
 #pragma unroll
   for (int b = 0; b < ROWS; ++b)
-    for (int k = threadIdx.x * 4; k < K; k += THREADS * 4)
+    for (int k = tid * 4; k < K; k += THREADS * 4)
       *reinterpret_cast<float4*>(&s.x[b][place(k)]) = fresh4(from + int64(b) * K + k);
   __syncthreads();
 }
@@ -80,17 +79,30 @@ template <int K> INLINE void bring(const float* from, Shared& s) {
 INLINE float stream_at(const Problem& p, bool begins, int64 at) { return begins ? one(p.x + at) : fresh(p.stream + at); }
 
 // Norm, in_proj, convolution: uz. Or, if HEAD, the last norm and a product with HEIGHT rows: logits.
-template <bool HEAD, int HEIGHT> INLINE void enter(const Problem& p, const Layer& l, int phase) {
+template <bool HEAD, int HEIGHT> INLINE void enter(const Problem& p, const Layer& l, int phase, int tid) {
   constexpr int AT_ONCE = M <= 2048 ? 2 : 1, UNITS = (HEIGHT + AT_ONCE - 1) / AT_ONCE;
   constexpr int PER = (M + THREADS - 1) / THREADS;
   Shared& s = shared();
   bool begins = !HEAD && p.x && phase == 0;
   Rows<M, AT_ONCE> rows;
-  rows.load(l.in_proj, unit_of(0) * AT_ONCE, HEIGHT);
+  Convolution conv;
+  float window[W - 1];
+  int lane = tid % 32, b = lane / AT_ONCE;
+  auto element = [&](int step) { return unit_of(step, tid) * AT_ONCE + lane % AT_ONCE; };
+  auto state_of = [&](int e) { return l.conv_state + (int64(b) * E + e) * (W - 1); };
+  auto load = [&](int step) {
+    rows.load(l.in_proj, unit_of(step, tid) * AT_ONCE, HEIGHT, tid);
+    int e = element(step);
+    bool mine = !HEAD && b < ROWS && e < E;
+    if constexpr (!HEAD) conv.load(l, mine ? e : 0);
+#pragma unroll
+    for (int k = 0; k < W - 1; ++k) window[k] = mine ? one(state_of(e) + k) : 0.0f;
+  };
+  load(0);
   float weight[PER], shift[PER], value[ROWS][PER], sum[ROWS];
 #pragma unroll
   for (int i = 0; i < PER; ++i) {
-    int d = threadIdx.x + i * THREADS;
+    int d = tid + i * THREADS;
     weight[i] = d < M ? one(l.norm + d) : 0.0f;
     shift[i] = l.norm_bias && d < M ? one(l.norm_bias + d) : 0.0f;
   }
@@ -101,54 +113,49 @@ template <bool HEAD, int HEIGHT> INLINE void enter(const Problem& p, const Layer
     sum[b] = 0.0f;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-      int d = threadIdx.x + i * THREADS;
+      int d = tid + i * THREADS;
       value[b][i] = d < M ? stream_at(p, begins, int64(b) * M + d) : 0.0f;
       sum[b] += value[b][i];
     }
   }
-  if (CENTRED) block_sums(sum, s.sums[0]);
+  if (CENTRED) block_sums(sum, s.sums[0], tid);
 #pragma unroll
   for (int b = 0; b < ROWS; ++b) {
     float mean = sum[b] / M;
     sum[b] = 0.0f;
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-      if (CENTRED) value[b][i] -= threadIdx.x + i * THREADS < M ? mean : 0.0f;
+      if (CENTRED) value[b][i] -= tid + i * THREADS < M ? mean : 0.0f;
       sum[b] = __fmaf_rn(value[b][i], value[b][i], sum[b]);
     }
   }
-  block_sums(sum, s.sums[1]);
+  block_sums(sum, s.sums[1], tid);
 #pragma unroll
   for (int b = 0; b < ROWS; ++b) {
     float scale = inverse_root(sum[b] / M + p.eps);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-      int d = threadIdx.x + i * THREADS;
+      int d = tid + i * THREADS;
       if (d < M) s.x[b][place(d)] = __fmaf_rn(value[b][i] * scale, weight[i], shift[i]);
     }
   }
   __syncthreads();
 #pragma unroll 1
   for (int step = 0; step < steps_for(UNITS); ++step) {
-    int lane = threadIdx.x % 32, b = lane / AT_ONCE, e = unit_of(step) * AT_ONCE + lane % AT_ONCE;
+    int e = element(step);
     bool mine = b < ROWS && e < HEIGHT;
-    float window[W - 1];
-    bf16* state = l.conv_state + (int64(b) * E + e) * (W - 1);
-    if (!HEAD && mine && e < E) {
-#pragma unroll
-      for (int k = 0; k < W - 1; ++k) window[k] = one(state + k);
+    float out = rows.products(s, tid);
+    if (mine) {
+      if constexpr (HEAD) put(static_cast<bf16*>(p.uz) + int64(b) * HEIGHT + e, out);
+      else static_cast<float*>(p.uz)[int64(b) * HEIGHT + e] = e < E ? conv.run(out, window, state_of(e)) : out;
     }
-    float out = rows.products(s);
-    if (step + 1 < steps_for(UNITS)) rows.load(l.in_proj, unit_of(step + 1) * AT_ONCE, HEIGHT);
-    if (!mine) continue;
-    if constexpr (HEAD) put(static_cast<bf16*>(p.uz) + int64(b) * HEIGHT + e, out);
-    else static_cast<float*>(p.uz)[int64(b) * HEIGHT + e] = e < E ? convolved(out, window, l, e, state) : out;
+    if (step + 1 < steps_for(UNITS)) load(step + 1);
   }
 }
 
-INLINE void project(const Problem& p, const Layer& l, int phase) {
+INLINE void project(const Problem& p, const Layer& l, int phase, int tid) {
   Rows<E, 1> rows;
-  rows.load(l.x_proj, unit_of(0), OUT);
+  rows.load(l.x_proj, unit_of(0, tid), OUT, tid);
   static_assert(steps_for(OUT) == 1, "more rows of x_proj than warps");
   if (phase / 4 + 1 < p.n_layers) ahead(p.layers[phase / 4 + 1].in_proj, int64(2) * E * M);
   wait_for_all(p, phase);
@@ -156,22 +163,22 @@ INLINE void project(const Problem& p, const Layer& l, int phase) {
   Shared& s = shared();
 #pragma unroll
   for (int b = 0; b < ROWS; ++b)
-    for (int k = threadIdx.x * 4; k < E; k += THREADS * 4)
+    for (int k = tid * 4; k < E; k += THREADS * 4)
       *reinterpret_cast<float4*>(&s.x[b][place(k)]) = fresh4(static_cast<float*>(p.uz) + int64(b) * 2 * E + k);
   __syncthreads();
-  float out = rows.products(s);
-  int b = threadIdx.x % 32, o = unit_of(0);
+  float out = rows.products(s, tid);
+  int b = tid % 32, o = unit_of(0, tid);
   if (b < ROWS && o < OUT) p.low[b * OUT + o] = out;
 }
 
 // dt's wide projection, a step of the state, gate: y. Half a warp has a channel, a lane one state of it.
-INLINE void scan(const Problem& p, const Layer& l, int phase) {
+INLINE void scan(const Problem& p, const Layer& l, int phase, int tid) {
   constexpr int PER = (R + N - 1) / N, STEPS = steps_for((E + 1) / 2);
-  int n = threadIdx.x % N;
+  int n = tid % N;
   const float* uz = static_cast<const float*>(p.uz);
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
-    int wanted = unit_of(step) * 2 + int(threadIdx.x % 32 / N), e = wanted < E ? wanted : E - 1;
+    int wanted = unit_of(step, tid) * 2 + tid % 32 / N, e = wanted < E ? wanted : E - 1;
     float h[ROWS], widen[PER], bias = one(l.dt_bias + e), skip = one(l.D + e);
 #pragma unroll
     for (int b = 0; b < ROWS; ++b) h[b] = l.ssm_state[(int64(b) * E + e) * N + n];
@@ -200,22 +207,25 @@ INLINE void scan(const Problem& p, const Layer& l, int phase) {
   }
 }
 
-// out_proj, added to the stream.
-INLINE void leave(const Problem& p, const Layer& l, int phase) {
+// out_proj, added to the stream. What it is added to this lane wrote itself, a layer ago, or it is the stack's input.
+INLINE void leave(const Problem& p, const Layer& l, int phase, int tid) {
   Shared& s = shared();
-  bool begins = p.x && phase == 3;
   Rows<E, 1> rows;
-  rows.load(l.out_proj, unit_of(0), M);
+  float before = 0.0f;
+  int b = tid % 32;
+  auto load = [&](int step) {
+    rows.load(l.out_proj, unit_of(step, tid), M, tid);
+    before = 0.0f;
+    if (b < ROWS && unit_of(step, tid) < M) before = stream_at(p, p.x && phase == 3, int64(b) * M + unit_of(step, tid));
+  };
+  load(0);
   wait_for_all(p, phase);
-  bring<E>(static_cast<const float*>(p.y), s);
+  bring<E>(static_cast<const float*>(p.y), s, tid);
 #pragma unroll 1
   for (int step = 0; step < steps_for(M); ++step) {
-    int b = threadIdx.x % 32, m = unit_of(step);
-    bool mine = b < ROWS && m < M;
-    float before = mine ? stream_at(p, begins, int64(b) * M + m) : 0.0f;
-    float out = rows.products(s);
-    if (step + 1 < steps_for(M)) rows.load(l.out_proj, unit_of(step + 1), M);
-    if (mine) p.stream[int64(b) * M + m] = before + out;
+    float out = rows.products(s, tid);
+    if (b < ROWS && unit_of(step, tid) < M) p.stream[int64(b) * M + unit_of(step, tid)] = before + out;
+    if (step + 1 < steps_for(M)) load(step + 1);
   }
 }
 
@@ -224,12 +234,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stack(const GRID_CONSTA
 #pragma unroll 1
   for (int phase = p.first; phase < p.last; ++phase) {
     const Layer& l = p.layers[phase / 4];
+    int tid = opaque(threadIdx.x);  // or all that follows from it were kept in registers from phase to phase
     int part = ONLY < 0 ? phase % 4 : ONLY;
-    if (part == 0) enter<false, 2 * E>(p, l, phase);
-    if (part == 1) project(p, l, phase);
-    if (part == 2) scan(p, l, phase);
-    if (part == 3) leave(p, l, phase);
-    if constexpr (ONLY == 4) enter<true, VOCABULARY>(p, l, phase);
+    if (part == 0) enter<false, 2 * E>(p, l, phase, tid);
+    if (part == 1) project(p, l, phase, tid);
+    if (part == 2) scan(p, l, phase, tid);
+    if (part == 3) leave(p, l, phase, tid);
+    if constexpr (ONLY == 4) enter<true, VOCABULARY>(p, l, phase, tid);
     tell_all(p, phase);
   }
 }

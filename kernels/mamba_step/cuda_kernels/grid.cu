@@ -60,12 +60,12 @@ INLINE float softplus(float x) { return softplus_of(x, exp_negative(-fabsf(x)));
 INLINE void put(bf16* to, float x) { to->bits = (unsigned short)floats_to_bf16(x, 0.0f); }
 
 // The sums over a block of ROWS numbers of each thread, in `scratch` of ROWS x WARPS, not to be written again soon.
-INLINE void block_sums(float (&x)[ROWS], float* scratch) {
+INLINE void block_sums(float (&x)[ROWS], float* scratch, int tid) {
 #pragma unroll
   for (int b = 0; b < ROWS; ++b) {
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) x[b] = add_across(x[b], mask);
-    if (threadIdx.x % 32 == 0) scratch[b * WARPS + threadIdx.x / 32] = x[b];
+    if (tid % 32 == 0) scratch[b * WARPS + tid / 32] = x[b];
   }
   __syncthreads();
 #pragma unroll
@@ -76,14 +76,22 @@ INLINE void block_sums(float (&x)[ROWS], float* scratch) {
   }
 }
 
-// The convolution of one channel and its SiLU; its window, W - 1 inputs at `state`, moves on by one.
-INLINE float convolved(float newest, const float (&window)[W - 1], const Layer& l, int e, bf16* state) {
-  float mixed = l.conv_bias ? one(l.conv_bias + e) : 0.0f;
-  mixed = __fmaf_rn(newest, one(l.conv + e * W + W - 1), mixed);
+// The convolution of one channel, its SiLU, and the step of its window, the W - 1 inputs before.
+struct Convolution {
+  float tap[W], bias;
+
+  INLINE void load(const Layer& l, int e) {
+    bias = l.conv_bias ? one(l.conv_bias + e) : 0.0f;
 #pragma unroll
-  for (int k = 0; k < W - 1; ++k) mixed = __fmaf_rn(window[k], one(l.conv + e * W + k), mixed);
+    for (int k = 0; k < W; ++k) tap[k] = one(l.conv + e * W + k);
+  }
+  INLINE float run(float newest, const float (&window)[W - 1], bf16* state) const {
+    float mixed = __fmaf_rn(newest, tap[W - 1], bias);
 #pragma unroll
-  for (int k = 1; k < W - 1; ++k) put(state + k - 1, window[k]);
-  put(state + W - 2, newest);
-  return mixed * sigmoid(mixed);
-}
+    for (int k = 0; k < W - 1; ++k) mixed = __fmaf_rn(window[k], tap[k], mixed);
+#pragma unroll
+    for (int k = 1; k < W - 1; ++k) put(state + k - 1, window[k]);
+    put(state + W - 2, newest);
+    return mixed * sigmoid(mixed);
+  }
+};

@@ -4,11 +4,15 @@
 // 8 that lie side by side. The norm is a factor of each sequence, put to in_proj's result.
 
 constexpr int OCTETS = (ROWS + 7) / 8, PAD = 1;
-static_assert(M % 256 == 0 && E % 256 == 0 && R % 16 == 0 && ROWS <= 64 && !CENTRED, "sizes that these do not serve");
+constexpr bool PROJECT_OR_SCAN = ONLY == 1 || ONLY == 2;  // by themselves they take any number of sequences
+static_assert(M % 256 == 0 && E % 256 == 0 && R % 16 == 0, "sizes that these kernels do not serve");
+static_assert(PROJECT_OR_SCAN || (ROWS <= 64 && !CENTRED), "more sequences than these phases serve, or a LayerNorm");
 struct Shared {
   union {
-    float part[WARPS][32][OCTETS * 8 + PAD];
-    float dt[WARPS][16][9];
+    float part[WARPS][32][(PROJECT_OR_SCAN ? 8 : OCTETS * 8) + PAD];
+    struct {
+      float dt[16][9], matrices[8][2 * N];  // B and C
+    } scan[WARPS];
   };
   float factor[OCTETS * 8], sums[WARPS];
 };
@@ -20,48 +24,58 @@ INLINE Shared& shared() {
 
 // BANDS x 16 rows of a matrix of width K, of which this warp has PART blocks of 32 elements.
 template <int K, int BANDS> struct Band {
-  static constexpr int PART = K / 32 / WARPS, CHUNK = PART * BANDS <= 6 ? PART : PART % 3 == 0 ? 3 : PART % 2 == 0 ? 2 : 1;
+  static_assert(K / 32 % WARPS == 0, "warps that do not share out the width");
+  static INLINE constexpr int most(int n) {
+    int d = 8 / BANDS;
+    while (n % d) --d;
+    return d;
+  }
+  static constexpr int PART = K / 32 / WARPS, CHUNK = most(PART);
   uint4 low[BANDS][CHUNK], high[BANDS][CHUNK];
 
-  static INLINE int column(int i) { return (int(threadIdx.x / 32) * PART + i) * 32 + int(threadIdx.x % 4) * 8; }
-  INLINE void load(const bf16* matrix, int first_row, int chunk) {
-    int g = threadIdx.x % 32 / 4;
+  static INLINE int column(int i, int tid) { return (tid / 32 * PART + i) * 32 + tid % 4 * 8; }
+  INLINE void load(const bf16* matrix, int first_row, int chunk, int tid, bool wanted = true) {
+    int g = tid % 32 / 4;
 #pragma unroll
     for (int m = 0; m < BANDS; ++m)
 #pragma unroll
       for (int i = 0; i < CHUNK; ++i) {
-        const bf16* at = matrix + int64(first_row + m * 16 + g) * K + column(chunk * CHUNK + i);
-        low[m][i] = once16(at), high[m][i] = once16(at + 8 * K);
+        const bf16* at = matrix + int64(first_row + m * 16 + g) * K + column(chunk * CHUNK + i, tid);
+        if (wanted) low[m][i] = once16(at), high[m][i] = once16(at + 8 * K);
+        else low[m][i] = high[m][i] = make_uint4(0, 0, 0, 0);  // so that nothing is kept from phase to phase
       }
   }
   // The sums of the block's warps, left in shared memory: part[warp][row][sequence - first].
-  template <int NT> INLINE void multiply(const bf16* matrix, int first_row, const bf16* x, int stride, int first, Shared& s) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32;
+  template <int NT> INLINE void multiply(const bf16* matrix, int first_row, const bf16* x, int stride, int first, Shared& s, int tid) {
+    int g = tid % 32 / 4, t = tid % 4, warp = tid / 32;
     float c[BANDS][NT][4];
 #pragma unroll
     for (int m = 0; m < BANDS; ++m)
 #pragma unroll
       for (int j = 0; j < NT; ++j) c[m][j][0] = c[m][j][1] = c[m][j][2] = c[m][j][3] = 0.0f;
+    constexpr int DEEP = PART < 20 / NT ? PART : 20 / NT;  // blocks of x on their way
+    uint4 b[DEEP][NT];
+    auto bring = [&](int i) {
 #pragma unroll
-    for (int chunk = 0; chunk < PART / CHUNK; ++chunk) {
-      if (chunk) load(matrix, first_row, chunk);
-#pragma unroll
-      for (int i = 0; i < CHUNK; ++i) {
-        uint4 b[NT];
-#pragma unroll
-        for (int j = 0; j < NT; ++j) {
-          int row = first + j * 8 + g;
-          b[j] = make_uint4(0, 0, 0, 0);
-          if (row < ROWS) b[j] = fresh16(x + int64(row) * stride + column(chunk * CHUNK + i));
-        }
-#pragma unroll
-        for (int j = 0; j < NT; ++j)
-#pragma unroll
-          for (int m = 0; m < BANDS; ++m) {
-            multiply_add(c[m][j], low[m][i].x, high[m][i].x, low[m][i].y, high[m][i].y, b[j].x, b[j].y);
-            multiply_add(c[m][j], low[m][i].z, high[m][i].z, low[m][i].w, high[m][i].w, b[j].z, b[j].w);
-          }
+      for (int j = 0; j < NT; ++j) {
+        int row = first + j * 8 + g;
+        b[i % DEEP][j] = row < ROWS ? fresh16(x + int64(row) * stride + column(i, tid)) : make_uint4(0, 0, 0, 0);
       }
+    };
+#pragma unroll
+    for (int i = 0; i < DEEP; ++i) bring(i);
+#pragma unroll
+    for (int i = 0; i < PART; ++i) {
+      if (i && i % CHUNK == 0) load(matrix, first_row, i / CHUNK, tid);
+#pragma unroll
+      for (int j = 0; j < NT; ++j)
+#pragma unroll
+        for (int m = 0; m < BANDS; ++m) {
+          const uint4 &v = low[m][i % CHUNK], &w = high[m][i % CHUNK], &u = b[i % DEEP][j];
+          multiply_add(c[m][j], v.x, w.x, v.y, w.y, u.x, u.y);
+          multiply_add(c[m][j], v.z, w.z, v.w, w.w, u.z, u.w);
+        }
+      if (i + DEEP < PART) bring(i + DEEP);
     }
 #pragma unroll
     for (int m = 0; m < BANDS; ++m)
@@ -80,13 +94,13 @@ INLINE float total(const Shared& s, int row, int column) {
 }
 
 // The stream and what in_proj reads of it, at the beginning.
-INLINE void begin(const Problem& p, int phase) {
+INLINE void begin(const Problem& p, int phase, int tid) {
   Shared& s = shared();
   wait_for_all(p, phase);
 #pragma unroll 1
   for (int b = blockIdx.x; b < ROWS; b += BLOCKS) {
     float sum = 0.0f;
-    for (int d = threadIdx.x; d < M; d += THREADS) {
+    for (int d = tid; d < M; d += THREADS) {
       float x = one(p.x + int64(b) * M + d);
       p.stream[int64(b) * M + d] = x;
       put(p.scaled + int64(b) * M + d, x * one(p.layers[0].norm + d));
@@ -94,9 +108,9 @@ INLINE void begin(const Problem& p, int phase) {
     }
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) sum = add_across(sum, mask);
-    if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = sum;
+    if (tid % 32 == 0) s.sums[tid / 32] = sum;
     __syncthreads();
-    for (int i = threadIdx.x; i < M / 16; i += THREADS) {
+    for (int i = tid; i < M / 16; i += THREADS) {
       sum = 0.0f;
       if (i == 0)
         for (int w = 0; w < WARPS; ++w) sum += s.sums[w];
@@ -107,75 +121,81 @@ INLINE void begin(const Problem& p, int phase) {
 }
 
 // in_proj, norm, convolution: uz.
-INLINE void enter(const Problem& p, const Layer& l, int phase) {
-  constexpr int UNITS = 2 * E / 32, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (32 * ROWS + THREADS - 1) / THREADS;
+INLINE void enter(const Problem& p, const Layer& l, int phase, int tid) {
+  constexpr int UNITS = 2 * E / 32, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (OCTETS * 8 + WARPS - 1) / WARPS;
+  constexpr int SQUARES = M / 64;  // of each of four threads
+  static_assert(PROJECT_OR_SCAN || THREADS >= 4 * ROWS, "four threads for each sequence");
   Shared& s = shared();
   Band<M, 2> band;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Convolution conv;
+  int lane = tid % 32, warp = tid / 32, row = tid / 4;
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     int unit = step * BLOCKS + int(blockIdx.x), e = unit * 32 + lane;
     bool valid = unit < UNITS;
-    float window[PER][W - 1];
-    if (valid) {
-      band.load(l.in_proj, unit * 32, 0);
-      if (e < E)
+    float window[PER][W - 1], square[SQUARES];
+    band.load(l.in_proj, unit * 32, 0, tid, valid);
+    bool convolves = valid && e < E;
+    conv.load(l, convolves ? e : 0);
 #pragma unroll
-        for (int i = 0; i < PER; ++i)
+    for (int i = 0; i < PER; ++i)
 #pragma unroll
-          for (int k = 0; k < W - 1; ++k) {
-            int b = warp + i * WARPS;
-            window[i][k] = b < ROWS ? one(l.conv_state + (int64(b) * E + e) * (W - 1) + k) : 0.0f;
-          }
-    }
+      for (int k = 0; k < W - 1; ++k) {
+        int b = warp + i * WARPS;
+        bool here = convolves && b < ROWS;
+        window[i][k] = here ? one(l.conv_state + (int64(b) * E + e) * (W - 1) + k) : 0.0f;
+      }
     if (step == 0) wait_for_all(p, phase);
     if (!valid) return;
-    float sum = 0.0f;  // four threads for each sequence
-    if (threadIdx.x / 4 < ROWS) {
-#pragma unroll 4
-      for (int i = threadIdx.x % 4; i < M / 16; i += 4) sum += fresh(p.squares + i * ROWS + threadIdx.x / 4);
-    }
+#pragma unroll
+    for (int i = 0; i < SQUARES; ++i)
+      square[i] = row < ROWS ? fresh(p.squares + (tid % 4 + 4 * i) * ROWS + row) : 0.0f;
+    band.template multiply<OCTETS>(l.in_proj, unit * 32, p.scaled, M, 0, s, tid);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < SQUARES; ++i) sum += square[i];
     sum = add_across(sum, 1);
     sum = add_across(sum, 2);
-    if (threadIdx.x % 4 == 0 && threadIdx.x / 4 < ROWS) s.factor[threadIdx.x / 4] = inverse_root(sum / M + p.eps);
-    band.template multiply<OCTETS>(l.in_proj, unit * 32, p.scaled, M, 0, s);
+    if (tid % 4 == 0 && row < ROWS) s.factor[row] = inverse_root(sum / M + p.eps);
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       int b = warp + i * WARPS;
       if (b < ROWS) {
         float out = total(s, lane, b) * s.factor[b];
         bf16* state = l.conv_state + (int64(b) * E + e) * (W - 1);
-        put(static_cast<bf16*>(p.uz) + int64(b) * 2 * E + e, e < E ? convolved(out, window[i], l, e, state) : out);
+        put(static_cast<bf16*>(p.uz) + int64(b) * 2 * E + e, e < E ? conv.run(out, window[i], state) : out);
       }
     }
     if (step + 1 < STEPS) __syncthreads();
   }
 }
 
-INLINE void project(const Problem& p, const Layer& l, int phase) {
+INLINE void project(const Problem& p, const Layer& l, int phase, int tid) {
   constexpr int BANDS = OUT / 16, UNITS = BANDS * OCTETS, STEPS = (UNITS + BLOCKS - 1) / BLOCKS;
   Shared& s = shared();
   Band<E, 1> band;
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     int unit = step * BLOCKS + int(blockIdx.x), row = unit / OCTETS * 16, first = unit % OCTETS * 8;
-    if (unit < UNITS) band.load(l.x_proj, row, 0);
+    band.load(l.x_proj, row, 0, tid, unit < UNITS);
     if (step == 0) wait_for_all(p, phase);
     if (unit >= UNITS) return;
-    band.template multiply<1>(l.x_proj, row, static_cast<const bf16*>(p.uz), 2 * E, first, s);
-    if (threadIdx.x < 128) {
-      int b = first + threadIdx.x / 16, o = threadIdx.x % 16;
-      if (b < ROWS) p.low[b * OUT + row + o] = total(s, o, threadIdx.x / 16);
+    band.template multiply<1>(l.x_proj, row, static_cast<const bf16*>(p.uz), 2 * E, first, s, tid);
+    if (tid < 128) {
+      int b = first + tid / 16, o = tid % 16;
+      if (b < ROWS) p.low[b * OUT + row + o] = total(s, o, tid / 16);
     }
     if (step + 1 < STEPS) __syncthreads();
   }
 }
 
 // dt's wide projection, a step of the state, gate: y. A warp has 16 channels of 8 sequences, a lane half a channel.
-INLINE void scan(const Problem& p, const Layer& l, int phase) {
+INLINE void scan(const Problem& p, const Layer& l, int phase, int tid) {
   constexpr int UNITS = E / 16 * OCTETS, STEPS = (UNITS + WARPS * BLOCKS - 1) / (WARPS * BLOCKS), DEEP = (R + 31) / 32;
   Shared& s = shared();
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, half = lane % 2 * 8;
+  int lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4, half = lane % 2 * 8;
+  auto& own = s.scan[warp];
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     int unit = (step * WARPS + warp) * BLOCKS + int(blockIdx.x), first = unit % OCTETS * 8;
@@ -189,6 +209,9 @@ INLINE void scan(const Problem& p, const Layer& l, int phase) {
         float4 b = *reinterpret_cast<const float4*>(state + int64(j) * E * N + 4);
         h[j][0] = a.x, h[j][1] = a.y, h[j][2] = a.z, h[j][3] = a.w;
         h[j][4] = b.x, h[j][5] = b.y, h[j][6] = b.z, h[j][7] = b.w;
+      } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) h[j][k] = 0.0f;
       }
     uint4 low[DEEP], high[DEEP];
 #pragma unroll
@@ -205,32 +228,47 @@ INLINE void scan(const Problem& p, const Layer& l, int phase) {
     for (int k = 0; k < 8; ++k) A2[k] = -exp2_fast(logs.get(k) * LOG2E) * LOG2E;
     float bias = one(l.dt_bias + e), skip = one(l.D + e);
     if (step == 0) wait_for_all(p, phase);
+    // All that the phases before have written, at once.
+    float4 wide[DEEP][2];
 #pragma unroll
-    for (int i = 0; i < DEEP; ++i) {
-      uint4 b = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < DEEP; ++i)
       if (i * 32 + t * 8 < R && g < n_here) {
         const float* from = p.low + (first + g) * OUT + i * 32 + t * 8;
-        float4 x = fresh4(from), y = fresh4(from + 4);
-        b = make_uint4(floats_to_bf16(x.x, x.y), floats_to_bf16(x.z, x.w), floats_to_bf16(y.x, y.y),
-                       floats_to_bf16(y.z, y.w));
+        wide[i][0] = fresh4(from), wide[i][1] = fresh4(from + 4);
+      } else {
+        wide[i][0] = wide[i][1] = float4{0.0f, 0.0f, 0.0f, 0.0f};
       }
+    if (g < n_here) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        *reinterpret_cast<float4*>(&own.matrices[g][t * 8 + i * 4]) = fresh4(p.low + (first + g) * OUT + R + t * 8 + i * 4);
+    }
+    const bf16* uz = static_cast<const bf16*>(p.uz) + int64(first) * 2 * E + e;
+    unsigned u_of[8], gate_of[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      u_of[j] = j < n_here ? fresh2(uz + int64(j) * 2 * E) : 0;
+      gate_of[j] = j < n_here ? fresh2(uz + int64(j) * 2 * E + E) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < DEEP; ++i) {
+      const float4 &x = wide[i][0], &y = wide[i][1];
+      uint4 b = make_uint4(floats_to_bf16(x.x, x.y), floats_to_bf16(x.z, x.w), floats_to_bf16(y.x, y.y),
+                           floats_to_bf16(y.z, y.w));
       multiply_add(dt, low[i].x, high[i].x, low[i].y, high[i].y, b.x, b.y);
       multiply_add(dt, low[i].z, high[i].z, low[i].w, high[i].w, b.z, b.w);
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) s.dt[warp][g + k / 2 * 8][2 * t + k % 2] = dt[k];
+    for (int k = 0; k < 4; ++k) own.dt[g + k / 2 * 8][2 * t + k % 2] = dt[k];
     __syncwarp();
-    const bf16* uz = static_cast<const bf16*>(p.uz) + int64(first) * 2 * E + e;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      float out = 0.0f, u = 0.0f, gate = 0.0f;
+      float out = 0.0f, u = low_half(u_of[j]), gate = low_half(gate_of[j]);
       if (j < n_here) {
-        const float* from = p.low + (first + j) * OUT + R + half;
-        float4 b[2] = {fresh4(from), fresh4(from + 4)}, c[2] = {fresh4(from + N), fresh4(from + N + 4)};
-        float drive[8] = {b[0].x, b[0].y, b[0].z, b[0].w, b[1].x, b[1].y, b[1].z, b[1].w};
-        float readout[8] = {c[0].x, c[0].y, c[0].z, c[0].w, c[1].x, c[1].y, c[1].z, c[1].w};
-        u = low_half(fresh2(uz + int64(j) * 2 * E)), gate = low_half(fresh2(uz + int64(j) * 2 * E + E));
-        float size = softplus(s.dt[warp][lane / 2][j] + bias), driven = size * u;
+        float drive[8], readout[8];
+        load_floats(&own.matrices[j][half], drive);
+        load_floats(&own.matrices[j][N + half], readout);
+        float size = softplus(own.dt[lane / 2][j] + bias), driven = size * u;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
           h[j][k] = __fmaf_rn(exp2_fast(size * A2[k]), h[j][k], driven * drive[k]);
@@ -248,7 +286,7 @@ INLINE void scan(const Problem& p, const Layer& l, int phase) {
 }
 
 // out_proj, added to the stream, and what the next norm asks of that.
-INLINE void leave(const Problem& p, const Layer& l, int phase) {
+INLINE void leave(const Problem& p, const Layer& l, int phase, int tid) {
   constexpr int NT = OCTETS > 4 ? 4 : OCTETS, GROUPS = (OCTETS + NT - 1) / NT, UNITS = M / 16 * GROUPS;
   constexpr int STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (16 * NT * 8 + THREADS - 1) / THREADS;
   Shared& s = shared();
@@ -258,18 +296,26 @@ INLINE void leave(const Problem& p, const Layer& l, int phase) {
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     int unit = step * BLOCKS + int(blockIdx.x), row = unit / GROUPS * 16, first = unit % GROUPS * NT * 8;
-    if (unit < UNITS) band.load(l.out_proj, row, 0);
+    float before[PER], weight[PER];
+    band.load(l.out_proj, row, 0, tid, unit < UNITS);
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {  // what it is added to this thread wrote itself, a layer ago, or `begin` did
+      int at = tid + i * THREADS, m = row + at % 16, b = first + at / 16;
+      bool here = unit < UNITS && at / 16 < NT * 8 && b < ROWS;
+      before[i] = here ? fresh(p.stream + int64(b) * M + m) : 0.0f;
+      weight[i] = here && norm ? one(norm + m) : 0.0f;
+    }
     if (step == 0) wait_for_all(p, phase);
     if (unit >= UNITS) return;
-    band.template multiply<NT>(l.out_proj, row, static_cast<const bf16*>(p.y), E, first, s);
+    band.template multiply<NT>(l.out_proj, row, static_cast<const bf16*>(p.y), E, first, s, tid);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
-      int at = threadIdx.x + i * THREADS, m = row + at % 16, b = first + at / 16;
+      int at = tid + i * THREADS, m = row + at % 16, b = first + at / 16;
       float square = 0.0f;
       if (at / 16 < NT * 8 && b < ROWS) {
-        float sum = fresh(p.stream + int64(b) * M + m) + total(s, at % 16, at / 16);
+        float sum = before[i] + total(s, at % 16, at / 16);
         p.stream[int64(b) * M + m] = sum;
-        if (norm) put(p.scaled + int64(b) * M + m, sum * one(norm + m));
+        if (norm) put(p.scaled + int64(b) * M + m, sum * weight[i]);
         square = sum * sum;
       }
 #pragma unroll
@@ -285,12 +331,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stack(const GRID_CONSTA
 #pragma unroll 1
   for (int phase = p.first; phase < p.last; ++phase) {
     const Layer& l = p.layers[phase ? (phase - 1) / 4 : 0];
+    int tid = opaque(threadIdx.x);  // or all that follows from it were kept in registers from phase to phase
     int part = ONLY >= 0 ? ONLY : phase == 0 ? 4 : (phase - 1) % 4;
-    if (part == 0) enter(p, l, phase);
-    if (part == 1) project(p, l, phase);
-    if (part == 2) scan(p, l, phase);
-    if (part == 3) leave(p, l, phase);
-    if (part == 4) begin(p, phase);
+    if (part == 0) enter(p, l, phase, tid);
+    if (part == 1) project(p, l, phase, tid);
+    if (part == 2) scan(p, l, phase, tid);
+    if (part == 3) leave(p, l, phase, tid);
+    if (part == 4) begin(p, phase, tid);
     tell_all(p, phase);
   }
 }

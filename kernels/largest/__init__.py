@@ -1,0 +1,3 @@
+from .interface import largest
+
+__all__ = ["largest"]
