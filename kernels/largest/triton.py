@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..triton_runtime import ceil_div
 
-BLOCK = 4096  # columns that a program reads at a time
+BLOCK = 16384  # columns that a program reads at a time
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def _largest(x, places, bad, stride, width, STEPS: tl.constexpr, BLOCK: tl.const
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK,), tl.int32)
-    for step in range(STEPS):
+    for step in tl.static_range(STEPS):
         column = step * BLOCK + d
         value = tl.load(x + row * stride + column, mask=column < width, other=float("-inf")).to(tl.float32)
         value = tl.where(value != value, float("inf"), value)
@@ -35,5 +35,7 @@ def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     bad = torch.empty(n_rows, dtype=torch.bool, device=x.device)
     block = min(BLOCK, triton.next_power_of_2(width))
     with torch.cuda.device_of(x):
-        _largest[(n_rows,)](x, places, bad, x.stride(0), width, ceil_div(width, block), block, num_warps=16)
+        _largest[(n_rows,)](
+            x, places, bad, x.stride(0), width, ceil_div(width, block), block, num_warps=min(max(block // 512, 1), 32)
+        )
     return places, bad

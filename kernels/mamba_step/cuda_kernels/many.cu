@@ -94,7 +94,7 @@ INLINE float total(const Shared& s, int row, int column) {
 }
 
 // The stream and what in_proj reads of it, at the beginning.
-INLINE void begin(const Problem& p, int phase, int tid) {
+template <int> INLINE void begin(const Problem& p, int phase, int tid) {
   Shared& s = shared();
   wait_for_all(p, phase);
 #pragma unroll 1
@@ -121,7 +121,7 @@ INLINE void begin(const Problem& p, int phase, int tid) {
 }
 
 // in_proj, norm, convolution: uz.
-INLINE void enter(const Problem& p, const Layer& l, int phase, int tid) {
+template <int> INLINE void enter(const Problem& p, const Layer& l, int phase, int tid) {
   constexpr int UNITS = 2 * E / 32, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (OCTETS * 8 + WARPS - 1) / WARPS;
   constexpr int SQUARES = M / 64;  // of each of four threads
   static_assert(PROJECT_OR_SCAN || THREADS >= 4 * ROWS, "four threads for each sequence");
@@ -171,7 +171,7 @@ INLINE void enter(const Problem& p, const Layer& l, int phase, int tid) {
   }
 }
 
-INLINE void project(const Problem& p, const Layer& l, int phase, int tid) {
+template <int> INLINE void project(const Problem& p, const Layer& l, int phase, int tid) {
   constexpr int BANDS = OUT / 16, UNITS = BANDS * OCTETS, STEPS = (UNITS + BLOCKS - 1) / BLOCKS;
   Shared& s = shared();
   Band<E, 1> band;
@@ -191,7 +191,7 @@ INLINE void project(const Problem& p, const Layer& l, int phase, int tid) {
 }
 
 // dt's wide projection, a step of the state, gate: y. A warp has 16 channels of 8 sequences, a lane half a channel.
-INLINE void scan(const Problem& p, const Layer& l, int phase, int tid) {
+template <int> INLINE void scan(const Problem& p, const Layer& l, int phase, int tid) {
   constexpr int UNITS = E / 16 * OCTETS, STEPS = (UNITS + WARPS * BLOCKS - 1) / (WARPS * BLOCKS), DEEP = (R + 31) / 32;
   Shared& s = shared();
   int lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4, half = lane % 2 * 8;
@@ -286,7 +286,7 @@ INLINE void scan(const Problem& p, const Layer& l, int phase, int tid) {
 }
 
 // out_proj, added to the stream, and what the next norm asks of that.
-INLINE void leave(const Problem& p, const Layer& l, int phase, int tid) {
+template <int> INLINE void leave(const Problem& p, const Layer& l, int phase, int tid) {
   constexpr int NT = OCTETS > 4 ? 4 : OCTETS, GROUPS = (OCTETS + NT - 1) / NT, UNITS = M / 16 * GROUPS;
   constexpr int STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (16 * NT * 8 + THREADS - 1) / THREADS;
   Shared& s = shared();
@@ -333,11 +333,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) stack(const GRID_CONSTA
     const Layer& l = p.layers[phase ? (phase - 1) / 4 : 0];
     int tid = opaque(threadIdx.x);  // or all that follows from it were kept in registers from phase to phase
     int part = ONLY >= 0 ? ONLY : phase == 0 ? 4 : (phase - 1) % 4;
-    if (part == 0) enter(p, l, phase, tid);
-    if (part == 1) project(p, l, phase, tid);
-    if (part == 2) scan(p, l, phase, tid);
-    if (part == 3) leave(p, l, phase, tid);
-    if (part == 4) begin(p, phase, tid);
+    if constexpr (ONLY < 0 || ONLY == 0) if (part == 0) enter<0>(p, l, phase, tid);
+    if constexpr (ONLY < 0 || ONLY == 1) if (part == 1) project<0>(p, l, phase, tid);
+    if constexpr (ONLY < 0 || ONLY == 2) if (part == 2) scan<0>(p, l, phase, tid);
+    if constexpr (ONLY < 0 || ONLY == 3) if (part == 3) leave<0>(p, l, phase, tid);
+    if constexpr (ONLY < 0 || ONLY == 4) if (part == 4) begin<0>(p, phase, tid);
     tell_all(p, phase);
   }
 }
