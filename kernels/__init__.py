@@ -5,7 +5,7 @@ from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_scan import cross_scan
 from .expert_rows import Order, combine, dispatch, route, sort_by_expert
 from .largest import largest
-from .mamba_step import MambaWeights, few_rows_head, mamba_stack_step, mamba_step
+from .mamba_step import MambaWeights, mamba_stack_step, mamba_step, norm_and_head
 from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 
@@ -17,12 +17,12 @@ __all__ = [
     "combine",
     "cross_scan",
     "dispatch",
-    "few_rows_head",
     "info",
     "largest",
     "layer_norm",
     "mamba_stack_step",
     "mamba_step",
+    "norm_and_head",
     "plain_operations",
     "rms_norm",
     "route",

@@ -97,7 +97,7 @@ def emulated(emulation, tmp_path_factory):
             subprocess.run(["g++", *options, str(path.with_suffix(".cpp")), "-o", str(path)], check=True)
         library = ctypes.CDLL(str(path))
 
-        def launch(blocks: int, threads: int, argument: bytes) -> None:
+        def launch(blocks: int, threads: int, argument: bytes, *, early: bool = False) -> None:
             if blocks:
                 library.launch(argument, ctypes.c_int64(blocks), threads)
 

@@ -1,4 +1,4 @@
-from .interface import MambaWeights, few_rows_head, mamba_stack_step, mamba_step
+from .interface import MambaWeights, mamba_stack_step, mamba_step, norm_and_head
 from .reference import mamba_step_reference
 
-__all__ = ["MambaWeights", "few_rows_head", "mamba_stack_step", "mamba_step", "mamba_step_reference"]
+__all__ = ["MambaWeights", "mamba_stack_step", "mamba_step", "mamba_step_reference", "norm_and_head"]

@@ -56,33 +56,29 @@ def mamba_step(
 def mamba_stack_step(
     x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence[MambaWeights], eps: float = 1e-5
 ) -> Tensor | None:
-    """One token of each of B sequences through several norms and Mamba blocks of one shape, on a GPU: the stream.
+    """One token of each of B sequences through several norms and Mamba blocks, on a GPU: the stream at the end.
 
-    x, states and weights as of `mamba_step`, LayerNorm where norms have a bias. Returns stream + out after the last
-    block, (B, M) float32. None, and nothing is done, where `mamba_step` is to be called for each block.
+    x, states and weights as of `mamba_step`. Returns stream + out of the last block, (B, M) float32. None, and nothing
+    is done, where `mamba_step` for each block is to be called: where it is the faster, or there is no such kernel.
     """
     if choose(None, x.device, x.dtype, in_cuda=True) != "cuda":
         return None
-    module = import_module(".cuda", __package__)
-    centred = weights[0].norm_bias is not None
     with torch.no_grad():
-        if not module.serves(x, states, weights, centred):
-            return None
-        return module.step(x, states, weights, eps, centred)
+        centred = weights[0].norm_bias is not None
+        return import_module(".cuda", __package__).step(x, states, weights, eps, centred)
 
 
-def few_rows_head(
-    stream: Tensor, norm: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float
+def norm_and_head(
+    stream: Tensor, norm: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float = 1e-5
 ) -> Tensor | None:
-    """A norm, and the product with a weight (V, M), of what `mamba_stack_step` returned: (B, V) in the weight's dtype.
+    """RMSNorm, or LayerNorm with a bias, of stream (B, M) float32, and its product with weight (V, M): (B, V).
 
-    None where the two are to be done one after another.
+    In the weights' dtype. None, and nothing is done, where the two are to be done one after another.
     """
     if choose(None, weight.device, weight.dtype, in_cuda=True) != "cuda":
         return None
-    module = import_module(".cuda", __package__)
     with torch.no_grad():
-        return module.head(stream, norm, norm_bias, weight, eps)
+        return import_module(".cuda", __package__).head(stream, norm, norm_bias, weight, eps)
 
 
 def _check(x: Tensor, stream: Tensor | None, conv_state: Tensor, ssm_state: Tensor, w: MambaWeights) -> None:

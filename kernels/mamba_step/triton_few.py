@@ -20,7 +20,7 @@ PROGRAMS = 264  # that a product is cut into at least: two for each multiprocess
 
 
 @triton.jit
-def after_the_kernel_before(EARLY: tl.constexpr):
+def _after_the_kernel_before(EARLY: tl.constexpr):
     """Wait for the end of the kernel before; then let the next one begin.
 
     What is read before this may not be written by the kernel before. It may by the one before that: that one has ended
@@ -43,7 +43,7 @@ def _enter(
     tile = tl.load(weight + e[:, None] * M + m[None, :], mask=in_e[:, None] & in_m[None, :], other=0.0)
     norm_row, norm_shift = load_float(norm, m, in_m), load_float(norm_bias, m, in_m)
     shift = load_float(conv_bias, e, is_u)
-    after_the_kernel_before(EARLY)
+    _after_the_kernel_before(EARLY)
     for b in range(n_rows):
         row = load_float(x, b * M + m, in_m) + load_float(stream, b * M + m, in_m)
         if stream is not None:
@@ -77,7 +77,7 @@ def _multiply(
     tile = tl.load(
         weight + o[:, None] * WIDTH + k[None, :], mask=(o < n_out)[:, None] & (k < WIDTH)[None, :], other=0.0
     )
-    after_the_kernel_before(EARLY)
+    _after_the_kernel_before(EARLY)
     for b in range(n_rows):
         row = load_float(x, b * x_stride + k, k < WIDTH)
         tl.store(out + b * n_out + o, tl.sum(tile.to(tl.float32) * row[None, :], axis=1), mask=o < n_out)
@@ -100,7 +100,7 @@ def _scan(
     h = tl.load(state + state_at, mask=inside, other=0.0)
     A2 = -tl.exp2(load_float(A_log, e[:, None] * N + n[None, :], inside) * LOG2E) * LOG2E
     bias, skip = load_float(dt_bias, e, in_e), load_float(D, e, in_e)
-    after_the_kernel_before(EARLY)
+    _after_the_kernel_before(EARLY)
     at = projected + b * (R + 2 * N)
     low = load_float(at, r, in_r)
     drive, readout = load_float(at, R + n, in_n), load_float(at, R + N + n, in_n)
@@ -112,7 +112,7 @@ def _scan(
     tl.store(y + row, out * gate * sigmoid(gate), mask=in_e)
 
 
-def early_launch(device: torch.device) -> dict[str, bool]:
+def _early_launch(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that may begin before the one before it has ended."""
     early = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
@@ -138,7 +138,7 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, early: dict[str, boo
 
 
 def step(x, stream, conv_state, ssm_state, w, eps, centred):
-    early = early_launch(x.device)
+    early = _early_launch(x.device)
     (n_rows, width), (n_channels, n_states) = x.shape, w.A_log.shape
     rank, dtype = w.dt_proj.shape[1], w.in_proj.dtype
     new_stream = x.float() if stream is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import cuda
 from ..causal_conv1d.triton import step as conv_step
 from ..norm.triton import forward as norm_forward
 from ..triton_runtime import LOG2E, ceil_div, load_float, multiply_add, sigmoid, softplus
-from .triton_few import after_the_kernel_before, early_launch
 
 BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix units take at least
 
@@ -49,53 +47,15 @@ def _scan(
     tl.store(y + row, out * gate * sigmoid(gate), mask=here)
 
 
-@triton.jit
-def _convolve(
-    uz, state, conv, bias, n_rows, E: tl.constexpr, W: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """The convolution of u, the first half of uz (B, 2E), in place."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
-    inside = (b < n_rows) & (e < E)
-    at, state_at = b.to(tl.int64) * (2 * E) + e, (b.to(tl.int64) * E + e) * (W - 1)
-    mixed = tl.zeros((BLOCK_B, BLOCK), tl.float32) + load_float(bias, e, e < E)
-    window = ()
-    for k in tl.static_range(W - 1):
-        window += (load_float(state, state_at + k, inside),)
-        mixed += window[k] * load_float(conv, e * W + k, e < E)
-    newest_tap = load_float(conv, e * W + W - 1, e < E)
-    after_the_kernel_before(EARLY)
-    newest = load_float(uz, at, inside)
-    mixed += newest * newest_tap
-    for k in tl.static_range(1, W - 1):
-        tl.store(state + state_at + (k - 1), window[k], mask=inside)
-    if W > 1:
-        tl.store(state + state_at + (W - 2), newest, mask=inside)
-    tl.store(uz + at, mixed * sigmoid(mixed), mask=inside)
-
-
 def step(x, stream, conv_state, ssm_state, w, eps, centred):
     (n_channels, n_states), rank, n_rows = w.A_log.shape, w.dt_proj.shape[1], len(x)
     normed, new_stream = norm_forward(x, stream, w.norm, w.norm_bias, eps, centred, w.norm.dtype)
-    new_stream = x.float() if stream is None else new_stream
-    uz = F.linear(normed, w.in_proj)
-    u, z = uz.chunk(2, dim=1)
-    if cuda.HYBRID:
-        rows, block = 4, 128
-        _convolve[(ceil_div(n_channels, block), ceil_div(n_rows, rows))](
-            uz, conv_state, w.conv, w.conv_bias, n_rows, E=n_channels, W=w.conv.shape[1], BLOCK_B=rows, BLOCK=block,
-            num_warps=4, **early_launch(x.device),
-        )  # fmt: skip
-        y = cuda.project_and_scan(uz, w, ssm_state)
-        if y is not None:
-            return F.linear(y, w.out_proj), new_stream
-    else:
-        u = conv_step(conv_state, u, w.conv, w.conv_bias, True)
-    y, block_n = torch.empty(u.shape, dtype=u.dtype, device=u.device), triton.next_power_of_2(n_states)
+    u, z = F.linear(normed, w.in_proj).chunk(2, dim=1)
+    u = conv_step(conv_state, u, w.conv, w.conv_bias, True)
+    y, block_n = torch.empty_like(u), triton.next_power_of_2(n_states)
     _scan[(ceil_div(n_channels, BLOCK), ceil_div(n_rows, BLOCK))](
         u, z, F.linear(u, w.x_proj), w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0), n_rows,
         E=n_channels, R=rank, N=n_states, BLOCK_B=BLOCK, BLOCK=BLOCK, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         BLOCK_N=block_n, num_warps=max(4, min(BLOCK * BLOCK * block_n // 1024, 16)),
     )  # fmt: skip
-    return F.linear(y, w.out_proj), new_stream
+    return F.linear(y, w.out_proj), x.float() if stream is None else new_stream

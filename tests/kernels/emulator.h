@@ -63,18 +63,14 @@ template <typename X> inline void store_if(bool wanted, void* to, X x) {
   if (wanted) *static_cast<X*>(to) = x;
 }
 
-// Of kernels/mamba_step: one phase of it is run at a time, so nobody waits.
+// Of kernels/mamba_step: a kernel is run after another, so none waits.
 #define GRID_CONSTANT
 inline float fresh(const float* from) { return *from; }
 inline float4 fresh4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 inline uint4 fresh16(const void* from) { return *static_cast<const uint4*>(from); }
 inline unsigned fresh2(const void* from) { return *static_cast<const uint16_t*>(from); }
 inline uint4 once16(const void* from) { return fresh16(from); }
-inline void wait_for_launch_before() {}
-inline void arrive(unsigned*) {}
-inline void await_arrivals(const unsigned*, unsigned) {}
-inline int opaque(int x) { return x; }
-inline void prefetch(const void*, unsigned) {}
+inline void wait_for_kernel_before() {}
 struct Operands { unsigned a[4], b[2]; };
 static std::vector<Operands> operands(1024);
 inline float bf16_of(unsigned pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }

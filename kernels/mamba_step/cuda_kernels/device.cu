@@ -1,4 +1,4 @@
-// What only a GPU has and the stack needs beside ../../selective_scan/cuda_kernels/device.cu.
+// What only a GPU has and these kernels need beside ../../selective_scan/cuda_kernels/device.cu.
 
 // What other blocks may have written since: past the L1 cache.
 __device__ __forceinline__ float fresh(const float* from) {
@@ -30,30 +30,13 @@ __device__ __forceinline__ uint4 once16(const void* from) {
   return x;
 }
 
-__device__ __forceinline__ void wait_for_launch_before() {
+// Wait for the end of the kernel before; then let the next one begin. What is read before this may not be written by the
+// kernel before. It may by the one before that: that one has ended when this kernel begins, since the kernel between lets
+// it begin only after its own wait.
+__device__ __forceinline__ void wait_for_kernel_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
-__device__ __forceinline__ void arrive(unsigned* counter) {
-  __threadfence();
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-__device__ __forceinline__ void await_arrivals(const unsigned* counter, unsigned wanted) {
-  unsigned seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen < wanted);
-}
-__device__ __forceinline__ void prefetch(const void* from, unsigned bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
-}
-
-// x, of which the compiler knows nothing.
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // c (16, 8) += a (16, 16) b (16, 8), a and b in bfloat16.
 __device__ __forceinline__ void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                                              unsigned b0, unsigned b1) {

@@ -1,15 +1,35 @@
-// For many sequences: the matrix units multiply 16 rows of a weight with 8 sequences' vectors. A block has one or two
-// such bands of 16 rows; its warps share out the width, and their sums are added up in shared memory in a fixed order.
-// Which 32 elements of a row make which step of the matrix units is free, if it is the same for both: so a lane loads
-// 8 that lie side by side. The norm is a factor of each sequence, put to in_proj's result.
+// A token through a Mamba block for up to 64 sequences, in four kernels: enter (norm, in_proj, convolution), project
+// (x_proj), scan (dt_proj, states, gate), leave (out_proj, added to the stream); begin stands before the first block. Each
+// begins before the last has ended, and asks for its weights and states before it waits for that.
+//
+// The matrix units multiply 16 rows of a weight with 8 sequences' vectors. A thread block has one or two such bands of 16
+// rows; its warps share out the width, and their sums are added up in shared memory in a fixed order. Which 32 elements of
+// a row make which step of the matrix units is free, if it is the same for both: so a lane loads 8 that lie side by side.
+// The norm (RMSNorm) is a factor of each sequence, put to in_proj's result.
+//
+// Letters: M model width, E inner width, R rank of dt, N states (16), W convolution width; macros, as are ROWS
+// (sequences), BLOCKS and WARPS (of a block). A kernel has BLOCKS blocks, or as many as there is work for if that is less.
 
-constexpr int OCTETS = (ROWS + 7) / 8, PAD = 1;
-constexpr bool PROJECT_OR_SCAN = ONLY == 1 || ONLY == 2;  // by themselves they take any number of sequences
-static_assert(M % 256 == 0 && E % 256 == 0 && R % 16 == 0, "sizes that these kernels do not serve");
-static_assert(PROJECT_OR_SCAN || (ROWS <= 64 && !CENTRED), "more sequences than these phases serve, or a LayerNorm");
+constexpr int N = 16, OUT = R + 2 * N, THREADS = 32 * WARPS, OCTETS = (ROWS + 7) / 8, PAD = 1;
+static_assert(M % 256 == 0 && E % 256 == 0 && R % 16 == 0 && ROWS <= 64 && THREADS >= 4 * ROWS, "sizes not served");
+
+struct Problem {
+  const bf16 *in_proj, *conv, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A_log, *D, *out_proj;  // conv_bias may be 0
+  const bf16* norm;   // of the next block, or of the first one where this begins; 0 if there is none
+  const bf16* x;      // (ROWS, M): what the stack begins with
+  bf16* conv_state;   // (ROWS, E, W - 1)
+  float* ssm_state;   // (ROWS, E, N)
+  float* stream;      // (ROWS, M)
+  bf16* scaled;       // (ROWS, M): the stream times the norm's weight
+  float* squares;     // (M / 16, ROWS): the stream's sums of squares, of 16 channels each
+  bf16* uz;           // (ROWS, 2 E)
+  float* low;         // (ROWS, OUT): dt before its widening, B, C
+  bf16* y;            // (ROWS, E)
+  double eps;
+};
 struct Shared {
   union {
-    float part[WARPS][32][(PROJECT_OR_SCAN ? 8 : OCTETS * 8) + PAD];
+    float part[WARPS][32][OCTETS * 8 + PAD];
     struct {
       float dt[16][9], matrices[8][2 * N];  // B and C
     } scan[WARPS];
@@ -21,6 +41,31 @@ INLINE Shared& shared() {
   extern __shared__ float4 room[];
   return *reinterpret_cast<Shared*>(room);
 }
+
+INLINE float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
+INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
+INLINE float softplus(float x) { return softplus_of(x, exp_negative(-fabsf(x))); }
+INLINE void put(bf16* to, float x) { to->bits = (unsigned short)floats_to_bf16(x, 0.0f); }
+
+// The convolution of one channel, its SiLU, and the step of its window, the W - 1 inputs before.
+struct Convolution {
+  float tap[W], bias;
+
+  INLINE void load(const Problem& p, int e) {
+    bias = p.conv_bias ? one(p.conv_bias + e) : 0.0f;
+#pragma unroll
+    for (int k = 0; k < W; ++k) tap[k] = one(p.conv + e * W + k);
+  }
+  INLINE float run(float newest, const float (&window)[W - 1], bf16* state) const {
+    float mixed = __fmaf_rn(newest, tap[W - 1], bias);
+#pragma unroll
+    for (int k = 0; k < W - 1; ++k) mixed = __fmaf_rn(window[k], tap[k], mixed);
+#pragma unroll
+    for (int k = 1; k < W - 1; ++k) put(state + k - 1, window[k]);
+    put(state + W - 2, newest);
+    return mixed * sigmoid(mixed);
+  }
+};
 
 // BANDS x 16 rows of a matrix of width K, of which this warp has PART blocks of 32 elements.
 template <int K, int BANDS> struct Band {
@@ -34,15 +79,14 @@ template <int K, int BANDS> struct Band {
   uint4 low[BANDS][CHUNK], high[BANDS][CHUNK];
 
   static INLINE int column(int i, int tid) { return (tid / 32 * PART + i) * 32 + tid % 4 * 8; }
-  INLINE void load(const bf16* matrix, int first_row, int chunk, int tid, bool wanted = true) {
+  INLINE void load(const bf16* matrix, int first_row, int chunk, int tid) {
     int g = tid % 32 / 4;
 #pragma unroll
     for (int m = 0; m < BANDS; ++m)
 #pragma unroll
       for (int i = 0; i < CHUNK; ++i) {
         const bf16* at = matrix + int64(first_row + m * 16 + g) * K + column(chunk * CHUNK + i, tid);
-        if (wanted) low[m][i] = once16(at), high[m][i] = once16(at + 8 * K);
-        else low[m][i] = high[m][i] = make_uint4(0, 0, 0, 0);  // so that nothing is kept from phase to phase
+        low[m][i] = once16(at), high[m][i] = once16(at + 8 * K);
       }
   }
   // The sums of the block's warps, left in shared memory: part[warp][row][sequence - first].
@@ -94,16 +138,17 @@ INLINE float total(const Shared& s, int row, int column) {
 }
 
 // The stream and what in_proj reads of it, at the beginning.
-template <int> INLINE void begin(const Problem& p, int phase, int tid) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) begin(const GRID_CONSTANT Problem p) {
+  int tid = threadIdx.x;
   Shared& s = shared();
-  wait_for_all(p, phase);
+  wait_for_kernel_before();
 #pragma unroll 1
   for (int b = blockIdx.x; b < ROWS; b += BLOCKS) {
     float sum = 0.0f;
     for (int d = tid; d < M; d += THREADS) {
       float x = one(p.x + int64(b) * M + d);
       p.stream[int64(b) * M + d] = x;
-      put(p.scaled + int64(b) * M + d, x * one(p.layers[0].norm + d));
+      put(p.scaled + int64(b) * M + d, x * one(p.norm + d));
       sum = __fmaf_rn(x, x, sum);
     }
 #pragma unroll
@@ -121,10 +166,10 @@ template <int> INLINE void begin(const Problem& p, int phase, int tid) {
 }
 
 // in_proj, norm, convolution: uz.
-template <int> INLINE void enter(const Problem& p, const Layer& l, int phase, int tid) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {
+  int tid = threadIdx.x;
   constexpr int UNITS = 2 * E / 32, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (OCTETS * 8 + WARPS - 1) / WARPS;
   constexpr int SQUARES = M / 64;  // of each of four threads
-  static_assert(PROJECT_OR_SCAN || THREADS >= 4 * ROWS, "four threads for each sequence");
   Shared& s = shared();
   Band<M, 2> band;
   Convolution conv;
@@ -132,56 +177,56 @@ template <int> INLINE void enter(const Problem& p, const Layer& l, int phase, in
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     int unit = step * BLOCKS + int(blockIdx.x), e = unit * 32 + lane;
-    bool valid = unit < UNITS;
+    if (unit >= UNITS) return;
     float window[PER][W - 1], square[SQUARES];
-    band.load(l.in_proj, unit * 32, 0, tid, valid);
-    bool convolves = valid && e < E;
-    conv.load(l, convolves ? e : 0);
+    band.load(p.in_proj, unit * 32, 0, tid);
+    bool convolves = e < E;
+    conv.load(p, convolves ? e : 0);
 #pragma unroll
     for (int i = 0; i < PER; ++i)
 #pragma unroll
       for (int k = 0; k < W - 1; ++k) {
         int b = warp + i * WARPS;
         bool here = convolves && b < ROWS;
-        window[i][k] = here ? one(l.conv_state + (int64(b) * E + e) * (W - 1) + k) : 0.0f;
+        window[i][k] = here ? one(p.conv_state + (int64(b) * E + e) * (W - 1) + k) : 0.0f;
       }
-    if (step == 0) wait_for_all(p, phase);
-    if (!valid) return;
+    if (step == 0) wait_for_kernel_before();
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i)
       square[i] = row < ROWS ? fresh(p.squares + (tid % 4 + 4 * i) * ROWS + row) : 0.0f;
-    band.template multiply<OCTETS>(l.in_proj, unit * 32, p.scaled, M, 0, s, tid);
+    band.template multiply<OCTETS>(p.in_proj, unit * 32, p.scaled, M, 0, s, tid);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i) sum += square[i];
     sum = add_across(sum, 1);
     sum = add_across(sum, 2);
-    if (tid % 4 == 0 && row < ROWS) s.factor[row] = inverse_root(sum / M + p.eps);
+    if (tid % 4 == 0 && row < ROWS) s.factor[row] = inverse_root(sum / M + float(p.eps));
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       int b = warp + i * WARPS;
       if (b < ROWS) {
         float out = total(s, lane, b) * s.factor[b];
-        bf16* state = l.conv_state + (int64(b) * E + e) * (W - 1);
-        put(static_cast<bf16*>(p.uz) + int64(b) * 2 * E + e, e < E ? conv.run(out, window[i], state) : out);
+        bf16* state = p.conv_state + (int64(b) * E + e) * (W - 1);
+        put(p.uz + int64(b) * 2 * E + e, e < E ? conv.run(out, window[i], state) : out);
       }
     }
     if (step + 1 < STEPS) __syncthreads();
   }
 }
 
-template <int> INLINE void project(const Problem& p, const Layer& l, int phase, int tid) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) project(const GRID_CONSTANT Problem p) {
+  int tid = threadIdx.x;
   constexpr int BANDS = OUT / 16, UNITS = BANDS * OCTETS, STEPS = (UNITS + BLOCKS - 1) / BLOCKS;
   Shared& s = shared();
   Band<E, 1> band;
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     int unit = step * BLOCKS + int(blockIdx.x), row = unit / OCTETS * 16, first = unit % OCTETS * 8;
-    band.load(l.x_proj, row, 0, tid, unit < UNITS);
-    if (step == 0) wait_for_all(p, phase);
     if (unit >= UNITS) return;
-    band.template multiply<1>(l.x_proj, row, static_cast<const bf16*>(p.uz), 2 * E, first, s, tid);
+    band.load(p.x_proj, row, 0, tid);
+    if (step == 0) wait_for_kernel_before();
+    band.template multiply<1>(p.x_proj, row, p.uz, 2 * E, first, s, tid);
     if (tid < 128) {
       int b = first + tid / 16, o = tid % 16;
       if (b < ROWS) p.low[b * OUT + row + o] = total(s, o, tid / 16);
@@ -191,7 +236,8 @@ template <int> INLINE void project(const Problem& p, const Layer& l, int phase, 
 }
 
 // dt's wide projection, a step of the state, gate: y. A warp has 16 channels of 8 sequences, a lane half a channel.
-template <int> INLINE void scan(const Problem& p, const Layer& l, int phase, int tid) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTANT Problem p) {
+  int tid = threadIdx.x;
   constexpr int UNITS = E / 16 * OCTETS, STEPS = (UNITS + WARPS * BLOCKS - 1) / (WARPS * BLOCKS), DEEP = (R + 31) / 32;
   Shared& s = shared();
   int lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4, half = lane % 2 * 8;
@@ -201,7 +247,7 @@ template <int> INLINE void scan(const Problem& p, const Layer& l, int phase, int
     int unit = (step * WARPS + warp) * BLOCKS + int(blockIdx.x), first = unit % OCTETS * 8;
     int channel = unit < UNITS ? unit / OCTETS * 16 : 0, e = channel + lane / 2, n_here = unit < UNITS ? ROWS - first : 0;
     float h[8][8], A2[8], dt[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float* state = l.ssm_state + (int64(first) * E + channel) * N + lane * 8;
+    float* state = p.ssm_state + (int64(first) * E + channel) * N + lane * 8;
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       if (j < n_here) {
@@ -218,17 +264,17 @@ template <int> INLINE void scan(const Problem& p, const Layer& l, int phase, int
     for (int i = 0; i < DEEP; ++i) {
       low[i] = high[i] = make_uint4(0, 0, 0, 0);
       if (i * 32 + t * 8 < R) {
-        low[i] = once16(l.dt_proj + int64(channel + g) * R + i * 32 + t * 8);
-        high[i] = once16(l.dt_proj + int64(channel + g + 8) * R + i * 32 + t * 8);
+        low[i] = once16(p.dt_proj + int64(channel + g) * R + i * 32 + t * 8);
+        high[i] = once16(p.dt_proj + int64(channel + g + 8) * R + i * 32 + t * 8);
       }
     }
     Packed<bf16, 8> logs;
-    logs.load(l.A_log + int64(e) * N + half);
+    logs.load(p.A_log + int64(e) * N + half);
 #pragma unroll
     for (int k = 0; k < 8; ++k) A2[k] = -exp2_fast(logs.get(k) * LOG2E) * LOG2E;
-    float bias = one(l.dt_bias + e), skip = one(l.D + e);
-    if (step == 0) wait_for_all(p, phase);
-    // All that the phases before have written, at once.
+    float bias = one(p.dt_bias + e), skip = one(p.D + e);
+    if (step == 0) wait_for_kernel_before();
+    // All that the kernels before have written, at once.
     float4 wide[DEEP][2];
 #pragma unroll
     for (int i = 0; i < DEEP; ++i)
@@ -243,7 +289,7 @@ template <int> INLINE void scan(const Problem& p, const Layer& l, int phase, int
       for (int i = 0; i < 2; ++i)
         *reinterpret_cast<float4*>(&own.matrices[g][t * 8 + i * 4]) = fresh4(p.low + (first + g) * OUT + R + t * 8 + i * 4);
     }
-    const bf16* uz = static_cast<const bf16*>(p.uz) + int64(first) * 2 * E + e;
+    const bf16* uz = p.uz + int64(first) * 2 * E + e;
     unsigned u_of[8], gate_of[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -279,35 +325,34 @@ template <int> INLINE void scan(const Problem& p, const Layer& l, int phase, int
       }
       out = add_across(out, 1);
       if (j < n_here && lane % 2 == 0)
-        put(static_cast<bf16*>(p.y) + int64(first + j) * E + e, __fmaf_rn(skip, u, out) * gate * sigmoid(gate));
+        put(p.y + int64(first + j) * E + e, __fmaf_rn(skip, u, out) * gate * sigmoid(gate));
     }
     if (step + 1 < STEPS) __syncwarp();
   }
 }
 
 // out_proj, added to the stream, and what the next norm asks of that.
-template <int> INLINE void leave(const Problem& p, const Layer& l, int phase, int tid) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) leave(const GRID_CONSTANT Problem p) {
+  int tid = threadIdx.x;
   constexpr int NT = OCTETS > 4 ? 4 : OCTETS, GROUPS = (OCTETS + NT - 1) / NT, UNITS = M / 16 * GROUPS;
   constexpr int STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (16 * NT * 8 + THREADS - 1) / THREADS;
   Shared& s = shared();
   Band<E, 1> band;
-  int layer = (phase - 1) / 4;
-  const bf16* norm = layer + 1 < p.n_layers ? p.layers[layer + 1].norm : p.next_norm;
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     int unit = step * BLOCKS + int(blockIdx.x), row = unit / GROUPS * 16, first = unit % GROUPS * NT * 8;
     float before[PER], weight[PER];
-    band.load(l.out_proj, row, 0, tid, unit < UNITS);
+    if (unit >= UNITS) return;
+    band.load(p.out_proj, row, 0, tid);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {  // what it is added to this thread wrote itself, a layer ago, or `begin` did
       int at = tid + i * THREADS, m = row + at % 16, b = first + at / 16;
-      bool here = unit < UNITS && at / 16 < NT * 8 && b < ROWS;
+      bool here = at / 16 < NT * 8 && b < ROWS;
       before[i] = here ? fresh(p.stream + int64(b) * M + m) : 0.0f;
-      weight[i] = here && norm ? one(norm + m) : 0.0f;
+      weight[i] = here && p.norm ? one(p.norm + m) : 0.0f;
     }
-    if (step == 0) wait_for_all(p, phase);
-    if (unit >= UNITS) return;
-    band.template multiply<NT>(l.out_proj, row, static_cast<const bf16*>(p.y), E, first, s, tid);
+    if (step == 0) wait_for_kernel_before();
+    band.template multiply<NT>(p.out_proj, row, p.y, E, first, s, tid);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       int at = tid + i * THREADS, m = row + at % 16, b = first + at / 16;
@@ -315,7 +360,7 @@ template <int> INLINE void leave(const Problem& p, const Layer& l, int phase, in
       if (at / 16 < NT * 8 && b < ROWS) {
         float sum = before[i] + total(s, at % 16, at / 16);
         p.stream[int64(b) * M + m] = sum;
-        if (norm) put(p.scaled + int64(b) * M + m, sum * weight[i]);
+        if (p.norm) put(p.scaled + int64(b) * M + m, sum * weight[i]);
         square = sum * sum;
       }
 #pragma unroll
@@ -323,21 +368,5 @@ template <int> INLINE void leave(const Problem& p, const Layer& l, int phase, in
       if (at % 16 == 0 && at / 16 < NT * 8 && b < ROWS) p.squares[row / 16 * ROWS + b] = square;
     }
     if (step + 1 < STEPS) __syncthreads();
-  }
-}
-
-// ONLY: the one phase that is compiled, or -1 for all.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) stack(const GRID_CONSTANT Problem p) {
-#pragma unroll 1
-  for (int phase = p.first; phase < p.last; ++phase) {
-    const Layer& l = p.layers[phase ? (phase - 1) / 4 : 0];
-    int tid = opaque(threadIdx.x);  // or all that follows from it were kept in registers from phase to phase
-    int part = ONLY >= 0 ? ONLY : phase == 0 ? 4 : (phase - 1) % 4;
-    if constexpr (ONLY < 0 || ONLY == 0) if (part == 0) enter<0>(p, l, phase, tid);
-    if constexpr (ONLY < 0 || ONLY == 1) if (part == 1) project<0>(p, l, phase, tid);
-    if constexpr (ONLY < 0 || ONLY == 2) if (part == 2) scan<0>(p, l, phase, tid);
-    if constexpr (ONLY < 0 || ONLY == 3) if (part == 3) leave<0>(p, l, phase, tid);
-    if constexpr (ONLY < 0 || ONLY == 4) if (part == 4) begin<0>(p, phase, tid);
-    tell_all(p, phase);
   }
 }
