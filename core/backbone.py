@@ -175,15 +175,15 @@ class Backbone(nn.Module):
         """One token: x (B, d_model) -> y (B, d_model); `state` updated in place. For inference: no gradients."""
         if self.config.bidirectional:
             raise ValueError("a bidirectional backbone has no step: every output depends on the whole sequence")
-        stream = self.step_at_once(x, state)
+        stream = self._step_at_once(x, state)
         if stream is not None:
             return self.norm_f.step(stream, None)[0]
         for block, block_state in zip(self.layers, state, strict=True):
             x, stream = block.step(x, stream, block_state)
         return self.norm_f.step(x, stream)[0]
 
-    def step_at_once(self, x: Tensor, state: State) -> Tensor | None:
-        """The stream after all blocks, where a kernel takes these as a whole; None, and nothing is done, elsewhere."""
+    def _step_at_once(self, x: Tensor, state: State) -> Tensor | None:
+        """The stream after all blocks, where kernels take these as a whole; None, and nothing is done, elsewhere."""
         if not x.is_cuda or self.config.mixers != {"mamba"} or not self.config.final_norm:
             return None
         weights = [b.mixer.weights_with(b.norm, x, s) for b, s in zip(self.layers, state, strict=True)]

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from .config import SamplingConfig
 from .errors import InputError
 from .files import written_whole
-from .graphed import GraphedDecoder
+from .graphed import GraphedDecoder, read_by_graph
 from .sampling import Draws, recent_tokens
 
 CHUNK = 2048  # tokens of each prompt in one forward: enough to fill a GPU, few enough for any memory
@@ -191,6 +191,10 @@ def read(
     lengths = torch.tensor([len(piece) for piece in pieces], device=tokens.device)
     if len({len(piece) for piece in pieces}) > 1:
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    if only_last and state is None and mask is None:
+        found = read_by_graph(model, tokens)
+        if found is not None:
+            return found
     options = {"logits_at": lengths - 1} if only_last else {}
     logits, state = model(tokens, state, return_state=True, padding_mask=mask, **options)
     # A padded forward may hand out views of larger tensors: free those, and let `step` work in one piece of memory.

@@ -1,8 +1,9 @@
-"""Decoding on a GPU as a CUDA graph: all kernels of a step, from one token to the next, are launched as one.
+"""Decoding on a GPU by CUDA graphs: all kernels of a step, from one token to the next, are launched as one.
 
 A step is hundreds of kernels of a few microseconds each, and Python takes longer to launch them than the GPU to run
 them. So a step (the model's, the choice of the token, what that has to remember) is captured once, on memory that stays
-where it is, and replayed. The host only looks at what comes out, a step or two late. Letters: B sequences.
+where it is, and replayed. The host only looks at what comes out, a step or two late. Short prompts, of a shape that
+was seen before, are read in the same way. Letters: B sequences, L tokens.
 """
 
 from collections import deque
@@ -22,6 +23,9 @@ IN_FLIGHT = 2  # steps that the GPU is given before the host looks at the first 
 BLOCK = 64  # steps whose uniform numbers are brought to the GPU at once
 ROOM = 256  # a state that grows has room for a multiple of it, so that a graph serves prompts of many lengths
 WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set up in them
+# Prompts that are read by a graph have so many tokens each at least, all of a convolution's window among them, and so
+# many together at most: more keep a GPU busy for longer than it takes to launch the kernels.
+SHORTEST, MOST_TOKENS = 16, 8192
 
 
 class _StepGraph:
@@ -80,6 +84,59 @@ def _tokens_in(state: Any, model: Any) -> int:
 
 # The last graph of a model, while no decoder works with it: (what it was captured for, the graph).
 _graphs: WeakKeyDictionary[Any, tuple[Any, _StepGraph]] = WeakKeyDictionary()
+
+
+class _ReadingGraph:
+    """The reading of prompts of one shape, and the memory that it works on."""
+
+    def __init__(self, model: Any, tokens: Tensor):
+        self.tokens = tokens.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(tokens.device), torch.cuda.graph(self.graph):
+            last = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
+            self.outputs = model(self.tokens, return_state=True, logits_at=last)
+
+    def read(self, tokens: Tensor) -> Any:
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        leaves, structure = pytree.tree_flatten(self.outputs)
+        own = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in leaves]  # they are written over
+        torch._foreach_copy_(own, leaves)
+        return pytree.tree_unflatten(own, structure)
+
+
+# Of a model, the shape of the prompts that it read last and the graph of that, if it read them twice.
+_readings: WeakKeyDictionary[Any, tuple[Any, _ReadingGraph | None]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def read_by_graph(model: Any, tokens: Tensor) -> tuple[Tensor, Any] | None:
+    """int64 (B, L), from the beginning -> (the logits (B, V) after the last token, the state), as the model's forward.
+
+    None, and nothing is done, for a shape that the model has not just read; where the graph would launch other kernels
+    than the forward, which a model denies by an attribute `forward_is_one_graph`, True; and for too few and too many tokens. The graph
+    keeps the memory that a forward takes, until another shape is read.
+    """
+    if (
+        not tokens.is_cuda
+        or tokens.shape[1] < SHORTEST
+        or tokens.numel() > MOST_TOKENS
+        or not getattr(model, "forward_is_one_graph", False)
+        or model.training
+        or torch.is_autocast_enabled("cuda")
+        or torch.cuda.is_current_stream_capturing()
+        or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    ):
+        return None
+    key = tokens.shape, tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
+    known, graph = _readings.pop(model, (None, None))
+    if known != key:
+        _readings[model] = key, None
+        return None
+    graph = _ReadingGraph(model, tokens) if graph is None else graph
+    outputs = graph.read(tokens)
+    _readings[model] = key, graph
+    return outputs
 
 
 class GraphedDecoder:

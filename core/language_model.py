@@ -3,13 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels import few_rows_head
 from .backbone import Backbone, State
 from .batching import at_places
 from .config import LanguageModelConfig
 from .hub import PretrainedModel
-from .mamba_at_once import as_made
-from .norm import AddLayerNorm, AddRMSNorm
 
 
 class LanguageModel(PretrainedModel):
@@ -51,15 +48,12 @@ class LanguageModel(PretrainedModel):
         """The state before the first token. See `Backbone.init_state`."""
         return self.backbone.init_state(batch_size, max_length)
 
+    @property
+    def forward_is_one_graph(self) -> bool:
+        """Whether a forward launches the same kernels whatever the tokens are, and waits for none of them."""
+        return self.config.backbone.mixers <= {"mamba", "mlp"} and self.lm_head.weight.dtype != torch.float64
+
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """One token for each sequence: int (B,) -> logits (B, vocab_size); `state` updated in place."""
-        x, norm = self.embedding(tokens), self.backbone.norm_f
-        stream = self.backbone.step_at_once(x, state)
-        if stream is None:
-            return self.lm_head(self.backbone.step(x, state))
-        logits = None
-        if as_made(norm, self.lm_head, kinds=(AddRMSNorm, AddLayerNorm, nn.Linear)) and self.lm_head.bias is None:
-            bias = norm._parameters.get("bias")
-            logits = few_rows_head(stream, norm.weight, bias, self.lm_head.weight, norm.eps)
-        return self.lm_head(norm.step(stream, None)[0]) if logits is None else logits
+        return self.lm_head(self.backbone.step(self.embedding(tokens), state))

@@ -83,7 +83,9 @@ def refuse(bad: Tensor) -> None:
         )
 
 
-def choose(logits: Tensor, config: SamplingConfig, recent: Tensor | None, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+def choose(
+    logits: Tensor, config: SamplingConfig, recent: Tensor | None, uniform: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(the next token of each row, int64 (B,); which rows have none, bool (B,)) without waiting for a GPU.
 
     logits, recent as in `next_token_probabilities`; uniform (B,) in [0, 1), None at temperature 0.

@@ -5,7 +5,7 @@ from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_scan import cross_scan
 from .expert_rows import Order, combine, dispatch, route, sort_by_expert
 from .largest import largest
-from .mamba_step import MambaWeights, mamba_stack_step, mamba_step, norm_and_head
+from .mamba_step import MambaWeights, mamba_stack_step, mamba_step
 from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 
@@ -22,7 +22,6 @@ __all__ = [
     "layer_norm",
     "mamba_stack_step",
     "mamba_step",
-    "norm_and_head",
     "plain_operations",
     "rms_norm",
     "route",

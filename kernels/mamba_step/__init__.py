@@ -1,4 +1,4 @@
-from .interface import MambaWeights, mamba_stack_step, mamba_step, norm_and_head
+from .interface import MambaWeights, mamba_stack_step, mamba_step
 from .reference import mamba_step_reference
 
-__all__ = ["MambaWeights", "mamba_stack_step", "mamba_step", "mamba_step_reference", "norm_and_head"]
+__all__ = ["MambaWeights", "mamba_stack_step", "mamba_step", "mamba_step_reference"]

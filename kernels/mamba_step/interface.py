@@ -68,19 +68,6 @@ def mamba_stack_step(
         return import_module(".cuda", __package__).step(x, states, weights, eps, centred)
 
 
-def norm_and_head(
-    stream: Tensor, norm: Tensor, norm_bias: Tensor | None, weight: Tensor, eps: float = 1e-5
-) -> Tensor | None:
-    """RMSNorm, or LayerNorm with a bias, of stream (B, M) float32, and its product with weight (V, M): (B, V).
-
-    In the weights' dtype. None, and nothing is done, where the two are to be done one after another.
-    """
-    if choose(None, weight.device, weight.dtype, in_cuda=True) != "cuda":
-        return None
-    with torch.no_grad():
-        return import_module(".cuda", __package__).head(stream, norm, norm_bias, weight, eps)
-
-
 def _check(x: Tensor, stream: Tensor | None, conv_state: Tensor, ssm_state: Tensor, w: MambaWeights) -> None:
     (n_channels, n_states), rank = w.A_log.shape, w.dt_proj.shape[1]
     width, taps = w.norm.shape[0], w.conv.shape[1]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, generation, graphed
 from polymamba.core.config import SamplingConfig
@@ -67,6 +68,50 @@ def test_graph_is_used_again_and_not_by_two(monkeypatch):
     model.double().float()  # other memory
     collect(generate(model, prompts_of(), 40, config, seeds=range(3)))
     assert len(made) == 3
+
+
+def test_prompts_of_a_shape_that_was_just_read(monkeypatch):
+    """Read by a graph: to the bit the forward's results, which a later reading leaves alone."""
+    model, made = model_of(), []
+    capture = graphed._ReadingGraph
+    monkeypatch.setattr(graphed, "_ReadingGraph", lambda *args: made.append(capture(*args)) or made[-1])
+    first, second = (list(torch.randint(29, (3, 40), generator=torch.Generator().manual_seed(s))) for s in (1, 2))
+
+    def leaves(result):
+        return [x.clone() for x in pytree.tree_leaves(result)]
+
+    plain = leaves(prefill(model, first))
+    assert not made
+    by_graph = prefill(model, first)
+    other = leaves(prefill(model, second))
+    assert len(made) == 1
+    assert all(map(torch.equal, pytree.tree_leaves(by_graph), plain))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)  # in place: the graph sees it
+    assert torch.equal(prefill(model, first)[0], 2 * plain[0])
+    model.lm_head.weight.data.div_(2)
+    handle = model.backbone.layers[0].register_forward_hook(lambda *_: None)  # would not be called
+    assert all(map(torch.equal, leaves(prefill(model, second)), other))
+    handle.remove()
+    prefill(model, [prompt[:39] for prompt in first])  # another shape: the graph is let go
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("n", [3, 20])
+def test_the_stack_in_bf16(n, monkeypatch):
+    """Many sequences' kernels: the same tokens by graph and without; short of rounding, the logits of a forward."""
+    torch.manual_seed(0)
+    backbone = BackboneConfig(d_model=256, n_layer=3)
+    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=64, tie_embeddings=False))
+    model = model.cuda().bfloat16().eval()
+    tokens = torch.randint(64, (n, 30), generator=torch.Generator().manual_seed(3))
+    by_graph, plain = both(monkeypatch, model, list(tokens), 40, seeds=range(n))
+    assert by_graph == plain
+    _, state = prefill(model, list(tokens[:, :20]))
+    for i in range(20, 30):
+        logits = model.step(tokens[:, i].cuda(), state)
+    whole, _ = prefill(model, list(tokens))
+    assert ((logits - whole).abs().max() / whole.abs().max()).item() < 2e-2
 
 
 def test_from_a_state(monkeypatch):

@@ -30,9 +30,9 @@ __device__ __forceinline__ uint4 once16(const void* from) {
   return x;
 }
 
-// Wait for the end of the kernel before; then let the next one begin. What is read before this may not be written by the
-// kernel before. It may by the one before that: that one has ended when this kernel begins, since the kernel between lets
-// it begin only after its own wait.
+// Wait for the end of the kernel before; then let the next one begin. What is read before this may not be written by
+// the kernel before. It may by the one before that: that one has ended when this kernel begins, since the kernel between
+// lets it begin only after its own wait.
 __device__ __forceinline__ void wait_for_kernel_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,40 +1,42 @@
 // A token through a Mamba block for up to 64 sequences, in four kernels: enter (norm, in_proj, convolution), project
-// (x_proj), scan (dt_proj, states, gate), leave (out_proj, added to the stream); begin stands before the first block. Each
-// begins before the last has ended, and asks for its weights and states before it waits for that.
+// (x_proj), scan (dt_proj, states, gate), leave (out_proj, added to the stream); begin stands before the first block.
+// Each begins before the last has ended, and asks for its weights and states before it waits for that.
 //
-// The matrix units multiply 16 rows of a weight with 8 sequences' vectors. A thread block has one or two such bands of 16
-// rows; its warps share out the width, and their sums are added up in shared memory in a fixed order. Which 32 elements of
-// a row make which step of the matrix units is free, if it is the same for both: so a lane loads 8 that lie side by side.
-// The norm (RMSNorm) is a factor of each sequence, put to in_proj's result.
+// The matrix units multiply 16 rows of a weight with 8 sequences' vectors. A thread block has one or two such bands of
+// 16 rows; its warps share out the width, and their sums are added up in shared memory in a fixed order. Which 32
+// elements of a row make which step of the matrix units is free, if it is the same for both: so a lane loads 8 that lie
+// side by side. The norm (RMSNorm) is a factor of each sequence, put to in_proj's result.
 //
-// Letters: M model width, E inner width, R rank of dt, N states (16), W convolution width; macros, as are ROWS
-// (sequences), BLOCKS and WARPS (of a block). A kernel has BLOCKS blocks, or as many as there is work for if that is less.
+// Letters: B sequences, M model width, E inner width, R rank of dt, N states (16), W convolution width; macros, but B,
+// as are OCTETS (B / 8, rounded up), BLOCKS and WARPS (of a block). A kernel has BLOCKS blocks, or as many as there is
+// work for if that is less.
 
-constexpr int N = 16, OUT = R + 2 * N, THREADS = 32 * WARPS, OCTETS = (ROWS + 7) / 8, PAD = 1;
-static_assert(M % 256 == 0 && E % 256 == 0 && R % 16 == 0 && ROWS <= 64 && THREADS >= 4 * ROWS, "sizes not served");
+constexpr int N = 16, OUT = R + 2 * N, THREADS = 32 * WARPS, MOST = 8 * OCTETS, PAD = 1;
+static_assert(M % 256 == 0 && E % 256 == 0 && R % 16 == 0 && THREADS >= 4 * MOST, "sizes not served");
 
 struct Problem {
   const bf16 *in_proj, *conv, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A_log, *D, *out_proj;  // conv_bias may be 0
   const bf16* norm;   // of the next block, or of the first one where this begins; 0 if there is none
-  const bf16* x;      // (ROWS, M): what the stack begins with
-  bf16* conv_state;   // (ROWS, E, W - 1)
-  float* ssm_state;   // (ROWS, E, N)
-  float* stream;      // (ROWS, M)
-  bf16* scaled;       // (ROWS, M): the stream times the norm's weight
-  float* squares;     // (M / 16, ROWS): the stream's sums of squares, of 16 channels each
-  bf16* uz;           // (ROWS, 2 E)
-  float* low;         // (ROWS, OUT): dt before its widening, B, C
-  bf16* y;            // (ROWS, E)
+  const bf16* x;      // (B, M): what the stack begins with
+  bf16* conv_state;   // (B, E, W - 1)
+  float* ssm_state;   // (B, E, N)
+  float* stream;      // (B, M)
+  bf16* scaled;       // (B, M): the stream times the norm's weight
+  float* squares;     // (M / 16, MOST): the stream's sums of squares, of 16 channels each
+  bf16* uz;           // (B, 2 E)
+  float* low;         // (B, OUT): dt before its widening, B, C
+  bf16* y;            // (B, E)
   double eps;
+  int64 n_rows;  // B
 };
 struct Shared {
   union {
-    float part[WARPS][32][OCTETS * 8 + PAD];
+    float part[WARPS][32][MOST + PAD];
     struct {
       float dt[16][9], matrices[8][2 * N];  // B and C
     } scan[WARPS];
   };
-  float factor[OCTETS * 8], sums[WARPS];
+  float factor[MOST], sums[WARPS];
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 INLINE Shared& shared() {
@@ -90,7 +92,9 @@ template <int K, int BANDS> struct Band {
       }
   }
   // The sums of the block's warps, left in shared memory: part[warp][row][sequence - first].
-  template <int NT> INLINE void multiply(const bf16* matrix, int first_row, const bf16* x, int stride, int first, Shared& s, int tid) {
+  template <int NT>
+  INLINE void multiply(const bf16* matrix, int first_row, const bf16* x, int stride, int first, int n_rows, Shared& s,
+                       int tid) {
     int g = tid % 32 / 4, t = tid % 4, warp = tid / 32;
     float c[BANDS][NT][4];
 #pragma unroll
@@ -103,7 +107,7 @@ template <int K, int BANDS> struct Band {
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
         int row = first + j * 8 + g;
-        b[i % DEEP][j] = row < ROWS ? fresh16(x + int64(row) * stride + column(i, tid)) : make_uint4(0, 0, 0, 0);
+        b[i % DEEP][j] = row < n_rows ? fresh16(x + int64(row) * stride + column(i, tid)) : make_uint4(0, 0, 0, 0);
       }
     };
 #pragma unroll
@@ -139,11 +143,11 @@ INLINE float total(const Shared& s, int row, int column) {
 
 // The stream and what in_proj reads of it, at the beginning.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) begin(const GRID_CONSTANT Problem p) {
-  int tid = threadIdx.x;
+  int tid = threadIdx.x, n_rows = int(p.n_rows);
   Shared& s = shared();
   wait_for_kernel_before();
 #pragma unroll 1
-  for (int b = blockIdx.x; b < ROWS; b += BLOCKS) {
+  for (int b = blockIdx.x; b < n_rows; b += BLOCKS) {
     float sum = 0.0f;
     for (int d = tid; d < M; d += THREADS) {
       float x = one(p.x + int64(b) * M + d);
@@ -159,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) begin(const GRID_CONSTA
       sum = 0.0f;
       if (i == 0)
         for (int w = 0; w < WARPS; ++w) sum += s.sums[w];
-      p.squares[i * ROWS + b] = sum;
+      p.squares[i * MOST + b] = sum;
     }
     __syncthreads();
   }
@@ -167,8 +171,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) begin(const GRID_CONSTA
 
 // in_proj, norm, convolution: uz.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {
-  int tid = threadIdx.x;
-  constexpr int UNITS = 2 * E / 32, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (OCTETS * 8 + WARPS - 1) / WARPS;
+  int tid = threadIdx.x, n_rows = int(p.n_rows);
+  constexpr int UNITS = 2 * E / 32, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (MOST + WARPS - 1) / WARPS;
   constexpr int SQUARES = M / 64;  // of each of four threads
   Shared& s = shared();
   Band<M, 2> band;
@@ -187,25 +191,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTA
 #pragma unroll
       for (int k = 0; k < W - 1; ++k) {
         int b = warp + i * WARPS;
-        bool here = convolves && b < ROWS;
+        bool here = convolves && b < n_rows;
         window[i][k] = here ? one(p.conv_state + (int64(b) * E + e) * (W - 1) + k) : 0.0f;
       }
     if (step == 0) wait_for_kernel_before();
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i)
-      square[i] = row < ROWS ? fresh(p.squares + (tid % 4 + 4 * i) * ROWS + row) : 0.0f;
-    band.template multiply<OCTETS>(p.in_proj, unit * 32, p.scaled, M, 0, s, tid);
+      square[i] = row < n_rows ? fresh(p.squares + (tid % 4 + 4 * i) * MOST + row) : 0.0f;
+    band.template multiply<OCTETS>(p.in_proj, unit * 32, p.scaled, M, 0, n_rows, s, tid);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i) sum += square[i];
     sum = add_across(sum, 1);
     sum = add_across(sum, 2);
-    if (tid % 4 == 0 && row < ROWS) s.factor[row] = inverse_root(sum / M + float(p.eps));
+    if (tid % 4 == 0 && row < n_rows) s.factor[row] = inverse_root(sum / M + float(p.eps));
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       int b = warp + i * WARPS;
-      if (b < ROWS) {
+      if (b < n_rows) {
         float out = total(s, lane, b) * s.factor[b];
         bf16* state = p.conv_state + (int64(b) * E + e) * (W - 1);
         put(p.uz + int64(b) * 2 * E + e, e < E ? conv.run(out, window[i], state) : out);
@@ -216,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTA
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) project(const GRID_CONSTANT Problem p) {
-  int tid = threadIdx.x;
+  int tid = threadIdx.x, n_rows = int(p.n_rows);
   constexpr int BANDS = OUT / 16, UNITS = BANDS * OCTETS, STEPS = (UNITS + BLOCKS - 1) / BLOCKS;
   Shared& s = shared();
   Band<E, 1> band;
@@ -226,10 +230,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project(const GRID_CONS
     if (unit >= UNITS) return;
     band.load(p.x_proj, row, 0, tid);
     if (step == 0) wait_for_kernel_before();
-    band.template multiply<1>(p.x_proj, row, p.uz, 2 * E, first, s, tid);
+    band.template multiply<1>(p.x_proj, row, p.uz, 2 * E, first, n_rows, s, tid);
     if (tid < 128) {
       int b = first + tid / 16, o = tid % 16;
-      if (b < ROWS) p.low[b * OUT + row + o] = total(s, o, tid / 16);
+      if (b < n_rows) p.low[b * OUT + row + o] = total(s, o, tid / 16);
     }
     if (step + 1 < STEPS) __syncthreads();
   }
@@ -237,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) project(const GRID_CONS
 
 // dt's wide projection, a step of the state, gate: y. A warp has 16 channels of 8 sequences, a lane half a channel.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTANT Problem p) {
-  int tid = threadIdx.x;
+  int tid = threadIdx.x, n_rows = int(p.n_rows);
   constexpr int UNITS = E / 16 * OCTETS, STEPS = (UNITS + WARPS * BLOCKS - 1) / (WARPS * BLOCKS), DEEP = (R + 31) / 32;
   Shared& s = shared();
   int lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4, half = lane % 2 * 8;
@@ -245,7 +249,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     int unit = (step * WARPS + warp) * BLOCKS + int(blockIdx.x), first = unit % OCTETS * 8;
-    int channel = unit < UNITS ? unit / OCTETS * 16 : 0, e = channel + lane / 2, n_here = unit < UNITS ? ROWS - first : 0;
+    bool valid = unit < UNITS;
+    int channel = valid ? unit / OCTETS * 16 : 0, e = channel + lane / 2, n_here = valid ? n_rows - first : 0;
     float h[8][8], A2[8], dt[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     float* state = p.ssm_state + (int64(first) * E + channel) * N + lane * 8;
 #pragma unroll
@@ -287,7 +292,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
     if (g < n_here) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        *reinterpret_cast<float4*>(&own.matrices[g][t * 8 + i * 4]) = fresh4(p.low + (first + g) * OUT + R + t * 8 + i * 4);
+        *reinterpret_cast<float4*>(&own.matrices[g][t * 8 + i * 4]) =
+            fresh4(p.low + (first + g) * OUT + R + t * 8 + i * 4);
     }
     const bf16* uz = p.uz + int64(first) * 2 * E + e;
     unsigned u_of[8], gate_of[8];
@@ -333,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 
 // out_proj, added to the stream, and what the next norm asks of that.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) leave(const GRID_CONSTANT Problem p) {
-  int tid = threadIdx.x;
+  int tid = threadIdx.x, n_rows = int(p.n_rows);
   constexpr int NT = OCTETS > 4 ? 4 : OCTETS, GROUPS = (OCTETS + NT - 1) / NT, UNITS = M / 16 * GROUPS;
   constexpr int STEPS = (UNITS + BLOCKS - 1) / BLOCKS, PER = (16 * NT * 8 + THREADS - 1) / THREADS;
   Shared& s = shared();
@@ -347,17 +353,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) leave(const GRID_CONSTA
 #pragma unroll
     for (int i = 0; i < PER; ++i) {  // what it is added to this thread wrote itself, a layer ago, or `begin` did
       int at = tid + i * THREADS, m = row + at % 16, b = first + at / 16;
-      bool here = at / 16 < NT * 8 && b < ROWS;
+      bool here = at / 16 < NT * 8 && b < n_rows;
       before[i] = here ? fresh(p.stream + int64(b) * M + m) : 0.0f;
       weight[i] = here && p.norm ? one(p.norm + m) : 0.0f;
     }
     if (step == 0) wait_for_kernel_before();
-    band.template multiply<NT>(p.out_proj, row, p.y, E, first, s, tid);
+    band.template multiply<NT>(p.out_proj, row, p.y, E, first, n_rows, s, tid);
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
       int at = tid + i * THREADS, m = row + at % 16, b = first + at / 16;
       float square = 0.0f;
-      if (at / 16 < NT * 8 && b < ROWS) {
+      if (at / 16 < NT * 8 && b < n_rows) {
         float sum = before[i] + total(s, at % 16, at / 16);
         p.stream[int64(b) * M + m] = sum;
         if (p.norm) put(p.scaled + int64(b) * M + m, sum * weight[i]);
@@ -365,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) leave(const GRID_CONSTA
       }
 #pragma unroll
       for (int mask = 8; mask; mask /= 2) square = add_across(square, mask);
-      if (at % 16 == 0 && at / 16 < NT * 8 && b < ROWS) p.squares[row / 16 * ROWS + b] = square;
+      if (at % 16 == 0 && at / 16 < NT * 8 && b < n_rows) p.squares[row / 16 * MOST + b] = square;
     }
     if (step + 1 < STEPS) __syncthreads();
   }
