@@ -113,9 +113,9 @@ _readings: WeakKeyDictionary[Any, tuple[Any, _ReadingGraph | None]] = WeakKeyDic
 def read_by_graph(model: Any, tokens: Tensor) -> tuple[Tensor, Any] | None:
     """int64 (B, L), from the beginning -> (the logits (B, V) after the last token, the state), as the model's forward.
 
-    None, and nothing is done, for a shape that the model has not just read; where the graph would launch other kernels
-    than the forward, which a model denies by an attribute `forward_is_one_graph`, True; and for too few and too many tokens. The graph
-    keeps the memory that a forward takes, until another shape is read.
+    None, and nothing is done, for a shape that the model has not just read; for a model that does not say, by an
+    attribute `forward_is_one_graph`, that its forward launches the same kernels for all tokens; and for too few or too
+    many tokens. The graph keeps the memory that a forward takes, until another shape is read.
     """
     if (
         not tokens.is_cuda
