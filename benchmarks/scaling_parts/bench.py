@@ -18,7 +18,7 @@ from polymamba.core.replayed import WARM_UPS, own_stream
 
 from .sizes import Sizes
 
-WARM, ROUNDS, IN_A_ROW = WARM_UPS + 1, 3, 3  # steps
+WARM, ROUNDS, IN_A_ROW = WARM_UPS + 1, 3, 2  # steps
 
 
 class Ended(Exception):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from polymamba.core.division import average_gradients
+from polymamba.core.averaging import Averaging, average_gradients
 from polymamba.core.replayed import Replayed
 from polymamba.core.sharded import shard
 
@@ -57,17 +57,28 @@ def train_step(
 
 
 def recorded_step(
-    bench: Bench, model: Any, loss_of: Callable[[Any, Any], torch.Tensor], batches: Sequence[Any], n: int
+    bench: Bench,
+    model: Any,
+    loss_of: Callable[[Any, Any], torch.Tensor],
+    batches: Sequence[Any],
+    n: int,
+    *,
+    meanwhile: bool,
 ) -> Callable[[], object]:
-    """The same, of which forward and backward are a CUDA graph; gradients of n processes meet after the last one."""
+    """The same, of which forward and backward are a CUDA graph.
+
+    Gradients of n processes meet after the last one, or, of a single batch, meanwhile: recorded, too.
+    """
     optimizer, parameters = bench.optimizer(model), list(model.parameters())
+    averaging = Averaging(parameters, bench.groups[n]) if meanwhile and n > 1 else None
 
     def gradients(batch: Any) -> list[torch.Tensor]:
         for p in parameters:
             p.grad = None
         with bench.autocast():
             loss = loss_of(model, batch) / len(batches)
-        loss.backward()
+        with averaging.on() if averaging else nullcontext():
+            loss.backward()
         return [p.grad for p in parameters]
 
     replayed = Replayed(gradients, bench.device) if bench.cuda else gradients
@@ -79,7 +90,7 @@ def recorded_step(
             torch._foreach_add_(total, replayed(batch))
         for p, g in zip(parameters, total, strict=True):
             p.grad = g
-        if n > 1:
+        if n > 1 and averaging is None:
             average_gradients(parameters, bench.groups[n])
         optimizer.step()
 
