@@ -9,9 +9,9 @@ GPUs; strong: all share the work of one, where it says so in batches whose gradi
 and backward by CUDA graph, as by `train --cuda-graph`. "of n": the rate, over n times that of one GPU. Memory is what
 PyTorch has reserved at the peak, on the GPU with most.
 
-About four minutes on four H200s, much of it for the compiler where nothing is compiled yet. --seconds divides what
-there is among the parts; what is over when its time is over, or fails, says so, and the next part begins. The file is
-written anew after each line. --tiny tries the script on CPUs (gloo).
+About two and a half minutes on four H200s, and one more where no kernel is compiled yet. --seconds divides what there
+is among the parts: one whose time is over, or that fails, says so, and the next one begins. The file is written anew
+after each line. --tiny tries the script on CPUs (gloo).
 """
 
 import argparse

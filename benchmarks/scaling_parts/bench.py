@@ -1,5 +1,6 @@
 """The processes, how a step is measured in them, and the lines of the report."""
 
+import gc
 import os
 import statistics
 import time
@@ -90,6 +91,7 @@ class Bench:
                     result = self._measured(n, make(n))
             except Exception as error:  # whatever it is: there are other parts
                 problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        gc.collect()  # models and their hooks hold each other
         if self.cuda:
             torch.cuda.empty_cache()
         if problems := [p for p in everyones(problem) if p]:
