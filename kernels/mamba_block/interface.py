@@ -155,8 +155,8 @@ class _Settings(NamedTuple):
         run = conv_interface.implementation(self.conv_backend, direction)
         return run(*inputs, self.batch, True, reverse, **options)
 
-    def scan(self, direction: str, *inputs: Any) -> Any:
-        return scan_interface.implementation(self.scan_backend, direction)(*inputs)
+    def scan(self, direction: str, *inputs: Any, **options: Any) -> Any:
+        return scan_interface.implementation(self.scan_backend, direction)(*inputs, **options)
 
 
 def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tuple[Tensor, tuple[Any, ...]]:
@@ -183,12 +183,15 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
             u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
             low = torch.mm(u, x_proj.t())
             t, B, C = s.parts(low)
-            delta = torch.mm(t, dt_proj.t())
+            # The CPU's scan makes delta by itself.
+            in_scan = {"dt_proj": dt_proj} if s.scan_backend == "numba" and s.border is None else {}
+            delta = t if in_scan else torch.mm(t, dt_proj.t())
             if s.border is not None:
                 u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
                 state, passed = s.border.state_before(u_, delta_, A, B_, C_, dt_bias, reverse=reverse)
             y_, _, saved = s.scan(
-                "forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save
+                *("forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save),
+                **in_scan,
             )
             y = y_ if y is None else y.add_(y_)
             kept += low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed
