@@ -104,7 +104,7 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin, library_name="polymamba")
 
 
 class _Undrawn(TorchFunctionMode):
-    """Within it `nn.init` leaves weights as they are: to be read from a file. What they hold until then is no matter."""
+    """Within it `nn.init` leaves weights as they come: they are read from a file."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
