@@ -16,7 +16,7 @@ def begin(compute: ComputeConfig) -> threading.Thread | None:
     """In the background, if a GPU may be asked for; of several processes each has a device of its own: None there."""
     if compute.device not in ("auto", "cuda") or "LOCAL_RANK" in os.environ:
         return None
-    thread = threading.Thread(target=_make, daemon=True)
+    thread = threading.Thread(target=_make)  # no daemon: a driver must not be torn down half made
     thread.start()
     return thread
 
