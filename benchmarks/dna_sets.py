@@ -196,7 +196,8 @@ def made_by(runs: Path, called: list[str]) -> list[str]:
             words = shlex.join(["polymamba", *json.loads(path.read_text())["command"][1:]])
             for pair in called:
                 words = words.replace(*pair.split("=", 1))
-            lines.append(words)
+            stopped = "train" in words.split()[2] and not (runs / name / "metrics.json").is_file()
+            lines.append(words + "  # stopped early: its best epoch's model" * stopped)
     return lines
 
 
