@@ -176,8 +176,8 @@ class _Settings(NamedTuple):
         run = conv_interface.implementation(self.conv_backend, direction)
         return run(*inputs, self.batch, True, reverse, **options)
 
-    def scan(self, direction: str, *inputs: Any) -> Any:
-        return scan_interface.implementation(self.scan_backend, direction)(*inputs)
+    def scan(self, direction: str, *inputs: Any, **options: Any) -> Any:
+        return scan_interface.implementation(self.scan_backend, direction)(*inputs, **options)
 
 
 def _forward(
@@ -206,12 +206,15 @@ def _forward(
             u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
             low = torch.mm(u, x_proj.t())
             t, B, C = s.parts(low)
-            delta = torch.mm(t, dt_proj.t())
+            # The CPU's scan makes delta by itself.
+            in_scan = {"dt_proj": dt_proj} if s.scan_backend == "numba" and s.border is None else {}
+            delta = t if in_scan else torch.mm(t, dt_proj.t())
             if s.border is not None:
                 u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
                 state, passed = s.border.state_before(u_, delta_, A, B_, C_, dt_bias, reverse=reverse)
             y_, final, saved = s.scan(
-                "forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save
+                *("forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save),
+                **in_scan,
             )
             if after is not None:
                 after.append((conv_interface.last_inputs(s.by_sequence(x)[0], taps.shape[1] - 1, halo), final))

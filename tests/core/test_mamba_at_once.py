@@ -158,6 +158,17 @@ def test_special_parts_of_two_directions(part, n_calls, calls):
     assert_close(ours, in_parts(model, x), 1e-5)
 
 
+def test_a_factor_of_two_directions_beside_an_adapter(calls):
+    model, x = BiMamba(WIDTH, d_state=5), torch.randn(2, 7, WIDTH)
+    usual = model(x, scale=0.5)
+    calls.clear()
+    adapted("out_proj", model)
+    assert_close(results(model, x, scale=0.5), in_parts(model, x, scale=0.5), 1e-5)
+    assert len(calls) == 2
+    with torch.no_grad():
+        assert not torch.allclose(model(x, scale=0.5), usual)
+
+
 def test_a_factor_of_two_directions(calls):
     model, x = BiMamba(WIDTH, d_state=5), torch.randn(2, 7, WIDTH)
     ours = results(model, x, scale=0.25)
@@ -218,3 +229,31 @@ def test_repeats_to_the_bit(calls):
     first, again = results(model, x), results(model, x)
     assert len(calls) == 2
     assert all(torch.equal(gradient, again[name]) for name, gradient in first.items())
+
+
+@pytest.mark.parametrize("first", [1, 2, 11])
+@torch.no_grad()
+def test_onwards_from_states_equals_its_parts(first, monkeypatch):
+    """A piece shorter than the convolution's window and a longer one, then one that goes on from its states."""
+    pytest.importorskip("numba", exc_type=ImportError)
+    model, x = Mamba(WIDTH, d_state=5), torch.randn(3, 19, WIDTH)
+
+    def pieces() -> dict[str, torch.Tensor]:
+        begun, state = model(x[:, :first], return_state=True)
+        kept = [s.clone() for s in state]
+        rest, after = model(x[:, first:], state, return_state=True)
+        assert all(map(torch.equal, state, kept))  # it is not changed
+        return {
+            "begun": begun,
+            "rest": rest,
+            **state._asdict(),
+            **{f"{k} after": v for k, v in after._asdict().items()},
+        }
+
+    calls, run = [], mamba_at_once.mamba_block_onwards
+    monkeypatch.setattr(mamba_at_once, "mamba_block_onwards", lambda *a, **k: calls.append(a) or run(*a, **k))
+    ours = pieces()
+    assert len(calls) == 2
+    monkeypatch.setattr(mamba_at_once, "serves", lambda *_: False)
+    assert_close(ours, pieces(), 2e-6)
+    assert len(calls) == 2
