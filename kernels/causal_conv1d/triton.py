@@ -25,7 +25,8 @@ from ..triton_runtime import (
     with_rows,
 )  # fmt: skip
 
-PIECE = 64  # steps of a program
+PIECE = 64  # steps of a program of the backward: it fixes the order of sums
+FORWARD_PIECE = 32  # of the forward
 BLOCK_D = 128  # channels of a program, 4 a lane
 UNROLL = 8  # steps whose rows are loaded at once
 
@@ -168,26 +169,26 @@ def _step(
         tl.store(state + k, window[k + 1], mask=in_d)
 
 
-def _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse) -> tuple[int, dict]:
+def _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, piece) -> tuple[int, dict]:
     """What both directions share: the number of pieces, and arguments of the kernels."""
     n_tokens, n_channels = x.shape
     length = n_tokens // max(batch, 1)
     if cu_seqlens is None:
-        n_seqs, n_pieces = batch, batch * max(ceil_div(length, PIECE), 1)
+        n_seqs, n_pieces = batch, batch * max(ceil_div(length, piece), 1)
     else:
         n_seqs = cu_seqlens.shape[0] - 1
-        n_pieces = checkpoint_slots(n_tokens, n_seqs, PIECE)
+        n_pieces = checkpoint_slots(n_tokens, n_seqs, piece)
     x = with_rows(x)
     bias, state, cu_seqlens = (None if t is None else t.contiguous() for t in (bias, initial_state, cu_seqlens))
     return n_pieces, {
         "x": x, "weight": weight.contiguous(), "bias": bias, "cu_seqlens": cu_seqlens, "x_stride": x.stride(0),
         "state": state, "length": length, "n_seqs": n_seqs, "n_channels": n_channels, "W": weight.shape[1],
-        "BLOCK_D": BLOCK_D, "PIECE": PIECE, "K": UNROLL, "SILU": silu, "REVERSE": reverse, "num_warps": 1,
+        "BLOCK_D": BLOCK_D, "PIECE": piece, "K": UNROLL, "SILU": silu, "REVERSE": reverse, "num_warps": 1,
     }  # fmt: skip
 
 
 def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
-    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, FORWARD_PIECE)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         launch(_forward, n_pieces * ceil_div(x.shape[1], BLOCK_D), **arguments, y=y)
@@ -196,7 +197,7 @@ def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
 
 def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, dx=None):
     """Gradients of (x, weight, bias, initial_state). dx: room for the first, perhaps columns of a wider matrix."""
-    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, PIECE)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     n_weights = weight.numel()
     shares = torch.empty(n_pieces, n_weights + (0 if bias is None else len(bias)), device=x.device)  # of dweight, dbias

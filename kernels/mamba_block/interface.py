@@ -34,8 +34,12 @@ from torch import Tensor
 from ..backends import IN_PYTORCH, choose, traced
 from ..casting import cast_all
 from ..causal_conv1d import interface as conv_interface
-from ..operators import of_first_order
+from ..operators import module, of_first_order
 from ..selective_scan import interface as scan_interface
+from ..streams import side_by_side
+
+
+ADD_IN_PRODUCT = True
 
 
 class ScanWeights(NamedTuple):
@@ -158,6 +162,15 @@ class _Settings(NamedTuple):
     def scan(self, direction: str, *inputs: Any) -> Any:
         return scan_interface.implementation(self.scan_backend, direction)(*inputs)
 
+    def low_rank(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
+        """(t, B, C) (T, R + 2N), delta (T, E)."""
+        if self.conv_backend == "triton" and len(u):
+            kernel = module(__package__ or "", "triton_low_rank")
+            if kernel.serves(self.dtype, self.rank, len(x_proj)):
+                return kernel.low_rank(u, x_proj, dt_proj)
+        low = torch.mm(u, x_proj.t())
+        return low, torch.mm(self.parts(low)[0], dt_proj.t())
+
 
 def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tuple[Tensor, tuple[Any, ...]]:
     """(the result, what a backward needs)."""
@@ -171,29 +184,42 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
         torch._foreach_neg_(A_of)
         if out_proj is not None and s.scale != 1:
             out_proj = out_proj * s.scale
+        # Where nothing is kept the last product adds up the results of several scans, which lie side by side.
+        wide = None
+        if ADD_IN_PRODUCT and len(scans) > 1 and out_proj is not None and not s.save and s.scan_backend == "cuda":
+            wide = hidden.new_empty(hidden.shape[0] * hidden.shape[1], len(scans), s.n_channels, dtype=s.dtype)
         rows = hidden.to(s.dtype).flatten(0, 1)
         xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
         x, z = s.halves(xz)
-        y, kept = None, []
-        for i, (scan, A, reverse) in enumerate(zip(scans, A_of, s.reverse, strict=True)):
+        kept: list[Any] = []
+
+        def scanned(i: int) -> Tensor:
+            """The result of a scan; adds to `kept` what its backward needs."""
+            scan, A, reverse = scans[i], A_of[i], s.reverse[i]
             x_proj, dt_proj, D, dt_bias = *low_rank[2 * i : 2 * i + 2], *own[3 * i + 1 : 3 * i + 3]
             taps, halo, state, passed = scan.conv[:, 0], None, None, None
             if s.border is not None:
                 halo = s.border.before(s.by_sequence(x)[0], taps.shape[1] - 1, reverse)
             u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
-            low = torch.mm(u, x_proj.t())
-            t, B, C = s.parts(low)
-            delta = torch.mm(t, dt_proj.t())
+            low, delta = s.low_rank(u, x_proj, dt_proj)
+            _, B, C = s.parts(low)
             if s.border is not None:
                 u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
                 state, passed = s.border.state_before(u_, delta_, A, B_, C_, dt_bias, reverse=reverse)
-            y_, _, saved = s.scan(
-                "forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save
+            y, _, saved = s.scan(
+                *("forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save),
+                *(() if wide is None else (wide[:, i],)),
             )
-            y = y_ if y is None else y.add_(y_)
-            kept += low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed
-        assert y is not None
-        out = y if out_proj is None else torch.mm(y, out_proj.t())
+            kept.extend((low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed))
+            return y
+
+        y, *others = side_by_side(scanned, len(scans), hidden, s.border is None)
+        if wide is not None and out_proj is not None:
+            out = torch.mm(wide.flatten(1), out_proj.repeat(1, len(scans)).t())
+        else:
+            for other in others:
+                y.add_(other)
+            out = y if out_proj is None else torch.mm(y, out_proj.t())
     own_rows = (None if in_proj is None else xz), (None if out_proj is None else y)
     return out.view(*hidden.shape[:2], out.shape[1]), (cu_seqlens, rows, *own_rows, in_proj, out_proj, *kept)
 
