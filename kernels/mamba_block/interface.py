@@ -40,6 +40,7 @@ from ..streams import side_by_side
 
 
 ADD_IN_PRODUCT = True
+BOTH_WAYS = True
 
 
 class ScanWeights(NamedTuple):
@@ -159,6 +160,16 @@ class _Settings(NamedTuple):
         run = conv_interface.implementation(self.conv_backend, direction)
         return run(*inputs, self.batch, True, reverse, **options)
 
+    def convolved(self, x: Tensor, scans: list[ScanWeights], cu_seqlens: Tensor | None) -> tuple[Tensor, ...] | None:
+        """u of both directions, where one kernel makes it; x (T, E)."""
+        if BOTH_WAYS and (self.conv_backend, self.reverse, self.border) == ("triton", (False, True), None):
+            first, second = scans
+            if first.conv.shape == second.conv.shape:
+                weights = first.conv[:, 0], first.conv_bias, second.conv[:, 0], second.conv_bias
+                both_ways = conv_interface.implementation("triton", "both_ways")
+                return both_ways(x, *weights, cu_seqlens, self.batch, True)
+        return None
+
     def scan(self, direction: str, *inputs: Any) -> Any:
         return scan_interface.implementation(self.scan_backend, direction)(*inputs)
 
@@ -192,6 +203,7 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
         xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
         x, z = s.halves(xz)
         kept: list[Any] = []
+        convolved = s.convolved(x, scans, cu_seqlens)
 
         def scanned(i: int) -> Tensor:
             """The result of a scan; adds to `kept` what its backward needs."""
@@ -200,7 +212,10 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
             taps, halo, state, passed = scan.conv[:, 0], None, None, None
             if s.border is not None:
                 halo = s.border.before(s.by_sequence(x)[0], taps.shape[1] - 1, reverse)
-            u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
+            if convolved is None:
+                u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
+            else:
+                u = convolved[i]
             low, delta = s.low_rank(u, x_proj, dt_proj)
             _, B, C = s.parts(low)
             if s.border is not None:

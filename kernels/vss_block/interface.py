@@ -29,6 +29,9 @@ from ..casting import cast_all
 from ..operators import Operator, module, of_first_order
 
 
+GELU_IN_PRODUCT = True
+
+
 class VSSWeights(NamedTuple):
     norm: Tensor  # (C,)
     norm_bias: Tensor
@@ -153,8 +156,11 @@ def _forward(
         n_3, x_1 = norm.forward(
             z, rows, w.norm_3, w.norm_3_bias, eps, True, dtype, None if factors is None else factors[0], shift
         )
-        h = torch.addmm(fc1_bias, n_3, fc1.t())
-        g = F.gelu(h)
+        if GELU_IN_PRODUCT and not save and dtype == torch.bfloat16:
+            h = g = torch._addmm_activation(fc1_bias, n_3, fc1.t(), use_gelu=True)
+        else:
+            h = torch.addmm(fc1_bias, n_3, fc1.t())
+            g = F.gelu(h)
         if at_once:
             out = x_1.addmm_(g, fc2.t())
         elif factors is None:
