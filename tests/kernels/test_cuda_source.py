@@ -135,6 +135,22 @@ def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu,
         assert wide[:, :channels].isnan().all()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize("channels", [10, 7])
+def test_emulated_with_room_for_the_result(channels, on_the_cpu, cast):
+    tensors = cast(inputs(70, channels, 3, 1, 1), torch.float32)
+    flat = [tensors[name].flatten(0, 1) if tensors[name].dim() > 2 else tensors[name] for name in "u A B C D z".split()]
+    delta, bias = tensors["delta"][0], tensors["delta_bias"]
+    for reverse in (False, True):
+        arguments = (flat[0], delta, *flat[1:], bias, None, None, 1, True, reverse, False)
+        expected = cuda.forward(*arguments)[0]
+        wide = torch.full((70, 2 * channels), torch.nan)
+        y = cuda.forward(*arguments, wide[:, channels:])[0]
+        assert torch.equal(y, expected)
+        assert torch.equal(wide[:, channels:], expected)
+        assert wide[:, :channels].isnan().all()
+
+
 def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch):
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(cuda, "usable", lambda device: device not in cuda._broken)
