@@ -150,7 +150,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           // 0 beyond the last step, which so leaves the state as it is
+#ifdef PREDICATED
+          const float size = step_size(next.delta[i].get(v) + bias[v]);
+          dt[v] = step + t < end ? size : 0.0f;
+#else
           dt[v] = step + t < end ? step_size(next.delta[i].get(v) + bias[v]) : 0.0f;
+#endif
           dtu[v] = dt[v] * next.u[i].get(v);
         }
         store_floats(&shared.dt[t][a.column], dt);
