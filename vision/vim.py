@@ -23,7 +23,6 @@ from timm.models._features_fx import register_notrace_function, register_notrace
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.autocast import autocast_dtype
 from ..core.mamba import BiMamba
 from ..core.mamba_at_once import as_made
 from ..core.norm import AddRMSNorm
@@ -76,8 +75,7 @@ class _Add(nn.Module):
 class PatchEmbed(nn.Module):
     """(B, C, H, W) -> (B, D, h, w); the patches may overlap.
 
-    Patches side by side are a product of matrices, which in 16 bits is faster on a GPU: of images of 3 channels cuDNN
-    takes a kernel without tensor cores.
+    On a GPU patches side by side are multiplied as a matrix: for images of 3 channels cuDNN's kernels are slow.
     """
 
     def __init__(self, config: VimConfig):
@@ -85,13 +83,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.step)
 
     def forward(self, x: Tensor) -> Tensor:
-        proj, dtype = self.proj, autocast_dtype(x)
-        size = proj.kernel_size[0]
+        proj, size = self.proj, self.proj.kernel_size[0]
         height, width = x.shape[2] // size, x.shape[3] // size
-        apart = proj.stride[0] != size or not height or not width or not as_made(proj, kinds=(nn.Conv2d,))
-        if apart or not x.is_cuda or dtype.itemsize != 2:
+        side_by_side = proj.stride[0] == size and height and width
+        if not x.is_cuda or not side_by_side or not as_made(proj, kinds=(nn.Conv2d,)):
             return proj(x)
-        x = x[:, :, : height * size, : width * size].to(dtype)
+        x = x[:, :, : height * size, : width * size]
         patches = rearrange(x, "b c (h i) (w j) -> b h w (c i j)", i=size, j=size)
         return F.linear(patches, proj.weight.flatten(1), proj.bias).permute(0, 3, 1, 2)
 

@@ -39,10 +39,6 @@ from ..selective_scan import interface as scan_interface
 from ..streams import side_by_side
 
 
-ADD_IN_PRODUCT = True
-BOTH_WAYS = True
-
-
 class ScanWeights(NamedTuple):
     """E inner width, R rank of dt, N states, W conv width."""
 
@@ -162,7 +158,7 @@ class _Settings(NamedTuple):
 
     def convolved(self, x: Tensor, scans: list[ScanWeights], cu_seqlens: Tensor | None) -> tuple[Tensor, ...] | None:
         """u of both directions, where one kernel makes it; x (T, E)."""
-        if BOTH_WAYS and (self.conv_backend, self.reverse, self.border) == ("triton", (False, True), None):
+        if (self.conv_backend, self.reverse, self.border) == ("triton", (False, True), None):
             first, second = scans
             if first.conv.shape == second.conv.shape:
                 weights = first.conv[:, 0], first.conv_bias, second.conv[:, 0], second.conv_bias
@@ -197,7 +193,7 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
             out_proj = out_proj * s.scale
         # Where nothing is kept the last product adds up the results of several scans, which lie side by side.
         wide = None
-        if ADD_IN_PRODUCT and len(scans) > 1 and out_proj is not None and not s.save and s.scan_backend == "cuda":
+        if len(scans) > 1 and out_proj is not None and not s.save and s.scan_backend == "cuda":
             wide = hidden.new_empty(hidden.shape[0] * hidden.shape[1], len(scans), s.n_channels, dtype=s.dtype)
         rows = hidden.to(s.dtype).flatten(0, 1)
         xz = rows if in_proj is None else torch.mm(rows, in_proj.t())

@@ -30,7 +30,9 @@ def _low_rank(
         d = first + channel
         in_d = d < n_channels
         rows = tl.load(u + token * u_stride + d[None, :], mask=there & in_d[None, :], other=0.0)
-        of_t = tl.load(x_proj + r[None, :] * n_channels + d[:, None], mask=in_d[:, None] & (r < rank)[None, :], other=0.0)
+        of_t = tl.load(
+            x_proj + r[None, :] * n_channels + d[:, None], mask=in_d[:, None] & (r < rank)[None, :], other=0.0
+        )
         of_m = tl.load(
             x_proj + m[None, :] * n_channels + d[:, None], mask=in_d[:, None] & (m < n_columns)[None, :], other=0.0
         )

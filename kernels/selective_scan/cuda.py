@@ -29,7 +29,6 @@ from .triton import checkpoint_every, saved_shape
 __all__ = ["backward", "forward", "saved_shape", "usable"]
 
 MOST_STATES = 64
-PREDICATED = {"forward", "chunk_gradients", "narrow_forward", "backward"}
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _POINTERS = (
@@ -138,8 +137,6 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
     parts = [f"#define {name} {value}" for name, value in macros]
-    if kernel in PREDICATED:
-        parts.append("#define PREDICATED")
     files = ("device", "numbers", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
     parts += [(_FOLDER / f"{name}.cu").read_text() for name in files]
     return "\n".join(parts) + "\n"

@@ -85,12 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
       float dt[V], dout[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-#ifdef PREDICATED
         const float size = step_size(next.delta[i].get(v) + bias[v]);
         dt[v] = step + t < end ? size : 0.0f;
-#else
-        dt[v] = step + t < end ? step_size(next.delta[i].get(v) + bias[v]) : 0.0f;
-#endif
         dout[v] = next.dy[i].get(v);
 #if GATE
         const float gate = next.z[i].get(v);
