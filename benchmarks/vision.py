@@ -4,11 +4,12 @@
 
 The steps are those of `polymamba vision bench`, but for training's optimizer. Random weights and images, bf16: weights
 in bf16 for the forward, autocast for training (forward, cross-entropy, backward). Batch 128 at 224 pixels; at larger
-sizes as many images as hold about as many pixels, or --times as many: few images do not fill a GPU. Medians of --repeats after 3 that warm up. Memory is the most
-allocated during the runs. Graphed: the same kernels, launched as one CUDA graph (core/replayed.py), as `vision train
---cuda-graph` and `vision predict` do. Compiled: in mode reduce-overhead, which replays CUDA graphs, too. timm's models
-have SDPA attention where they have attention. Rows come in the order of their weight; what --limit seconds do not allow
-is left out and said so. On a CPU: --device cpu --models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
+sizes as many images as hold about as many pixels, or --times as many: few images do not fill a GPU. Medians of
+--repeats after 3 that warm up. Memory is the most allocated during the runs. Graphed: the same kernels, launched as one
+CUDA graph (core/replayed.py), as `vision train --cuda-graph` and `vision predict` do. Compiled: in mode
+reduce-overhead, which replays CUDA graphs, too. timm's models have SDPA attention where they have attention. Rows come
+in the order of their weight; what --limit seconds do not allow is left out and said so. On a CPU: --device cpu
+--models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
 """
 
 import argparse

@@ -71,7 +71,6 @@ class _Add(nn.Module):
         return x + stream, stream
 
 
-@register_notrace_module
 class PatchEmbed(nn.Module):
     """(B, C, H, W) -> (B, D, h, w); the patches may overlap.
 
@@ -91,6 +90,9 @@ class PatchEmbed(nn.Module):
         x = x[:, :, : height * size, : width * size]
         patches = rearrange(x, "b c (h i) (w j) -> b h w (c i j)", i=size, j=size)
         return F.linear(patches, proj.weight.flatten(1), proj.bias).permute(0, 3, 1, 2)
+
+
+register_notrace_module(PatchEmbed)
 
 
 class Vim(ImageModel):

@@ -9,7 +9,9 @@ Forward, with T tokens of all sequences laid end to end, M model width, E inner 
     y           = scan(u, delta, -exp(A_log), B, C, D) silu(z)
     out         = y W_out'                              (T, M)
 
-A bidirectional block has two scans, each from its convolution on with weights of its own, and y is their sum. Saved are
+A bidirectional block has two scans, each from its convolution on with weights of its own, and y is their sum. On a GPU
+one kernel makes both u, the two are branches of a graph that is recorded, and in inference the last product adds them
+up, (y_1, y_2) (W_out, W_out)', which rounds once less. Saved are
 hidden, (x, z), y, and of each scan (t, B, C) and the checkpoints; u and delta, as large as y, are made again. Backward,
 where a line that more than one scan has a share in is the sum of these:
 

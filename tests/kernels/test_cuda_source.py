@@ -139,10 +139,10 @@ def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu,
 @pytest.mark.parametrize("channels", [10, 7])
 def test_emulated_with_room_for_the_result(channels, on_the_cpu, cast):
     tensors = cast(inputs(70, channels, 3, 1, 1), torch.float32)
-    flat = [tensors[name].flatten(0, 1) if tensors[name].dim() > 2 else tensors[name] for name in "u A B C D z".split()]
-    delta, bias = tensors["delta"][0], tensors["delta_bias"]
+    arguments = [tensors[name] for name in ("u", "delta", "A", "B", "C", "D", "z")]
+    flat = [x.flatten(0, 1) if x.dim() > 2 else x for x in arguments]
     for reverse in (False, True):
-        arguments = (flat[0], delta, *flat[1:], bias, None, None, 1, True, reverse, False)
+        arguments = (*flat, tensors["delta_bias"], None, None, 1, True, reverse, False)
         expected = cuda.forward(*arguments)[0]
         wide = torch.full((70, 2 * channels), torch.nan)
         y = cuda.forward(*arguments, wide[:, channels:])[0]
