@@ -16,8 +16,8 @@ Forward, with T tokens of all images, C channels, E inner width, K = 4 direction
 Saved are x, n_1, a, u, low, y, n_2, x_1, n_3, h, and the scan's states; gelu(h), the widest tensor, is made again. The
 products and what lies between them are in the dtype that is asked for; x and x_1 have the dtype of x.
 
-In bfloat16, where nothing is saved, gelu is cuBLAS's, inside the product: tanh's form of it, off by up to 5e-4. A model's
-logits are as near to float64's as with PyTorch's gelu (benchmarks/results/vision_speed.md).
+In bfloat16, where nothing is saved, gelu is cuBLAS's, inside the product: tanh's form of it, off by up to 5e-4. The
+logits of a model are as near to float64 as with erf's (benchmarks/results/vision_speed.md).
 """
 
 from functools import cache
