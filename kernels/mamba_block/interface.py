@@ -168,17 +168,23 @@ class _Settings(NamedTuple):
                 return both_ways(x, *weights, cu_seqlens, self.batch, True)
         return None
 
-    def scan(self, direction: str, *inputs: Any) -> Any:
-        return scan_interface.implementation(self.scan_backend, direction)(*inputs)
+    def scan(self, direction: str, *inputs: Any, **options: Any) -> Any:
+        return scan_interface.implementation(self.scan_backend, direction)(*inputs, **options)
+
+    @property
+    def widens_in_scan(self) -> bool:
+        """Whether the scan makes delta of t by itself: the CPU's does."""
+        return self.scan_backend == "numba" and self.border is None
 
     def low_rank(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
-        """(t, B, C) (T, R + 2N), delta (T, E)."""
+        """(t, B, C) (T, R + 2N); delta (T, E), or t where the scan widens it."""
         if self.conv_backend == "triton" and len(u):
             kernel = module(__package__ or "", "triton_low_rank")
             if kernel.serves(self.dtype, self.rank, len(x_proj)):
                 return kernel.low_rank(u, x_proj, dt_proj)
         low = torch.mm(u, x_proj.t())
-        return low, torch.mm(self.parts(low)[0], dt_proj.t())
+        t, _, _ = self.parts(low)
+        return low, t if self.widens_in_scan else torch.mm(t, dt_proj.t())
 
 
 def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tuple[Tensor, tuple[Any, ...]]:
@@ -219,9 +225,10 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
             if s.border is not None:
                 u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
                 state, passed = s.border.state_before(u_, delta_, A, B_, C_, dt_bias, reverse=reverse)
+            options = {"dt_proj": dt_proj} if s.widens_in_scan else {} if wide is None else {"y": wide[:, i]}
             y, _, saved = s.scan(
                 *("forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save),
-                *(() if wide is None else (wide[:, i],)),
+                **options,
             )
             kept.extend((low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed))
             return y
