@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -64,8 +64,9 @@ def train_bases(args: TrainBases) -> None:
             write_splits_bed(run / "splits.bed", genome, stretches)
             write_json(run / "labels.json", dict(enumerate(annotation.classes)))
         mean, scale = _scale(counts) if args.target == "regression" else (0.0, 1.0)
+        backbone = start.config if start else PRESETS[args.preset]
         config = DNAAnnotatorConfig(
-            backbone=start.config if start else PRESETS[args.preset],
+            backbone=backbone if args.dropout is None else replace(backbone, dropout=args.dropout),
             classes=annotation.classes,
             target=args.target,
             mean=mean,
