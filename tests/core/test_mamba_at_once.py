@@ -243,12 +243,8 @@ def test_onwards_from_states_equals_its_parts(first, monkeypatch):
         kept = [s.clone() for s in state]
         rest, after = model(x[:, first:], state, return_state=True)
         assert all(map(torch.equal, state, kept))  # it is not changed
-        return {
-            "begun": begun,
-            "rest": rest,
-            **state._asdict(),
-            **{f"{k} after": v for k, v in after._asdict().items()},
-        }
+        states = {f"{name} {when}": s for when, x in (("1", state), ("2", after)) for name, s in x._asdict().items()}
+        return {"begun": begun, "rest": rest, **states}
 
     calls, run = [], mamba_at_once.mamba_block_onwards
     monkeypatch.setattr(mamba_at_once, "mamba_block_onwards", lambda *a, **k: calls.append(a) or run(*a, **k))
