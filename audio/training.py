@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.batching import pad_right, shuffled_batches, sorted_batches
 from ..core.config import TrainConfig
 from ..core.processes import each_once
-from ..core.train import Task
+from ..core.task import Task
 from .codec import decode, encode
 from .config import START
 from .corpus import Recordings

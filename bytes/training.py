@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.batching import pad_right, shuffled_batches
 from ..core.config import TrainConfig
 from ..core.parallel import padded_piece
-from ..core.train import Task
+from ..core.task import Task
 from .config import DOCUMENT, Windows
 from .documents import Documents
 from .evaluation import check_causality, score
