@@ -16,12 +16,12 @@ from ..core.batching import pad_right, shuffled_batches, sorted_batches
 from ..core.config import TrainConfig
 from ..core.processes import each_once
 from ..core.task import Task
+from ..core.terminal import progress_bar
 from .codec import decode, encode
 from .config import START
 from .corpus import Recordings
 from .model import AudioModel
 from .scoring import bits_of, check_causality
-from .terminal import progress_bar
 from .variation import varied
 
 PADDING = -100  # no target

@@ -10,7 +10,7 @@ from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, sha256, write_json, write_text
 from ...core.hub import WEIGHTS
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..codec import decode
 from ..commands import Eval
 from ..generation import Watchdog, begin, write_on
@@ -26,7 +26,6 @@ from ..metrics import (
 from ..model import AudioModel, Guided
 from ..plots import plot_sounds
 from ..scoring import bits_of
-from ..terminal import progress_bar
 from ..training import classify
 from .common import load_causal_model, load_classifier, read_codes
 
