@@ -12,7 +12,7 @@ the thread's own time, so that other work on the machine counts as little as it 
 A step of training is forward, cross-entropy, backward and AdamW of sc09-small, 8 x 16,000 samples; on a CPU of `tiny`
 and little of it, to try this file. Beside it the same model, from the same weights on the same codes (the losses show
 it), by plain PyTorch operations: backend "torch", 64 steps of time at once, and the definitions, which keep each state.
-Both go along time in a Python loop, too slowly for 16,000 samples, so there is a crop of 1,000, at which all three are
+Both go along time in a Python loop, too slowly for 16,000 samples, so there is a crop of 500, at which all three are
 measured, in float32: the plain ones by one step after one to warm up, ours by the median of 5 after 2.
 """
 
@@ -194,7 +194,7 @@ def main() -> None:
         rows = cpu_speeds(CPU_PLANS) if on_cpu else gpu_speeds(GPU_PLANS)
         text.append(table(list(_shown(rows)), CPU_HEADS if on_cpu else GPU_HEADS))
     if args.only != "writing":
-        rows = trainings("tiny", "cpu", 2, 160, 80) if on_cpu else trainings("sc09-small", "cuda", 8, 16000, 1000)
+        rows = trainings("tiny", "cpu", 2, 160, 80) if on_cpu else trainings("sc09-small", "cuda", 8, 16000, 500)
         text.append(table(list(_shown(rows)), TRAINING_HEADS))
     print("\n".join(text[1:]))
     if args.output:

@@ -238,13 +238,15 @@ def test_no_numbers(model):
         next(iter(write_on(model, begin(model), 5, SamplingConfig(), [1], block=5)))
 
 
+ON_A_GPU = [
+    *itertools.product((CudaWriter, GraphWriter), (torch.float32,), SHAPES, (False, True)),
+    (GraphWriter, torch.bfloat16, "unet", False),
+    (GraphWriter, torch.bfloat16, "pairs", True),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    ("kind", "weights"),
-    [(CudaWriter, torch.float32), (GraphWriter, torch.float32), (GraphWriter, torch.bfloat16)],
-)
+@pytest.mark.parametrize(("kind", "weights", "shape", "guided"), ON_A_GPU)
 @torch.no_grad()
 def test_on_a_gpu(kind, weights, shape, guided):
     """The codes and states of plain stepping, in whole periods and parts of them, and again from where they stood."""
