@@ -1,11 +1,11 @@
 """Caduceus on one GPU: a training step of one strand (Ph) and of both (PS), in time and memory.
 
-    python benchmarks/caduceus.py [--output FILE.md]
+    python benchmarks/caduceus.py [1024 131072 524288 1048576] [--output FILE.md]
 
 The published model of 7.7 million parameters (d_model 256, 16 layers), random weights, bf16: forward, loss of hidden
-bases, backward, AdamW; the median of 5 steps after one. PS reads each base twice; "PS against two of Ph" is its time
-over that of Ph with twice the batch (at 2^20 bases: over twice the time of Ph). With checkpointing PS runs the strands
-one after the other.
+bases, backward, AdamW; the median of 5 steps after one, with checkpointing of 3. PS reads each base twice; "PS against
+two of Ph" is its time over that of Ph with twice the batch (at 2^20 bases: over twice the time of Ph). With
+checkpointing PS runs the strands one after the other.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def measure(length: int, batch: int, *, rcps: bool, checkpointing: bool) -> Step
     try:
         step()
         times = []
-        for _ in range(REPEATS):
+        for _ in range(3 if checkpointing else REPEATS):
             began = time.perf_counter()
             step()
             times.append(time.perf_counter() - began)
@@ -82,6 +82,7 @@ def row(length: int, batch: int, checkpointing: bool) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("windows", nargs="*", type=int, help="of these lengths; all if left out")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     columns = ["window", "windows a step", "checkpointing"]
@@ -89,7 +90,7 @@ if __name__ == "__main__":
     columns.append("PS against two of Ph")
     lines = ["# Caduceus", "", *describe(), "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     print("\n".join(lines), flush=True)
-    for shape in LENGTHS:
+    for shape in (shape for shape in LENGTHS if not args.windows or shape[0] in args.windows):
         lines.append(row(*shape))
         print(lines[-1], flush=True)
     if args.output:

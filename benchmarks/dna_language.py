@@ -6,8 +6,8 @@ tokenizers   Mb of bases a second to tokens, windows of 1,024 bases, one process
 training     bases a second and peak memory of a step of the 7m model (forward, backward, AdamW; bf16 on a GPU), at
              windows of 1,024 bases to 2^20; the longest with gradient checkpointing
 variants     5,000 substitutions of one base in a window of 512 by a 19m model, as a command from the shell, imports and
-             all; a run before, which is not counted, compiles the kernels; in bf16 and in float32, and how far the
-             LLRs of the one are from those of the other
+             all, of one strand the median of 3 runs; the first run, into an empty cache, compiles the kernels; in
+             bf16 and in float32, and how far the LLRs of the one are from those of the other
 scoring      `genomics score` of generated FASTA files of 10 and 100 Mb (on a CPU 1 and 10): bases a second and memory;
              and how far the bits of each base of a piece are from those of the piece in one shot
 
@@ -16,6 +16,7 @@ Weights are random unless --run gives a run folder of `genomics pretrain` for va
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pysam
@@ -140,15 +142,22 @@ def variants(folder: Path, given: Path | None) -> Iterator[str]:
     (folder / "in.vcf").write_text("\n".join(rows) + "\n")
     model = given or model_folder(folder, "19m" if GPU else "tiny")
     yield f"{n:,} substitutions, window 512, {model.name}\n"
-    llrs = {}
     pysam.set_verbosity(0)  # of a header that declares no contigs
     words = ["genomics", "variants", model, folder / "in.vcf", "--genome", folder / "genome.fa", "--window", 512]
+    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(folder / "triton"), XDG_CACHE_HOME=str(folder / "cache")):
+        yield from _timed_variants(folder, words)
+
+
+def _timed_variants(folder: Path, words: list[object]) -> Iterator[str]:
     yield f"the run that compiles: {run(*words, '-o', folder / 'first.vcf')[0]:.1f} s\n"
     yield "| precision | strands | seconds |\n|---|---|---|"
+    llrs = {}
     for precision, strands in (("bf16", "one"), ("bf16", "both"), ("fp32", "both")) if GPU else (("fp32", "both"),):
         out = folder / f"{precision}-{strands}.vcf"
         flag = "--both-strands" if strands == "both" else "--no-both-strands"
-        yield f"| {precision} | {strands} | {run(*words, flag, '--precision', precision, '-o', out)[0]:.1f} |"
+        repeats = 3 if strands == "one" or not GPU else 1
+        times = [run(*words, flag, "--precision", precision, "-o", out)[0] for _ in range(repeats)]
+        yield f"| {precision} | {strands} | {statistics.median(times):.1f} |"
         with pysam.VariantFile(str(out)) as file:
             llrs[precision, strands] = np.array([record.info["PM_LLR"][0] for record in file])
     if GPU:

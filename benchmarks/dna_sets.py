@@ -58,8 +58,8 @@ RUNS = {
     "apes-species": f"train --data {{data}}/apes --window 8192 {SPECIES} --mask-rate 0.05 --batch-size 32 "
     "--max-tokens 262144 --epochs 4",
     # As in the Mamba paper, section E.3.4: the last base's state, windows that double from epoch to epoch.
-    "apes-species-init": f"train --data {{data}}/apes --last-base --window 65536 --first-window 8192 {SPECIES} "
-    "--mask-rate 0 --batch-size 64 --max-tokens 131072 --epochs 5 --steps-per-epoch 100 --lr 5e-4 --backbone-lr 5e-4 "
+    "apes-species-init": f"train --data {{data}}/apes --last-base --window 65536 --first-window 2048 {SPECIES} "
+    "--mask-rate 0 --batch-size 64 --max-tokens 262144 --epochs 7 --steps-per-epoch 40 --lr 3e-4 --backbone-lr 3e-4 "
     "--init {runs}/apes",
     "genes": "train-bases {data}/athaliana/chr1.fa --labels {data}/athaliana/genes.gff --classes CDS exon gene "
     "--stranded --regions {data}/athaliana/parts.bed --preset small --window 8192 --batch-size 16 --max-tokens 131072 "
@@ -196,7 +196,8 @@ def made_by(runs: Path, called: list[str]) -> list[str]:
             words = shlex.join(["polymamba", *json.loads(path.read_text())["command"][1:]])
             for pair in called:
                 words = words.replace(*pair.split("=", 1))
-            lines.append(words)
+            stopped = "train" in words.split()[2] and not (runs / name / "metrics.json").is_file()
+            lines.append(words + "  # stopped early: its best epoch's model" * stopped)
     return lines
 
 

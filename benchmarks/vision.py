@@ -4,11 +4,12 @@
 
 The steps are those of `polymamba vision bench`, but for training's optimizer. Random weights and images, bf16: weights
 in bf16 for the forward, autocast for training (forward, cross-entropy, backward). Batch 128 at 224 pixels; at larger
-sizes as many images as hold about as many pixels. Medians of --repeats after 3 that warm up. Memory is the most
-allocated during the runs. Graphed: the same kernels, launched as one CUDA graph (core/replayed.py), as `vision train
---cuda-graph` and `vision predict` do. Compiled: in mode reduce-overhead, which replays CUDA graphs, too. timm's models
-have SDPA attention where they have attention. Rows come in the order of their weight; what --limit seconds do not allow
-is left out and said so. On a CPU: --device cpu --models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
+sizes as many images as hold about as many pixels, or --times as many: few images do not fill a GPU. Medians of
+--repeats after 3 that warm up. Memory is the most allocated during the runs. Graphed: the same kernels, launched as one
+CUDA graph (core/replayed.py), as `vision train --cuda-graph` and `vision predict` do. Compiled: in mode
+reduce-overhead, which replays CUDA graphs, too. timm's models have SDPA attention where they have attention. Rows come
+in the order of their weight; what --limit seconds do not allow is left out and said so. On a CPU: --device cpu
+--models test_vim,deit_tiny_patch16_224 --batch 2 --sizes 96
 """
 
 import argparse
@@ -86,7 +87,9 @@ def plan(models: list[str], sizes: list[int]) -> list[tuple[str, int, str]]:
     return at_224 + larger + [(name, 224, "compiled forward") for name in models]
 
 
-def table(rows: Rows, sizes: list[int], models: list[str]) -> list[str]:
+def table(rows: Rows, sizes: dict[int, int], models: list[str]) -> list[str]:
+    """sizes: and the batch of each."""
+
     def cell(row: Cell | None) -> str:
         if row is None:
             return "not measured"
@@ -100,7 +103,7 @@ def table(rows: Rows, sizes: list[int], models: list[str]) -> list[str]:
         "",
         "## Graphed forward, larger images",
         "",
-        f"| | {' | '.join(map(str, sizes))} |",
+        f"| | {' | '.join(f'{size}, batch {batch}' for size, batch in sizes.items())} |",
         "|---" * (len(sizes) + 1) + "|",
     ]
     for name in models:
@@ -118,6 +121,9 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--sizes", default="1248,2048,512,1024")
     parser.add_argument("--batch", type=int, default=128, help="at 224 pixels")
+    parser.add_argument(
+        "--times", type=float, default=1, help="at larger sizes, as many times the pixels of a batch at 224"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     began, models, sizes = time.monotonic(), args.models.split(","), [int(s) for s in args.sizes.split(",") if s]
@@ -125,23 +131,27 @@ def main() -> None:
     for name, size, kind in plan(models, sizes):
         if time.monotonic() - began > args.limit:
             continue
-        batch = max(1, round(args.batch * (224 / size) ** 2))
+        batch = batch_at(size, args.batch, args.times)
         rows[name, size, kind] = measure(name, size, batch, kind, torch.device(args.device), args.repeats)
         took = f"{time.monotonic() - began:.0f} s"
         print(name, size, kind, rows[name, size, kind], took, file=sys.stderr, flush=True)
         if args.output:
-            args.output.write_text(report(rows, sizes, models, args.batch))  # as it grows: a compilation may be long
-    print(report(rows, sizes, models, args.batch))
+            args.output.write_text(report(rows, sizes, models, args.batch, args.times))  # a compilation may be long
+    print(report(rows, sizes, models, args.batch, args.times))
 
 
-def report(rows: Rows, sizes: list[int], models: list[str], batch: int) -> str:
+def batch_at(size: int, batch: int, times: float) -> int:
+    return max(1, round(batch * (224 / size) ** 2 * (1 if size == 224 else times)))
+
+
+def report(rows: Rows, sizes: list[int], models: list[str], batch: int, times: float) -> str:
     head = [
         "# Vision models: images a second (peak GiB)",
         "",
         *(line + "  " for line in describe()),
-        f"timm {timm.__version__}; bf16, batch {batch} at 224 pixels, elsewhere as many pixels",
+        f"timm {timm.__version__}; bf16, batch {batch} at 224 pixels, elsewhere as it says",
     ]
-    return "\n".join([*head, *table(rows, sorted(sizes), models)]) + "\n"
+    return "\n".join([*head, *table(rows, {n: batch_at(n, batch, times) for n in sorted(sizes)}, models)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How the processes of a training run divide it, by the flags of TrainConfig.
 
-    (none)             each has all weights and other batches; gradients meet in DDP, or after a recorded backward
+    (none)             each has all weights and other batches; gradients meet in DDP, or by averaging.py
     fsdp               each has a part of all weights (sharded.py)
     context_parallel   neighbours have the same batches, and each its pieces of the sequences (parallel.py)
     expert_parallel    neighbours have some of the experts each (expert_parallel.py), and all other weights as by fsdp
@@ -10,7 +10,6 @@ calls backward for its own part of the step's loss, and the mean of the gradient
 that of the whole. Auxiliary losses, such as the balance of experts, are of what a process has at a time.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,13 +19,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from . import processes
+from .averaging import Averaging, average_gradients
 from .config import TrainConfig
 from .errors import InputError
 from .expert_parallel import spread_experts
 from .parallel import context_parallel
-from .sharded import experts_of, here, shard
-
-AT_ONCE = 1 << 26  # gradients that are put side by side, to go round in one operation
+from .sharded import experts_of, shard
 
 
 def require_divisible(config: TrainConfig, *, cuts: bool, n_experts: int | None = None) -> None:
@@ -63,16 +61,16 @@ class Division:
         self.sharded = (sharded or config.expert_parallel > 1) and world > 1
         self.context = _groups(config.context_parallel, device)
         self.experts = _groups(config.expert_parallel, device)
-        # A backward in which others are waited for is none to be recorded.
+        # What FSDP2 and pieces of sequences do in a backward is nothing to be recorded.
         self.records = config.cuda_graph and device.type == "cuda" and not self.sharded and self.context is None
-        self.gradients_meet_after = self.records and world > 1
+        self.averages = self.records and world > 1
         self.rank, self.shares = processes.rank() // config.context_parallel, world // config.context_parallel
 
     def divide(self, model: nn.Module) -> None:
         """Leave this process its part of the weights, if they are to be divided."""
         if self.sharded:
             shard(model, apart=spread_experts(model, self.experts["own"]) if self.experts else ())
-        elif self.gradients_meet_after:  # DDP would do so
+        elif self.averages:  # DDP would do so
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), 0)
 
@@ -80,13 +78,24 @@ class Division:
         """In which the loss is computed."""
         return nullcontext() if self.context is None else context_parallel(self.context["own"])
 
-    def finish(self, model: nn.Module) -> None:
-        """After the last backward of a step: what no backward has done yet, for the gradients to be those of all."""
-        if self.gradients_meet_after:
-            average_gradients([p for p in model.parameters() if p.requires_grad], dist.group.WORLD)
+    def averaging(self, model: nn.Module) -> Averaging | None:
+        """For a recorded backward that is the only one of a step, on each process."""
+        return Averaging(_trained(model), dist.group.WORLD) if self.averages else None
+
+    def finish(self, model: nn.Module, averaged: bool) -> None:
+        """After the last backward of a step: what no backward has done yet, for the gradients to be those of all.
+
+        averaged: whether `averaging` has had a part in it.
+        """
+        if self.averages and not averaged:
+            average_gradients(_trained(model), dist.group.WORLD)
         if self.experts and self.experts["others"].size() > 1:
             spread = [linear.weight for linear in experts_of(model) if linear.weight.requires_grad]
             average_gradients(spread, self.experts["others"].get_group())
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _groups(n: int, device: torch.device) -> DeviceMesh | None:
@@ -94,21 +103,3 @@ def _groups(n: int, device: torch.device) -> DeviceMesh | None:
     if n == 1:
         return None
     return init_device_mesh(device.type, (processes.count() // n, n), mesh_dim_names=("others", "own"))
-
-
-@torch.no_grad()
-def average_gradients(parameters: Sequence[nn.Parameter], group: Any) -> None:
-    """Give each process of a group the mean of all their gradients."""
-    for p in parameters:
-        if p.grad is None:  # of a process that had no batch in this step
-            p.grad = torch.zeros_like(p)
-    gradients = [here(p.grad) for p in parameters]
-    while gradients:
-        sizes = torch.tensor([g.numel() for g in gradients]).cumsum(0)
-        n = max(1, int((sizes <= AT_ONCE).sum()))
-        some, gradients = gradients[:n], gradients[n:]
-        flat = torch.cat([g.flatten() for g in some])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        parts = flat.split([g.numel() for g in some])
-        torch._foreach_copy_(some, [part.view_as(g) for part, g in zip(parts, some, strict=True)])

@@ -13,6 +13,7 @@ its batch mates nor their number, short of the last bits of the arithmetic. Lett
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -283,7 +284,8 @@ class StopFilter:
 
 def select_state(state: State, rows: Sequence[int]) -> State:
     """A copy of these rows of a state, in this order. A row may come many times (a fork), or not at all."""
-    return pytree.tree_map(lambda s: s.index_select(0, torch.tensor(rows, dtype=torch.int64, device=s.device)), state)
+    on = cache(lambda device: torch.tensor(rows, dtype=torch.int64, device=device))  # to a GPU once, not for each layer
+    return pytree.tree_map(lambda s: s.index_select(0, on(s.device)), state)
 
 
 def with_equal_room(*states: State) -> list[State]:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import InputError
 from .files import write_json, written_whole
@@ -90,7 +91,8 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin, library_name="polymamba")
                 f"{config_file}: holds {found or 'no polymamba model'}, but a {cls.__name__} is wanted here"
             )
         try:
-            model = cls.from_description(fields)
+            with _Undrawn():  # which is a third of the time
+                model = cls.from_description(fields)
         except (TypeError, ValueError) as error:
             raise InputError(f"{config_file}: {error}") from None
         weights = fetch(path_or_hub_id, WEIGHTS, hub_options)
@@ -99,6 +101,16 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin, library_name="polymamba")
         except (SafetensorError, RuntimeError) as error:
             raise InputError(f"{weights}: not the weights of this model ({' '.join(str(error).split())})") from None
         return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Within it `nn.init` leaves weights as they come: they are read from a file."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in ("normal_", "uniform_", "kaiming_uniform_", "trunc_normal_"):
+            return func(*args, **kwargs)
+        return args[0] if args else kwargs["tensor"]
 
 
 def model_name(folder: Path) -> str | None:

@@ -230,7 +230,6 @@ class BiMamba(nn.Module):
         left_to_right, _ = self.forwards(xz, cu_seqlens=cu_seqlens)
         right_to_left, _ = self.backwards(xz, cu_seqlens=cu_seqlens, reverse=True)
         both = left_to_right + right_to_left
-        # By the projection's weights, which are fewer than the tokens.
-        return self.out_proj(both) if scale == 1 else F.linear(both, self.out_proj.weight * scale)
+        return self.out_proj(both if scale == 1 else both * scale)
 
     forward_padded = forward_as_pack

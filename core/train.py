@@ -146,13 +146,13 @@ class _Trainer:
         # Torch takes long to begin an operation on divided weights; fused, a step is one.
         fused = True if self.division.sharded and self.accelerator.device.type == "cuda" else None
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)
-        prepared = not self.division.sharded and not self.division.gradients_meet_after
+        prepared = not self.division.sharded and not self.division.averages
         self.model: Any = self.accelerator.prepare(model) if prepared else model
         self.optimizer: Any = self.accelerator.prepare(optimizer) if prepared else optimizer
         self.parameters = list(self.model.parameters())
         self.task, self.config, self.run = task, config, run
         self.position = _Position()
-        self.replayed = None
+        self.replayed, self.averaging = None, self.division.averaging(self.bare_model)
         if self.division.records:
             self._require_no_waiting()
             self.replayed = Replayed(self.fresh_gradients, self.accelerator.device)
@@ -245,13 +245,15 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(group, self.config.lr, factor)
         total = torch.zeros(2, device=self.accelerator.device)
+        each_one = len(step.batches) == 1 and step.n_all == self.division.shares
+        averaged = self.averaging is not None and each_one  # in the backward
         for i, batch in enumerate(step.batches):
             last = i + 1 == len(step.batches)
             if self.replayed is None:
                 total += self.backward(batch, step.n_all, last=last, counts=i < step.n_own)
             elif i < step.n_own:
-                total += self.replayed_backward(batch, step.n_all, first=i == 0, last=last)
-        self.division.finish(self.bare_model)
+                total += self.replayed_backward((batch, step.n_all, averaged), first=i == 0, last=last)
+        self.division.finish(self.bare_model, averaged)
         if self.division.sharded:
             clip_gradients(self.model.parameters(), self.config.clip)
         else:
@@ -282,17 +284,25 @@ class _Trainer:
             self.accelerator.backward(parts.sum() * processes.count())
         return parts.detach()
 
-    def fresh_gradients(self, inputs: tuple[Any, int]) -> tuple[Tensor, list[Tensor | None]]:
-        """The losses and the gradients of one of n batches alone: what is recorded as a CUDA graph."""
+    def fresh_gradients(self, inputs: tuple[Any, int, bool]) -> tuple[Tensor, list[Tensor | None]]:
+        """The losses and the gradients of one of n batches alone: what is recorded as a CUDA graph.
+
+        inputs: the batch, n, and whether the gradients are to be the mean of all processes'.
+        """
+        batch, n, averaged = inputs
         self._set_gradients([None] * len(self.parameters))
-        parts = self.backward(*inputs)
+        with self.averaging.on() if self.averaging and averaged else nullcontext():
+            parts = self.backward(batch, n)
         return parts, [p.grad for p in self.parameters]
 
-    def replayed_backward(self, batch: Any, n: int, *, first: bool, last: bool) -> Tensor:
-        """`backward` by a graph, once there is one for batches of this shape. first, last: of the step's."""
+    def replayed_backward(self, inputs: tuple[Any, int, bool], *, first: bool, last: bool) -> Tensor:
+        """`backward` by a graph, once there is one for batches of this shape. first, last: of the step's.
+
+        inputs: as of `fresh_gradients`.
+        """
         assert self.replayed is not None
         so_far = [p.grad for p in self.parameters]
-        parts, found = self.replayed((batch, n))
+        parts, found = self.replayed(inputs)
         if not (first and last):  # the next batch's are written over these
             found = [_sum(old, new) for old, new in zip(so_far, found, strict=True)]
         self._set_gradients(found)

@@ -19,6 +19,8 @@ from importlib.metadata import entry_points
 
 import tyro
 
+from polymamba.core import ahead
+from polymamba.core.config import ComputeConfig
 from polymamba.flags import Convert, Doctor
 
 Command = tuple[type, str]
@@ -129,6 +131,8 @@ def _call(program: str, command: Command, words: list[str]) -> int:
         if said.getvalue():
             print(_one_line(said.getvalue()), file=sys.stderr, end="")
         return int(stop.code or 0)
+    if isinstance(compute := getattr(args, "compute", None), ComputeConfig):
+        ahead.begin(compute)
     _load(target)(args)
     return 0
 

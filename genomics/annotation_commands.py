@@ -47,6 +47,8 @@ class TrainBases:
     """Peak learning rate of the backbone that --init gave; a tenth of --lr if left out."""
     freeze: bool = False
     """Leave the backbone that --init gave as it is: the head alone learns."""
+    dropout: float | None = None
+    """Of the backbone that --init gave, on what each layer adds; as it was if left out."""
     strands: Literal["one", "both"] | None = None
     """both: read either strand by the same weights and take the mean, in training, too; right of --stranded labels and
     of labels that know no strand. If left out: one, but both if --init gave a Caduceus-PS."""
@@ -80,7 +82,7 @@ class TrainBases:
             raise ValueError("classes, stranded and balance are of labels; leave them out with target regression")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes {self.classes}: name each once")
-        require_start(self.init, self.freeze, self.backbone_lr)
+        require_start(self.init, self.freeze, self.backbone_lr, self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

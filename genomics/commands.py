@@ -152,9 +152,7 @@ class Train:
 
     def __post_init__(self) -> None:
         require_shares(label_smoothing=self.label_smoothing, mask_rate=self.mask_rate)
-        require_start(self.init, self.freeze, self.backbone_lr, dropout=self.dropout)
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_start(self.init, self.freeze, self.backbone_lr, self.dropout)
         require_at_least_1(steps_per_epoch=self.steps_per_epoch)
         if self.last_base and self.init is None:
             raise ValueError("last_base is of a causal backbone, such as --init gives; give --init, too")

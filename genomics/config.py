@@ -23,15 +23,12 @@ Target = Literal["multiclass", "multilabel", "regression"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DNAClassifierConfig:
-    """A backbone between a base embedding and a pooled linear head, and what the model expects of its input.
+class _LabelsConfig:
+    """A backbone between a base embedding and a linear head.
 
     classes       in the order of the outputs; for regression the one name of the value
     mean, scale   regression: the value is mean + scale * output
-    window        bases of the windows that long sequences were cut into for training; None if they were left whole
-    hard_mask     lower-case letters of the files are read as N
-    both_strands  what is said of a sequence is the mean of what is said of either strand, by the same weights
-    last_base     the head sees what the backbone says at the last base alone, where a causal one has read them all
+    both_strands  what is said is the mean of what is said of either strand, by the same weights
     """
 
     backbone: BackboneConfig
@@ -39,12 +36,7 @@ class DNAClassifierConfig:
     target: Target = "multiclass"
     mean: float = 0.0
     scale: float = 1.0
-    window: int | None = None
-    hard_mask: bool = False
-    n_heads: int = 64  # of the attention pooling; 0: the mean over the bases alone, and no places
-    head_dropout: float = 0.5
     both_strands: bool = False
-    last_base: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON gives a list
@@ -53,38 +45,44 @@ class DNAClassifierConfig:
             raise ValueError(f"classes {self.classes}: at least {least} needed, each with a name of its own")
         if self.target == "regression" and len(self.classes) != 1:
             raise ValueError(f"classes {self.classes}: a regression has one value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DNAClassifierConfig(_LabelsConfig):
+    """What is said of a sequence, from its pooled hidden states, and what the model expects of its input.
+
+    window        bases of the windows that long sequences were cut into for training; None if they were left whole
+    hard_mask     lower-case letters of the files are read as N
+    last_base     the head sees what the backbone says at the last base alone, where a causal one has read them all
+    """
+
+    window: int | None = None
+    hard_mask: bool = False
+    n_heads: int = 64  # of the attention pooling; 0: the mean over the bases alone, and no places
+    head_dropout: float = 0.5
+    last_base: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.last_base and (self.n_heads or self.backbone.bidirectional):
             raise ValueError("last_base is set; it is of causal backbones, and n_heads is then 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DNAAnnotatorConfig:
-    """A backbone between a base embedding and a linear head at each base.
+class DNAAnnotatorConfig(_LabelsConfig):
+    """What is said of each base. The first class of multiclass is that of bases without a label.
 
-    classes       in the order of the outputs; of multiclass the first is that of bases without a label; for regression
-                  the one name of the value
-    mean, scale   regression: the value is mean + scale * output
     window        bases of the windows that it was trained on
     stranded      the classes are in pairs, LABEL(+) and LABEL(-), which are exchanged where the other strand is read
-    both_strands  what is said of a base is the mean of what is said of it on either strand, by the same weights
     """
 
-    backbone: BackboneConfig
-    classes: tuple[str, ...]
-    target: Target = "multiclass"
-    mean: float = 0.0
-    scale: float = 1.0
     window: int = 4096
     stranded: bool = False
-    both_strands: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(self.classes))  # JSON gives a list
-        least = 2 if self.target == "multiclass" else 1
-        if len(set(self.classes)) != len(self.classes) or len(self.classes) < least:
-            raise ValueError(f"classes {self.classes}: at least {least}, each named once")
-        if self.target == "regression" and (len(self.classes) != 1 or self.stranded):
-            raise ValueError(f"classes {self.classes}: a regression has one value, of no strand")
+        super().__post_init__()
+        if self.target == "regression" and self.stranded:
+            raise ValueError(f"classes {self.classes}: a regression's value is of no strand")
         if self.both_strands and not self.backbone.bidirectional:
             raise ValueError("both_strands is set; it is of backbones that see both ways")
 

@@ -19,15 +19,16 @@ def require_sequence_files(words: tuple[str, ...]) -> None:
         raise ValueError("no sequence file; name one or more")
 
 
-def require_start(init: Path | None, freeze: bool, backbone_lr: float | None, **others: object) -> None:
-    """Raises ValueError for flags of a backbone that --init gave (others: further ones) without it, or at odds."""
-    if init is None and (freeze or any(x is not None for x in (backbone_lr, *others.values()))):
-        *names, last = "freeze", "backbone_lr", *others
-        raise ValueError(f"{', '.join(names)} and {last} are of a backbone that --init gave; give --init, too")
+def require_start(init: Path | None, freeze: bool, backbone_lr: float | None, dropout: float | None) -> None:
+    """Raises ValueError for flags of a backbone that --init gave without it, at odds, or out of range."""
+    if init is None and (freeze or backbone_lr is not None or dropout is not None):
+        raise ValueError("freeze, backbone_lr and dropout are of a backbone that --init gave; give --init, too")
     if freeze and backbone_lr is not None:
         raise ValueError("freeze and backbone_lr: a frozen backbone learns at no rate; give one of them")
     if backbone_lr is not None and not 0 < backbone_lr < math.inf:
         raise ValueError(f"backbone_lr is {backbone_lr}; it must be a number above 0")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +231,8 @@ class _AtPlaces(_WithLanguageModel):
     """Bases that the model sees around a place; by default what it was trained on."""
     both_strands: bool = True
     """Average over both strands; one costs half the time."""
-    max_tokens: int = 262144
-    """Most bases in a batch."""
+    max_tokens: int = 524288
+    """Most bases in a batch: with fewer it takes less memory, and a GPU waits for the processor."""
 
     def __post_init__(self) -> None:
         require_at_least_1(window=self.window, max_tokens=self.max_tokens)

@@ -212,9 +212,17 @@ def _scale(builder, x, power):
     return builder.fmul(x, builder.bitcast(exponent, _FLOATS), flags=_FLAGS)
 
 
+def _near_reciprocal(builder, x):
+    if _AVX512:
+        unused, every = ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_MASK, -1)
+        return _call(builder, "llvm.x86.avx512.rcp14.ps.512", _FLOATS, x, unused, every)
+    return builder.fdiv(_constant(_FLOATS, 1.0), x, flags=_FLAGS)
+
+
 _absolute = _of_one(lambda builder, x: _call(builder, f"llvm.fabs.v{LANES}f32", _FLOATS, x))
 _whole_part = _of_one(_floor)
 _fraction_of = _of_one(_fraction)
+_about_one_over = _of_one(_near_reciprocal)  # to 14 bits at least
 _scaled = _of_two(_scale)  # x 2^floor(power)
 _positive_part = _of_one(lambda builder, x: _bounded(builder, x, 0.0, float("inf")))
 _without_overflow = _of_one(lambda builder, x: _bounded(builder, x, -87.0, 87.0))  # of exp(x)
@@ -246,7 +254,9 @@ def exp(x):
 @inline()
 def silu(x):
     """x / (1 + exp(-x))."""
-    return x / (exp(x * np.float32(-1.0)) + np.float32(1.0))
+    d = exp(x * np.float32(-1.0)) + np.float32(1.0)
+    r = _about_one_over(d)
+    return x * (r * (np.float32(2.0) - d * r))  # a step of Newton's in place of a division, which takes 16 cycles
 
 
 @inline()

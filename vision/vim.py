@@ -15,6 +15,8 @@ import math
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import DropPath, lecun_normal_, resample_abs_pos_embed, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.mamba import BiMamba
+from ..core.mamba_at_once import as_made
 from ..core.norm import AddRMSNorm
 from .config import VimConfig
 from .model import ImageModel, drop_path_rates, feature_layout
@@ -69,14 +72,27 @@ class _Add(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """(B, C, H, W) -> (B, D, h, w); the patches may overlap."""
+    """(B, C, H, W) -> (B, D, h, w); the patches may overlap.
+
+    On a GPU patches side by side are multiplied as a matrix: for images of 3 channels cuDNN's kernels are slow.
+    """
 
     def __init__(self, config: VimConfig):
         super().__init__()
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.step)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        proj, size = self.proj, self.proj.kernel_size[0]
+        height, width = x.shape[2] // size, x.shape[3] // size
+        side_by_side = proj.stride[0] == size and height and width
+        if not x.is_cuda or not side_by_side or not as_made(proj, kinds=(nn.Conv2d,)):
+            return proj(x)
+        x = x[:, :, : height * size, : width * size]
+        patches = rearrange(x, "b c (h i) (w j) -> b h w (c i j)", i=size, j=size)
+        return F.linear(patches, proj.weight.flatten(1), proj.bias).permute(0, 3, 1, 2)
+
+
+register_notrace_module(PatchEmbed)
 
 
 class Vim(ImageModel):

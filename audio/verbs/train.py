@@ -41,8 +41,9 @@ def train(args: Train) -> None:
         config = AudioConfig(labels=labels if args.labels else (), **options)
     run = RunFolder(args.output, _settings(args, rate), [sound.path for sound in sounds], resume=args.resume)
     _tell_rates(sounds, rate)
-    with first_alone():
+    if is_first():
         write_splits_tsv(run / "splits.tsv", recordings)
+    with first_alone():
         corpus = open_corpus(args.corpus or run / "corpus", recordings, rate, args.codec)
     say(describe(recordings, corpus, rate))
     if not len(corpus["valid"]):

@@ -28,8 +28,9 @@ def train(args: Train) -> None:
     pieces = from_first(lambda: divide(files, args.dividing, args.compute.seed))
     run = RunFolder(args.output, _settings(args), files, resume=args.resume)
     say(describe(pieces))
-    with first_alone():
+    if is_first():
         write_splits_tsv(run / "splits.tsv", pieces)
+    with first_alone():
         corpus = open_corpus(args.corpus or run / "corpus", pieces)
 
     model = ByteLM(preset_config(args.preset, args.dropout, args.pattern, args.moe))

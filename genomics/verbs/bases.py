@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -19,7 +19,7 @@ from ...core.files import new_folder, require_new_folder, require_writable, writ
 from ...core.hub import CONFIG, WEIGHTS
 from ...core.metrics import format_table, write_confusion_tsv
 from ...core.plots import plot_confusion
-from ...core.processes import first_alone, from_first, is_first
+from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder, checksums_of, write_manifest
 from ...core.terminal import say
 from ...core.train import settings_of, train_model
@@ -60,12 +60,13 @@ def train_bases(args: TrainBases) -> None:
         say(describe_parts(stretches))
         parts = windows_of_parts(genome, stretches, args.window, args.max_n)
         counts = _counted(annotation, parts["train"], args.stranded)
-        with first_alone():
+        if is_first():
             write_splits_bed(run / "splits.bed", genome, stretches)
             write_json(run / "labels.json", dict(enumerate(annotation.classes)))
         mean, scale = _scale(counts) if args.target == "regression" else (0.0, 1.0)
+        backbone = start.config if start else PRESETS[args.preset]
         config = DNAAnnotatorConfig(
-            backbone=start.config if start else PRESETS[args.preset],
+            backbone=backbone if args.dropout is None else replace(backbone, dropout=args.dropout),
             classes=annotation.classes,
             target=args.target,
             mean=mean,

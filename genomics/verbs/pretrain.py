@@ -41,9 +41,10 @@ def pretrain(args: Pretrain) -> None:
         say(describe_parts(stretches))
         parts = windows_of_parts(genome, stretches, args.length, args.max_n)
         with first_alone():
-            write_splits_bed(run / "splits.bed", genome, stretches)
             tokenizer = _tokenizer(genome, parts["train"], args, run)
-            save_tokenizer(run.path, tokenizer)
+            if is_first():
+                write_splits_bed(run / "splits.bed", genome, stretches)
+                save_tokenizer(run.path, tokenizer)
         model = _model(args, tokenizer)
         task = TrainGenome(
             genome,

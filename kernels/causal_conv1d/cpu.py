@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .. import numba_lanes as lanes
 from ..numba_lanes import LANES
-from ..numba_runtime import TILE, buffer, copied, inline, jit, load, parallel, rows, sigmoid, store, wide
-from ..sequences import sequence_bounds
+from ..numba_runtime import TILE, bounds_of, buffer, copied, inline, jit, load, parallel, rows, sigmoid, store, wide
 
 PIECE = 128  # steps of a job: fixed, so that sums over time never depend on the number of threads
 BLOCK = 512  # channels of a job of the forward
@@ -175,7 +174,7 @@ def _array(x: Tensor) -> np.ndarray:
 def _prepare(x, weight, bias, initial_state, cu_seqlens, batch):
     """Jobs' (sequence, first position), sequence bounds, and what both directions read."""
     n_channels, width = weight.shape
-    bounds = sequence_bounds(cu_seqlens, batch, x.shape[0]).numpy()
+    bounds = bounds_of(cu_seqlens, batch, x.shape[0])
     # An empty sequence has a job as well: the gradient of its state must be written.
     jobs = [(s, begin) for s, n in enumerate(np.diff(bounds)) for begin in range(0, max(n, 1), PIECE)]
     bias = weight.new_zeros(n_channels) if bias is None else bias

@@ -25,7 +25,8 @@ from ..triton_runtime import (
     with_rows,
 )  # fmt: skip
 
-PIECE = 64  # steps of a program
+PIECE = 64  # steps of a program of the backward: it fixes the order of sums
+FORWARD_PIECE = 32  # of the forward
 BLOCK_D = 128  # channels of a program, 4 a lane
 UNROLL = 8  # steps whose rows are loaded at once
 
@@ -83,6 +84,40 @@ def _forward(
                 out *= sigmoid(out)
             row = token - i if REVERSE else token + i
             tl.store(y + row * n_channels + d, out, mask=in_d & (step + i < length))
+            window = window[1:]
+
+
+@triton.jit(do_not_specialize=["length", "n_seqs"])
+def _both_ways(
+    x, weight, bias, weight_back, bias_back, cu_seqlens, y, y_back, x_stride, length, n_seqs, n_channels,
+    W: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(n_channels, BLOCK_D)
+    _, start, length, begin = piece_of(cu_seqlens, n_seqs, length, tl.program_id(0) // n_tiles, PIECE)
+    d = tl.program_id(0) % n_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = d < n_channels
+    taps, bias_row = _load_taps(weight, d, in_d, W), load_float(bias, d, in_d)
+    taps_back, bias_row_back = _load_taps(weight_back, d, in_d, W), load_float(bias_back, d, in_d)
+    window = ()  # the rows that a step's two results see; the step's own is number W - 1
+    for k in tl.static_range(2 * W - 2):
+        position = begin - (W - 1) + k
+        there = in_d & (position >= 0) & (position < length)
+        window += (load_float(x, (start + position) * x_stride + d, there),)
+    for step in range(begin, tl.minimum(begin + PIECE, length), K):
+        last = step + (W - 1)
+        rows = load_rows(x, start + last, x_stride, d, in_d, last, length, K, False)
+        for i in tl.static_range(K):
+            window += (rows[i].to(tl.float32),)
+            out, back = bias_row, bias_row_back
+            for k in tl.static_range(W):
+                out += taps[k] * window[k]
+                back += taps_back[k] * window[2 * W - 2 - k]
+            if SILU:
+                out *= sigmoid(out)
+                back *= sigmoid(back)
+            at, inside = (start + step + i) * n_channels + d, in_d & (step + i < length)
+            tl.store(y + at, out, mask=inside)
+            tl.store(y_back + at, back, mask=inside)
             window = window[1:]
 
 
@@ -168,35 +203,49 @@ def _step(
         tl.store(state + k, window[k + 1], mask=in_d)
 
 
-def _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse) -> tuple[int, dict]:
+def _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, piece) -> tuple[int, dict]:
     """What both directions share: the number of pieces, and arguments of the kernels."""
     n_tokens, n_channels = x.shape
     length = n_tokens // max(batch, 1)
     if cu_seqlens is None:
-        n_seqs, n_pieces = batch, batch * max(ceil_div(length, PIECE), 1)
+        n_seqs, n_pieces = batch, batch * max(ceil_div(length, piece), 1)
     else:
         n_seqs = cu_seqlens.shape[0] - 1
-        n_pieces = checkpoint_slots(n_tokens, n_seqs, PIECE)
+        n_pieces = checkpoint_slots(n_tokens, n_seqs, piece)
     x = with_rows(x)
     bias, state, cu_seqlens = (None if t is None else t.contiguous() for t in (bias, initial_state, cu_seqlens))
     return n_pieces, {
         "x": x, "weight": weight.contiguous(), "bias": bias, "cu_seqlens": cu_seqlens, "x_stride": x.stride(0),
         "state": state, "length": length, "n_seqs": n_seqs, "n_channels": n_channels, "W": weight.shape[1],
-        "BLOCK_D": BLOCK_D, "PIECE": PIECE, "K": UNROLL, "SILU": silu, "REVERSE": reverse, "num_warps": 1,
+        "BLOCK_D": BLOCK_D, "PIECE": piece, "K": UNROLL, "SILU": silu, "REVERSE": reverse, "num_warps": 1,
     }  # fmt: skip
 
 
 def forward(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse):
-    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, FORWARD_PIECE)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         launch(_forward, n_pieces * ceil_div(x.shape[1], BLOCK_D), **arguments, y=y)
     return y
 
 
+def both_ways(x, weight, bias, weight_back, bias_back, cu_seqlens, batch, silu):
+    """`forward` with the first weights, and with the second ones reversed, to the bit; x is read once."""
+    n_pieces, arguments = _arguments(x, weight, bias, None, cu_seqlens, batch, silu, False, FORWARD_PIECE)
+    del arguments["state"], arguments["REVERSE"]
+    y, y_back = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    bias_back = None if bias_back is None else bias_back.contiguous()
+    with torch.cuda.device_of(x):
+        launch(
+            _both_ways, n_pieces * ceil_div(x.shape[1], BLOCK_D), **arguments, weight_back=weight_back.contiguous(),
+            bias_back=bias_back, y=y, y_back=y_back,
+        )  # fmt: skip
+    return y, y_back
+
+
 def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, dx=None):
     """Gradients of (x, weight, bias, initial_state). dx: room for the first, perhaps columns of a wider matrix."""
-    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse)
+    n_pieces, arguments = _arguments(x, weight, bias, initial_state, cu_seqlens, batch, silu, reverse, PIECE)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     n_weights = weight.numel()
     shares = torch.empty(n_pieces, n_weights + (0 if bias is None else len(bias)), device=x.device)  # of dweight, dbias

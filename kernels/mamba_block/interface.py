@@ -9,7 +9,9 @@ Forward, with T tokens of all sequences laid end to end, M model width, E inner 
     y           = scan(u, delta, -exp(A_log), B, C, D) silu(z)
     out         = y W_out'                              (T, M)
 
-A bidirectional block has two scans, each from its convolution on with weights of its own, and y is their sum. Saved are
+A bidirectional block has two scans, each from its convolution on with weights of its own, and y is their sum. On a GPU
+one kernel makes both u, the two are branches of a graph that is recorded, and in inference the last product adds them
+up, (y_1, y_2) (W_out, W_out)', which rounds once less. Saved are
 hidden, (x, z), y, and of each scan (t, B, C) and the checkpoints; u and delta, as large as y, are made again. Backward,
 where a line that more than one scan has a share in is the sum of these:
 
@@ -34,8 +36,9 @@ from torch import Tensor
 from ..backends import IN_PYTORCH, choose, traced
 from ..casting import cast_all
 from ..causal_conv1d import interface as conv_interface
-from ..operators import of_first_order
+from ..operators import module, of_first_order
 from ..selective_scan import interface as scan_interface
+from ..streams import side_by_side
 
 
 class ScanWeights(NamedTuple):
@@ -155,8 +158,33 @@ class _Settings(NamedTuple):
         run = conv_interface.implementation(self.conv_backend, direction)
         return run(*inputs, self.batch, True, reverse, **options)
 
-    def scan(self, direction: str, *inputs: Any) -> Any:
-        return scan_interface.implementation(self.scan_backend, direction)(*inputs)
+    def convolved(self, x: Tensor, scans: list[ScanWeights], cu_seqlens: Tensor | None) -> tuple[Tensor, ...] | None:
+        """u of both directions, where one kernel makes it; x (T, E)."""
+        if (self.conv_backend, self.reverse, self.border) == ("triton", (False, True), None):
+            first, second = scans
+            if first.conv.shape == second.conv.shape:
+                weights = first.conv[:, 0], first.conv_bias, second.conv[:, 0], second.conv_bias
+                both_ways = conv_interface.implementation("triton", "both_ways")
+                return both_ways(x, *weights, cu_seqlens, self.batch, True)
+        return None
+
+    def scan(self, direction: str, *inputs: Any, **options: Any) -> Any:
+        return scan_interface.implementation(self.scan_backend, direction)(*inputs, **options)
+
+    @property
+    def widens_in_scan(self) -> bool:
+        """Whether the scan makes delta of t by itself: the CPU's does."""
+        return self.scan_backend == "numba" and self.border is None
+
+    def low_rank(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
+        """(t, B, C) (T, R + 2N); delta (T, E), or t where the scan widens it."""
+        if self.conv_backend == "triton" and len(u):
+            kernel = module(__package__ or "", "triton_low_rank")
+            if kernel.serves(self.dtype, self.rank, len(x_proj)):
+                return kernel.low_rank(u, x_proj, dt_proj)
+        low = torch.mm(u, x_proj.t())
+        t, _, _ = self.parts(low)
+        return low, t if self.widens_in_scan else torch.mm(t, dt_proj.t())
 
 
 def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tuple[Tensor, tuple[Any, ...]]:
@@ -171,29 +199,47 @@ def _forward(s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat) -> tupl
         torch._foreach_neg_(A_of)
         if out_proj is not None and s.scale != 1:
             out_proj = out_proj * s.scale
+        # Where nothing is kept the last product adds up the results of several scans, which lie side by side.
+        wide = None
+        if len(scans) > 1 and out_proj is not None and not s.save and s.scan_backend == "cuda":
+            wide = hidden.new_empty(hidden.shape[0] * hidden.shape[1], len(scans), s.n_channels, dtype=s.dtype)
         rows = hidden.to(s.dtype).flatten(0, 1)
         xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
         x, z = s.halves(xz)
-        y, kept = None, []
-        for i, (scan, A, reverse) in enumerate(zip(scans, A_of, s.reverse, strict=True)):
+        kept: list[Any] = []
+        convolved = s.convolved(x, scans, cu_seqlens)
+
+        def scanned(i: int) -> Tensor:
+            """The result of a scan; adds to `kept` what its backward needs."""
+            scan, A, reverse = scans[i], A_of[i], s.reverse[i]
             x_proj, dt_proj, D, dt_bias = *low_rank[2 * i : 2 * i + 2], *own[3 * i + 1 : 3 * i + 3]
             taps, halo, state, passed = scan.conv[:, 0], None, None, None
             if s.border is not None:
                 halo = s.border.before(s.by_sequence(x)[0], taps.shape[1] - 1, reverse)
-            u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
-            low = torch.mm(u, x_proj.t())
-            t, B, C = s.parts(low)
-            delta = torch.mm(t, dt_proj.t())
+            if convolved is None:
+                u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
+            else:
+                u = convolved[i]
+            low, delta = s.low_rank(u, x_proj, dt_proj)
+            _, B, C = s.parts(low)
             if s.border is not None:
                 u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
                 state, passed = s.border.state_before(u_, delta_, A, B_, C_, dt_bias, reverse=reverse)
-            y_, _, saved = s.scan(
-                "forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save
+            options = {"dt_proj": dt_proj} if s.widens_in_scan else {} if wide is None else {"y": wide[:, i]}
+            y, _, saved = s.scan(
+                *("forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save),
+                **options,
             )
-            y = y_ if y is None else y.add_(y_)
-            kept += low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed
-        assert y is not None
-        out = y if out_proj is None else torch.mm(y, out_proj.t())
+            kept.extend((low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed))
+            return y
+
+        y, *others = side_by_side(scanned, len(scans), hidden, s.border is None)
+        if wide is not None and out_proj is not None:
+            out = torch.mm(wide.flatten(1), out_proj.repeat(1, len(scans)).t())
+        else:
+            for other in others:
+                y.add_(other)
+            out = y if out_proj is None else torch.mm(y, out_proj.t())
     own_rows = (None if in_proj is None else xz), (None if out_proj is None else y)
     return out.view(*hidden.shape[:2], out.shape[1]), (cu_seqlens, rows, *own_rows, in_proj, out_proj, *kept)
 

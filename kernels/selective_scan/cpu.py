@@ -8,15 +8,15 @@ each one again into a scratch buffer that fits the second-level cache, and then 
 Letters: T tokens of all sequences, S sequences, D channels, N states, G groups, w channels of a tile, n one state.
 Arrays here are numpy, float32, C-contiguous, in rows of channels: A, states and static B or C are (.., N, D).
 An option that is absent comes as an array of size 0. z, B and C may be some columns of a wider array, from column z0,
-B0, C0 on: B and C are (T, G N) there.
+B0, C0 on: B and C are (T, G N) there. In the forward delta may be the product of two, (T, R) and W (R, D).
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..numba_runtime import LOG2E, TILE, buffer, copied, jit, load, parallel, rows, store
-from ..sequences import checkpoint_slots, sequence_bounds
+from ..numba_runtime import LOG2E, TILE, bounds_of, buffer, copied, jit, load, parallel, rows, store
+from ..sequences import checkpoint_slots
 from .cpu_forward import CHECKPOINT
 from .cpu_forward import forward as _forward
 from .cpu_pieces import (
@@ -33,7 +33,7 @@ from .cpu_pieces import (
 
 
 @jit
-def _backward(first, last, tiles, bounds, u, delta, A2, B, B0, Bs, C, C0, Cs, D, z, z0, bias, checkpoints, dy,
+def _backward(first, last, tiles, bounds, delta, u, A2, B, B0, Bs, C, C0, Cs, D, z, z0, bias, checkpoints, dy,
               dfinal, use_softplus, reverse, du, ddelta, dA, dB, dBs, dC, dCs, dD, dz, dbias, dh0):  # fmt: skip
     N = A2.shape[0]
     raw, u_, z_, dt = buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT), buffer(CHECKPOINT)
@@ -131,7 +131,7 @@ def _split_static(x: Tensor) -> tuple[np.ndarray, int, np.ndarray]:
     return *rows(x.flatten(1)), _array(None, (0, 0))
 
 
-def _prepare(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch):
+def _prepare(u, A, B, C, D, z, delta_bias, cu_seqlens, batch):
     """What both directions share: tiles (n, 3) of (first channel, last channel, group), sequence bounds, arrays."""
     n_groups = next((x.shape[1] for x in (B, C) if x.dim() == 3), 1)
     per_group = u.shape[1] // n_groups
@@ -140,9 +140,9 @@ def _prepare(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch):
         for group in range(n_groups)
         for first in range(group * per_group, (group + 1) * per_group, TILE)
     ]
-    bounds = sequence_bounds(cu_seqlens, batch, u.shape[0]).numpy()
+    bounds = bounds_of(cu_seqlens, batch, u.shape[0])
     arrays = (
-        *(_array(u, (0, 0)), _array(delta, (0, 0)), _array(A.mT.float() * LOG2E, (0, 0))),
+        *(_array(u, (0, 0)), _array(A.mT.float() * LOG2E, (0, 0))),
         *(*_split_static(B), *_split_static(C)),
         *(_array(copied(D), (0, 0)), *rows(z), _array(copied(delta_bias), (0, 0))),
     )
@@ -153,15 +153,21 @@ def _state(x: Tensor | None, n_seqs: int) -> np.ndarray:
     return _array(None if x is None else x.mT, (n_seqs, 0, 0))
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save):
-    tiles, bounds, arrays = _prepare(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch)
+def forward(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save, dt_proj=None
+):
+    """dt_proj (D, R): delta is (T, R) and its product with dt_proj' is made on the way, never stored."""
+    tiles, bounds, arrays = _prepare(u, A, B, C, D, z, delta_bias, cu_seqlens, batch)
     n_seqs, (n_channels, n_states) = len(bounds) - 1, A.shape
     y = np.empty(u.shape, np.float32)
     final = np.empty((n_seqs, n_states, n_channels), np.float32)
     checkpoints = np.empty(saved_shape(u.shape[0], n_seqs, *A.shape) if save else (0, n_states, n_channels), np.float32)
     h0 = _state(initial_state, n_seqs)
-    parallel(_forward, n_seqs * len(tiles), tiles, bounds, *arrays, h0, softplus, reverse, save, y, final, checkpoints)
-    return torch.from_numpy(y).to(u.dtype), torch.from_numpy(final).mT.contiguous(), torch.from_numpy(checkpoints)
+    low = (_array(delta, (0, 0)), 0) if dt_proj is None else rows(delta)
+    W = _array(None if dt_proj is None else dt_proj.mT, (0, 0))
+    results = y, final, checkpoints
+    parallel(_forward, n_seqs * len(tiles), tiles, bounds, *low, W, *arrays, h0, softplus, reverse, save, *results)
+    return torch.from_numpy(y).to(u.dtype), torch.from_numpy(final).mT, torch.from_numpy(checkpoints)
 
 
 def backward(
@@ -170,7 +176,7 @@ def backward(
 ):  # fmt: skip
     """dz: room for z's gradient, which may be some columns of a wider matrix."""
     room = dz
-    tiles, bounds, arrays = _prepare(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch)
+    tiles, bounds, arrays = _prepare(u, A, B, C, D, z, delta_bias, cu_seqlens, batch)
     n_seqs, n_tokens, (n_channels, n_states) = len(bounds) - 1, u.shape[0], A.shape
     static_B, static_C = B.dim() == 2, C.dim() == 2
     by_token, by_channel = (len(tiles), n_tokens, n_states), (n_seqs, n_states, n_channels)
@@ -184,7 +190,8 @@ def backward(
     dC, dCs = buffer(by_token, not static_C), buffer(by_channel, static_C)
     dD, dbias = buffer((n_seqs, 1, n_channels), D is not None), buffer((n_seqs, 1, n_channels), delta_bias is not None)
     parallel(
-        *(_backward, n_seqs * len(tiles), tiles, bounds, *arrays, checkpoints.numpy(), _array(dy, (0, 0))),
+        *(_backward, n_seqs * len(tiles), tiles, bounds, _array(delta, (0, 0)), *arrays, checkpoints.numpy()),
+        _array(dy, (0, 0)),
         *(_state(dfinal, n_seqs), softplus, reverse),
         *(du, ddelta, dA, dB, dBs, dC, dCs, dD, dz, dbias, dh0),
     )

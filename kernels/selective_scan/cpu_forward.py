@@ -21,15 +21,36 @@ SIDE = 8  # tiles that it takes side by side: whole rows come from memory much f
 
 
 @jit
-def _discretise(u, delta, D, bias, order, ahead, c0, w, use_softplus, dt, dtu, y):
-    """dt = softplus(delta + bias), dt u and, to begin y with, the skip D u."""
+def _project(t, W, w, dt):
+    """dt = t W, of a whole piece: four steps share what is loaded of W."""
+    wide()
+    for d in range(0, w, LANES):
+        for i in range(0, PIECE, 4):
+            first = second = third = fourth = lanes.fill(np.float32(0.0))
+            for r in range(W.shape[0]):
+                row = lanes.load(W, r, d, LANES)
+                first, second = first + row * t[i, r], second + row * t[i + 1, r]
+                third, fourth = third + row * t[i + 2, r], fourth + row * t[i + 3, r]
+            lanes.store(first, dt, i, d, LANES)
+            lanes.store(second, dt, i + 1, d, LANES)
+            lanes.store(third, dt, i + 2, d, LANES)
+            lanes.store(fourth, dt, i + 3, d, LANES)
+
+
+@jit
+def _discretise(u, delta, projected, D, bias, order, ahead, c0, w, use_softplus, dt, dtu, y):
+    """dt = softplus(delta + bias), dt u and, to begin y with, the skip D u. Where it is `projected`, delta is in dt."""
     wide()
     for i in range(order.size):
         for d in range(0, w, LANES):
             lanes.prefetch(u, order[i] + ahead, c0 + d)
-            lanes.prefetch(delta, order[i] + ahead, c0 + d)
             x = lanes.load(u, order[i], c0 + d, w - d)
-            step = lanes.load(delta, order[i], c0 + d, w - d) + lanes.load(bias, 0, d, LANES)
+            if projected:
+                step = lanes.load(dt, i, d, LANES)
+            else:
+                lanes.prefetch(delta, order[i] + ahead, c0 + d)
+                step = lanes.load(delta, order[i], c0 + d, w - d)
+            step = step + lanes.load(bias, 0, d, LANES)
             if use_softplus:
                 step = lanes.softplus(step)
             lanes.store(step, dt, i, d, LANES)
@@ -84,17 +105,18 @@ def _gate(tile, z, z0, order, ahead, c0, w, y):
 
 
 @jit
-def forward(first, last, tiles, bounds, u, delta, A2, B, B0, Bs, C, C0, Cs, D, z, z0, bias, h0,
+def forward(first, last, tiles, bounds, delta, delta0, W, u, A2, B, B0, Bs, C, C0, Cs, D, z, z0, bias, h0,
             use_softplus, reverse, save, y, final, checkpoints):  # fmt: skip
     """The jobs first to last: job s * len(tiles) + k is the k-th tile of sequence s."""
-    N, n_tiles = A2.shape[0], tiles.shape[0]
+    N, n_tiles, rank = A2.shape[0], tiles.shape[0], W.shape[0]
     # Zeros, since a tile may fill only some of its columns, and lanes compute with the rest as well.
     A_, h = np.zeros((SIDE, N, TILE), np.float32), np.zeros((SIDE, N, TILE), np.float32)
     Bs_, Cs_ = np.zeros((SIDE, Bs.shape[0], TILE), np.float32), np.zeros((SIDE, Cs.shape[0], TILE), np.float32)
+    W_, t_ = np.zeros((SIDE, rank, TILE), np.float32), np.zeros((PIECE, rank), np.float32)
     dt, dtu, y_ = buffer(PIECE), buffer(PIECE), buffer(PIECE)
     D_, bias_ = np.zeros((SIDE, 1, TILE), np.float32), np.zeros((SIDE, 1, TILE), np.float32)
     B_, C_ = np.empty((PIECE, N), np.float32), np.empty((PIECE, N), np.float32)
-    states, only = np.arange(N), np.zeros(1, np.int64)
+    states, ranks, only = np.arange(N), np.arange(rank), np.zeros(1, np.int64)
     job = first
     while job < last:
         s, leftmost = job // n_tiles, job % n_tiles
@@ -102,6 +124,7 @@ def forward(first, last, tiles, bounds, u, delta, A2, B, B0, Bs, C, C0, Cs, D, z
         side = 0
         while side < SIDE and job < last and leftmost + side < n_tiles and tiles[leftmost + side, 2] == group:
             c0, c1, _ = tiles[leftmost + side]
+            load(W, ranks, c0, c1, W_[side])
             load(A2, states, c0, c1, A_[side])
             load(h0[s], states, c0, c1, h[side])
             load(Bs, states[: Bs.shape[0]], c0, c1, Bs_[side])
@@ -111,6 +134,7 @@ def forward(first, last, tiles, bounds, u, delta, A2, B, B0, Bs, C, C0, Cs, D, z
             side, job = side + 1, job + 1
         for begin in range(0, bounds[s + 1] - bounds[s], PIECE):
             order = order_of(bounds, s, begin, PIECE, reverse)
+            load_group(delta, delta0, order, t_)
             load_group(B, B0 + group * N, order, B_)
             load_group(C, C0 + group * N, order, C_)
             ahead = -PIECE if reverse else PIECE
@@ -120,7 +144,9 @@ def forward(first, last, tiles, bounds, u, delta, A2, B, B0, Bs, C, C0, Cs, D, z
                 w = c1 - c0
                 if save and begin % CHECKPOINT == 0:
                     store(h[k], states, c0, c1, checkpoints[slot])
-                _discretise(u, delta, D_[k], bias_[k], order, ahead, c0, w, use_softplus, dt, dtu, y_)
+                if rank > 0:
+                    _project(t_, W_[k], w, dt)
+                _discretise(u, delta, rank > 0, D_[k], bias_[k], order, ahead, c0, w, use_softplus, dt, dtu, y_)
                 _scan(dt, dtu, A_[k], B_, Bs_[k], C_, Cs_[k], order.size, w, h[k], y_)
                 _gate(y_, z, z0, order, ahead, c0, w, y)
         for k in range(side):

@@ -222,7 +222,8 @@ class _Layout(NamedTuple):
     static: tuple[bool, bool]  # whether B and C are
     types: tuple[torch.dtype, ...]
     strides: tuple[int, ...]  # from token to token, in bytes
-    dz_stride: int  # of z's gradient, likewise
+    y_stride: int  # of y, likewise, and of u's gradient
+    dz_stride: int  # of z's gradient
     group_strides: tuple[int, int]  # of B and C, in elements
     softplus: bool
     reverse: bool
@@ -249,7 +250,8 @@ def _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, rev
     layout = _Layout(
         _device(u), u.shape[0], n_channels, n_states, n_seqs, batch, cu_seqlens is not None, groups, vector,
         _widest(min(most, n_states & -n_states), *matrices), static, tuple([x.dtype for x in rows]),
-        tuple([x.stride(0) * x.element_size() for x in rows]), n_channels * rows[2].element_size(),
+        tuple([x.stride(0) * x.element_size() for x in rows]), n_channels * u.element_size(),
+        n_channels * rows[2].element_size(),
         (B.stride(1), C.stride(1)), softplus, reverse, z is not None,
     )  # fmt: skip
     tensors = {
@@ -319,8 +321,8 @@ class _Plan:
             ("STATIC_B", int(on.static[0])), ("STATIC_C", int(on.static[1])), *types,
             *zip(self.tile._fields, self.tile, strict=True), *macros,
         )  # fmt: skip
-        of_du, of_ddelta = (on.n_channels * t.itemsize for t in on.types[:2])
-        strides = (*on.strides, of_du, of_ddelta, on.dz_stride, 4 * on.groups * on.n_states)
+        of_ddelta = on.n_channels * on.types[1].itemsize
+        strides = (*on.strides, on.y_stride, of_ddelta, on.dz_stride, 4 * on.groups * on.n_states)
         numbers = _pack_numbers(
             *on.group_strides, self.length, on.n_tokens, on.n_seqs, on.n_channels, on.n_channels // on.groups,
             self.tiles_of_group, self.n_units, int(on.reverse), int(backwards),
@@ -329,15 +331,17 @@ class _Plan:
         self.launches.append(_Launch(_function(source, name, on.device, all_macros), blocks, threads, numbers))
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save):
+def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save, y=None):
+    """y: room for the result, which may be some columns of a wider matrix."""
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save)
     if _serves(u, delta, B, C, z, n_states=A.shape[1]):
         with torch.cuda.device_of(u):
             try:
-                return _forward(*arguments)
+                return _forward(*arguments, y)
             except nvrtc.Unavailable as error:
                 _give_up(_device(u), error)
-    return fallback.forward(*arguments)
+    found, *others = fallback.forward(*arguments)
+    return (found if y is None else y.copy_(found)), *others
 
 
 def backward(
@@ -377,11 +381,15 @@ def _forward_plan(layout: _Layout) -> _Plan:
     return p
 
 
-def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save):
+def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save, room):
     tensors, layout = _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse)
-    p = _forward_plan(layout)
     on = u.device
-    y = torch.empty(u.shape, dtype=u.dtype, device=on)
+    y = None if room is None or _widest(layout.vector, room) < layout.vector else room
+    if y is None:
+        y = torch.empty(u.shape, dtype=u.dtype, device=on)
+    else:
+        layout = layout._replace(y_stride=y.stride(0) * y.element_size())
+    p = _forward_plan(layout)
     final = torch.empty(layout.n_seqs, *A.shape, device=on)
     saved = torch.empty(saved_shape(u.shape[0], layout.n_seqs, *A.shape) if save else (0, *A.shape), device=on)
     first = _floats(initial_state)
@@ -394,7 +402,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, bat
     pointers = _pointers(**tensors, **results, first=first, own=own, sums=sums)
     for launch in p.launches:
         launch(pointers)
-    return y, final, saved
+    return (y if room is None or y is room else room.copy_(y)), final, saved
 
 
 @lru_cache(maxsize=1024)

@@ -152,7 +152,9 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, final state, saved states)."""
     forward = implementation(backend, "forward")
-    return forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save)
+    options = cu_seqlens, batch, softplus, reverse, save
+    y, final, saved = forward(u, delta, A, B, C, D, z, delta_bias, initial_state, *options)
+    return y, final.contiguous(), saved
 
 
 def _fake(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save, backend):

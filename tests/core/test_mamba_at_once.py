@@ -158,6 +158,17 @@ def test_special_parts_of_two_directions(part, n_calls, calls):
     assert_close(ours, in_parts(model, x), 1e-5)
 
 
+def test_a_factor_of_two_directions_beside_an_adapter(calls):
+    model, x = BiMamba(WIDTH, d_state=5), torch.randn(2, 7, WIDTH)
+    usual = model(x, scale=0.5)
+    calls.clear()
+    adapted("out_proj", model)
+    assert_close(results(model, x, scale=0.5), in_parts(model, x, scale=0.5), 1e-5)
+    assert len(calls) == 2
+    with torch.no_grad():
+        assert not torch.allclose(model(x, scale=0.5), usual)
+
+
 def test_a_factor_of_two_directions(calls):
     model, x = BiMamba(WIDTH, d_state=5), torch.randn(2, 7, WIDTH)
     ours = results(model, x, scale=0.25)

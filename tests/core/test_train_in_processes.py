@@ -19,6 +19,7 @@ from polymamba.core import (
     RunFolder,
     Task,
     TrainConfig,
+    averaging,
     processes,
     sharded,
     train,
@@ -155,7 +156,7 @@ class OnCPU(train.Division):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.records = self.gradients_meet_after = True
+        self.records = self.averages = True
 
 
 def recorded(folder):
@@ -163,12 +164,15 @@ def recorded(folder):
     train.Division, train.Replayed = OnCPU, lambda function, _: function
     train.own_stream = lambda _: nullcontext()
     CountUp.same_kernels = True
+    averaging.BUCKET = 100  # of some 3,000
     run(folder, cuda_graph=True)
 
 
-def test_gradients_that_meet_after_the_backward(tmp_path, truth, in_processes):
-    """In an epoch's last step two processes have no batch."""
-    in_processes(4, recorded, tmp_path / "run")
+@pytest.mark.parametrize("n", [2, 4])
+def test_recorded_gradients(n, tmp_path, truth, in_processes):
+    """They meet after the backward where a process has two batches, or, in an epoch's last step on four, perhaps none;
+    while it goes on where each has one."""
+    in_processes(n, recorded, tmp_path / "run")
     assert_same(tmp_path / "run", truth)
 
 

@@ -135,7 +135,8 @@ def test_values_by_a_causal_model(folder, tmp_path):
     short = ["--length", "64", "--epochs", "1", "--steps-per-epoch", "2", "--no-baselines"]
     genomics("pretrain", fasta, *parts, *short, "-o", tmp_path / "lm")
     words = ["--labels", bedgraph, "--target", "regression", "--init", tmp_path / "lm", "--epochs", "2"]
-    genomics("train-bases", *flags(folder, *words), "-o", tmp_path / "run")
+    genomics("train-bases", *flags(folder, *words, "--dropout", "0.1"), "-o", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["backbone"]["dropout"] == 0.1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     spans = [line.split("\t") for line in bedgraph.read_text().splitlines() if line.startswith("chr3")]
     text = fasta.read_text().split("chr3\n")[1]

@@ -59,6 +59,10 @@ inline float across(float x, int mask) {
   return other;
 }
 inline float add_across(float x, int mask) { return x + across(x, mask); }
+template <typename X, unsigned long K> inline void load_if(bool wanted, unsigned (&x)[K], const X* from) {
+  std::memset(x, 0, sizeof x);
+  if (wanted) std::memcpy(x, from, sizeof(X));
+}
 template <typename X> inline void store_if(bool wanted, void* to, X x) {
   if (wanted) *static_cast<X*>(to) = x;
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polymamba.kernels import causal_conv1d, causal_conv1d_step
 from polymamba.kernels.causal_conv1d import causal_conv1d_reference
+from polymamba.kernels.causal_conv1d.interface import implementation
 
 FAST = ["numba", "triton"]
 ALL = ["reference", "torch", *FAST]
@@ -110,6 +111,22 @@ def test_any_shape(data, results_of, cast, assert_close):
     tensors, arguments = settle(options)
     expected = results_of(causal_conv1d, tensors, "reference", **arguments)
     assert_close(results_of(causal_conv1d, cast(tensors, torch.float32), "numba", **arguments), expected, 1e-5, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "width", "ends"),
+    [(2, 70, 10, 4, None), (1, 9, 130, 1, None), (1, 40, 7, 3, [0, 1, 1, 37, 40]), (2, 0, 5, 4, None)],
+)
+def test_both_ways_by_one_kernel_are_the_two_apart(batch, length, channels, width, ends, dtype, device_of):
+    device = device_of("triton")
+    both_ways, forward = (implementation("triton", name) for name in ("both_ways", "forward"))
+    wide = torch.randn(batch * length, 2 * channels, dtype=dtype, device=device)
+    x, cu_seqlens = wide[:, channels:], None if ends is None else torch.tensor(ends, dtype=torch.int32, device=device)
+    (w_1, w_2), bias = torch.randn(2, channels, width, device=device), torch.randn(channels, device=device)
+    y_1, y_2 = both_ways(x, w_1, bias, w_2, None, cu_seqlens, batch, True)
+    assert torch.equal(y_1, forward(x, w_1, bias, None, cu_seqlens, batch, True, False))
+    assert torch.equal(y_2, forward(x, w_2, None, None, cu_seqlens, batch, True, True))
 
 
 @pytest.mark.parametrize("backend", FAST)

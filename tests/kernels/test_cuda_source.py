@@ -13,6 +13,7 @@ from polymamba.kernels import cross_scan, nvrtc, selective_scan
 pytest.importorskip("triton")
 
 from polymamba.kernels.cross_scan import cuda as cross_cuda
+from polymamba.kernels.mamba_block import BlockWeights, ScanWeights, mamba_block
 from polymamba.kernels.selective_scan import cuda
 from polymamba.kernels.vss_block import VSSWeights, vss_block, vss_block_reference
 
@@ -133,6 +134,37 @@ def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu,
         cuda.backward(*given, wide[:, channels:])
         assert torch.equal(wide[:, channels:], expected)
         assert wide[:, :channels].isnan().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize("channels", [10, 7])
+def test_emulated_with_room_for_the_result(channels, on_the_cpu, cast):
+    tensors = cast(inputs(70, channels, 3, 1, 1), torch.float32)
+    arguments = [tensors[name] for name in ("u", "delta", "A", "B", "C", "D", "z")]
+    flat = [x.flatten(0, 1) if x.dim() > 2 else x for x in arguments]
+    for reverse in (False, True):
+        arguments = (*flat, tensors["delta_bias"], None, None, 1, True, reverse, False)
+        expected = cuda.forward(*arguments)[0]
+        wide = torch.full((70, 2 * channels), torch.nan)
+        y = cuda.forward(*arguments, wide[:, channels:])[0]
+        assert torch.equal(y, expected)
+        assert torch.equal(wide[:, channels:], expected)
+        assert wide[:, :channels].isnan().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize("channels", [10, 7])
+def test_block_emulated_in_inference(channels, on_the_cpu):
+    """There the last product adds up the directions, whose results lie side by side."""
+    states, rank, width = 3, 2, 6
+    shapes = (channels, 1, 4), (channels,), (rank + 2 * states, channels), (channels, rank), (channels,)
+    shapes = *shapes, (channels, states), (channels,)
+    scans = tuple(ScanWeights(*(torch.randn(shape) / 2 for shape in shapes)) for _ in range(2))
+    weights = BlockWeights(torch.randn(2 * channels, width), torch.randn(width, channels), scans)
+    hidden = torch.randn(2, 9, width)
+    options = {"dtype": torch.float32, "reverse": (False, True), "scale": 0.5, "backend": "cuda"}
+    trained = mamba_block(hidden.clone().requires_grad_(), weights, **options)
+    torch.testing.assert_close(mamba_block(hidden, weights, **options), trained, rtol=1e-5, atol=1e-5)
 
 
 def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch):

@@ -1,5 +1,7 @@
 """The block as one operation of autograd: every backend against its parts by the references, in float64."""
 
+from importlib import import_module
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +137,41 @@ def test_in_bfloat16_with_weights_in_float32(backend, results_of, cast, assert_c
     half = {name for name, x in actual.items() if x.dtype == torch.bfloat16}
     assert half == {"y", "grad_hidden"}
     assert_close(actual, results_of(run, cast(tensors, torch.float64), "reference", **both), 4e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "channels", "rank", "states"), [(70, 130, 12, 16), (1, 7, 3, 5), (65, 64, 1, 1)])
+def test_products_of_an_odd_rank(tokens, channels, rank, states, dtype, device_of, assert_close):
+    device = device_of("triton")
+    kernel = import_module("polymamba.kernels.mamba_block.triton_low_rank")
+    u = torch.randn(tokens, 2 * channels, device=device).to(dtype)[:, :channels]
+    x_proj = (torch.randn(rank + 2 * states, channels, device=device) / channels**0.5).to(dtype)
+    dt_proj = torch.randn(channels, rank, device=device).to(dtype)
+    assert kernel.serves(dtype, rank, len(x_proj))
+    low, delta = kernel.low_rank(u, x_proj, dt_proj)
+    exact = u.double() @ x_proj.double().T
+    assert_close({"low": low}, {"low": exact}, torch.finfo(dtype).eps)
+    # delta is of t as it was rounded.
+    assert_close({"delta": delta}, {"delta": low[:, :rank].double() @ dt_proj.double().T}, torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_as_a_graph_it_is_the_same(dtype, cast):
+    """There the directions are branches, which run side by side."""
+    tensors = {
+        k: None if x is None else x.cuda() for k, x in cast(problem(3, 200, 40, 80, 16, 5, scans=2), dtype).items()
+    }
+    hidden, weights = tensors.pop("hidden"), weights_of(tensors)
+    options = {"dtype": dtype, "reverse": (False, True), "scale": 0.5, "backend": "cuda"}
+    with torch.no_grad():
+        expected = mamba_block(hidden, weights, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = mamba_block(mamba_block(hidden, weights, **options), weights, **options)
+        for _ in range(3):
+            graph.replay()
+        assert torch.equal(y, mamba_block(expected, weights, **options))
 
 
 @pytest.mark.parametrize("trained", ["hidden", "in_proj", "x_proj", "dt_proj A_log", "conv D2", "out_proj", "x_proj2"])

@@ -120,6 +120,19 @@ def test_vim_against_loops(changes):
         assert torch.allclose(row, naive_vim(model, image), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_on_a_gpu(dtype):
+    """There they are multiplied as a matrix; what is beyond the last whole patch is not seen."""
+    model = roughened(vim(img_size=(21, 9)))
+    images = torch.randn(3, 3, 21, 9, dtype=torch.float64)
+    expected = model.patch_embed.proj(images)
+    actual = model.patch_embed.to("cuda", dtype)(images.to("cuda", dtype))
+    assert actual.shape == expected.shape
+    error = (actual.double().cpu() - expected).abs().max() / expected.abs().max()
+    assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
 def naive_block(block, x):
     """A block of VMamba on one image, (H, W, C)."""
     op, (height, width) = block.op, x.shape[:2]

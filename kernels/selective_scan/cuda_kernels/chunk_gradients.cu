@@ -85,7 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
       float dt[V], dout[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        dt[v] = step + t < end ? step_size(next.delta[i].get(v) + bias[v]) : 0.0f;
+        const float size = step_size(next.delta[i].get(v) + bias[v]);
+        dt[v] = step + t < end ? size : 0.0f;
         dout[v] = next.dy[i].get(v);
 #if GATE
         const float gate = next.z[i].get(v);

@@ -191,8 +191,7 @@ template <typename X> struct Rows {
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       int t = step + i * ROWS + a.row;
-      x[i].clear();
-      if (a.in_row && t < end) x[i].load(at(t));
+      x[i].load_if(a.in_row && t < end, at(t));
     }
   }
 };
@@ -207,8 +206,7 @@ template <typename X, int COUNT, int LANES> struct MatrixRows {
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       int k = i * LANES + lane, t = step + k / A_ROW, n = k % A_ROW * VB;
-      x[i].clear();
-      if (k < TOTAL && t < end && n < N) x[i].load(step_at(first, stride, t) + n);
+      x[i].load_if(k < TOTAL && t < end && n < N, step_at(first, stride, t) + n);
     }
   }
   INLINE void put(float* to, int lane) const {

@@ -149,8 +149,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
         float dt[V], dtu[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          // 0 beyond the last step, which so leaves the state as it is
-          dt[v] = step + t < end ? step_size(next.delta[i].get(v) + bias[v]) : 0.0f;
+          // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
+          // one step size wait for the other
+          const float size = step_size(next.delta[i].get(v) + bias[v]);
+          dt[v] = step + t < end ? size : 0.0f;
           dtu[v] = dt[v] * next.u[i].get(v);
         }
         store_floats(&shared.dt[t][a.column], dt);

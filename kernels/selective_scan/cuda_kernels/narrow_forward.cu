@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_forwar
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           // 0 beyond the last step, which so leaves the state as it is
-          const float dt = mine + t < end ? step_size(now.delta[t].get(v) + bias[v]) : 0.0f;
+          const float size = step_size(now.delta[t].get(v) + bias[v]), dt = mine + t < end ? size : 0.0f;
 #if STATIC_B
           const float b = b_static[v][0];
 #else

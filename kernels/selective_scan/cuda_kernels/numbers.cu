@@ -36,6 +36,13 @@ template <typename X, int K> struct Packed {
       word[0] = w.x, word[1] = w.y, word[2] = w.z, word[3] = w.w;
     }
   }
+  // Zeros where it is not wanted.
+  INLINE void load_if(bool wanted, const X* from) {
+    if constexpr (BYTES == 2) ::load_if(wanted, word, reinterpret_cast<const unsigned short*>(from));
+    if constexpr (BYTES == 4) ::load_if(wanted, word, reinterpret_cast<const unsigned*>(from));
+    if constexpr (BYTES == 8) ::load_if(wanted, word, reinterpret_cast<const uint2*>(from));
+    if constexpr (BYTES == 16) ::load_if(wanted, word, reinterpret_cast<const uint4*>(from));
+  }
   INLINE void store(X* to) const {
     if constexpr (BYTES == 2) *reinterpret_cast<unsigned short*>(to) = word[0];
     if constexpr (BYTES == 4) *reinterpret_cast<unsigned*>(to) = word[0];

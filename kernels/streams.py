@@ -1,0 +1,32 @@
+"""Work of a GPU in several streams, where that costs the host nothing: as branches of a CUDA graph that is recorded."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def side_by_side(work: Callable[[int], Tensor], n: int, x: Tensor, may_branch: bool) -> list[Tensor]:
+    """[work(0), .., work(n - 1)], which do not depend on each other; x: where they run.
+
+    While a CUDA graph is recorded each is a branch of it: kernels of one fill the multiprocessors that the last blocks
+    of another's leave idle. Launched one by one they wait for the host anyhow, which another stream would cost more.
+    """
+    if n == 1 or not may_branch or not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+        return [work(i) for i in range(n)]
+    current = torch.cuda.current_stream(x.device)
+    begin = current.record_event()
+    results = [work(0)]
+    for i in range(1, n):
+        branch = _branch(x.device, i)
+        branch.wait_event(begin)
+        with torch.cuda.stream(branch):
+            results.append(work(i))
+        current.wait_stream(branch)  # so memory of a branch is free for the next one to begin in it
+    return results
+
+
+@cache
+def _branch(device: torch.device, i: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
