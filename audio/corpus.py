@@ -25,11 +25,10 @@ from ..core.errors import InputError
 from ..core.files import new_folder, save_tsv, sha256, write_json
 from ..core.inputs import PARTS, find_files, named_part, part_called
 from ..core.processes import is_first
-from ..core.terminal import say
+from ..core.terminal import progress_bar, say
 from .codec import encode, values
 from .config import Dividing
 from .reading import FOREIGN, READABLE, Sound, inspect, samples
-from .terminal import progress_bar
 
 MANIFEST = "manifest.json"
 LAYOUT = 1  # raised whenever the .bin files of the same recordings would be others

@@ -34,6 +34,7 @@ def inception_score(p: np.ndarray) -> float:
 
 
 def modified_inception_score(p: np.ndarray, seed: int = 0, pairs: int = 10_000) -> float:
+    """Of probabilities (n, K): exp of the mean divergence of one sound's from another's, over random pairs."""
     rng = np.random.default_rng(seed)
     one, other = p[rng.integers(len(p), size=pairs)], p[rng.integers(len(p), size=pairs)]
     return float(np.exp(np.sum(one * (_log(one) - _log(other)), axis=1).mean()))

@@ -50,7 +50,8 @@ def draw_wave(axes: Axes, wave: np.ndarray, rate: int) -> None:
 
 
 def draw_spectrum(axes: Axes, wave: np.ndarray, rate: int) -> None:
-    width = max(16, 1 << round(np.log2(0.032 * rate)))  # some 32 ms
+    """Decibels, of magnitudes in windows of some 32 ms, of a wave (n,) at `rate` Hz: seconds across, kHz upwards."""
+    width = max(16, 1 << round(np.log2(0.032 * rate)))
     wave = np.pad(wave.astype(np.float64), (0, max(0, width - len(wave))))
     hop = max(width // 4, len(wave) // _COLUMNS)
     transform = ShortTimeFFT(hann(width), hop, rate, scale_to="magnitude")

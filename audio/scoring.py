@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..core.causality import require_causal
 from ..core.errors import InputError
 from ..core.generation import read, select_state
 from ..core.processes import each_once
@@ -76,32 +77,10 @@ def _of_group(model, recordings, labels, group: list[int], chunk: int, advance) 
     return bits
 
 
-@torch.no_grad()
 def check_causality(model: AudioModel) -> None:
-    """Raises InputError if changing a sample changes what the model predicted before it, or if it predicts no numbers.
-
-    To be run before any bits are believed: a model that sees what it should predict has very few of them.
-    """
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, enabled=False):  # whose rounding makes much of the last bits of an FFT
-        _check_causality(model, device)
-
-
-def _check_causality(model: AudioModel, device: torch.device) -> None:
-    length = 2 * model.config.unet.period + 7
-    codes = torch.randint(N_CODES, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-    logits = model(codes).float()
-    if not logits.isfinite().all():
-        raise InputError("the model's predictions are not finite; check its weights")
-    for changed in (1, length // 2, length - 1):
-        other = codes.clone()
-        other[0, changed] = (other[0, changed] + N_CODES // 2) % N_CODES
-        difference = (model(other).float() - logits)[0, :changed].abs().max().item()
-        if not difference <= 1e-4 * (1 + logits.abs().max().item()):
-            raise InputError(
-                f"the model sees the future: changing sample {changed} changes the predictions before it by "
-                f"{difference:.2g}; its bits per sample would mean nothing"
-            )
+    """Raises InputError if the model sees the future, or predicts no numbers: see core/causality.py."""
+    length, device = 2 * model.config.unet.period + 7, next(model.parameters()).device
+    require_causal(model, device, n_values=N_CODES, length=length, unit="sample", tolerance=1e-4)
 
 
 def order0_bits(recordings: Sequence[np.ndarray]) -> float:

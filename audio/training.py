@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.batching import pad_right, shuffled_batches, sorted_batches
+from ..core.batching import pad_right, shuffled_batches, sorted_batches, windows_of_each
 from ..core.config import TrainConfig
 from ..core.processes import each_once
-from ..core.train import Task
+from ..core.task import Task
+from ..core.terminal import progress_bar
 from .codec import decode, encode
 from .config import START
 from .corpus import Recordings
 from .model import AudioModel
 from .scoring import bits_of, check_causality
-from .terminal import progress_bar
 from .variation import varied
 
 PADDING = -100  # no target
@@ -49,16 +49,10 @@ class TrainAudio(Task):
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The windows of each batch, int64 (windows, 4): begin in the part, samples, whether at START, label."""
         rng = np.random.default_rng((self.seed, epoch))
-        sizes = self.train.lengths
-        first = np.where(sizes <= self.context, sizes, rng.integers(1, self.context + 1, len(sizes)))
-        n_windows = 1 - (first - sizes) // self.context  # rounded up
-        recording = np.repeat(np.arange(len(sizes)), n_windows)
-        number = np.arange(len(recording)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
-        starts = np.where(number == 0, 0, first[recording] + (number - 1) * self.context)
-        stops = np.minimum(first[recording] + number * self.context, sizes[recording])
+        recording, starts, stops = windows_of_each(self.train.lengths, self.context, rng)
         begin = self.train.starts[recording] + starts
         label = np.where(rng.random(len(recording)) < UNLABELLED, len(self.labels), self.label_ids[recording])
-        windows = np.column_stack((begin, stops - starts, number == 0, label))
+        windows = np.column_stack((begin, stops - starts, starts == 0, label))
         loud = self.train.loudness(windows[:, 0], windows[:, 0] + windows[:, 1]) >= self.gate
         windows = windows[loud] if loud.any() else windows
         settings = self.config.batch_size, self.config.max_tokens

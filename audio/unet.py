@@ -48,6 +48,7 @@ class DownPool(nn.Linear):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)  # the stream between blocks is float32, whatever the weights are
         return super().forward(rearrange(x, "b (n p) d -> b n (d p)", p=self.pool))
 
 
@@ -59,7 +60,7 @@ class UpPool(nn.Linear):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(super().forward(x), "b n (d p) -> b (n p) d", p=self.pool)
+        return rearrange(super().forward(x.to(self.weight.dtype)), "b n (d p) -> b (n p) d", p=self.pool)
 
 
 class UNet(PretrainedModel):

@@ -1,15 +1,19 @@
 """Speed of the audio models: sample by sample, and in training.
 
-    python benchmarks/audio.py cpu [--output FILE]     one thread; some minutes
-    python benchmarks/audio.py gpu [--output FILE]     one GPU; some 5 minutes
+    python benchmarks/audio.py cpu [--only writing|training] [--output FILE]     one thread; some minutes
+    python benchmarks/audio.py gpu [--only writing|training] [--output FILE]     one GPU; some 5 minutes, training 1
 
 Random weights, 16 kHz, float32 unless it says bf16 (then matrices alone are rounded). `polymamba audio generate` takes
 the loop as one compiled kernel (audio/writers.py), and the CUDA graph for mixers that it does not know; `eager` steps
 the same modules by plain PyTorch operators and draws each code by core's sampling, as all do. A real-time factor is
 seconds of work for a second of sound of one stream: below 1 is faster than real time. Medians of one run; on the CPU of
 the thread's own time, so that other work on the machine counts as little as it can.
-Training: batch 8 x 16,000 samples of sc09-small, forward, backward and AdamW, with our kernels and with their plain
-PyTorch twins (backend "torch"; the definitions themselves keep every state of every step, and do not fit).
+
+A step of training is forward, cross-entropy, backward and AdamW of sc09-small, 8 x 16,000 samples; on a CPU of `tiny`
+and little of it, to try this file. Beside it the same model, from the same weights on the same codes (the losses show
+it), by plain PyTorch operations: backend "torch", 64 steps of time at once, and the definitions, which keep each state.
+Both go along time in a Python loop, too slowly for 16,000 samples, so there is a crop of 500, at which all three are
+measured, in float32: the plain ones by one step after one to warm up, ours by the median of 5 after 2.
 """
 
 import argparse
@@ -29,6 +33,7 @@ from polymamba.audio import PRESETS, AudioConfig, AudioModel
 from polymamba.audio.config import START
 from polymamba.audio.writers import CudaWriter, EagerWriter, FusedWriter, GraphWriter
 from polymamba.core import SamplingConfig
+from polymamba.core.speed import cell, cell_ms, median_seconds, with_peak
 from polymamba.kernels.backends import choose
 
 RATE = 16000
@@ -91,24 +96,40 @@ def median(work: Callable[[], object], repeats: int, device: str) -> float:
     return statistics.median(times)
 
 
-def training(backend: str | None, device: str, batch: int, length: int) -> tuple[float, float]:
-    """(seconds of a step, peak GiB)."""
-    model = model_of("sc09-small", device).train()
+def training(preset: str, device: str, batch: int, length: int, backend: str | None, bf16: bool) -> tuple:
+    """(seconds of a step, None without the memory for it; steps measured; peak in bytes; loss before the first)."""
+    model = model_of(preset, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    codes = torch.randint(256, (batch, length), device=device)
+    codes = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+    losses = []
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             logits = model(codes)
-        F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten()).backward()
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(loss.detach())
 
+    repeats, warm_ups = (5, 2) if backend is None else (1, 1)
+    on = torch.device(device)
     with plain_pytorch(backend):
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        took = median(step, 3, device)
-    return took, torch.cuda.max_memory_allocated() / 2**30
+        seconds, peak = with_peak(lambda: median_seconds(step, on, repeats, warm_ups), on)
+    return seconds, repeats, peak, losses[0].item() if losses else None
+
+
+def trainings(preset: str, device: str, batch: int, whole: int, crop: int) -> Iterator[tuple]:
+    """Rows of the table: our kernels at `whole` samples, then all kernels at `crop` of them, in float32."""
+    plans = [("ours", None, whole, True), ("ours", None, whole, False), ("ours", None, crop, False)]
+    plans += [("plain PyTorch, 64 steps at once", "torch", crop, False), ("definitions", "reference", crop, False)]
+    for name, backend, length, bf16 in plans:
+        seconds, n_steps, peak, loss = training(preset, device, batch, length, backend, bf16)
+        rate = None if seconds is None else batch * length / seconds
+        yield (
+            *(preset, name, "bf16" if bf16 else "fp32", f"{batch} x {length:,}", n_steps, cell_ms(seconds)),
+            *(cell(rate, ",.0f"), cell(None if peak is None else peak / 2**30, ".2f"), cell(loss, ".5f")),
+        )
 
 
 def table(rows: list[tuple], heads: tuple[str, ...]) -> str:
@@ -147,33 +168,34 @@ GPU_HEADS = (
     *("model", "streams", "float32, samples/s", "bf16", "CUDA graph", "real-time factor", "of bf16"),
     *("eager, samples/s", "ratio, float32"),
 )
+TRAINING_HEADS = (
+    *("model", "kernels", "precision", "batch", "steps measured", "ms a step", "samples/s", "peak GiB"),
+    "loss before the first",
+)
+CPU_PLANS = [("tiny", 300, 4), ("youtubemix", 40, 1), ("sc09-small", 150, 4), ("sc09-large", 40, 2)]
+GPU_PLANS = [
+    *(("sc09-small", 1, 100, 4), ("youtubemix", 1, 8, 1), ("sc09-large", 1, 40, 0)),
+    *(("sc09-small", 128, 50, 4), ("youtubemix", 128, 8, 0), ("sc09-large", 128, 20, 0)),
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("where", choices=("cpu", "gpu"))
+    parser.add_argument("--only", choices=("writing", "training"))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    if args.where == "cpu":
+    on_cpu = args.where == "cpu"
+    if on_cpu:
         torch.set_num_threads(1)
     text = ["  \n".join(describe()), ""]
     print(text[0], flush=True)
-    if args.where == "cpu":
-        plans = [("tiny", 300, 4), ("youtubemix", 40, 1), ("sc09-small", 150, 4), ("sc09-large", 40, 2)]
-        text.append(table(list(_shown(cpu_speeds(plans))), CPU_HEADS))
-    else:
-        plans = [("sc09-small", 1, 100, 4), ("youtubemix", 1, 8, 1), ("sc09-large", 1, 40, 0)]
-        plans += [("sc09-small", 128, 50, 4), ("youtubemix", 128, 8, 0), ("sc09-large", 128, 20, 0)]
-        text.append(table(list(_shown(gpu_speeds(plans))), GPU_HEADS))
-        rows = []
-        for name, backend in (("our kernels", None), ("plain PyTorch", "torch")):
-            try:
-                took, peak = training(backend, "cuda", 8, 16000)
-                rows.append((name, f"{1e3 * took:,.0f}", f"{8 * 16000 / took:,.0f}", f"{peak:.1f}"))
-            except torch.OutOfMemoryError:
-                rows.append((name, "no memory", "-", "-"))
-            print(rows[-1], flush=True)
-        text.append(table(rows, ("training, 8 x 16,000", "ms a step", "samples/s", "peak GiB")))
+    if args.only != "training":
+        rows = cpu_speeds(CPU_PLANS) if on_cpu else gpu_speeds(GPU_PLANS)
+        text.append(table(list(_shown(rows)), CPU_HEADS if on_cpu else GPU_HEADS))
+    if args.only != "writing":
+        rows = trainings("tiny", "cpu", 2, 160, 80) if on_cpu else trainings("sc09-small", "cuda", 8, 16000, 500)
+        text.append(table(list(_shown(rows)), TRAINING_HEADS))
     print("\n".join(text[1:]))
     if args.output:
         args.output.write_text("\n".join(text) + "\n")

@@ -9,8 +9,6 @@ of the same run. The training step (forward, cross-entropy, backward, no optimiz
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,15 +42,7 @@ def build(backbone: BackboneConfig, vocab_size: int, dtype: torch.dtype = torch.
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    work()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return median_seconds(work, torch.device("cuda"), repeats)
 
 
 def write_on(model: LanguageModel, batch: int, prompt: int, n_new: int) -> None:

@@ -23,8 +23,7 @@ from torch.utils import _pytree as pytree
 from ..core.backbone import aux_loss
 from ..core.generation import generate, prefill
 from ..core.moe import parameter_counts
-from ..core.optim import averaged, parameter_groups
-from ..core.speed import median_seconds, with_peak
+from ..core.speed import median_seconds, training_step, with_peak
 from .config import N_BYTES
 from .model import ByteLM
 from .training import next_byte_loss
@@ -57,16 +56,7 @@ def measure_training(model: ByteLM, batch: int, context: int, repeats: int) -> S
 
     def train() -> float:
         model.train()
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.0, betas=(0.9, 0.95))
-        average = averaged(model, 0.99)
-
-        def step() -> None:
-            (next_byte_loss(model, windows) + aux_loss(model)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            average.update_parameters(model)
-
+        step = training_step(model, lambda: (next_byte_loss(model, windows) + aux_loss(model)).backward())
         return median_seconds(step, device, repeats)
 
     try:

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.batching import pad_right, shuffled_batches
+from ..core.batching import pad_right, shuffled_batches, windows_of_each
 from ..core.config import TrainConfig
 from ..core.parallel import padded_piece
-from ..core.train import Task
+from ..core.task import Task
 from .config import DOCUMENT, Windows
 from .documents import Documents
 from .evaluation import check_causality, score
@@ -67,13 +67,7 @@ class TrainBytes(Task):
     def _apart(self, rng: np.random.Generator) -> np.ndarray:
         """The same from each document, from its mark to the next one; the first window of a long one is shorter."""
         sizes = np.diff(self.train.marks)  # ids to predict, the document's end included
-        first = np.minimum(sizes, rng.integers(1, self.context + 1, len(sizes)))
-        first = np.where(sizes <= self.context, sizes, first)
-        n_windows = 1 - (first - sizes) // self.context  # rounded up
-        document = np.repeat(np.arange(len(sizes)), n_windows)
-        number = np.arange(len(document)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
-        starts = np.where(number == 0, 0, first[document] + (number - 1) * self.context)
-        stops = np.minimum(first[document] + number * self.context, sizes[document])
+        document, starts, stops = windows_of_each(sizes, self.context, rng)
         return np.column_stack((self.train.marks[document] + starts, stops - starts))
 
     def batch(self, description: np.ndarray, epoch: int) -> Tensor:

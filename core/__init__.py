@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from .s4 import S4
     from .s4d import S4D
     from .speculation import speculate
-    from .train import Task, train_model
+    from .task import Task
+    from .train import train_model
 
 # Lazy, so that the flags of the command line can be read before torch has loaded.
 _MODULE_OF = {
@@ -58,7 +59,7 @@ _MODULE_OF = {
     "S4D": "s4d",
     "SamplingConfig": "config",
     "SpeculationConfig": "config",
-    "Task": "train",
+    "Task": "task",
     "TrainConfig": "config",
     "aux_loss": "backbone",
     "collect": "generation",

@@ -37,6 +37,22 @@ def _cut(order: np.ndarray, lengths: np.ndarray, batch_size: int, max_tokens: in
     return batches
 
 
+def windows_of_each(
+    lengths: np.ndarray, longest: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sequence, start, stop) of windows, int64 (n,) each: together every sequence, end to end, each window of one.
+
+    lengths int64 (S,), 1 or more. All windows but a sequence's first and last are `longest` long; the first of what is
+    longer than that is of a random length, so that an epoch cuts at other places than the one before.
+    """
+    first = np.where(lengths <= longest, lengths, rng.integers(1, longest + 1, len(lengths)))
+    n_windows = 1 - (first - lengths) // longest  # rounded up
+    of = np.repeat(np.arange(len(lengths)), n_windows)
+    number = np.arange(len(of)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
+    starts = np.where(number == 0, 0, first[of] + (number - 1) * longest)
+    return of, starts, np.minimum(first[of] + number * longest, lengths[of])
+
+
 def pad_right(sequences: list[np.ndarray], value: int) -> tuple[Tensor, Tensor]:
     """int64 (B, L) padded on the right with `value`, and the mask (B, L) of real tokens."""
     lengths = torch.tensor([len(s) for s in sequences])

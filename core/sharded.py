@@ -95,12 +95,14 @@ def all_weights(model: nn.Module) -> Iterator[None]:
     spread = [(linear, linear.weight) for linear in experts_of(model) if is_part(linear.weight)]
     for linear, weight in spread:
         linear.weight = nn.Parameter(weight.full_tensor(), requires_grad=False)
-    yield
-    for linear, weight in spread:
-        linear.weight = weight
-    for unit in units:
-        unit.set_reshard_after_forward(unit is not model and bool(model.gathers_twice), recurse=False)
-        unit.reshard()
+    try:
+        yield
+    finally:
+        for linear, weight in spread:
+            linear.weight = weight
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model and bool(model.gathers_twice), recurse=False)
+            unit.reshard()
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:

@@ -1,4 +1,4 @@
-"""What the `bench` verbs share: medians, peaks of memory, the name of a device, and their table."""
+"""What the `bench` verbs share: a step of training, medians, peaks of memory, the name of a device, and their table."""
 
 import platform
 import statistics
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .files import write_json, write_text
+from .optim import averaged, parameter_groups
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int, warm_ups: int = 1) -> float:
@@ -22,6 +24,24 @@ def median_seconds(work: Callable[[], object], device: torch.device, repeats: in
             torch.accelerator.synchronize()
         times.append(time.perf_counter() - began)
     return statistics.median(times[warm_ups:])
+
+
+def training_step(model: nn.Module, backward: Callable[[], object]) -> Callable[[], None]:
+    """A whole step of the training loop (train.py), short of reading data, around what makes the gradients.
+
+    The weights stay as they are: the learning rate is 0.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.0, betas=(0.9, 0.95))
+    average = averaged(model, 0.99)
+
+    def step() -> None:
+        backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+
+    return step
 
 
 def with_peak(work: Callable[[], float], device: torch.device) -> tuple[float | None, int | None]:

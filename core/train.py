@@ -1,10 +1,10 @@
 """The training loop that every modality shares.
 
-A modality describes its work as a `Task`; the loop does the rest: devices and bf16 (through Accelerate), gradient
-accumulation, clipping, schedule, weight averaging, early stopping, logs, the best model, and checkpoints from which a
-killed run continues to exactly the numbers of an undisturbed one. That is possible at little cost because the batches
-of an epoch are a pure function of (seed, epoch): beside the weights, the optimizer and the random state, a position
-is all there is to save.
+A modality describes its work as a `Task` (task.py); the loop does the rest: devices and bf16 (through Accelerate),
+gradient accumulation, clipping, schedule, weight averaging, early stopping, logs, the best model, and checkpoints from
+which a killed run continues to exactly the numbers of an undisturbed one. That is possible at little cost because the
+batches of an epoch are a pure function of (seed, epoch): beside the weights, the optimizer and the random state, a
+position is all there is to save.
 
 Several processes (processes.py) share the batches of a step, each of which one of them makes and reads: what a step
 does is the same for any number of them, short of the order in which floats are added and of what dropout draws.
@@ -18,20 +18,17 @@ import math
 import os
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device, set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from . import checkpoint, processes
@@ -49,38 +46,10 @@ from .plots import plot_curves
 from .replayed import Replayed, own_stream
 from .run_folder import RunFolder
 from .sharded import all_weights, clip_gradients
+from .task import Step, Steps, Task, steps_of_epoch
+from .terminal import under_bar
 
 LOG_EVERY = 10  # steps
-
-
-class Task(ABC):
-    """What the loop asks of a modality. A batch is whatever `batch` returns: tensors in dicts, tuples or lists."""
-
-    same_kernels = False  # whether `loss` launches the same ones for all batches of a shape, and waits for none
-    cuts = False  # whether `loss` may be called in a context of parallel.py, where it is what the own pieces add to it
-
-    @abstractmethod
-    def plan(self, epoch: int) -> list[Any]:
-        """The batches of an epoch as plain descriptions (indices, say), the same ones at every call."""
-
-    @abstractmethod
-    def batch(self, description: Any, epoch: int) -> Any:
-        """Make one batch, on the CPU; perhaps in a worker process. Depends on its arguments only."""
-
-    @abstractmethod
-    def loss(self, model: torch.nn.Module, batch: Any) -> Tensor:
-        """Mean loss of a batch."""
-
-    @abstractmethod
-    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
-        """Validation figures, named valid_*. Called without gradients and in evaluation mode.
-
-        Of several processes all call it, and have to return the same: `processes.each_once` shares the work.
-        """
-
-    def score(self, metrics: dict[str, float]) -> float:
-        """The one figure that decides which model is best, higher being better: by default the first one."""
-        return next(iter(metrics.values()))
 
 
 @dataclass
@@ -96,28 +65,6 @@ class _Position:
     seconds: float = 0.0
     n_logged: int = 0  # records in the log: not to be told by the step, of which an epoch's end logs a second one
     metrics: dict[str, float] = field(default_factory=dict)  # of the best epoch
-
-
-class _Step(NamedTuple):
-    """What one process does in an optimizer step."""
-
-    batches: list[Any]  # or their descriptions
-    n_own: int  # those that count: of the last step of an epoch there may be too few for all processes
-    n_all: int  # that count, of all processes
-
-
-class _Steps(Dataset):
-    """The optimizer steps of (the rest of) an epoch."""
-
-    def __init__(self, task: Task, steps: list[_Step], epoch: int):
-        self.task, self.steps, self.epoch = task, steps, epoch
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, i: int) -> _Step:
-        step = self.steps[i]
-        return step._replace(batches=[self.task.batch(d, self.epoch) for d in step.batches])
 
 
 def settings_of(
@@ -260,12 +207,14 @@ class _Trainer:
     def run_epoch(self, began: float) -> float:
         """Train to the end of the epoch. Returns its mean loss."""
         position, config = self.position, self.config
-        steps = self.steps_of_epoch(position.epoch)
-        todo = _Steps(self.task, steps[position.step_in_epoch :], position.epoch)
+        plan, mine = self.task.plan(position.epoch), (self.division.rank, self.division.shares)
+        steps = steps_of_epoch(plan, config.accumulation, *mine)
+        todo = Steps(self.task, steps[position.step_in_epoch :], position.epoch)
         # A generator of its own: each new iterator draws a seed, and one more draw would shift a resumed run's dropout.
         loader = DataLoader(todo, batch_size=None, num_workers=config.workers, generator=torch.Generator())
         recent: list[Tensor] = []
-        for step in self.with_progress(loader, len(steps)):
+        named = f"epoch {position.epoch + 1}/{config.epochs}"
+        for step in under_bar(loader, named, "steps", position.step_in_epoch, len(steps), hidden=not self.main):
             processes.moved(position.step + 1)
             progress = (position.epoch + position.step_in_epoch / len(steps)) / config.epochs
             recent.append(self.step(step, progress))
@@ -285,7 +234,7 @@ class _Trainer:
         if self.interrupted():
             raise KeyboardInterrupt(f"step {self.position.step} is saved; the same command with --resume goes on")
 
-    def step(self, step: _Step, progress: float) -> Tensor:
+    def step(self, step: Step, progress: float) -> Tensor:
         """One optimizer step over the accumulated batches.
 
         Returns this process's share of the mean loss and of the mean of the model's auxiliary losses, (2,), still on
@@ -367,21 +316,6 @@ class _Trainer:
         """In which all of the training runs."""
         return nullcontext() if self.replayed is None else own_stream(self.accelerator.device)
 
-    def steps_of_epoch(self, epoch: int) -> list[_Step]:
-        """The epoch's batches in groups of `accumulation`, and of each group the share of this process (and of those
-        that have pieces of the same sequences).
-
-        All have as many: where the last group does not divide, its last batch comes again, and does not count.
-        """
-        plan, rank, shares = self.task.plan(epoch), self.division.rank, self.division.shares
-        steps = []
-        for i in range(0, len(plan), self.config.accumulation):
-            group = plan[i : i + self.config.accumulation]
-            share = -(-len(group) // shares)
-            own = group[rank::shares]
-            steps.append(_Step([*own, *group[-1:] * (share - len(own))], len(own), len(group)))
-        return steps
-
     # What is left behind
 
     def log_losses(self, recent: list[Tensor], progress: float) -> None:
@@ -436,30 +370,6 @@ class _Trainer:
             self.position = _Position(**position)
         if self.main:
             self.run.rewind_log(self.position.n_logged)
-
-    def with_progress(self, loader: DataLoader, n_steps: int) -> Iterator[_Step]:
-        """The loader's steps under a progress bar on stderr, if that is a terminal."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-        )
-        console = Console(stderr=True)
-        bar = Progress(
-            *(*columns, TimeRemainingColumn()),
-            console=console,
-            transient=True,
-            disable=not (console.is_terminal and self.main),
-        )
-        with bar as progress:
-            done = self.position.step_in_epoch
-            work = progress.add_task(f"epoch {self.position.epoch + 1}/{self.config.epochs}", total=n_steps, rate="")
-            progress.update(work, completed=done)
-            began = time.monotonic()
-            for i, step in enumerate(loader, start=1):
-                yield step
-                progress.update(work, advance=1, rate=f"{i / (time.monotonic() - began):.1f} steps/s")
 
 
 def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.batching import pad_right
 from ..core.config import TrainConfig
 from ..core.processes import each_once
-from ..core.train import Task
+from ..core.task import Task
 from .alphabet import PAD, N, reverse_complement
 from .annotation import Annotation
 from .config import DNAAnnotatorConfig

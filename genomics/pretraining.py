@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.batching import pad_right, shuffled_batches
 from ..core.config import TrainConfig
 from ..core.parallel import padded_length, padded_piece
-from ..core.train import Task
+from ..core.task import Task
 from .alphabet import BOS, MASK, PAD, VOCAB_SIZE, A, T, reverse_complement
 from .config import Objective
 from .evaluation import Reader, base_nats, score_windows

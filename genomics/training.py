@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.batching import pad_right, shuffled_batches
 from ..core.config import TrainConfig
-from ..core.train import Task
+from ..core.task import Task
 from .alphabet import PAD, N, reverse_complement
 from .dataset import LabelledSequences
 from .inference import run_over

@@ -63,3 +63,16 @@ def test_long_sequence(tmp_path):
 def test_names_every_folder():
     for folder in ("facade", "kernels", "core", "genomics", "bytes", "audio", "vision", "tests", "benchmarks", "docs"):
         assert re.search(rf"^{folder}/", README, re.MULTILINE), folder
+
+
+def test_links_lead_somewhere():
+    """Of all pages: a link within the tree names a file that is there."""
+    pages = [page for pattern in ("*.md", "docs/*.md", "benchmarks/**/*.md") for page in ROOT.glob(pattern)]
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+        if "://" not in link and not (page.parent / link).exists()
+    ]
+    assert len(pages) > 10
+    assert not broken

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.optim import averaged, parameter_groups
-from ..core.speed import median_seconds, with_peak
+from ..core.speed import median_seconds, training_step, with_peak
 from .config import PRESETS, VimConfig
 
 MULTIPLIED = {"cpu": 1024, "cuda": 8192}  # sides of the matrices that give the rate of multiplying
@@ -76,22 +75,6 @@ def backward_step(call: Call, images: Tensor, labels: Tensor, bf16: bool) -> Ste
     return step
 
 
-def training_step(model: nn.Module, call: Call, images: Tensor, labels: Tensor, bf16: bool) -> Step:
-    """The whole step of `vision train`, short of reading images. The weights stay: the learning rate is 0."""
-    backward = backward_step(call, images, labels, bf16)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.0, betas=(0.9, 0.95))
-    average = averaged(model, 0.99)
-
-    def step() -> None:
-        backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(model)
-
-    return step
-
-
 def products(step: Step) -> int:
     """Floating-point operations of a step's matrix products and convolutions, as PyTorch counts them."""
     with FlopCounterMode(display=False) as counter:
@@ -134,7 +117,7 @@ def measure(
             yield Speed(model=name, work=work, run=run, batch=shape[0], pixels=shape[2:], **figures)
 
     model.train()
-    yield from lines("training", lambda call: training_step(model, call, images, labels, bf16))
+    yield from lines("training", lambda call: training_step(model, backward_step(call, images, labels, bf16)))
     model.eval()
     dtype = torch.bfloat16 if bf16 else torch.float32
     model, images = model.to(dtype), images.to(dtype)

@@ -13,7 +13,7 @@ from timm.data import Mixup
 from torch import Tensor
 
 from ..core.config import TrainConfig
-from ..core.train import Task
+from ..core.task import Task
 from .config import Augmentation
 from .dataset import ImageSet
 from .images import read_image

@@ -9,14 +9,13 @@ import numpy as np
 from ...core.config import ComputeConfig
 from ...core.device import autocast, pick_device
 from ...core.errors import InputError
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..codec import encode
 from ..config import AudioConfig
 from ..corpus import find_sounds, folder_labels
 from ..model import AudioClassifier, AudioModel
 from ..reading import Sound, samples
 from ..scoring import check_causality
-from ..terminal import progress_bar
 
 
 def load_model(run: Path, compute: ComputeConfig) -> AudioModel:

@@ -10,7 +10,7 @@ from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, sha256, write_json, write_text
 from ...core.hub import WEIGHTS
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..codec import decode
 from ..commands import Eval
 from ..generation import Watchdog, begin, write_on
@@ -23,10 +23,9 @@ from ..metrics import (
     modified_inception_score,
     of_middling_likelihood,
 )
-from ..model import AudioModel, Guided
+from ..model import AudioClassifier, AudioModel, Guided
 from ..plots import plot_sounds
 from ..scoring import bits_of
-from ..terminal import progress_bar
 from ..training import classify
 from .common import load_causal_model, load_classifier, read_codes
 
@@ -40,15 +39,7 @@ def evaluate(args: Eval) -> None:
         require_new_folder(args.output)
     model = load_causal_model(args.run, args.compute)
     config = model.config
-    classifier = None if args.classifier is None else load_classifier(args.classifier, args.compute)
-    if classifier is not None and (classifier.config.sample_rate, classifier.config.codec) != (
-        config.sample_rate,
-        config.codec,
-    ):
-        raise InputError(
-            f"{args.classifier}: a classifier of {classifier.config.sample_rate} Hz, {classifier.config.codec}; the "
-            f"model has {config.sample_rate} Hz, {config.codec}"
-        )
+    classifier = None if args.classifier is None else _classifier_like(args, model)
     _, recorded, folders = read_codes(args.files, config)
     if len(recorded) < 4 or args.n < 4:
         raise InputError(f"{len(recorded)} files and --n {args.n}; sets of fewer than 4 sounds are not to be compared")
@@ -65,31 +56,18 @@ def evaluate(args: Eval) -> None:
         # As a yardstick: how far two halves of the same are apart.
         one, other = recorded[::2], recorded[1::2]
         middling = [m for m, is_kept in zip(made, kept, strict=True) if is_kept]
-        rows = []
-        for name, sounds, reference, wanted in (
-            ("one half of the files against the other", one, other, None),
-            ("made", made, recorded, asked),
-            ("made, of middling likelihood", middling, recorded, asked[kept]),
-        ):
-            figures = _figures(args, model, classifier, sounds, reference, wanted)
-            rows.append({"sounds": name, "n": len(sounds), **figures})
+        rows = [
+            {"sounds": name, "n": len(sounds), **_figures(args, model, classifier, sounds, reference, wanted)}
+            for name, sounds, reference, wanted in (
+                ("one half of the files against the other", one, other, None),
+                ("made", made, recorded, asked),
+                ("made, of middling likelihood", middling, recorded, asked[kept]),
+            )
+        ]
     result: dict[str, Any] = {
         "bits_per_sample": float(bits.sum() / sum(map(len, recorded))),
         "bits_per_sample_of_made": float(likelihood.mean()),
-        "protocol": {
-            "made": f"{args.n} sounds of {n_samples} samples, seed {args.compute.seed}",
-            "sampling": str(args.sampling),
-            "labels": "each in turn" if config.labels else "none",
-            "middling likelihood": f"without the likeliest {KEPT[0]:.0%} and the least likely {1 - KEPT[1]:.0%}",
-            "reference": f"{len(recorded)} files",
-            "FAD_mel": "Frechet distance of means and deviations of 32 log mel bands",
-            "classifier": None
-            if args.classifier is None
-            else {
-                "run": str(args.classifier),
-                "sha256": sha256(args.classifier / WEIGHTS) if args.classifier.is_dir() else None,
-            },
-        },
+        "protocol": _protocol(args, model, n_samples, len(recorded)),
         "rows": rows,
     }
     print(f"bits_per_sample\t{result['bits_per_sample']:.4f}")
@@ -102,6 +80,31 @@ def evaluate(args: Eval) -> None:
             write_text(beside / "table.tsv", table + "\n")
             _draw(beside, model, made, asked)
         say(f"metrics.json, table.tsv and made.png are in {args.output}")
+
+
+def _classifier_like(args: Eval, model: AudioModel) -> AudioClassifier:
+    """The classifier, which has to hear what the model makes: raises InputError if rate or codec are others."""
+    assert args.classifier is not None
+    classifier = load_classifier(args.classifier, args.compute)
+    its, models = (f"{config.sample_rate} Hz, {config.codec}" for config in (classifier.config, model.config))
+    if its != models:
+        raise InputError(f"{args.classifier}: a classifier of {its}; the model has {models}")
+    return classifier
+
+
+def _protocol(args: Eval, model: AudioModel, n_samples: int, n_files: int) -> dict[str, Any]:
+    """What the figures are of, in words, for metrics.json."""
+    run = args.classifier
+    checksum = sha256(run / WEIGHTS) if run is not None and run.is_dir() else None
+    return {
+        "made": f"{args.n} sounds of {n_samples} samples, seed {args.compute.seed}",
+        "sampling": str(args.sampling),
+        "labels": "each in turn" if model.config.labels else "none",
+        "middling likelihood": f"without the likeliest {KEPT[0]:.0%} and the least likely {1 - KEPT[1]:.0%}",
+        "reference": f"{n_files} files",
+        "FAD_mel": "Frechet distance of means and deviations of 32 log mel bands",
+        "classifier": None if run is None else {"run": str(run), "sha256": checksum},
+    }
 
 
 def _make(args: Eval, model: AudioModel, n_samples: int) -> tuple[list[np.ndarray], np.ndarray]:

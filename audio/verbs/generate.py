@@ -14,14 +14,13 @@ from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import require_writable, written_whole
 from ...core.generation import load_state, save_state
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..codec import decode, encode
 from ..commands import Generate
 from ..generation import Begun, Watchdog, begin, write_on
 from ..model import AudioModel, Guided
 from ..plots import plot_sounds
 from ..reading import WRITABLE, inspect, samples
-from ..terminal import progress_bar
 from .common import load_model, tell_changes
 
 LARGEST = 32767  # of 16 bits

@@ -4,10 +4,9 @@ import sys
 
 from ...core.device import autocast
 from ...core.files import require_writable, save_tsv, write_tsv
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..commands import Score
 from ..scoring import bits_of, order0_bits
-from ..terminal import progress_bar
 from .common import load_causal_model, read_codes
 
 

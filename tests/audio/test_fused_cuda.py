@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from polymamba.audio import PRESETS, AudioConfig, AudioModel, Guided, UNetConfig
 from polymamba.audio.config import START
 from polymamba.audio.model import GuidedState
-from polymamba.audio.writers import CudaWriter, FusedWriter, GraphWriter, writer_of
+from polymamba.audio.writers import CudaWriter, FusedWriter
 from polymamba.core import SamplingConfig
 from polymamba.kernels import nvrtc
 
@@ -146,22 +146,3 @@ def test_sources_compile(size, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         fused_cuda.CudaModel(AudioModel(AudioConfig(unet=SIZES[size])), 1, guided=False)
     assert [code[:4] for code in compiled] == [b"\x7fELF"]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@torch.no_grad()
-def test_on_a_gpu(shape, guided):
-    """The writer that is chosen, against the graph's."""
-    model = model_of(shape).cuda()
-    state, unread = begun(model_of(shape), 3)
-    state, unread = pytree.tree_map(torch.Tensor.cuda, state), unread.cuda()
-    if guided:
-        model, state = Guided(model, 1.5), GuidedState(state, state._replace(label=torch.full_like(state.label, 2)))
-    ours = writer_of(model, state, unread, SamplingConfig(top_p=0.95), [0, 1, 2])
-    assert isinstance(ours, CudaWriter)
-    graph = GraphWriter(model, pytree.tree_map(torch.clone, state), unread, SamplingConfig(top_p=0.95), generators(3))
-    for n in (3, 40, 17):
-        assert np.array_equal(ours.write(n), graph.write(n))
-    close(ours.state, graph.state, 1e-4)

@@ -1,4 +1,4 @@
-"""Writing on: the three writers against the model, restarts, the watchdog, guidance."""
+"""Writing on: the writers against the model and each other, restarts, the watchdog, guidance; on a GPU, too."""
 
 import itertools
 
@@ -13,9 +13,10 @@ from polymamba.audio.config import START
 from polymamba.audio.fused import can_fuse
 from polymamba.audio.fused_kernel import _choose
 from polymamba.audio.generation import Watchdog, begin, write_on
-from polymamba.audio.writers import EagerWriter, FusedWriter, GraphWriter, writer_of
+from polymamba.audio.writers import CudaWriter, EagerWriter, FusedWriter, GraphWriter, writer_of
 from polymamba.core import InputError, SamplingConfig
 from polymamba.core.sampling import choose
+from polymamba.kernels import nvrtc
 
 SHAPES = {
     "unet": {"pool": (2, 4), "n_blocks": 2},
@@ -35,11 +36,12 @@ def model_of(shape: str, **options) -> AudioModel:
     return model
 
 
-def states_of(model, n_read: int = 13):
-    prompt = torch.randint(256, (2, n_read), generator=torch.Generator().manual_seed(3))
+def states_of(model, rows: int = 2, n_read: int = 13):
+    device = model.head.weight.device
+    prompt = torch.randint(256, (rows, n_read), generator=torch.Generator().manual_seed(3)).to(device)
     prompt[:, 0] = START
     with torch.no_grad():
-        _, state = model(prompt[:, :-1], labels=torch.tensor([1, 2]), return_state=True)
+        _, state = model(prompt[:, :-1], labels=torch.arange(1, rows + 1, device=device) % 3, return_state=True)
     return state, prompt[:, -1]
 
 
@@ -51,6 +53,12 @@ def close(a, b, tolerance=2e-5):
     for ours, theirs in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
         if theirs.numel():
             assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1)
+
+
+def round_matrices(model):
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("_proj.weight", "pools", "head.weight")) and "bias" not in name:
+            parameter.data = parameter.data.bfloat16().float()
 
 
 @pytest.mark.parametrize("input", ["embedding", "float"])
@@ -83,9 +91,7 @@ def test_bf16_rounds_the_matrices_and_nothing_else(shape):
     with torch.autocast("cpu", torch.bfloat16):
         writer = writer_of(model, state, unread, SamplingConfig(), [1, 2])
     assert isinstance(writer, FusedWriter)
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("_proj.weight", "pools", "head.weight")) and "bias" not in name:
-            parameter.data = parameter.data.bfloat16().float()
+    round_matrices(model)
     seen = torch.zeros(2, 29, 256)
     codes = torch.from_numpy(writer.write(29, seen))
     logits = model(torch.cat((unread[:, None], codes[:, :-1]), 1), state)
@@ -232,22 +238,85 @@ def test_no_numbers(model):
         next(iter(write_on(model, begin(model), 5, SamplingConfig(), [1], block=5)))
 
 
+ON_A_GPU = [
+    *itertools.product((CudaWriter, GraphWriter), (torch.float32,), SHAPES, (False, True)),
+    (GraphWriter, torch.bfloat16, "unet", False),
+    (GraphWriter, torch.bfloat16, "pairs", True),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("kind", "weights", "shape", "guided"), ON_A_GPU)
 @torch.no_grad()
-def test_graphs_of_whole_periods(shape, guided):
-    model = model_of(shape).cuda()
+def test_on_a_gpu(kind, weights, shape, guided):
+    """The codes and states of plain stepping, in whole periods and parts of them, and again from where they stood."""
+    model = model_of(shape).to("cuda", weights)
+    assert can_fuse(model) == (weights == torch.float32)
     mixed = Guided(model, 1.5) if guided else model
     begun = begin(mixed, np.arange(9, dtype=np.uint8), 1)
     state = pytree.tree_map(lambda s: s.repeat_interleave(3, 0), begun.state)
     arguments = (begun.unread.repeat(3), SamplingConfig(top_p=0.95))
-    graph = GraphWriter(mixed, pytree.tree_map(torch.clone, state), *arguments, generators(1, 2, 3))
+    ours = kind(mixed, pytree.tree_map(torch.clone, state), *arguments, generators(1, 2, 3))
     eager = EagerWriter(mixed, state, *arguments, generators(1, 2, 3))
     for n in (3, 40, 17):
-        before = graph.snapshot()
-        codes = graph.write(n)
+        before = ours.snapshot()
+        codes = ours.write(n)
         assert np.array_equal(codes, eager.write(n))
-        graph.restore(before, np.ones(3, bool))
-        assert np.array_equal(graph.write(n), codes)
-    close(graph.state, eager.state, 1e-4)
+        ours.restore(before, np.ones(3, bool))
+        assert np.array_equal(ours.write(n), codes)
+    close(ours.state, eager.state, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+@torch.no_grad()
+def test_more_recordings_than_multiprocessors(bf16, monkeypatch):
+    """In several launches, to the bit what three of them are alone and in one launch; and the model's own logits."""
+    from polymamba.audio import fused_cuda
+
+    model = model_of("pairs").cuda()
+    n = nvrtc.processors(torch.cuda.current_device()) + 3
+    state, unread = states_of(model, n)
+
+    def written(rows, at_a_time):
+        monkeypatch.setattr(fused_cuda, "AT_A_TIME", at_a_time)
+        part = pytree.tree_map(lambda s: s[rows], state)
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            writer = CudaWriter(model, part, unread[rows], SamplingConfig(), generators(*rows))
+        seen = torch.zeros(len(rows), 29, 256, device="cuda")
+        return writer, torch.from_numpy(writer.write(29, seen)).cuda(), seen
+
+    few = [0, n // 2, n - 1]
+    many, codes, seen = written(list(range(n)), 8)
+    alone, again, seen_alone = written(few, 2048)
+    assert (many.fused.threads, alone.fused.threads) == (fused_cuda.MANY[0], fused_cuda.FEW[0])
+    pairs = ((codes, again), (seen, seen_alone), *zip(many.values, alone.values, strict=True))
+    assert all(torch.equal(ours[few], theirs) for ours, theirs in pairs)
+    if bf16:
+        round_matrices(model)
+    logits, after = model(torch.cat((unread[:, None], codes[:, :-1]), 1), state, return_state=True)
+    close(seen, logits, 1e-4)
+    close(many.state, after, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("missing", ["_nvrtc", "kernel"])  # the library; machine code for this source
+@torch.no_grad()
+def test_a_gpu_without_nvrtc(missing, monkeypatch):
+    """The graph's writer, a warning that says why, and the same recordings."""
+    from polymamba.kernels.selective_scan import cuda
+
+    model = model_of("unet").cuda()
+    arguments = (model, *states_of(model), SamplingConfig(), [1, 2])
+    usual = writer_of(*arguments)
+    assert type(usual) is CudaWriter
+
+    def refuse(*_):
+        raise nvrtc.Unavailable("it is not there")
+
+    monkeypatch.setattr(nvrtc, missing, refuse)
+    monkeypatch.setattr(cuda, "_capable", cuda._capable.__wrapped__)  # it remembers its answer
+    with pytest.warns(RuntimeWarning, match="written by CUDA graphs, which is slower"):
+        other = writer_of(*arguments)
+    assert type(other) is GraphWriter
+    assert np.array_equal(other.write(29), usual.write(29))

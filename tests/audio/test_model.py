@@ -129,3 +129,17 @@ def test_pools_under_autocast_have_the_weights_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         _, state = net(codes, return_state=True)
     assert {s.dtype for s in (*state.unet.pending, *state.unet.queue)} == {torch.float32}
+
+
+@pytest.mark.parametrize("input", ["embedding", "float"])
+@torch.no_grad()
+def test_weights_in_bf16(input):
+    """Forward and steps, near the same weights in float32."""
+    net, codes = model(input=input, labels=("a", "b")).bfloat16(), torch.randint(256, (3, 20))
+    state = net.init_state(3)
+    steps = torch.stack([net.step(codes[:, t], state) for t in range(20)], 1)
+    half = net(codes)
+    exact = net.float()(codes)
+    assert half.dtype == steps.dtype == torch.bfloat16
+    for logits in (half, steps):
+        assert (logits - exact).abs().max() < 0.02 * exact.abs().max()

@@ -330,8 +330,10 @@ def test_says_what_is_wrong_with_a_config(message, options):
 
 
 def test_attentions_settings_bind_attention_alone():
-    BackboneConfig(d_model=20, n_layer=1, n_heads=3)
-    BackboneConfig(d_model=20, n_layer=1, n_heads=4, pattern=("attention",), rope_theta=None)
+    BackboneConfig(d_model=20, n_layer=1, n_heads=3)  # does not divide 20: of no matter without attention
+    BackboneConfig(d_model=20, n_layer=1, n_heads=4, pattern=("attention",), rope_theta=None)  # RoPE wants even heads
+    with pytest.raises(ValueError, match="n_heads"):
+        BackboneConfig(d_model=20, n_layer=1, n_heads=3, pattern=("attention",))
 
 
 def test_aux_loss_counts_each_module_once():

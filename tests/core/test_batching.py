@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polymamba.core.batching import pad_right, shuffled_batches, sorted_batches
+from polymamba.core.batching import pad_right, shuffled_batches, sorted_batches, windows_of_each
 
 lengths_lists = st.lists(st.integers(0, 300), min_size=1, max_size=400)
 
@@ -50,3 +50,16 @@ def test_pad_right():
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_sequences(n):
     assert len(sorted_batches(np.full(n, 5), 4, 100)) == n
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=50), st.integers(1, 90), st.integers(0, 9))
+def test_windows_cover_each_sequence_once(lengths, longest, seed):
+    of, starts, stops = windows_of_each(np.array(lengths), longest, np.random.default_rng(seed))
+    assert (stops - starts >= 1).all()
+    assert (stops - starts <= longest).all()
+    for sequence, length in enumerate(lengths):
+        mine = of == sequence
+        assert [0, *stops[mine]] == [*starts[mine], length]
+        assert (stops - starts)[mine][1:-1].tolist() == [longest] * (mine.sum() - 2)
+        assert mine.sum() <= 2 + length // longest
+        assert length > longest or mine.sum() == 1

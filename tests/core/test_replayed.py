@@ -18,7 +18,8 @@ from polymamba.core import (
 )
 from polymamba.core.replayed import MOST_GRAPHS, WARM_UPS, Replayed, _Graph
 from polymamba.core.run_folder import RunFolder
-from polymamba.core.train import Task, _Trainer, train_model
+from polymamba.core.task import Task
+from polymamba.core.train import _Trainer, train_model
 
 CONFIG = TrainConfig(epochs=3, lr=2e-2, save_every=3, cuda_graph=True)
 CPU = torch.device("cpu")

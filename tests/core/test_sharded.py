@@ -1,9 +1,14 @@
-"""Which Blocks come and go together when weights are divided."""
+"""Divided weights: which Blocks come and go together, and that they are divided again after a failure."""
+
+import contextlib
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.utils import _to_kwargs
 
 from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, MoEConfig, sharded
+from polymamba.core.expert_parallel import spread_experts
 
 
 def language_model(pattern):
@@ -35,3 +40,18 @@ def test_states_survive_what_moves_inputs_to_a_gpu():
     state = language_model(("mamba", "moe", "mlp")).init_state(2)
     ((moved,),), _ = _to_kwargs((state,), {}, torch.device("cpu"), False)
     assert [type(layer) for layer in moved] == [type(layer) for layer in state]
+
+
+def interrupted():
+    """(whether all weights were there inside, whether each is a part again after a failure)."""
+    model = language_model(("mamba", "moe"))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded.shard(model, mesh, apart=spread_experts(model, mesh))
+    with contextlib.suppress(ZeroDivisionError), sharded.all_weights(model):
+        whole = not sharded.is_sharded(model)
+        raise ZeroDivisionError
+    return whole, all(map(sharded.is_part, model.parameters()))
+
+
+def test_weights_are_divided_again_after_a_failure(in_processes):
+    assert in_processes(2, interrupted) == [(True, True)] * 2

@@ -20,7 +20,8 @@ from polymamba.core import (
 )
 from polymamba.core.optim import learning_rate, parameter_groups, warmup_cosine
 from polymamba.core.run_folder import RunFolder
-from polymamba.core.train import Task, train_model
+from polymamba.core.task import Task
+from polymamba.core.train import train_model
 
 CPU = ComputeConfig(device="cpu", seed=1)
 

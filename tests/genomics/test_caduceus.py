@@ -272,7 +272,9 @@ def test_what_is_not_supported_is_named(option, value):
 
 def test_a_config_in_the_wild():
     config, weights, _ = load("ps_mlm")
-    polymamba.convert("caduceus", weights, {**config, "bidirectional": "true,", "vocab_size": 16})
+    model = polymamba.convert("caduceus", weights, {**config, "bidirectional": "true,", "vocab_size": 16})
+    tokens = torch.randint(7, 12, (2, 21))
+    assert torch.equal(model(tokens), polymamba.convert("caduceus", weights, config)(tokens))
 
 
 # PlantCaduceus: ids [PAD] [MASK] [UNK] a c g t

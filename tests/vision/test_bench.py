@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from polymamba.cli import main
+from polymamba.core.speed import training_step
 from polymamba.vision import VMamba, VMambaConfig, bench
 from polymamba.vision.verbs.bench import COLUMNS
 
@@ -49,7 +50,8 @@ def test_training_is_whole_and_leaves_the_weights(model):
     before = copy.deepcopy(model.state_dict())
     seen = []
     model.train()
-    step = bench.training_step(model, model, torch.randn(2, 3, 16, 16), torch.tensor([0, 2]), bf16=False)
+    backward = bench.backward_step(model, torch.randn(2, 3, 16, 16), torch.tensor([0, 2]), bf16=False)
+    step = training_step(model, backward)
     handles = [p.register_post_accumulate_grad_hook(lambda p: seen.append(p)) for p in model.parameters()]
     step()
     assert len(seen) == len(handles)
