@@ -164,7 +164,7 @@ def forward(
     checkpoints = np.empty(saved_shape(u.shape[0], n_seqs, *A.shape) if save else (0, n_states, n_channels), np.float32)
     h0 = _state(initial_state, n_seqs)
     low = (_array(delta, (0, 0)), 0) if dt_proj is None else rows(delta)
-    W = _array(None if dt_proj is None else dt_proj.mT, (0, 0))
+    W = _array(None if dt_proj is None else copied(dt_proj).mT, (0, 0))
     results = y, final, checkpoints
     parallel(_forward, n_seqs * len(tiles), tiles, bounds, *low, W, *arrays, h0, softplus, reverse, save, *results)
     return torch.from_numpy(y).to(u.dtype), torch.from_numpy(final).mT, torch.from_numpy(checkpoints)
