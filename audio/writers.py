@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..core.config import SamplingConfig
+from ..core.replayed import recording
 from ..core.sampling import Draws, choose, uniforms
 from ..kernels import nvrtc
 from ..kernels.backends import INSTALLED
@@ -254,7 +255,7 @@ class GraphWriter(EagerWriter):
             self._period()  # compiles kernels, sets up libraries
         torch.cuda.current_stream(self.unread.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with recording(graph, self.unread.device):
             self._period()
         self.restore(before, np.ones(len(self.unread), bool))
         self.graph = graph

@@ -34,7 +34,7 @@ def _make() -> None:
         or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
     ):
         return
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(Exception):
         from triton.runtime.cache import triton_key
 
         triton_key()  # it remembers

@@ -46,28 +46,29 @@ class Averaging:
         self.group = group
         self.buckets = _in_buckets(parameters[::-1], BUCKET)  # about as a backward comes to them
         self.stream = torch.cuda.Stream(parameters[0].device) if parameters[0].is_cuda else None
-        self._missing: list[int] | None = None  # gradients of each bucket; None: of no backward that is to be averaged
+        self._missing: list[int] = []  # gradients of each bucket
         self._sent = 0  # buckets: one after the other, on all processes
-        for i, bucket in enumerate(self.buckets):
-            for p in bucket:
-                p.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """In which the backward runs; no parameter has a gradient before it."""
         self._missing, self._sent = [len(bucket) for bucket in self.buckets], 0
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
+            for i, bucket in enumerate(self.buckets)
+            for p in bucket
+        ]
         try:
             yield
         finally:
-            self._missing = None
+            for hook in hooks:  # they would keep their parameters for ever
+                hook.remove()
         while self._sent < len(self.buckets):  # of parameters that the loss does not depend on
             self._send()
         if self.stream:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def _arrived(self, bucket: int) -> None:
-        if self._missing is None:
-            return
         self._missing[bucket] -= 1
         while self._sent < len(self.buckets) and not self._missing[self._sent]:
             self._send()

@@ -186,6 +186,8 @@ class Backbone(nn.Module):
         """The stream after all blocks, where kernels take these as a whole; None, and nothing is done, elsewhere."""
         if not x.is_cuda or self.config.mixers != {"mamba"} or not self.config.final_norm:
             return None
+        if not all(type(block) is Block and hasattr(block.mixer, "weights_with") for block in self.layers):
+            return None
         weights = [b.mixer.weights_with(b.norm, x, s) for b, s in zip(self.layers, state, strict=True)]
         if None in weights:
             return None

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 BUCKET = 50  # batches' worth of sequences that are sorted by length together: enough to pad little, few enough to mix
+CPU_TOKENS = 65_536  # in a batch: more take twice the time on a CPU, whose caches and memory pages they outgrow
 
 
 def shuffled_batches(lengths: np.ndarray, batch_size: int, max_tokens: int, seed: int, epoch: int) -> list[np.ndarray]:

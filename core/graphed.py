@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .config import SamplingConfig
 from .lti import LTIMixer
+from .replayed import recording
 from .sampling import Draws, choose, refuse, uniforms, with_token
 
 IN_FLIGHT = 2  # steps that the GPU is given before the host looks at the first of them
@@ -24,8 +25,9 @@ BLOCK = 64  # steps whose uniform numbers are brought to the GPU at once
 ROOM = 256  # a state that grows has room for a multiple of it, so that a graph serves prompts of many lengths
 WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set up in them
 # Prompts that are read by a graph have so many tokens each at least, all of a convolution's window among them, and so
-# many together at most: more keep a GPU busy for longer than it takes to launch the kernels.
-SHORTEST, MOST_TOKENS = 16, 8192
+# many together at most: more keep a GPU busy for longer than it takes to launch the kernels. The states of so many
+# sequences at most are kept.
+SHORTEST, MOST_TOKENS, MOST_SEQUENCES = 16, 8192, 64
 
 
 class _StepGraph:
@@ -60,12 +62,13 @@ class _StepGraph:
             for _ in range(WARM_UPS):
                 step()
         torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        self.graph, self.left = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        with recording(self.graph, device):
             step()
 
     def begin(self, tokens: Tensor, state: Any, recent: Tensor | None) -> None:
-        """Stand before the next step of other sequences."""
+        """Stand before the next step of other sequences, once those before are through, in whatever stream."""
+        torch.cuda.current_stream(tokens.device).wait_event(self.left)
         self.tokens.copy_(tokens)
         self.row.zero_()
         if self.recent is not None and recent is not None:
@@ -74,6 +77,12 @@ class _StepGraph:
         # A state that grows may have less room than here.
         here = [x[tuple(map(slice, g.shape))] for x, g in zip(pytree.tree_leaves(self.state), given, strict=True)]
         torch._foreach_copy_(here, given)
+
+
+def _places(model: nn.Module) -> tuple[Any, ...]:
+    """Where a graph reads its weights, and as what; and whether what is made now is of inference mode alone."""
+    tensors = (*model.parameters(), *model.buffers())
+    return torch.is_inference_mode_enabled(), *((x.data_ptr(), x.dtype) for x in tensors)
 
 
 def _tokens_in(state: Any, model: Any) -> int:
@@ -91,18 +100,26 @@ class _ReadingGraph:
 
     def __init__(self, model: Any, tokens: Tensor):
         self.tokens = tokens.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(tokens.device), torch.cuda.graph(self.graph):
+        self.graph, self.left = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        with recording(self.graph, tokens.device):
             last = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
             self.outputs = model(self.tokens, return_state=True, logits_at=last)
 
     def read(self, tokens: Tensor) -> Any:
+        stream = torch.cuda.current_stream(tokens.device)
+        stream.wait_event(self.left)  # those before may be read in another one
         self.tokens.copy_(tokens)
         self.graph.replay()
         leaves, structure = pytree.tree_flatten(self.outputs)
         own = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in leaves]  # they are written over
         torch._foreach_copy_(own, leaves)
+        self.left.record(stream)
         return pytree.tree_unflatten(own, structure)
+
+
+def _is_ours(model: nn.Module) -> bool:
+    """Whether all its parts are PyTorch's or this package's: others, as adapters, are switched by mere attributes."""
+    return all(type(module).__module__.split(".")[0] in ("torch", "polymamba") for module in model.modules())
 
 
 # Of a model, the shape of the prompts that it read last and the graph of that, if it read them twice.
@@ -114,22 +131,25 @@ def read_by_graph(model: Any, tokens: Tensor) -> tuple[Tensor, Any] | None:
     """int64 (B, L), from the beginning -> (the logits (B, V) after the last token, the state), as the model's forward.
 
     None, and nothing is done, for a shape that the model has not just read; for a model that does not say, by an
-    attribute `forward_is_one_graph`, that its forward launches the same kernels for all tokens; and for too few or too
-    many tokens. The graph keeps the memory that a forward takes, until another shape is read.
+    attribute `forward_is_one_graph`, that its forward launches the same kernels for all tokens, or has parts of others
+    than PyTorch and this package; and for too few or too many tokens. The graph keeps the memory that a forward takes,
+    until another shape is read.
     """
+    if not tokens.is_cuda or not getattr(model, "forward_is_one_graph", False):
+        return None
+    known, graph = _readings.pop(model, (None, None))
     if (
-        not tokens.is_cuda
-        or tokens.shape[1] < SHORTEST
+        tokens.shape[1] < SHORTEST
         or tokens.numel() > MOST_TOKENS
-        or not getattr(model, "forward_is_one_graph", False)
+        or len(tokens) > MOST_SEQUENCES
+        or not _is_ours(model)
         or model.training
         or torch.is_autocast_enabled("cuda")
         or torch.cuda.is_current_stream_capturing()
         or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     ):
         return None
-    key = tokens.shape, tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
-    known, graph = _readings.pop(model, (None, None))
+    key = tokens.shape, _places(model)
     if known != key:
         _readings[model] = key, None
         return None
@@ -180,23 +200,22 @@ class GraphedDecoder:
 
         Not under autocast: the graph reads autocast's own copies of the weights, which end with it.
         """
-        if self.graph is not None and not self.autocast:
+        if self.graph is not None and not self.autocast and _is_ours(self.model):
+            self.graph.left.record(torch.cuda.current_stream(self.graph.tokens.device))
             _graphs[self.model] = (self.key, self.graph)
 
     def _begin(self, tokens: Tensor) -> None:
         recent, config = self.draws.recent, self.draws.config
         n_tokens = _tokens_in(self.state, self.model)
         room = -(-(n_tokens + self.n_left) // ROOM) * ROOM if n_tokens else 0
-        places = tuple(x.data_ptr() for x in (*self.model.parameters(), *self.model.buffers()))
         # Some mixers compute something of these outside of a step, and anew when they change (lti.py).
         dynamics = (p for module in self.model.modules() if isinstance(module, LTIMixer) for p in module.parameters())
         versions = tuple(p._version for p in dynamics)
-        self.key = (len(tokens), room, config, None if recent is None else recent.shape, places, versions)
+        self.key = (len(tokens), room, config, None if recent is None else recent.shape, _places(self.model), versions)
         key, graph = _graphs.pop(self.model, (None, None))
         if graph is None or key != self.key or self.autocast:
             graph = None  # its memory first
-            with torch.cuda.device(tokens.device):
-                graph = _StepGraph(self.model, len(tokens), room, config, recent, tokens.device)
+            graph = _StepGraph(self.model, len(tokens), room, config, recent, tokens.device)
         self.graph = graph
         graph.begin(tokens, self.state, recent)
         del self.state
@@ -210,7 +229,7 @@ class GraphedDecoder:
         buffer = torch.empty(self.graph.chosen.shape, dtype=torch.int64, pin_memory=True)
         buffer.copy_(self.graph.chosen, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.graph.chosen.device))
         self.in_flight.append((buffer, event))
         self.n_left -= 1
         self.n_launched += 1

@@ -91,7 +91,8 @@ class PretrainedModel(nn.Module, PyTorchModelHubMixin, library_name="polymamba")
                 f"{config_file}: holds {found or 'no polymamba model'}, but a {cls.__name__} is wanted here"
             )
         try:
-            with _Undrawn():  # which is a third of the time
+            # Weights are not drawn, which is a third of the time; what some mixers draw is nobody else's.
+            with _Undrawn(), torch.random.fork_rng(devices=[]):
                 model = cls.from_description(fields)
         except (TypeError, ValueError) as error:
             raise InputError(f"{config_file}: {error}") from None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .backbone import Backbone, State
 from .batching import at_places
 from .config import LanguageModelConfig
+from .graphed import SHORTEST
 from .hub import PretrainedModel
 
 
@@ -51,7 +52,9 @@ class LanguageModel(PretrainedModel):
     @property
     def forward_is_one_graph(self) -> bool:
         """Whether a forward launches the same kernels whatever the tokens are, and waits for none of them."""
-        return self.config.backbone.mixers <= {"mamba", "mlp"} and self.lm_head.weight.dtype != torch.float64
+        config = self.config.backbone
+        short = config.d_conv <= SHORTEST  # a window longer than the prompt is put together by the host
+        return config.mixers <= {"mamba", "mlp"} and short and self.lm_head.weight.dtype != torch.float64
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State) -> Tensor:

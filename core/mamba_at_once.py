@@ -58,12 +58,16 @@ def at_once_onwards(
     """`mixer.forward` of hidden (B, L, M) from states (of the convolution, of the scan), with those at the end.
 
     None where the parts have to be run one after another: as of `at_once`, if autograd looks on, or if a sequence is
-    cut into pieces.
+    cut into pieces; and for states of the wrong shape, which the parts refuse.
     """
     if torch.is_grad_enabled() or parallel.current() is not None or all_modules._has_any_global_hook():
         return None
     found = _weights_and_dtype(mixer, hidden, (mixer,), True)
     if found is None or not hidden.numel():
+        return None
+    scan = found[0].scans[0]
+    shapes = (hidden.shape[0], len(scan.conv), scan.conv.shape[2] - 1), (hidden.shape[0], *scan.A_log.shape)
+    if any(state is not None and state.shape != shape for state, shape in zip(states, shapes, strict=True)):
         return None
     return mamba_block_onwards(hidden, found[0], *states, dtype=found[1])
 

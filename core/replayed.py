@@ -8,6 +8,7 @@ outputs are read there until the next call. Random numbers go on as they would h
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -56,15 +57,34 @@ class Replayed:
         return graph.outputs
 
     def _recorded(self, inputs: list[Any], structure: Any) -> _Graph:
-        with torch.cuda.device(self.device):
-            graph = torch.cuda.CUDAGraph()
-            current = torch.cuda.current_stream()
-            own = None if current == torch.cuda.default_stream() else current  # the default stream cannot be recorded
-            # Other threads, such as NCCL's, may ask for their own events meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, stream=own, capture_error_mode="thread_local"):
-                outputs = self.function(pytree.tree_unflatten(inputs, structure))
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
+        own = None if current == torch.cuda.default_stream(self.device) else current  # the default one is not recorded
+        with recording(graph, self.device, pool=self.pool, stream=own):
+            outputs = self.function(pytree.tree_unflatten(inputs, structure))
         self.pool = graph.pool()
         return _Graph(inputs, outputs, graph.replay)
+
+
+@contextmanager
+def recording(
+    graph: torch.cuda.CUDAGraph, device: torch.device, *, stream: Any = None, pool: Any = None
+) -> Iterator[None]:
+    """In which what is launched on the device goes into the graph.
+
+    In a stream of that device: PyTorch's own for this is of the device that recorded first, and records no other.
+    Other threads, such as NCCL's, may ask for their events meanwhile.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = _stream_of(index) if stream is None else stream
+    options: Any = {"stream": stream, "pool": pool, "capture_error_mode": "thread_local"}
+    with torch.cuda.device(device), torch.cuda.graph(graph, **options):
+        yield
+
+
+@cache
+def _stream_of(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

@@ -6,13 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.batching import pad_right, sorted_batches
+from ..core.batching import CPU_TOKENS, pad_right, sorted_batches
 from ..core.processes import each_once
 from .along import Along, along
 from .alphabet import PAD, reverse_complement
 from .model import DNAClassifier
-
-CPU_TOKENS = 65_536  # in a batch: more take twice the time on a CPU, whose caches and memory pages they outgrow
 
 
 @torch.no_grad()

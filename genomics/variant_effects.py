@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.batching import pad_right
+from ..core.batching import CPU_TOKENS, pad_right
 from ..core.generation import select_state
 from .alphabet import BOS, MASK, PAD, A, T, reverse_complement
 from .config import Objective
@@ -50,6 +50,8 @@ def llrs(
 
     both_strands   the mean of both strands' LLRs
     """
+    if next(model.parameters()).device.type == "cpu":
+        max_tokens = min(max_tokens, CPU_TOKENS)
     of_strand = _causal if objective == "next" else _masked
     strands = [list(sites), *([list(map(other_strand, sites))] if both_strands else [])]
     found = [of_strand(model, strand, window, max_tokens) for strand in strands]

@@ -66,7 +66,8 @@ def last_inputs(
 ) -> Tensor:
     """The last `width` inputs of each sequence, most recent last: (S, D, width). Differentiable indexing, no kernel."""
     batch, length, n_channels = x.shape
-    if cu_seqlens is None and initial_state is None and length >= width:  # the usual case, by few operations
+    untouched = initial_state is None or not initial_state.requires_grad  # whose gradient would be zeros
+    if cu_seqlens is None and untouched and length >= width:  # the usual case, by few operations
         return (x[:, :width].flip(1) if reverse else x[:, length - width :]).mT.contiguous()
     bounds = sequence_bounds(cu_seqlens, batch, batch * length).to(x.device)
     steps = torch.arange(width, device=x.device)

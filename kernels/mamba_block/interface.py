@@ -81,6 +81,9 @@ class Border(Protocol):
         ...
 
 
+NARROW = 64  # the largest rank of dt whose product the CPU's scan makes; measured, it is slower from 128 on
+
+
 def serves(hidden: Tensor, weights: BlockWeights, dtype: torch.dtype) -> bool:
     """Whether `mamba_block` does what the block's single operations would do.
 
@@ -194,14 +197,14 @@ class _Settings(NamedTuple):
 
     @property
     def widens_in_scan(self) -> bool:
-        """Whether the scan makes delta of t by itself: the CPU's does."""
-        return self.scan_backend == "numba" and self.border is None
+        """Whether the scan makes delta of t by itself: the CPU's does, faster than a product of few columns."""
+        return self.scan_backend == "numba" and self.border is None and self.rank <= NARROW
 
     def low_rank(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
         """(t, B, C) (T, R + 2N); delta (T, E), or t where the scan widens it."""
         if self.conv_backend == "triton" and len(u):
             kernel = module(__package__ or "", "triton_low_rank")
-            if kernel.serves(self.dtype, self.rank, len(x_proj)):
+            if kernel.serves(u, self.rank, len(x_proj)):
                 return kernel.low_rank(u, x_proj, dt_proj)
         low = torch.mm(u, x_proj.t())
         t, _, _ = self.parts(low)
@@ -254,7 +257,8 @@ def _forward(
                 **options,
             )
             if after is not None:
-                after.append((conv_interface.last_inputs(s.by_sequence(x)[0], taps.shape[1] - 1, halo), final))
+                last = conv_interface.last_inputs(s.by_sequence(x)[0], taps.shape[1] - 1, halo)
+                after.append((last, final.contiguous()))
             kept.extend((low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed))
             return y
 

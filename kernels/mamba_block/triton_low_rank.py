@@ -49,9 +49,11 @@ def _low_rank(
         tl.store(delta + token * n_channels + d[None, :], step, mask=there & in_d)
 
 
-def serves(dtype: torch.dtype, rank: int, n_columns: int) -> bool:
-    """Whether this is faster than two products by cuBLAS."""
-    return dtype.itemsize == 2 and rank % 8 != 0 and n_columns <= WIDEST
+def serves(u: Tensor, rank: int, n_columns: int) -> bool:
+    """Whether this is faster than two products by cuBLAS, and can be compiled."""
+    if u.dtype.itemsize != 2 or rank % 8 == 0 or n_columns > WIDEST:
+        return False
+    return not u.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(u.device) >= (8, 0)
 
 
 def low_rank(u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,8 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
         and all(_fits(t) for one in weights for t in one)
         and all((one.in_proj.shape, one.x_proj.shape, one.conv.shape) == shapes for one in weights)
         and all(conv.dtype == torch.bfloat16 and ssm.dtype == torch.float32 for conv, ssm in states)
-        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for state in states for t in state)
+        and all(t.data_ptr() % 16 == 0 and t.device == x.device for state in states for t in state)
+        and all(t is None or t.device == x.device for one in weights for t in one)
     )
 
 

@@ -60,9 +60,12 @@ def mamba_stack_step(
 
     x, states and weights as of `mamba_step`. Returns stream + out of the last block, (B, M) float32. None, and nothing
     is done, where `mamba_step` for each block is to be called: where it is the faster, or there is no such kernel.
+    Raises ValueError if shapes disagree.
     """
     if choose(None, x.device, x.dtype, in_cuda=True) != "cuda":
         return None
+    for state, one in zip(states, weights, strict=True):
+        _check(x, None, *state, one)
     with torch.no_grad():
         centred = weights[0].norm_bias is not None
         return import_module(".cuda", __package__).step(x, states, weights, eps, centred)

@@ -26,8 +26,9 @@ def test_round_trip(saved):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_reading_a_model_draws_no_random_numbers(tmp_path):
-    backbone = BackboneConfig(d_model=8, n_layer=2, pattern=("attention", "mlp"))
+@pytest.mark.parametrize("pattern", [("attention", "mlp"), ("mamba", "lru")])
+def test_reading_a_model_draws_no_random_numbers(pattern, tmp_path):
+    backbone = BackboneConfig(d_model=8, n_layer=2, pattern=pattern)
     LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=5)).save_pretrained(tmp_path / "model")
     before = torch.get_rng_state()
     LanguageModel.from_pretrained(tmp_path / "model")

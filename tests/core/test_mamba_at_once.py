@@ -243,6 +243,7 @@ def test_onwards_from_states_equals_its_parts(first, monkeypatch):
         kept = [s.clone() for s in state]
         rest, after = model(x[:, first:], state, return_state=True)
         assert all(map(torch.equal, state, kept))  # it is not changed
+        assert all(s.is_contiguous() for s in (*state, *after))  # a step works in place
         states = {f"{name} {when}": s for when, x in (("1", state), ("2", after)) for name, s in x._asdict().items()}
         return {"begun": begun, "rest": rest, **states}
 
@@ -253,3 +254,13 @@ def test_onwards_from_states_equals_its_parts(first, monkeypatch):
     monkeypatch.setattr(mamba_at_once, "serves", lambda *_: False)
     assert_close(ours, pieces(), 2e-6)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("wrong", [(2, WIDTH * 2, 3), (3, WIDTH * 2, 4), (3, WIDTH, 3)])
+@torch.no_grad()
+def test_states_of_the_wrong_shape_are_refused(wrong):
+    model, x = Mamba(WIDTH), torch.randn(3, 7, WIDTH)
+    state = model.init_state(3)
+    for bad in (state._replace(conv=torch.zeros(wrong)), state._replace(ssm=torch.zeros(wrong))):
+        with pytest.raises(ValueError, match="initial_state has shape"):
+            model(x, bad, return_state=True)

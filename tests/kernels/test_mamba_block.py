@@ -147,7 +147,7 @@ def test_products_of_an_odd_rank(tokens, channels, rank, states, dtype, device_o
     u = torch.randn(tokens, 2 * channels, device=device).to(dtype)[:, :channels]
     x_proj = (torch.randn(rank + 2 * states, channels, device=device) / channels**0.5).to(dtype)
     dt_proj = torch.randn(channels, rank, device=device).to(dtype)
-    assert kernel.serves(dtype, rank, len(x_proj))
+    assert kernel.serves(u, rank, len(x_proj))
     low, delta = kernel.low_rank(u, x_proj, dt_proj)
     exact = u.double() @ x_proj.double().T
     assert_close({"low": low}, {"low": exact}, torch.finfo(dtype).eps)
