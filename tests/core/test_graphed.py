@@ -97,6 +97,35 @@ def test_prompts_of_a_shape_that_was_just_read(monkeypatch):
     assert len(made) == 1
 
 
+def test_graphs_of_inference_mode_and_of_parts_that_may_be_switched(monkeypatch):
+    model, made = model_of(), []
+    capture = graphed._ReadingGraph
+    monkeypatch.setattr(graphed, "_ReadingGraph", lambda *args: made.append(capture(*args)) or made[-1])
+    prompts = list(torch.randint(29, (3, 40), generator=torch.Generator().manual_seed(1)))
+    with torch.inference_mode():
+        logits = [prefill(model, prompts)[0].clone() for _ in range(2)]
+    assert len(made) == 1
+    logits += [prefill(model, prompts)[0] for _ in range(3)]  # what was recorded in it cannot be written outside
+    assert len(made) == 2
+    assert all(torch.equal(logits[0], other) for other in logits)
+
+    class Switched(torch.nn.Linear):
+        on = True
+
+        def forward(self, x):
+            return super().forward(x) if self.on else torch.zeros_like(x)
+
+    block = model.backbone.layers[0].mixer
+    wide = block.out_proj.in_features
+    block.out_proj = torch.nn.Sequential(Switched(wide, wide).cuda(), block.out_proj)
+    before = [prefill(model, prompts)[0] for _ in range(3)][-1]
+    tokens = collect(generate(model, prompts, 20, seeds=range(3)))
+    block.out_proj[0].on = False
+    assert not torch.equal(prefill(model, prompts)[0], before)
+    by_graph, plain = both(monkeypatch, model, prompts, 20, seeds=range(3))
+    assert by_graph == plain != tokens
+
+
 @pytest.mark.parametrize("n", [3, 20])
 def test_the_stack_in_bf16(n, monkeypatch):
     """Many sequences' kernels: the same tokens by graph and without; short of rounding, the logits of a forward."""
