@@ -11,6 +11,7 @@ from polymamba import __version__
 from polymamba.core.errors import InputError
 from polymamba.flags import Doctor
 from polymamba.kernels import info, selective_scan
+from polymamba.kernels.backends import INSTALLED
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "accelerate", "safetensors", "tyro", "pysam", "scikit-learn")
 
@@ -30,7 +31,8 @@ def run(args: Doctor) -> None:
         print("  no C compiler: Triton needs one at its first launch; install gcc, or use --device cpu")
     print("backends")
     for kernel, backend in info().items():
-        note = "  (slow: install numba)" if backend == "torch" and "cpu" in kernel else ""
+        slow = backend == "torch" and "cpu" in kernel and not INSTALLED["numba"]  # some kernels have no other there
+        note = "  (slow: install numba)" if slow else ""
         print(f"  {kernel:<30}{backend}{note}")
     print("self-test")
     for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,7 @@ def test_doctor(capsys):
     assert f"torch         {torch.__version__.split('+')[0]}" in out
     assert "selective_scan on cpu" in out
     assert "largest error" in out
+    assert ("install numba" in out) == (find_spec("numba") is None)
 
 
 def test_convert(tmp_path, capsys):
