@@ -25,7 +25,7 @@ RUNS = (
     (1, "induction-heads --mixer attention --batch 64 --lr 1e-3 --longest 16384"),
     (1, "induction-heads --mixer s4d --batch 64 --longest 16384"),
     (1, "induction-heads --mixer lru --batch 64 --longest 16384"),
-    (2, "associative-recall --mixer mamba --d-model 64 --batch 128"),
+    (2, "associative-recall --mixer mamba --d-model 64 --batch 128 --lr 3e-3"),
     (2, "associative-recall --mixer mamba --d-model 128 --batch 128 --lr 2e-3"),
     (2, "associative-recall --mixer attention --d-model 64 --batch 128 --lr 1e-3"),
     (2, "associative-recall --mixer attention --d-model 128 --batch 128 --lr 1e-3"),
