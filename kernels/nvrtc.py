@@ -130,7 +130,6 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "polymamba"
 
 
-@cache
 def _compile_or_recall(source: str, architecture: str) -> bytes:
     major, minor = ctypes.c_int(), ctypes.c_int()
     _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
