@@ -1,5 +1,7 @@
 """For the tests of the command line: two classes of DNA, a run trained on them, and the check of one clear error."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,28 @@ def run(two_classes, fast, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "run"
     assert main(["genomics", "train", *two_classes, "-o", str(output), *fast]) == 0
     return output
+
+
+@pytest.fixture(scope="session")
+def at_step():
+    """`with at_step(number, act):` in it act() is called at the beginning of the step of this number, from 1 on."""
+    from polymamba.core.train import _Trainer
+
+    @contextmanager
+    def within(number: int, act: Callable[[], object]) -> Iterator[None]:
+        step, count = _Trainer.step, [0]
+
+        def counted(self, *args):
+            count[0] += 1
+            if count[0] == number:
+                act()
+            return step(self, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_Trainer, "step", counted)
+            yield
+
+    return within
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:

@@ -107,22 +107,15 @@ def test_tracks(run, folder, tmp_path, capsys):
     assert len(exact) > 0.7 * len(sites)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path, monkeypatch):
-    from polymamba.core.train import _Trainer
-
+def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path, at_step):
     words = ["--labels", folder / "sites.bed", "--target", "multilabel", "--rc-augment", "--steps-per-epoch", "3"]
     words = ["train-bases", *flags(folder, *words, "--epochs", "2", "--save-every", "2"), "-o"]
     genomics(*words, tmp_path / "whole")
-    step, count = _Trainer.step, [0]
 
-    def killed(self, *args):
-        count[0] += 1
-        if count[0] == 4:
-            raise KeyboardInterrupt
-        return step(self, *args)
+    def interrupt() -> None:
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "step", killed)
+    with at_step(4, interrupt):
         assert main(["genomics", *map(str, words), str(tmp_path / "stopped")]) == 1
     genomics(*words, tmp_path / "stopped", "--resume")
     for name in ("model.safetensors", "metrics.json", "splits.bed"):

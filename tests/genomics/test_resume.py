@@ -12,7 +12,6 @@ import pytest
 
 from polymamba.cli import main
 from polymamba.core.run_folder import RunFolder
-from polymamba.core.train import _Trainer
 from polymamba.genomics import DNAClassifier
 
 RESULTS = ("model.safetensors", "config.json", "metrics.json", "predictions.tsv", "thresholds.json", "splits.tsv")
@@ -41,19 +40,6 @@ def assert_same_results(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def at_step(monkeypatch, number: int, act) -> None:
-    """Call act() at the beginning of the step of this number, counted from 1."""
-    step, count = _Trainer.step, [0]
-
-    def counted(self, *args):
-        count[0] += 1
-        if count[0] == number:
-            act()
-        return step(self, *args)
-
-    monkeypatch.setattr(_Trainer, "step", counted)
-
-
 # Ctrl-C
 
 
@@ -62,9 +48,8 @@ def interrupt() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 6, 8])  # 6: the last one of an epoch
-def test_ctrl_c_saves_and_says_how_to_go_on(step, flags, whole, tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_step(patch, step, interrupt)
+def test_ctrl_c_saves_and_says_how_to_go_on(step, flags, whole, tmp_path, capsys, at_step):
+    with at_step(step, interrupt):
         assert train(flags, tmp_path / "run") == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -75,13 +60,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(step, flags, whole, tmp_path, capsys
     assert_same_results(whole, tmp_path / "run")
 
 
-def test_a_second_ctrl_c_stops_at_once(flags, whole, tmp_path, capsys, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(flags, whole, tmp_path, capsys, at_step):
     def twice() -> None:
         interrupt()
         interrupt()
 
-    with monkeypatch.context() as patch:
-        at_step(patch, 5, twice)
+    with at_step(5, twice):
         assert train(flags, tmp_path / "run") == 1
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
@@ -152,12 +136,11 @@ def test_a_kill_while_a_checkpoint_replaces_one_of_the_same_step(tmp_path, monke
 
 
 @pytest.mark.parametrize("limit", [64, 30_000])  # bytes a file: nothing at all can be saved; or only small files
-def test_a_full_disk(limit, flags, whole, tmp_path, capsys, monkeypatch):
+def test_a_full_disk(limit, flags, whole, tmp_path, capsys, at_step):
     """The checkpoint before, and the best model, are whole; when there is room again --resume goes on."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        at_step(patch, 8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
+    with at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))):
         try:
             assert train(flags, run) == 1
         finally:
@@ -179,11 +162,10 @@ def test_a_full_disk(limit, flags, whole, tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def stopped(flags, tmp_path_factory) -> Path:
+def stopped(flags, tmp_path_factory, at_step) -> Path:
     """A run that stopped at step 5, to be copied."""
     output = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, 5, interrupt)
+    with at_step(5, interrupt):
         assert train(flags, output) == 1
     return output
 

@@ -59,22 +59,15 @@ def test_what_is_said(flags, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_a_resumed_run_ends_with_the_same_bits(objective, flags, run, masked_run, tmp_path, monkeypatch):
-    from polymamba.core.train import _Trainer
-
+def test_a_resumed_run_ends_with_the_same_bits(objective, flags, run, masked_run, tmp_path, at_step):
     more = ["--objective", objective, "--no-baselines", "--rc-augment"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     genomics("pretrain", *flags, *more, "-o", whole)
-    step, count = _Trainer.step, [0]
 
-    def killed(self, *args):
-        count[0] += 1
-        if count[0] == 6:
-            raise KeyboardInterrupt
-        return step(self, *args)
+    def interrupt() -> None:
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "step", killed)
+    with at_step(6, interrupt):
         assert main(["genomics", "pretrain", *flags, *more, "-o", str(stopped)]) == 1
     assert not (stopped / "metrics.json").exists()
     genomics("pretrain", *flags, *more, "-o", stopped, "--resume")
