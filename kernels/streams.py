@@ -2,31 +2,39 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+FIRST = -1  # priority of the streams of branches: their kernels go ahead of what else is waiting
+Inputs = TypeVar("Inputs")
 
-def side_by_side(work: Callable[[int], Tensor], n: int, x: Tensor, may_branch: bool) -> list[Tensor]:
-    """[work(0), .., work(n - 1)], which do not depend on each other; x: where they run.
 
-    While a CUDA graph is recorded each is a branch of it: kernels of one fill the multiprocessors that the last blocks
-    of another's leave idle. Launched one by one they wait for the host anyhow, which another stream would cost more.
+def side_by_side(
+    prepare: Callable[[int], Inputs], work: Callable[[int, Inputs], Tensor], n: int, x: Tensor, may_branch: bool
+) -> list[Tensor]:
+    """[work(i, prepare(i)) for i in range(n)], which do not depend on each other; x: where they run.
+
+    While a CUDA graph is recorded each work is a branch of it, ahead of the next preparation: where preparing waits for
+    memory and working for the multiprocessors, the two together take little longer than the work. Launched one by one
+    they wait for the host anyhow, which another stream would cost more.
     """
     if n == 1 or not may_branch or not x.is_cuda or not torch.cuda.is_current_stream_capturing():
-        return [work(i) for i in range(n)]
+        return [work(i, prepare(i)) for i in range(n)]
     current = torch.cuda.current_stream(x.device)
-    begin = current.record_event()
-    results = [work(0)]
-    for i in range(1, n):
-        branch = _branch(x.device, i)
-        branch.wait_event(begin)
+    branches = [_branch(x.device, i, FIRST) for i in range(n)]
+    prepared, results = [], []
+    for i, branch in enumerate(branches):
+        prepared.append(prepare(i))  # kept until all has ended: its memory is free for what is launched next here
+        branch.wait_stream(current)
         with torch.cuda.stream(branch):
-            results.append(work(i))
-        current.wait_stream(branch)  # so memory of a branch is free for the next one to begin in it
+            results.append(work(i, prepared[i]))
+    for branch in branches:
+        current.wait_stream(branch)
     return results
 
 
 @cache
-def _branch(device: torch.device, i: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _branch(device: torch.device, i: int, priority: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=priority)

@@ -161,8 +161,13 @@ class Vim(ImageModel):
 
     # Forward
 
-    def forward(self, x: Tensor) -> Tensor:  # here, so that torch.fx looks for functions to leave whole in this file
-        return super().forward(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """`forward_head(forward_features(x))`; where the head sees class tokens alone, no other is normed."""
+        if self.config.global_pool != "token" or not as_made(self.norm_f, kinds=(Norm,)):
+            return super().forward(x)
+        x, stream = self.residual_stream(x)
+        x, _ = self.norm_f(*(class_tokens(part, self.config.class_token) for part in (x, stream)))
+        return self.forward_head(x)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, L, D): patches and class tokens in the order of the scan, with their positions."""
@@ -171,11 +176,16 @@ class Vim(ImageModel):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T + M, D), normed: class tokens first, then the patches row by row."""
+        x, _ = self.norm_f(*self.residual_stream(x))
+        return tokens_first(x, self.config.class_token)
+
+    def residual_stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> what the last block made and the stream before it, (B, L, D), to be added up."""
         x, stream = self.embed(x), None
         for block in self.layers:
             x, stream = self._run(block, x, stream)
-        x, _ = self.norm_f(x, stream)
-        return tokens_first(x, self.config.class_token)
+        assert stream is not None  # there is a block
+        return x, stream
 
     def _run(self, block: Block, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -282,16 +292,25 @@ class Vim(ImageModel):
 # Where class tokens stand in the sequence
 
 
-def split_tokens(x: Tensor, token: str) -> tuple[Tensor, Tensor]:
-    """A sequence (B, L, D) in the order of the scan -> class tokens (B, T, D), patches (B, M, D)."""
-    length = x.shape[1]
-    if token == "middle":
-        at = (length - 1) // 2
-        return x[:, at : at + 1], torch.cat((x[:, :at], x[:, at + 1 :]), dim=1)
+@register_notrace_function
+def class_tokens(x: Tensor, token: str) -> Tensor:
+    """A sequence (B, L, D) in the order of the scan -> (B, T, D)."""
     if token == "double":
-        return torch.cat((x[:, :1], x[:, -1:]), dim=1), x[:, 1:-1]
-    n = 1 if token == "head" else 0
-    return x[:, :n], x[:, n:]
+        return torch.cat((x[:, :1], x[:, -1:]), dim=1)
+    at = (x.shape[1] - 1) // 2 if token == "middle" else 0
+    return x[:, at : at + (token != "none")]
+
+
+def split_tokens(x: Tensor, token: str) -> tuple[Tensor, Tensor]:
+    """The same -> class tokens (B, T, D), patches (B, M, D)."""
+    if token == "middle":
+        at = (x.shape[1] - 1) // 2
+        patches = torch.cat((x[:, :at], x[:, at + 1 :]), dim=1)
+    elif token == "double":
+        patches = x[:, 1:-1]
+    else:
+        patches = x[:, 1:] if token == "head" else x
+    return class_tokens(x, token), patches
 
 
 def join_tokens(tokens: Tensor, patches: Tensor, token: str) -> Tensor:

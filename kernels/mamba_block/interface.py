@@ -81,6 +81,7 @@ class Border(Protocol):
         ...
 
 
+JOIN = True  # whether, where nothing is kept, one kernel makes all that a scan reads
 NARROW = 64  # the largest rank of dt whose product the CPU's scan makes; measured, it is slower from 128 on
 
 
@@ -200,12 +201,16 @@ class _Settings(NamedTuple):
         """Whether the scan makes delta of t by itself: the CPU's does, faster than a product of few columns."""
         return self.scan_backend == "numba" and self.border is None and self.rank <= NARROW
 
+    def has_low_rank(self, x: Tensor) -> bool:
+        """Whether kernels of ours make (t, B, C) and delta of u, which is as x (T, E)."""
+        if self.conv_backend != "triton" or not len(x):
+            return False
+        return module(__package__ or "", "triton_low_rank").serves(x, self.rank, self.rank + 2 * self.n_states)
+
     def low_rank(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
         """(t, B, C) (T, R + 2N); delta (T, E), or t where the scan widens it."""
-        if self.conv_backend == "triton" and len(u):
-            kernel = module(__package__ or "", "triton_low_rank")
-            if kernel.serves(u, self.rank, len(x_proj)):
-                return kernel.low_rank(u, x_proj, dt_proj)
+        if self.has_low_rank(u):
+            return module(__package__ or "", "triton_low_rank").low_rank(u, x_proj, dt_proj)
         low = torch.mm(u, x_proj.t())
         t, _, _ = self.parts(low)
         return low, t if self.widens_in_scan else torch.mm(t, dt_proj.t())
@@ -233,20 +238,30 @@ def _forward(
         xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
         x, z = s.halves(xz)
         kept: list[Any] = []
-        convolved = s.convolved(x, scans, cu_seqlens)
+        plain = cu_seqlens is None and s.border is None and before == (None, None)
+        joined = plain and not s.save and JOIN and s.has_low_rank(x)
+        convolved = None if joined else s.convolved(x, scans, cu_seqlens)
 
-        def scanned(i: int) -> Tensor:
-            """The result of a scan; adds to `kept` what its backward needs."""
-            scan, A, reverse = scans[i], A_of[i], s.reverse[i]
-            x_proj, dt_proj, D, dt_bias = *low_rank[2 * i : 2 * i + 2], *own[3 * i + 1 : 3 * i + 3]
-            taps, (halo, state), passed = scan.conv[:, 0], before, None
+        def prepared(i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+            """u, (t, B, C) and delta of a scan, and the convolution's state before it."""
+            scan, (x_proj, dt_proj) = scans[i], low_rank[2 * i : 2 * i + 2]
+            taps, halo = scan.conv[:, 0], before[0]
+            if joined:
+                inputs = module(__package__ or "", "triton_scan_inputs").scan_inputs
+                return *inputs(x, taps, scan.conv_bias, x_proj, dt_proj, s.batch, s.reverse[i]), None
             if s.border is not None:
-                halo = s.border.before(s.by_sequence(x)[0], taps.shape[1] - 1, reverse)
+                halo = s.border.before(s.by_sequence(x)[0], taps.shape[1] - 1, s.reverse[i])
             if convolved is None:
-                u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
+                u = s.convolution("forward", s.reverse[i], x, taps, scan.conv_bias, halo, cu_seqlens)
             else:
                 u = convolved[i]
-            low, delta = s.low_rank(u, x_proj, dt_proj)
+            return u, *s.low_rank(u, x_proj, dt_proj), halo
+
+        def scanned(i: int, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Tensor:
+            """The result of a scan; adds to `kept` what its backward needs."""
+            scan, A, reverse, (u, low, delta, halo) = scans[i], A_of[i], s.reverse[i], inputs
+            x_proj, dt_proj, D, dt_bias = *low_rank[2 * i : 2 * i + 2], *own[3 * i + 1 : 3 * i + 3]
+            taps, state, passed = scan.conv[:, 0], before[1], None
             _, B, C = s.parts(low)
             if s.border is not None:
                 u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
@@ -262,7 +277,7 @@ def _forward(
             kept.extend((low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed))
             return y
 
-        y, *others = side_by_side(scanned, len(scans), hidden, s.border is None)
+        y, *others = side_by_side(prepared, scanned, len(scans), hidden, s.border is None)
         if wide is not None and out_proj is not None:
             out = torch.mm(wide.flatten(1), out_proj.repeat(1, len(scans)).t())
         else:
