@@ -1,0 +1,3 @@
+from .triton import embed_patches
+
+__all__ = ["embed_patches"]
