@@ -7,34 +7,51 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-FIRST = -1  # priority of the streams of branches: their kernels go ahead of what else is waiting
-Inputs = TypeVar("Inputs")
+Found = TypeVar("Found")
+_ASIDE = 0  # the number of its branch; those side by side have 1, 2, ..
 
 
-def side_by_side(
-    prepare: Callable[[int], Inputs], work: Callable[[int, Inputs], Tensor], n: int, x: Tensor, may_branch: bool
-) -> list[Tensor]:
-    """[work(i, prepare(i)) for i in range(n)], which do not depend on each other; x: where they run.
+def side_by_side(work: Callable[[int], Tensor], n: int, x: Tensor, may_branch: bool) -> list[Tensor]:
+    """[work(0), .., work(n - 1)], which do not depend on each other; x: where they run.
 
-    While a CUDA graph is recorded each work is a branch of it, ahead of the next preparation: where preparing waits for
-    memory and working for the multiprocessors, the two together take little longer than the work. Launched one by one
-    they wait for the host anyhow, which another stream would cost more.
+    While a CUDA graph is recorded each is a branch of it: kernels of one fill the multiprocessors that the last blocks
+    of another's leave idle. Launched one by one they wait for the host anyhow, which another stream would cost more.
     """
     if n == 1 or not may_branch or not x.is_cuda or not torch.cuda.is_current_stream_capturing():
-        return [work(i, prepare(i)) for i in range(n)]
+        return [work(i) for i in range(n)]
     current = torch.cuda.current_stream(x.device)
-    branches = [_branch(x.device, i, FIRST) for i in range(n)]
-    prepared, results = [], []
-    for i, branch in enumerate(branches):
-        prepared.append(prepare(i))  # kept until all has ended: its memory is free for what is launched next here
-        branch.wait_stream(current)
+    begin = current.record_event()
+    results = [work(0)]
+    for i in range(1, n):
+        branch = _branch(x.device, i)
+        branch.wait_event(begin)
         with torch.cuda.stream(branch):
-            results.append(work(i, prepared[i]))
-    for branch in branches:
-        current.wait_stream(branch)
+            results.append(work(i))
+        current.wait_stream(branch)  # so memory of a branch is free for the next one to begin in it
     return results
 
 
+def aside(work: Callable[[], Found], x: Tensor) -> Callable[[], Found]:
+    """A function that returns work()'s result, to be called once, where that is first read; x: where it runs.
+
+    While a CUDA graph is recorded the work is a branch of it, which that call ends: small kernels cost nothing beside
+    large ones. The work's inputs and its result must live until then and until they were read, respectively.
+    """
+    if not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+        found = work()
+        return lambda: found
+    branch = _branch(x.device, _ASIDE)
+    branch.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(branch):
+        result = work()
+
+    def joined() -> Found:
+        torch.cuda.current_stream(x.device).wait_stream(branch)
+        return result
+
+    return joined
+
+
 @cache
-def _branch(device: torch.device, i: int, priority: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=priority)
+def _branch(device: torch.device, i: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

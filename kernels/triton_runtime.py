@@ -180,10 +180,19 @@ def launch(kernel: Any, blocks: int, *given: Any, **named: Any) -> None:
             key.append(type(x))
     compiled = _compiled.get(tuple(key))
     if compiled is None:
-        _compiled[tuple(key)] = kernel[(blocks,)](*given, **named)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+        _compiled[tuple(key)] = _launcher(kernel[(blocks,)](*given, **named))
+    else:
+        run, function, options = compiled
+        run(blocks, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, *options, *values)
+
+
+def _launcher(compiled: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+    """What launches a compiled kernel, its function, and what stands between that and the kernel's arguments."""
+    run, options = compiled.run, (compiled.packed_metadata, None, None, None)
+    if getattr(run, "global_scratch_size", True) or getattr(run, "profile_scratch_size", True):
+        return run, compiled.function, options
+    # Without Triton's search for scratch memory at each call, of which this kernel needs none.
+    return run.launch, compiled.function, (run.launch_cooperative_grid, run.launch_pdl, None, None, *options)
 
 
 def _met(kernel: Any) -> tuple[Any, list[str], int]:

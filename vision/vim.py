@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.mamba import BiMamba
 from ..core.mamba_at_once import as_made
 from ..core.norm import AddRMSNorm
+from ..kernels.patches import embed_patches, serves
 from .config import VimConfig
 from .model import ImageModel, drop_path_rates, feature_layout
 
@@ -81,12 +82,16 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.step)
 
+    def side_by_side(self, x: Tensor) -> bool:
+        """Whether there are patches, that do not overlap, of a convolution that is as it was made."""
+        size = self.proj.kernel_size[0]
+        return self.proj.stride[0] == size and min(x.shape[2:]) >= size and as_made(self.proj, kinds=(nn.Conv2d,))
+
     def forward(self, x: Tensor) -> Tensor:
         proj, size = self.proj, self.proj.kernel_size[0]
-        height, width = x.shape[2] // size, x.shape[3] // size
-        side_by_side = proj.stride[0] == size and height and width
-        if not x.is_cuda or not side_by_side or not as_made(proj, kinds=(nn.Conv2d,)):
+        if not x.is_cuda or not self.side_by_side(x):
             return proj(x)
+        height, width = x.shape[2] // size, x.shape[3] // size
         x = x[:, :, : height * size, : width * size]
         patches = rearrange(x, "b c (h i) (w j) -> b h w (c i j)", i=size, j=size)
         return F.linear(patches, proj.weight.flatten(1), proj.bias).permute(0, 3, 1, 2)
@@ -172,7 +177,26 @@ class Vim(ImageModel):
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, L, D): patches and class tokens in the order of the scan, with their positions."""
         token = self.config.class_token
+        if self._embeds_at_once(x):
+            proj, positions = self.patch_embed.proj, self.pos_embed[0]
+            at = math.prod(self.grid_size) // 2 if token == "middle" else 0
+            y = embed_patches(x, proj.weight, proj.bias, positions, at)  # pyright: ignore[reportArgumentType]
+            if self.cls_token is not None:
+                y[:, at] = self.cls_token[0, 0] + positions[at]
+            return y
         return with_positions(self.patch_embed(x), self.cls_token, self.pos_embed, self.grid_size, token)
+
+    def _embeds_at_once(self, x: Tensor) -> bool:
+        """Whether patches and positions may come of one kernel: in inference on a GPU, at the model's own size."""
+        patches = self.patch_embed
+        return (
+            isinstance(x, Tensor)
+            and self.config.class_token != "double"
+            and patches.side_by_side(x)
+            and self.config.grid(*x.shape[-2:]) == self.grid_size
+            and as_made(patches, kinds=(PatchEmbed,))
+            and serves(x, patches.proj.weight, patches.proj.bias, self.pos_embed)
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T + M, D), normed: class tokens first, then the patches row by row."""

@@ -38,7 +38,7 @@ from ..casting import cast_all
 from ..causal_conv1d import interface as conv_interface
 from ..operators import module, of_first_order
 from ..selective_scan import interface as scan_interface
-from ..streams import side_by_side
+from ..streams import aside, side_by_side
 
 
 class ScanWeights(NamedTuple):
@@ -81,7 +81,6 @@ class Border(Protocol):
         ...
 
 
-JOIN = True  # whether, where nothing is kept, one kernel makes all that a scan reads
 NARROW = 64  # the largest rank of dt whose product the CPU's scan makes; measured, it is slower from 128 on
 
 
@@ -201,16 +200,12 @@ class _Settings(NamedTuple):
         """Whether the scan makes delta of t by itself: the CPU's does, faster than a product of few columns."""
         return self.scan_backend == "numba" and self.border is None and self.rank <= NARROW
 
-    def has_low_rank(self, x: Tensor) -> bool:
-        """Whether kernels of ours make (t, B, C) and delta of u, which is as x (T, E)."""
-        if self.conv_backend != "triton" or not len(x):
-            return False
-        return module(__package__ or "", "triton_low_rank").serves(x, self.rank, self.rank + 2 * self.n_states)
-
     def low_rank(self, u: Tensor, x_proj: Tensor, dt_proj: Tensor) -> tuple[Tensor, Tensor]:
         """(t, B, C) (T, R + 2N); delta (T, E), or t where the scan widens it."""
-        if self.has_low_rank(u):
-            return module(__package__ or "", "triton_low_rank").low_rank(u, x_proj, dt_proj)
+        if self.conv_backend == "triton" and len(u):
+            kernel = module(__package__ or "", "triton_low_rank")
+            if kernel.serves(u, self.rank, len(x_proj)):
+                return kernel.low_rank(u, x_proj, dt_proj)
         low = torch.mm(u, x_proj.t())
         t, _, _ = self.parts(low)
         return low, t if self.widens_in_scan else torch.mm(t, dt_proj.t())
@@ -225,43 +220,38 @@ def _forward(
         in_proj, out_proj, *low_rank = cast_all(
             *(s.dtype, in_proj, out_proj), *(w for scan in scans for w in (scan.x_proj, scan.dt_proj))
         )
-        own = cast_all(torch.float32, *(w for scan in scans for w in (scan.A_log, scan.D, scan.dt_bias)))
-        A_of = torch._foreach_exp(own[::3])
-        torch._foreach_neg_(A_of)
-        if out_proj is not None and s.scale != 1:
-            out_proj = out_proj * s.scale
         # Where nothing is kept the last product adds up the results of several scans, which lie side by side.
         wide = None
         if len(scans) > 1 and out_proj is not None and not s.save and s.scan_backend == "cuda":
             wide = hidden.new_empty(hidden.shape[0] * hidden.shape[1], len(scans), s.n_channels, dtype=s.dtype)
+
+        def of_weights_alone() -> tuple[list[Any], Any, Tensor | None]:
+            own = cast_all(torch.float32, *(w for scan in scans for w in (scan.A_log, scan.D, scan.dt_bias)))
+            A_of = torch._foreach_exp(own[::3])
+            torch._foreach_neg_(A_of)
+            scaled = out_proj if out_proj is None or s.scale == 1 else out_proj * s.scale
+            return own, A_of, scaled if wide is None or scaled is None else scaled.repeat(1, len(scans))
+
+        weights_ready = aside(of_weights_alone, hidden)
         rows = hidden.to(s.dtype).flatten(0, 1)
         xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
         x, z = s.halves(xz)
         kept: list[Any] = []
-        plain = cu_seqlens is None and s.border is None and before == (None, None)
-        joined = plain and not s.save and JOIN and s.has_low_rank(x)
-        convolved = None if joined else s.convolved(x, scans, cu_seqlens)
+        convolved = s.convolved(x, scans, cu_seqlens)
+        own, A_of, out_proj = weights_ready()
 
-        def prepared(i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-            """u, (t, B, C) and delta of a scan, and the convolution's state before it."""
-            scan, (x_proj, dt_proj) = scans[i], low_rank[2 * i : 2 * i + 2]
-            taps, halo = scan.conv[:, 0], before[0]
-            if joined:
-                inputs = module(__package__ or "", "triton_scan_inputs").scan_inputs
-                return *inputs(x, taps, scan.conv_bias, x_proj, dt_proj, s.batch, s.reverse[i]), None
+        def scanned(i: int) -> Tensor:
+            """The result of a scan; adds to `kept` what its backward needs."""
+            scan, A, reverse = scans[i], A_of[i], s.reverse[i]
+            x_proj, dt_proj, D, dt_bias = *low_rank[2 * i : 2 * i + 2], *own[3 * i + 1 : 3 * i + 3]
+            taps, (halo, state), passed = scan.conv[:, 0], before, None
             if s.border is not None:
-                halo = s.border.before(s.by_sequence(x)[0], taps.shape[1] - 1, s.reverse[i])
+                halo = s.border.before(s.by_sequence(x)[0], taps.shape[1] - 1, reverse)
             if convolved is None:
-                u = s.convolution("forward", s.reverse[i], x, taps, scan.conv_bias, halo, cu_seqlens)
+                u = s.convolution("forward", reverse, x, taps, scan.conv_bias, halo, cu_seqlens)
             else:
                 u = convolved[i]
-            return u, *s.low_rank(u, x_proj, dt_proj), halo
-
-        def scanned(i: int, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Tensor:
-            """The result of a scan; adds to `kept` what its backward needs."""
-            scan, A, reverse, (u, low, delta, halo) = scans[i], A_of[i], s.reverse[i], inputs
-            x_proj, dt_proj, D, dt_bias = *low_rank[2 * i : 2 * i + 2], *own[3 * i + 1 : 3 * i + 3]
-            taps, state, passed = scan.conv[:, 0], before[1], None
+            low, delta = s.low_rank(u, x_proj, dt_proj)
             _, B, C = s.parts(low)
             if s.border is not None:
                 u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
@@ -277,9 +267,9 @@ def _forward(
             kept.extend((low, saved, taps, scan.conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed))
             return y
 
-        y, *others = side_by_side(prepared, scanned, len(scans), hidden, s.border is None)
+        y, *others = side_by_side(scanned, len(scans), hidden, s.border is None)
         if wide is not None and out_proj is not None:
-            out = torch.mm(wide.flatten(1), out_proj.repeat(1, len(scans)).t())
+            out = torch.mm(wide.flatten(1), out_proj.t())
         else:
             for other in others:
                 y.add_(other)

@@ -1,3 +1,3 @@
-from .triton import embed_patches
+from .interface import embed_patches, serves
 
-__all__ = ["embed_patches"]
+__all__ = ["embed_patches", "serves"]

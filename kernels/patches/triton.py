@@ -43,8 +43,7 @@ def _patches(
 
 
 def embed_patches(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, gap: int) -> Tensor:
-    """x (B, C, H, W), weight (D, C, P, P), bias (D,), positions (L, D) -> (B, L, D). What is beyond the last whole
-    patch is not seen. Where L = M + 1, token `gap` is left as memory was: it is to be written. In 16-bit dtypes."""
+    """As of interface.py."""
     (n_images, _, height, width), size, x = x.shape, weight.shape[3], x.contiguous()
     (length, n_columns), across = positions.shape, width // size
     of_image = height // size * across

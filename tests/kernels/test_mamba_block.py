@@ -155,31 +155,6 @@ def test_products_of_an_odd_rank(tokens, channels, rank, states, dtype, device_o
     assert_close({"delta": delta}, {"delta": low[:, :rank].double() @ dt_proj.double().T}, torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    ("batch", "length", "channels", "rank", "states", "taps", "biased"),
-    [(3, 37, 70, 12, 16, 4, True), (5, 2, 7, 3, 5, 3, False), (1, 1, 65, 1, 1, 1, True)],
-)
-def test_all_that_a_scan_reads_at_once(
-    batch, length, channels, rank, states, taps, biased, reverse, device_of, assert_close
-):
-    device, dtype = device_of("triton"), torch.bfloat16
-    kernel = import_module("polymamba.kernels.mamba_block.triton_scan_inputs")
-    x = torch.randn(batch * length, 2 * channels, device=device).to(dtype)[:, channels:]
-    conv = torch.randn(channels, taps, device=device)
-    bias = torch.randn(channels, device=device) if biased else None
-    x_proj = (torch.randn(rank + 2 * states, channels, device=device) / channels**0.5).to(dtype)
-    dt_proj = torch.randn(channels, rank, device=device).to(dtype)
-    u, low, delta = kernel.scan_inputs(x, conv, bias, x_proj, dt_proj, batch, reverse)
-    sequences = x.double().unflatten(0, (batch, length))
-    exact = causal_conv1d(sequences, conv.double(), None if bias is None else bias.double(), reverse=reverse)
-    eps = torch.finfo(dtype).eps
-    assert_close({"u": u}, {"u": exact.flatten(0, 1)}, eps)
-    # The products are of u and of t as they were rounded.
-    assert_close({"low": low}, {"low": u.double() @ x_proj.double().T}, eps)
-    assert_close({"delta": delta}, {"delta": low[:, :rank].double() @ dt_proj.double().T}, eps)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recorded_as_a_graph_it_is_the_same(dtype, cast):
