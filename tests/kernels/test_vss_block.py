@@ -69,3 +69,18 @@ def test_gelu_backward(tokens, channels, piece, device_of, assert_close):
     (expected,) = torch.autograd.grad(exact, h, dy.double())
     actual = {"y": y, "dh": dh, "sum": shares[:, 3:].sum(0)}
     assert_close(actual, {"y": exact, "dh": expected.double(), "sum": expected.double().sum(0)}, 3e-6)
+
+
+@pytest.mark.parametrize("n_factors", [None, 1, 5])
+@pytest.mark.parametrize(("tokens", "channels", "piece"), [(5, 7, 128), (150, 130, 64)])
+def test_scale(tokens, channels, piece, n_factors, device_of, assert_close):
+    torch.manual_seed(1)
+    device = device_of("triton")
+    x, factors = torch.randn(tokens, channels, device=device), None
+    expected = x.double()
+    if n_factors:
+        factors = torch.rand(n_factors, device=device)
+        expected = expected * factors.double().repeat_interleave(tokens // n_factors)[:, None]
+    shares = torch.full((-(-tokens // piece), channels + 3), torch.nan, device=device)
+    y = triton_mlp.scale(x, factors, torch.float32, shares[:, 3:], piece)
+    assert_close({"y": y, "sum": shares[:, 3:].sum(0)}, {"y": expected, "sum": expected.sum(0)}, 1e-6)
