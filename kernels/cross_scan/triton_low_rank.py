@@ -50,7 +50,7 @@ def gradient(ddelta: Tensor, dt_weight: Tensor, share_BC: Tensor) -> Tensor:
     dlow = torch.empty(n_tokens, 4 * (rank + 2), dtype=ddelta.dtype, device=ddelta.device)
     launch(
         _gradient, 4 * ceil_div(n_tokens, TOKENS), ddelta, dt_weight.contiguous(), share_BC, dlow, n_tokens, n_channels,
-        rank, share_BC.shape[0], TOKENS=TOKENS, CHANNELS=CHANNELS, RANK=max(triton.next_power_of_2(rank), 16),
+        rank, share_BC.shape[0], TOKENS=TOKENS, CHANNELS=CHANNELS, RANK=max(1 << (rank - 1).bit_length(), 16),
         num_warps=4,
     )  # fmt: skip
     return dlow

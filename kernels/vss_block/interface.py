@@ -200,8 +200,8 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         n, inner = 2 * rows.shape[1], 2 * y.shape[1]
         shares = norm.new_shares(rows, 2 * n + inner)
         # The same of the convolution's weights and bias, and of the MLP's biases.
-        sizes = w.conv.numel(), 0 if w.conv_bias is None else len(w.conv_bias), h.shape[1], rows.shape[1]
-        n_pieces, piece = conv.pieces_of(len(rows))
+        sizes = w.conv.numel(), 0 if w.conv_bias is None else a.shape[1], h.shape[1], rows.shape[1]
+        n_pieces, piece = conv.pieces_of(rows.shape[0])
         other_shares = torch.empty(n_pieces, sum(sizes), device=x.device)
         of_conv, _, of_fc1, of_fc2 = other_shares.split(sizes, 1)
         dz = mlp.scale(dout.contiguous(), f_2, dtype, of_fc2, piece)
