@@ -180,19 +180,10 @@ def launch(kernel: Any, blocks: int, *given: Any, **named: Any) -> None:
             key.append(type(x))
     compiled = _compiled.get(tuple(key))
     if compiled is None:
-        _compiled[tuple(key)] = _launcher(kernel[(blocks,)](*given, **named))
-    else:
-        run, function, options = compiled
-        run(blocks, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, *options, *values)
-
-
-def _launcher(compiled: Any) -> tuple[Any, Any, tuple[Any, ...]]:
-    """What launches a compiled kernel, its function, and what stands between that and the kernel's arguments."""
-    run, options = compiled.run, (compiled.packed_metadata, None, None, None)
-    if getattr(run, "global_scratch_size", True) or getattr(run, "profile_scratch_size", True):
-        return run, compiled.function, options
-    # Without Triton's search for scratch memory at each call, of which this kernel needs none.
-    return run.launch, compiled.function, (run.launch_cooperative_grid, run.launch_pdl, None, None, *options)
+        _compiled[tuple(key)] = kernel[(blocks,)](*given, **named)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled.run(blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
 def _met(kernel: Any) -> tuple[Any, list[str], int]:
@@ -251,13 +242,13 @@ def sum_first_axis(x: Tensor) -> Tensor:
 
     float32, contiguous.
     """
-    while (n_terms := x.shape[0]) != 1:  # len() of a tensor takes a microsecond
-        n_groups = max(ceil_div(n_terms, _GROUP.value), 1)
+    while len(x) != 1:
+        n_groups = max(ceil_div(len(x), _GROUP.value), 1)
         totals = torch.empty(n_groups, *x.shape[1:], device=x.device)
         n = totals[0].numel()
         if n:
-            n_blocks = sum_blocks(n, n_terms)
-            launch(_sum_terms, n_blocks * n_groups, x, totals, n_terms, n, n_blocks, TERMS=terms_at_once(n_terms))
+            n_blocks = sum_blocks(n, len(x))
+            launch(_sum_terms, n_blocks * n_groups, x, totals, len(x), n, n_blocks, TERMS=terms_at_once(len(x)))
         x = totals
     return x[0]
 

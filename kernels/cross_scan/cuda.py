@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
-from ..operators import module
 from ..selective_scan import cuda as selective_scan
 from .scans import four_scans
 
@@ -212,7 +211,7 @@ def backward(dy, x, dt, A, B, C, D, dt_weight, dt_bias, saved) -> tuple[Tensor, 
         with torch.cuda.device_of(x):
             try:
                 p = _problem(*arguments)
-                dx, ddelta, share_BC, (dA, dbias, dD) = _backward(p, dy.float().contiguous(), saved)
+                dx, ddelta, sum_BC, (dA, dbias, dD) = _backward(p, dy.float().contiguous(), saved)
             except nvrtc.Unavailable as error:
                 _give_up(x.get_device(), error)
             else:
@@ -220,7 +219,7 @@ def backward(dy, x, dt, A, B, C, D, dt_weight, dt_bias, saved) -> tuple[Tensor, 
                 d_dt_weight = _of_diagonal(ddelta.T @ p.dt.to(dx.dtype).flatten(1))
                 dB, dC = (
                     torch.empty(m.shape, dtype=p.dt.dtype, device=m.device).copy_(m)
-                    for m in share_BC.sum(0).transpose(1, 2).view(2, *B.shape)
+                    for m in sum_BC.transpose(1, 2).view(2, *B.shape)
                 )
                 return dx, ddt, dA[:, :, None], dB, dC, dD.expand(D.shape), d_dt_weight, dbias
     with torch.enable_grad():
@@ -229,8 +228,7 @@ def backward(dy, x, dt, A, B, C, D, dt_weight, dt_bias, saved) -> tuple[Tensor, 
 
 
 def _backward(p: _Problem, dy: Tensor, saved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x and of the step sizes (token, 4 E), shares of those of B and C (.., 2, 4, token), and those of A,
-    the bias and D (3, 4, E).
+    """Gradients of x and of the step sizes (token, 4 E), of B and C (2, 4, token), and of A, the bias and D (3, 4, E).
 
     dy: float32, contiguous.
     """
@@ -244,19 +242,19 @@ def _backward(p: _Problem, dy: Tensor, saved: Tensor) -> tuple[Tensor, Tensor, T
     total = dx if dx.dtype == torch.float32 else floats(*p.x.shape)
     share_BC, shares = floats(-(-n_channels // BLOCK_CHANNELS), 2, 4, n_tokens), floats(n_images, 3, 4, n_channels)
     p.launch("backward", None, saved, dy, total, dx, ddelta, share_BC, shares)
-    return dx, ddelta, share_BC, shares.sum(0)
+    return dx, ddelta, share_BC.sum(0), shares.sum(0)
 
 
-def _along_diagonal(dt_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """dt_weight (4, E, R) as one matrix (4 E, 4 R) for all directions, zero where they would mix."""
+def _along_diagonal(dt_weight: Tensor, dtype: torch.dtype, beside: int = 0) -> Tensor:
+    """dt_weight (4, E, R) as one matrix (4 E, 4 (R + beside)) for all directions, zero where they would mix."""
     n_channels, rank = dt_weight.shape[1:]
-    weights = torch.zeros(4, n_channels, 4, rank, dtype=dtype, device=dt_weight.device)
-    weights.diagonal(dim1=0, dim2=2).copy_(dt_weight.permute(1, 2, 0))
+    weights = torch.zeros(4, n_channels, 4, rank + beside, dtype=dtype, device=dt_weight.device)
+    weights[..., :rank].diagonal(dim1=0, dim2=2).copy_(dt_weight.permute(1, 2, 0))
     return weights.view(4 * n_channels, -1)
 
 
 def _of_diagonal(matrix: Tensor, beside: int = 0) -> Tensor:
-    """(4 E, 4 (R + beside)) -> (4, E, R): of the first R columns of each direction, `_along_diagonal`'s reverse."""
+    """(4 E, 4 (R + beside)) -> (4, E, R), the reverse of `_along_diagonal`."""
     blocks = matrix.view(4, len(matrix) // 4, 4, -1)
     blocks = blocks[..., : blocks.shape[3] - beside]
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -292,9 +290,10 @@ def forward_projected(x, low, A_log, D, dt_weight, dt_bias, save: bool) -> tuple
 
 def backward_projected(dy, x, low, A_log, D, dt_weight, dt_bias, saved, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Gradients of (x, low), and of (A_log, D, dt_weight, dt_bias) in the given dtype. dy: float32, contiguous."""
-    p = _of_projection(x, low, A_log, D, dt_weight, dt_bias)
-    dx, ddelta, share_BC, shares = _backward(p, dy, saved)
-    dlow = module(__package__ or "", "triton_low_rank").gradient(ddelta, dt_weight, share_BC)
+    p, rank = _of_projection(x, low, A_log, D, dt_weight, dt_bias), dt_weight.shape[2]
+    dx, ddelta, sum_BC, shares = _backward(p, dy, saved)
+    dlow = torch.mm(ddelta, _along_diagonal(dt_weight, dx.dtype, beside=2))
+    dlow.view(-1, 4, rank + 2)[..., rank:].copy_(sum_BC.permute(2, 1, 0))
     d_dt_weight = _of_diagonal(torch.mm(ddelta.T, low), beside=2)
     dA, dbias, dD = shares.to(dtype)
     # Laid out as the parameter is, or autograd would copy it once more.

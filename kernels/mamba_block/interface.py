@@ -232,7 +232,7 @@ def _forward(
             scaled = out_proj if out_proj is None or s.scale == 1 else out_proj * s.scale
             return own, A_of, scaled if wide is None or scaled is None else scaled.repeat(1, len(scans))
 
-        weights_ready = aside(of_weights_alone, hidden)
+        weights_ready = aside(of_weights_alone, hidden, wide is not None)
         rows = hidden.to(s.dtype).flatten(0, 1)
         xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
         x, z = s.halves(xz)

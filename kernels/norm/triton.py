@@ -113,7 +113,7 @@ def forward(x, residual, weight, bias, eps, centred, dtype, factors=None, shift=
 
 
 def _rows_a_factor(n_rows, factors) -> int:
-    return n_rows // factors.shape[0] if factors is not None and n_rows else 1
+    return n_rows // len(factors) if factors is not None and n_rows else 1
 
 
 def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype, factors=None):
@@ -131,7 +131,7 @@ def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype, factors=N
 
 def new_shares(stream, n_sums):
     """Room for what pieces of the rows share of so many sums over all."""
-    return torch.empty(ceil_div(stream.shape[0], PIECE), n_sums, device=stream.device)
+    return torch.empty(ceil_div(len(stream), PIECE), n_sums, device=stream.device)
 
 
 def backward_with_shares(dy, dstream, stream, weight, bias, eps, centred, x_dtype, shares, factors=None):
@@ -146,7 +146,7 @@ def backward_with_shares(dy, dstream, stream, weight, bias, eps, centred, x_dtyp
     share_bias, shape = None if bias is None else shares[:, width:], _shape(width)
     with torch.cuda.device_of(stream):
         launch(
-            _backward, shares.shape[0], dy, dstream, stream, weight.contiguous(), dresidual, dx, shares, share_bias,
+            _backward, len(shares), dy, dstream, stream, weight.contiguous(), dresidual, dx, shares, share_bias,
             factors, eps, *strides, n_rows, _rows_a_factor(n_rows, factors), width,
             **shape, PIECE=PIECE, CENTRED=centred,
         )  # fmt: skip

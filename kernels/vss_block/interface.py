@@ -199,14 +199,13 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         # Of the norms' weights, all in one: (weight, bias) of the first, of the third, of the second.
         n, inner = 2 * rows.shape[1], 2 * y.shape[1]
         shares = norm.new_shares(rows, 2 * n + inner)
-        # The same of the convolution's weights and bias, and of the MLP's biases.
-        sizes = w.conv.numel(), 0 if w.conv_bias is None else a.shape[1], h.shape[1], rows.shape[1]
-        n_pieces, piece = conv.pieces_of(rows.shape[0])
-        other_shares = torch.empty(n_pieces, sum(sizes), device=x.device)
-        of_conv, _, of_fc1, of_fc2 = other_shares.split(sizes, 1)
-        dz = mlp.scale(dout.contiguous(), f_2, dtype, of_fc2, piece)
-        g, dh = mlp.gelu_backward(torch.mm(dz, fc2), h, of_fc1, piece)
-        d_fc2 = _product(dz.t(), g, of)
+        # The same of the convolution's weights and bias, and of the MLP's first bias.
+        of_conv = w.conv.numel(), 0 if w.conv_bias is None else len(w.conv_bias), h.shape[1]
+        n_pieces, piece = conv.pieces_of(len(rows))
+        other_shares = torch.empty(n_pieces, sum(of_conv), device=x.device)
+        dz = dout.to(dtype) if f_2 is None else _scaled(dout, f_2, dtype)
+        g, dh = mlp.gelu_backward(torch.mm(dz, fc2), h, other_shares[:, of_conv[0] + of_conv[1] :], piece)
+        d_fc2, d_fc2_bias = _product(dz.t(), g, of), dz.sum(0, dtype=of)
         del g
         d_fc1 = _product(dh.t(), n_3, of)
         dn = torch.mm(dh, fc1)
@@ -220,8 +219,8 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         )
         du = du.view(u.shape).addmm_(dlow, x_proj)
         d_x_proj = _product(dlow.t(), u, of).view(w.x_proj.shape)
-        da = conv.backward_with_shares(du, a, w.conv, w.conv_bias, height, width, of_conv)
-        d_conv, d_conv_bias, d_fc1_bias, d_fc2_bias = norm.sum_first_axis(other_shares).split(sizes)
+        da = conv.backward_with_shares(du, a, w.conv, w.conv_bias, height, width, other_shares)
+        d_conv, d_conv_bias, d_fc1_bias = norm.sum_first_axis(other_shares).split(of_conv)
         d_conv, d_conv_bias = d_conv.view(w.conv.shape), None if w.conv_bias is None else d_conv_bias
         d_in_proj, dn = _product(da.t(), n_1, of), torch.mm(da, in_proj)
         dx, in_its_dtype = norm.backward_with_shares(dn, dx_1, rows, w.norm, w.norm_bias, eps, True, of, of_norm)
@@ -234,6 +233,13 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         *(dA_log, dD, d_norm_2, d_norm_2_bias, d_out_proj, d_norm_3, d_norm_3_bias),
         *(d_fc1, d_fc1_bias, d_fc2, d_fc2_bias),
     )
+
+
+def _scaled(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows of each image times its factor."""
+    of_images = x.view(len(factors), -1)
+    out = torch.empty(of_images.shape, dtype=dtype, device=x.device)
+    return torch.mul(of_images, factors[:, None], out=out).view(x.shape)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

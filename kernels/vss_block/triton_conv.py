@@ -5,8 +5,6 @@ need. One of the backward walks a piece of the tokens in tiles of tokens by chan
 weights' gradients; the shares are added in a fixed order. Letters: T tokens of all images, E channels.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -152,7 +150,6 @@ def _run(x, weight, bias, height, width, silu, flip) -> Tensor:
     return y
 
 
-@cache
 def pieces_of(n_tokens: int) -> tuple[int, int]:
     """(how many programs share out the tokens, how many tokens each has): of kernels that leave shares of sums."""
     piece = max(PIECE, triton.next_power_of_2(ceil_div(n_tokens, PIECES)))

@@ -108,40 +108,10 @@ class Kernel:
         self.runs.append(arguments)
 
 
-@pytest.fixture
-def compiled_kernels(monkeypatch):
+def test_a_compiled_kernel_is_remembered_for_arguments_of_the_same_kinds(monkeypatch):
     monkeypatch.setattr(triton_runtime, "_INTERPRETING", False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-
-
-class Launcher:
-    """As Triton's of CUDA: it looks for scratch memory, and then launches."""
-
-    profile_scratch_size, launch_cooperative_grid, launch_pdl = 0, "cooperative", "pdl"
-
-    def __init__(self, scratch):
-        self.global_scratch_size, self.calls, self.launches = scratch, [], []
-
-    def __call__(self, *arguments):
-        self.calls.append(arguments)
-
-    def launch(self, *arguments):
-        self.launches.append(arguments)
-
-
-@pytest.mark.parametrize("scratch", [0, 16])
-def test_a_kernel_without_scratch_memory_is_launched_without_a_search_for_it(scratch, compiled_kernels):
-    kernel = Kernel()
-    kernel.run = Launcher(scratch)
-    for n in (5, 6):
-        triton_runtime.launch(kernel, 3, None, None, n, 0.5, WIDTH=8)
-    first, last = (3, 1, 1, 7, "function"), ("metadata", None, None, None, None, None, 6, 0.5, 8)
-    expected = [(*first, "cooperative", "pdl", None, None, *last)]
-    assert (kernel.run.calls, kernel.run.launches) == (([(*first, *last)], []) if scratch else ([], expected))
-
-
-def test_a_compiled_kernel_is_remembered_for_arguments_of_the_same_kinds(compiled_kernels):
     kernel, x = Kernel(), torch.zeros(64)
     call = {"y": None, "n": 5, "scale": 0.5, "WIDTH": 8, "num_warps": 2}
     triton_runtime.launch(kernel, 3, x, **call)

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from polymamba.kernels.cross_scan import triton_low_rank
 from polymamba.kernels.vss_block import conv_norm_gelu, triton_conv, triton_mlp
 
 
@@ -70,29 +69,3 @@ def test_gelu_backward(tokens, channels, piece, device_of, assert_close):
     (expected,) = torch.autograd.grad(exact, h, dy.double())
     actual = {"y": y, "dh": dh, "sum": shares[:, 3:].sum(0)}
     assert_close(actual, {"y": exact, "dh": expected.double(), "sum": expected.double().sum(0)}, 3e-6)
-
-
-@pytest.mark.parametrize("n_factors", [None, 1, 5])
-@pytest.mark.parametrize(("tokens", "channels", "piece"), [(5, 7, 128), (150, 130, 64)])
-def test_scale(tokens, channels, piece, n_factors, device_of, assert_close):
-    torch.manual_seed(1)
-    device = device_of("triton")
-    x, factors = torch.randn(tokens, channels, device=device), None
-    expected = x.double()
-    if n_factors:
-        factors = torch.rand(n_factors, device=device)
-        expected = expected * factors.double().repeat_interleave(tokens // n_factors)[:, None]
-    shares = torch.full((-(-tokens // piece), channels + 3), torch.nan, device=device)
-    y = triton_mlp.scale(x, factors, torch.float32, shares[:, 3:], piece)
-    assert_close({"y": y, "sum": shares[:, 3:].sum(0)}, {"y": expected, "sum": expected.sum(0)}, 1e-6)
-
-
-@pytest.mark.parametrize(("tokens", "channels", "rank", "shares"), [(70, 70, 6, 3), (3, 5, 17, 1)])
-def test_gradient_of_what_is_projected(tokens, channels, rank, shares, device_of, assert_close):
-    torch.manual_seed(1)
-    device = device_of("triton")
-    ddelta, dt_weight = torch.randn(tokens, 4 * channels, device=device), torch.randn(4, channels, rank, device=device)
-    share_BC = torch.randn(shares, 2, 4, tokens, device=device)
-    of_dt = torch.einsum("tke,ker->tkr", ddelta.double().unflatten(1, (4, -1)), dt_weight.double())
-    expected = torch.cat((of_dt, share_BC.double().sum(0).permute(2, 1, 0)), 2).flatten(1)
-    assert_close({"low": triton_low_rank.gradient(ddelta, dt_weight, share_BC)}, {"low": expected}, 2e-6)
