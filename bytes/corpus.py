@@ -18,10 +18,9 @@ from ..core.errors import InputError
 from ..core.files import new_folder, save_tsv, sha256, write_json, written_whole
 from ..core.inputs import PARTS, named_part
 from ..core.processes import is_first
-from ..core.terminal import say
+from ..core.terminal import progress_bar, say
 from .config import Dividing
 from .documents import Document, Documents, whole_files
-from .terminal import progress_bar
 
 MANIFEST = "manifest.json"
 LAYOUT = 1  # raised whenever the .bin files of the same documents would be others
@@ -49,7 +48,7 @@ def divide(files: Sequence[Path], dividing: Dividing, seed: int) -> list[Piece]:
     if len(documents) < len(files):
         say(f"{len(files) - len(documents)} empty files passed over")
     pieces = []
-    with progress_bar("checksums", sum(document.size for document in documents)) as advance:
+    with progress_bar("checksums", sum(document.size for document in documents), "bytes") as advance:
         for document in documents:
             pieces.append(
                 Piece(str(document.path), named_part(document.path) or "train", 0, document.size, sha256(document.path))
@@ -151,7 +150,7 @@ def _placed(file: Path, pieces: Sequence[Piece], part: str) -> list[Document]:
 
 def _build(cache: Path, pieces: Sequence[Piece]) -> None:
     checksums = {}
-    with new_folder(cache) as beside, progress_bar("corpus", sum(piece.size for piece in pieces)) as advance:
+    with new_folder(cache) as beside, progress_bar("corpus", sum(piece.size for piece in pieces), "bytes") as advance:
         for part in PARTS:
             with written_whole(beside / f"{part}.bin") as unfinished, unfinished.open("wb") as file:
                 whole = hashlib.sha256()

@@ -12,12 +12,12 @@ from ...core.errors import InputError
 from ...core.files import write_json, written_whole
 from ...core.metrics import classification_metrics, format_table, write_confusion_tsv
 from ...core.plots import plot_confusion
+from ...core.terminal import progress_bar
 from ..dataset import ImageSet
 from ..images import read_image
 from ..inference import predict
 from ..model import ImageModel, load_image_model
 from ..plots import calibration_error, contact_sheet, plot_calibration
-from ..terminal import progress_bar
 from ..transforms import centre_view, data_config
 
 WORST = 24  # mistakes on the contact sheet
@@ -47,7 +47,7 @@ def class_names(model: ImageModel) -> tuple[str, ...]:
 
 def measure(model: ImageModel, images: ImageSet, batch_size: int, workers: int, compute: ComputeConfig) -> np.ndarray:
     """Probabilities (n, K) in the precision asked for, under a progress bar."""
-    with autocast(compute), progress_bar("test", len(images)) as advance:
+    with autocast(compute), progress_bar("test", len(images), "images") as advance:
         return predict(model, images, batch_size, workers=workers, advance=advance)
 
 
