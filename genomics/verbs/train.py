@@ -80,7 +80,8 @@ def train(args: Train) -> None:
     if start is not None:
         lr = args.train.lr / 10 if args.backbone_lr is None else args.backbone_lr
         begin_with(model, start, None if args.freeze else lr / args.train.lr)
-    n_parameters, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or k) for k in (1, 0))
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = f"{n_parameters:,} parameters" + (f", {n_trained:,} of them learning" if args.freeze else "")
     say(f"model {args.init or args.preset}: {what}; training on {pick_device(args.compute)}")
     move = None
