@@ -12,6 +12,8 @@ from sklearn import metrics as skm
 from polymamba.core import plots
 from polymamba.core.plots import plot_confusion, plot_curves, plot_precision_recall, plot_regression, plot_roc
 
+pytestmark = pytest.mark.usefixtures("in_full")
+
 LOG = [
     {"step": 10, "epoch": 1, "train_loss": 1.0, "lr": 1e-3},
     {"step": 20, "epoch": 1, "train_loss": 0.8, "lr": 2e-3},
@@ -24,8 +26,10 @@ LOG = [
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved."""
-    saved, save = [], plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    saved, save = [], plots.save_figure
+    monkeypatch.setattr(
+        plots, "save_figure", lambda figure, path, **how: (saved.append(figure), save(figure, path, **how))
+    )
     return saved
 
 
