@@ -155,7 +155,9 @@ def test_longer_tokens(words, objective, genome, sequences, tmp_path, capsys, er
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
-def test_perplexity_against_context(kind, run, masked_run, genome, sequences, tmp_path, capsys, log_p, genomics):
+def test_perplexity_against_context(
+    kind, run, masked_run, genome, sequences, tmp_path, capsys, log_p, genomics, in_full
+):
     model_run = run if kind == "causal" else masked_run
     words = [
         "--contexts",

@@ -199,7 +199,7 @@ def test_refusals_of_variants(run, genome, sequences, tmp_path, error):
 # Every change
 
 
-def test_mutagenesis(run, genome, sequences, tmp_path, genomics):
+def test_mutagenesis(run, genome, sequences, tmp_path, genomics, in_full):
     region = ["chr1:1-20", "--genome", genome, "--window", 16]
     genomics("mutagenesis", run, *region, "-o", tmp_path / "m", *CPU)
     rows = table((tmp_path / "m" / "effects.tsv").read_text())
