@@ -50,7 +50,7 @@ def _drafts():
     @functools.wraps(savefig)
     def draft(self, path, **options):
         self.set_layout_engine("none")
-        savefig(self, path, format=options["format"], dpi=20)
+        savefig(self, path, **{**options, "dpi": 20, "bbox_inches": None})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", draft)
