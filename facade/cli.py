@@ -18,6 +18,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 import tyro
+from tyro import _strings as tyro_strings
 
 from polymamba.core import ahead
 from polymamba.core.config import ComputeConfig
@@ -135,6 +136,15 @@ def _call(program: str, command: Command, words: list[str]) -> int:
         ahead.begin(compute)
     _load(target)(args)
     return 0
+
+
+def _paragraphs(text: str) -> str:
+    """A text of several lines, those of each paragraph joined."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip()))
+
+
+# tyro's own keeps the end of each line of the source that an indented one follows, as in the texts of most flags.
+tyro_strings.remove_single_line_breaks = _paragraphs
 
 
 def _one_line(box: str) -> str:
