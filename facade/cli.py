@@ -18,7 +18,6 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 import tyro
-from tyro import _strings as tyro_strings
 
 from polymamba.core import ahead
 from polymamba.core.config import ComputeConfig
@@ -143,8 +142,10 @@ def _paragraphs(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip()))
 
 
-# tyro's own keeps the end of each line of the source that an indented one follows, as in the texts of most flags.
-tyro_strings.remove_single_line_breaks = _paragraphs
+# tyro's own keeps the end of each line of the source that an indented one follows, as in the texts of most flags. Its
+# module is private: where another version of tyro lacks it, help is broken into lines at odd places, no more.
+if (_strings := getattr(tyro, "_strings", None)) is not None:
+    _strings.remove_single_line_breaks = _paragraphs
 
 
 def _one_line(box: str) -> str:
