@@ -137,6 +137,28 @@ def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize(("channels", "states"), [(10, 5), (7, 64), (12, 1)])
+def test_emulated_in_the_memory_of_inputs(channels, states, on_the_cpu, cast):
+    """u's gradient takes dy's memory, that of delta delta's, which is some columns of a wider matrix."""
+    tensors = cast(inputs(70, channels, states, 1, 1), torch.float32)
+    u, delta, A, B, C, D, z = (
+        x.flatten(0, 1) if x.dim() > 2 else x for x in (tensors[name] for name in ("u", "delta", *"ABCDz"))
+    )
+    dy, bias = torch.randn(70, channels), tensors["delta_bias"]
+    for reverse in (False, True):
+        _, _, saved = cuda.forward(u, delta, A, B, C, D, z, bias, None, None, 1, True, reverse, True)
+        others = A, B, C, D, z, bias, None, None, 1, saved, True, reverse
+        expected = cuda.backward(dy, None, u, delta, *others)
+        wide, room = torch.full((70, 2 * channels), torch.nan), dy.clone()
+        wide[:, :channels] = delta
+        found = cuda.backward(room, None, u, wide[:, :channels], *others, du=room, ddelta=wide[:, :channels])
+        assert all(map(torch.equal, found[:8], expected[:8]))
+        assert torch.equal(room, expected[0])
+        assert torch.equal(wide[:, :channels], expected[1])
+        assert wide[:, channels:].isnan().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 @pytest.mark.parametrize("channels", [10, 7])
 def test_emulated_with_room_for_the_result(channels, on_the_cpu, cast):
     tensors = cast(inputs(70, channels, 3, 1, 1), torch.float32)
