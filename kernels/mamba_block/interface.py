@@ -23,11 +23,11 @@ where a line that more than one scan has a share in is the sum of these:
     dhidden     = (dx, dz) W_in                         dW_in = (dx, dz)' hidden
 
 dx and dz are written to the two halves of one matrix. What was saved is released when it has been read for the last
-time, unless the graph is to be gone through again; in CUDA C++ du takes dy's memory, and delta, then ddelta, that of dx.
-So at its most the backward has (x, z), the checkpoints, dy, u, (delta, dz) and the scan's own shares: beside the
-parameters about 8 (T, E). Nothing is written over what was saved or given. Either projection may be left out: what comes
-in is then (x, z), what comes out y. Where the sequences are pieces of longer ones, a Border brings the states at their
-beginnings, and the gradients of those at their ends.
+time, unless the graph is retained. In CUDA C++ du takes dy's memory; delta, and then ddelta, that of dx: so at its most
+the backward has (x, z), the checkpoints, dy, u, (delta, dz) and the scan's shares (benchmarks/SCAN_NOTES.md counts).
+Nothing is written over what was saved or given. Either projection may be left out: what comes in is then (x, z), what
+comes out y. Where the sequences are pieces of longer ones, a Border brings the states at their beginnings, and the
+gradients of those at their ends.
 """
 
 from collections.abc import Iterable

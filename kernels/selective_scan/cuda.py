@@ -348,9 +348,10 @@ def backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse,
     dz=None, du=None, ddelta=None,
 ):  # fmt: skip
-    """dz: room for z's gradient, which may be some columns of a wider matrix. du, ddelta: room that those gradients take
-    if they can. These two may be dy and delta themselves, which nobody reads any more once their gradient is written:
-    one lane alone reads an element of theirs in `scan_backward`, and it does so before it writes there.
+    """dz: room for z's gradient, which may be some columns of a wider matrix.
+
+    du, ddelta: room that those gradients may take: dy's and delta's own will do. In `scan_backward` one lane alone reads
+    an element of these, and before it writes the gradient there.
     """
     arguments = (dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved)
     if _serves(u, delta, B, C, z, dy, n_states=A.shape[1]):
@@ -451,9 +452,7 @@ def _backward(
         for x, of in ((room, z), (du, u), (ddelta, delta))
     )
     strides = {"dz_stride": dz, "y_stride": du, "ddelta_stride": ddelta}
-    layout = layout._replace(
-        **{name: x.stride(0) * x.element_size() for name, x in strides.items() if x is not None}
-    )
+    layout = layout._replace(**{name: x.stride(0) * x.element_size() for name, x in strides.items() if x is not None})
     several = u.shape[0] // max(batch, 1) > _chunk_and_unit(layout.n_channels, layout.n_states)[0]
     from_zero = dfinal is None and not several
     p = _backward_plan(layout, from_zero, D is not None, delta_bias is not None)
