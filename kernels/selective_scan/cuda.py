@@ -350,8 +350,8 @@ def backward(
 ):  # fmt: skip
     """dz: room for z's gradient, which may be some columns of a wider matrix.
 
-    du, ddelta: room that those gradients may take: dy's and delta's own will do. In `scan_backward` one lane alone reads
-    an element of these, and before it writes the gradient there.
+    du, ddelta: room that those gradients may take: dy's and delta's own will do. In `scan_backward` one lane alone
+    reads an element of these, before it writes the gradient there.
     """
     arguments = (dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved)
     if _serves(u, delta, B, C, z, dy, n_states=A.shape[1]):
