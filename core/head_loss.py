@@ -13,7 +13,7 @@ NO_TARGET = -100
 
 
 def head_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of head(hidden (B, L, D)) against targets (B, L) but for those that are NO_TARGET."""
+    """Mean cross-entropy, in nats, of head(hidden (B, L, D)) against targets (B, L) other than NO_TARGET."""
     dtype = autocast_dtype(hidden)
     plain = as_made(head) and head.bias is None and not all_modules._has_any_global_hook()
     if plain and autocast_dtype(head.weight) == dtype:
