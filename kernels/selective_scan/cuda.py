@@ -101,9 +101,8 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Til
         return _narrow(vector, 4 if rows >= 1024 * processors else 2)
     if states == 8:
         return _fitting(states, lanes, 4, 8, vector, 4)
-    if rows * lanes < 256 * processors:
-        return _fitting(states, lanes, 1, 16, vector, 1)
-    return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
+    channels = 1 if rows * lanes < 256 * processors else 2
+    return _fitting(states, lanes, channels, 8 if lanes == 1 else 16, vector, 4)._replace(MIN_BLOCKS=2)
 
 
 def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room: int, gate: bool) -> Tile:
@@ -303,8 +302,8 @@ class _Plan:
     def scan(self, direction: str, blocks: int, *macros: tuple[str, int]) -> None:
         """The forward or the backward: for one state a kernel of its own."""
         narrow = self.layout.n_states == 1
-        threads = 32 * (self.every // self.tile.T if narrow else self.tile.WARPS)
-        self.add(f"narrow_{direction}" if narrow else direction, f"scan_{direction}", blocks, threads, *macros)
+        warps = self.every // self.tile.T if narrow else self.tile.WARPS * (2 if direction == "forward" else 1)
+        self.add(f"narrow_{direction}" if narrow else direction, f"scan_{direction}", blocks, 32 * warps, *macros)
 
     def carry(self, *, backwards: bool) -> None:
         blocks = -(-self.layout.n_seqs * self.layout.n_states * self.layout.n_channels // 128)
