@@ -118,7 +118,9 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
     const Inputs& then = shared.in[slot];
 #pragma unroll
     for (int g = 0; g < GROUPS_OF_STEPS; ++g) {
+#ifndef MIX
       decay(g + 1);
+#endif
       read(g + 2 < GROUPS_OF_STEPS ? now : then, g + 2);
       float y[AT_ONCE][CL];
 #pragma unroll
@@ -127,6 +129,9 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 #pragma unroll
         for (int j = 0; j < CL; ++j) y[k][j] = 0.0f, total[j] += x.dt[j];
         EACH_PAIR {
+#ifdef MIX
+          decays[(g + 1) % 2][k][j][i] = exp2_fast(__fmul_rn(in[(g + 1) % 4][k].dt[j], A2[j][i]));
+#endif
 #if STATIC_B
           const float drive = __fmul_rn(x.dtu[j], b_static[j][i]);
 #else
@@ -166,6 +171,25 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 
 // A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer instructions
 // than one made of a step's number.
+#ifdef LEAN
+INLINE float size_of(float x) {
+  float e = exp_negative(-fabsf(x));
+  float p = 0.0051261018961668015f;
+  p = __fmaf_rn(p, e, -0.029074065387248993f);
+  p = __fmaf_rn(p, e, 0.0775160863995552f);
+  p = __fmaf_rn(p, e, -0.13602247834205627f);
+  p = __fmaf_rn(p, e, 0.19076880812644958f);
+  p = __fmaf_rn(p, e, -0.2483539879322052f);
+  p = __fmaf_rn(p, e, 0.3331812024116516f);
+  p = __fmaf_rn(p, e, -0.4999944567680359f);
+  p = __fmaf_rn(p, e, 0.9999999403953552f);
+  float m;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(x), "f"(0.0f));
+  return __fmaf_rn(e, p, m);
+}
+#else
+INLINE float size_of(float x) { return step_size(x); }
+#endif
 template <typename X> struct Moving {
   X* next;
   int stride;
@@ -175,6 +199,16 @@ template <typename X> struct Moving {
   }
   INLINE X* at(int row) const { return step_at(next, stride, row); }
   INLINE void go_on() { next = at(T); }
+#ifdef LEAN
+  INLINE void load_over(Packed<X, V> (&x)[ITS], int left) {
+#pragma unroll
+    for (int i = 0; i < ITS; ++i)
+      asm("{.reg .pred p; setp.lt.s32 p, %1, %2; @p ld.global.u32 %0, [%3];}" : "+r"(x[i].word[0]) : "r"(i * ROWS), "r"(left), "l"(at(i * ROWS)));
+    go_on();
+  }
+#else
+  INLINE void load_over(Packed<X, V> (&x)[ITS], int left) { load(x, left); }
+#endif
   // left: steps from the lane's first row on that there are; zeros for others.
   INLINE void load(Packed<X, V> (&x)[ITS], int left) {
 #pragma unroll
@@ -203,6 +237,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   // Numbers on their way from memory, while another tile is computed: of a tile to come, and of one that is over.
   Packed<U, V> u[ITS];
   Packed<DELTA, V> delta[ITS];
+  for (auto& x : delta) x.clear();
 #if !STATIC_B
   MB* next_B = step_at(first_row(p.B, p.B_stride, p, piece) + a.group * p.B_group, p.B_stride, piece.begin);
   MatrixRows<MB, T, 32> B;
@@ -214,7 +249,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
   auto load = [&](int left) {
     u_rows.load(u, left - row);
-    delta_rows.load(delta, left - row);
+    delta_rows.load_over(delta, left - row);
 #if !STATIC_B
     B.load(next_B, p.B_stride, a.lane, 0, left);
     next_B = step_at(next_B, p.B_stride, T);
@@ -242,7 +277,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
       for (int v = 0; v < V; ++v) {
         // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
         // one step size wait for the other
-        const float size = step_size(delta[i].get(v) + bias[v]);
+        const float size = size_of(delta[i].get(v) + bias[v]);
         dt[v] = t < left ? size : 0.0f;
         dtu[v] = dt[v] * u[i].get(v);
       }
@@ -259,8 +294,10 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   load(left - 2 * T);
 #if !ENDS
   Packed<U, V> u_again[ITS];
+  for (auto& x : u_again) x.clear();
 #if GATE
   Packed<Z, V> z[ITS];
+  for (auto& x : z) x.clear();
 #endif
   int half = 0;
 #endif
@@ -268,9 +305,9 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   BEGIN
   for (; left > 0; left -= T) {
 #if !ENDS
-    u_again_rows.load(u_again, left - row);
+    u_again_rows.load_over(u_again, left - row);
 #if GATE
-    z_rows.load(z, left - row);
+    z_rows.load_over(z, left - row);
 #endif
 #endif
     make(left - 2 * T);
