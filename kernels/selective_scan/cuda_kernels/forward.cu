@@ -14,7 +14,7 @@ struct Inputs {
 #if !STATIC_C && !ENDS
   alignas(16) float C[T][NP];
 #endif
-  alignas(16) float dt[T][WC], dtu[T][WC];
+  alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
 };
 constexpr int AHEAD = 3;  // tiles of which there are inputs: the one that runs, the next one, the one that is made
 struct PairShared {
@@ -40,8 +40,10 @@ struct Step {
 #endif
 
   INLINE void read(const Inputs& in, int t, const Place& a) {
-    load_floats(&in.dt[t][a.lane / S * CL], dt);
-    load_floats(&in.dtu[t][a.lane / S * CL], dtu);
+    float sizes[2 * CL];
+    load_floats(&in.sizes[t][a.lane / S * 2 * CL], sizes);
+#pragma unroll
+    for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
     load_floats(&in.B[t][a.n], b);
 #endif
@@ -272,17 +274,25 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       const int t = i * ROWS + a.row;
-      float dt[V], dtu[V];
+      constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
+      float sizes[2 * V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
         // one step size wait for the other
         const float size = size_of(delta[i].get(v) + bias[v]);
-        dt[v] = t < left ? size : 0.0f;
-        dtu[v] = dt[v] * u[i].get(v);
+        const float dt = t < left ? size : 0.0f;
+        sizes[v / R * 2 * R + v % R] = dt;
+        sizes[v / R * 2 * R + R + v % R] = dt * u[i].get(v);
       }
-      store_floats(&in.dt[t][a.column], dt);
-      store_floats(&in.dtu[t][a.column], dtu);
+      float* to = &in.sizes[t][a.column / CL * 2 * CL + a.column % CL];
+      if constexpr (V >= CL) {
+        store_floats(to, sizes);
+      } else {
+        const auto& [dt, dtu] = reinterpret_cast<const float (&)[2][V]>(sizes);
+        store_floats(to, dt);
+        store_floats(to + CL, dtu);
+      }
     }
   };
 
