@@ -6,6 +6,9 @@
 // Macros besides those of common.cu: OWN, whether a sequence may have several chunks that one pair walks one after
 // another; ENDS, whether only the chunks' ends from 0 are wanted (own and sums), and not y.
 
+#ifndef KO
+#define KO 0
+#endif
 // What a tile's states need.
 struct Inputs {
 #if !STATIC_B
@@ -26,8 +29,16 @@ struct PairShared {
 struct Shared { PairShared pair[WARPS]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
-constexpr int GROUPS_OF_STEPS = T / AT_ONCE;
-static_assert(GROUPS_OF_STEPS % 4 == 0, "a tile does not fit the registers that go round");
+// Tiles whose numbers are on their way from memory at once: as many as fit the registers.
+#ifndef SETS
+constexpr int SETS = ITS * V * (2 * sizeof(U) + sizeof(DELTA) + GATE * sizeof(Z)) <= 64 ? 2 : 1;
+#endif
+// Steps that are written out; more of them would not stay in the cache for instructions.
+#ifndef RUN
+#define RUN T
+#endif
+constexpr int GROUPS_OF_STEPS = RUN / AT_ONCE;
+static_assert(GROUPS_OF_STEPS % 4 == 0 && T % RUN == 0, "a tile does not fit the registers that go round");
 
 // What a lane needs of a step.
 struct Step {
@@ -45,10 +56,12 @@ struct Step {
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
-    load_floats(&in.B[t][a.n], b);
+    if (KO == 2) for (int i = 0; i < NL; ++i) b[i] = dt[0];
+    else load_floats(&in.B[t][a.n], b);
 #endif
 #if !STATIC_C && !ENDS
-    load_floats(&in.C[t][a.n], c);
+    if (KO == 2) for (int i = 0; i < NL; ++i) c[i] = dtu[0];
+    else load_floats(&in.C[t][a.n], c);
 #endif
   }
 };
@@ -85,14 +98,14 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.
   Step in[4][AT_ONCE];
   Pairs decays[2][AT_ONCE];
-  auto read = [&](const Inputs& from, int g) {
+  auto read = [&](const Inputs& from, int row, int g) {
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) in[g % 4][k].read(from, g % GROUPS_OF_STEPS * AT_ONCE + k, a);
+    for (int k = 0; k < AT_ONCE; ++k) in[g % 4][k].read(from, row + g % GROUPS_OF_STEPS * AT_ONCE + k, a);
   };
   auto decay = [&](int g) {
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k)
-      EACH_PAIR decays[g % 2][k][j][i] = exp2_fast(__fmul_rn(in[g % 4][k].dt[j], A2[j][i]));
+      EACH_PAIR decays[g % 2][k][j][i] = KO == 1 ? __fmul_rn(in[g % 4][k].dt[j], A2[j][i]) : exp2_fast(__fmul_rn(in[g % 4][k].dt[j], A2[j][i]));
   };
 
   Pairs own, before;  // the state that starts each chunk from 0; the state before the chunk
@@ -101,11 +114,11 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   for (int j = 0; j < CL; ++j) total[j] = 0.0f;
   meet(a.warp);
   BEGIN
-  read(shared.in[0], 0);
+  read(shared.in[0], 0, 0);
   decay(0);
-  read(shared.in[0], 1);
-  int slot = 0, half = 0;
-  for (int step = piece.begin; step < stop; step += T) {
+  read(shared.in[0], 0, 1);
+  int slot = 0, half = 0, row = 0;
+  for (int step = piece.begin; step < stop || row; step += RUN) {
     if (OWN && step % CHUNK == 0) {
       EACH_PAIR before[j][i] = h[j][i], own[j][i] = 0.0f;
 #pragma unroll
@@ -116,14 +129,15 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
       store_by_state(p.saved + at * N * p.n_channels, h, p, a);
     }
     const Inputs& now = shared.in[slot];
-    slot = slot == AHEAD - 1 ? 0 : slot + 1;
+    const int now_row = row;
+    row += RUN;
+    if (row == T) row = 0, slot = slot == AHEAD - 1 ? 0 : slot + 1;
     const Inputs& then = shared.in[slot];
-#pragma unroll
+#pragma unroll GROUPS_OF_STEPS
     for (int g = 0; g < GROUPS_OF_STEPS; ++g) {
-#ifndef MIX
       decay(g + 1);
-#endif
-      read(g + 2 < GROUPS_OF_STEPS ? now : then, g + 2);
+      if (g + 2 < GROUPS_OF_STEPS) read(now, now_row, g + 2);
+      else read(then, row, g + 2);
       float y[AT_ONCE][CL];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
@@ -131,9 +145,6 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 #pragma unroll
         for (int j = 0; j < CL; ++j) y[k][j] = 0.0f, total[j] += x.dt[j];
         EACH_PAIR {
-#ifdef MIX
-          decays[(g + 1) % 2][k][j][i] = exp2_fast(__fmul_rn(in[(g + 1) % 4][k].dt[j], A2[j][i]));
-#endif
 #if STATIC_B
           const float drive = __fmul_rn(x.dtu[j], b_static[j][i]);
 #else
@@ -151,12 +162,13 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 #if !ENDS
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        leave_parts(shared.y[half][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
+        if (KO != 5 || y[k][0] == 1.2345f) leave_parts(shared.y[half][now_row + g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
 #endif
     }
+    if (row) continue;
     half ^= 1;
     // What enters the next chunk, by the arithmetic of chunks that are run all at once (carry.cu).
-    if (OWN && (step + T) % CHUNK == 0 && step + T < piece.length)
+    if (OWN && (step + RUN) % CHUNK == 0 && step + RUN < piece.length)
       EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
     MEET
   }
@@ -173,25 +185,6 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 
 // A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer instructions
 // than one made of a step's number.
-#ifdef LEAN
-INLINE float size_of(float x) {
-  float e = exp_negative(-fabsf(x));
-  float p = 0.0051261018961668015f;
-  p = __fmaf_rn(p, e, -0.029074065387248993f);
-  p = __fmaf_rn(p, e, 0.0775160863995552f);
-  p = __fmaf_rn(p, e, -0.13602247834205627f);
-  p = __fmaf_rn(p, e, 0.19076880812644958f);
-  p = __fmaf_rn(p, e, -0.2483539879322052f);
-  p = __fmaf_rn(p, e, 0.3331812024116516f);
-  p = __fmaf_rn(p, e, -0.4999944567680359f);
-  p = __fmaf_rn(p, e, 0.9999999403953552f);
-  float m;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(x), "f"(0.0f));
-  return __fmaf_rn(e, p, m);
-}
-#else
-INLINE float size_of(float x) { return step_size(x); }
-#endif
 template <typename X> struct Moving {
   X* next;
   int stride;
@@ -201,16 +194,6 @@ template <typename X> struct Moving {
   }
   INLINE X* at(int row) const { return step_at(next, stride, row); }
   INLINE void go_on() { next = at(T); }
-#ifdef LEAN
-  INLINE void load_over(Packed<X, V> (&x)[ITS], int left) {
-#pragma unroll
-    for (int i = 0; i < ITS; ++i)
-      asm("{.reg .pred p; setp.lt.s32 p, %1, %2; @p ld.global.u32 %0, [%3];}" : "+r"(x[i].word[0]) : "r"(i * ROWS), "r"(left), "l"(at(i * ROWS)));
-    go_on();
-  }
-#else
-  INLINE void load_over(Packed<X, V> (&x)[ITS], int left) { load(x, left); }
-#endif
   // left: steps from the lane's first row on that there are; zeros for others.
   INLINE void load(Packed<X, V> (&x)[ITS], int left) {
 #pragma unroll
@@ -236,40 +219,47 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 #if GATE && !ENDS
   Moving<Z> z_rows(p.z, p.z_stride, p, piece, a);
 #endif
-  // Numbers on their way from memory, while another tile is computed: of a tile to come, and of one that is over.
-  Packed<U, V> u[ITS];
-  Packed<DELTA, V> delta[ITS];
-  for (auto& x : delta) x.clear();
 #if !STATIC_B
   MB* next_B = step_at(first_row(p.B, p.B_stride, p, piece) + a.group * p.B_group, p.B_stride, piece.begin);
-  MatrixRows<MB, T, 32> B;
 #endif
 #if !STATIC_C && !ENDS
   MC* next_C = step_at(first_row(p.C, p.C_stride, p, piece) + a.group * p.C_group, p.C_stride, piece.begin);
-  MatrixRows<MC, T, 32> C;
 #endif
-  const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
-  auto load = [&](int left) {
-    u_rows.load(u, left - row);
-    delta_rows.load_over(delta, left - row);
+
+  // Numbers on their way from memory while SETS other tiles are computed: of tiles to come, and of those that are over.
+  struct Ahead {
+    Packed<U, V> u[ITS];
+    Packed<DELTA, V> delta[ITS];
 #if !STATIC_B
-    B.load(next_B, p.B_stride, a.lane, 0, left);
+    MatrixRows<MB, T, 32> B;
+#endif
+#if !STATIC_C && !ENDS
+    MatrixRows<MC, T, 32> C;
+#endif
+  } ahead[SETS];
+  const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
+  auto load = [&](Ahead& x, int left) {
+    if (KO == 4 && left < stop - piece.begin - T) return;
+    u_rows.load(x.u, left - row);
+    delta_rows.load(x.delta, left - row);
+#if !STATIC_B
+    x.B.load(next_B, p.B_stride, a.lane, 0, left);
     next_B = step_at(next_B, p.B_stride, T);
 #endif
 #if !STATIC_C && !ENDS
-    C.load(next_C, p.C_stride, a.lane, 0, left);
+    x.C.load(next_C, p.C_stride, a.lane, 0, left);
     next_C = step_at(next_C, p.C_stride, T);
 #endif
   };
   int slot = 0;
-  auto make = [&](int left) {
+  auto make = [&](const Ahead& x, int left) {
     Inputs& in = shared.in[slot];
     slot = slot == AHEAD - 1 ? 0 : slot + 1;
 #if !STATIC_B
-    B.put(&in.B[0][0], a.lane);
+    x.B.put(&in.B[0][0], a.lane);
 #endif
 #if !STATIC_C && !ENDS
-    C.put(&in.C[0][0], a.lane);
+    x.C.put(&in.C[0][0], a.lane);
 #endif
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
@@ -280,10 +270,10 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
       for (int v = 0; v < V; ++v) {
         // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
         // one step size wait for the other
-        const float size = size_of(delta[i].get(v) + bias[v]);
+        const float size = KO == 3 ? x.delta[i].get(v) + bias[v] : step_size(x.delta[i].get(v) + bias[v]);
         const float dt = t < left ? size : 0.0f;
         sizes[v / R * 2 * R + v % R] = dt;
-        sizes[v / R * 2 * R + R + v % R] = dt * u[i].get(v);
+        sizes[v / R * 2 * R + R + v % R] = dt * x.u[i].get(v);
       }
       float* to = &in.sizes[t][a.column / CL * 2 * CL + a.column % CL];
       if constexpr (V >= CL) {
@@ -295,55 +285,83 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
       }
     }
   };
-
-  int left = stop - piece.begin;  // steps
-  load(left);
-  make(left);
-  load(left - T);
-  make(left - T);
-  load(left - 2 * T);
 #if !ENDS
-  Packed<U, V> u_again[ITS];
-  for (auto& x : u_again) x.clear();
+  struct Over {
+    Packed<U, V> u[ITS];
 #if GATE
-  Packed<Z, V> z[ITS];
-  for (auto& x : z) x.clear();
+    Packed<Z, V> z[ITS];
 #endif
-  int half = 0;
-#endif
-  meet(a.warp);
-  BEGIN
-  for (; left > 0; left -= T) {
-#if !ENDS
-    u_again_rows.load_over(u_again, left - row);
+  } over[SETS];
+  auto load_again = [&](Over& x, int left) {
+    if (KO == 4 && left < stop - piece.begin - T) return;
+    u_again_rows.load(x.u, left - row);
 #if GATE
-    z_rows.load_over(z, left - row);
+    z_rows.load(x.z, left - row);
 #endif
-#endif
-    make(left - 2 * T);
-    load(left - 3 * T);
-    MEET
-#if !ENDS
+  };
+  auto finish = [&](float (&y)[ITS][V], const Over& x, int left) {
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
-      const int t = i * ROWS + a.row;
-      float y[V];
-      add_parts(shared.y[half][t], t, a.column, y);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        y[v] = __fmaf_rn(skip[v], u_again[i].get(v), y[v]);
+        y[i][v] = __fmaf_rn(skip[v], x.u[i].get(v), y[i][v]);
 #if GATE
-        const float gate = z[i].get(v);
-        y[v] *= gate * sigmoid(gate);
+        const float gate = x.z[i].get(v);
+        y[i][v] *= KO == 3 ? gate : gate * sigmoid(gate);
 #endif
       }
       Packed<U, V> out;
-      out.set(y);
+      out.set(y[i]);
       out.store_if(i * ROWS < left - row, y_rows.at(i * ROWS));
     }
-    y_rows.go_on();
-    half ^= 1;
+    if (left) y_rows.go_on();
+  };
 #endif
+
+  int left = stop - piece.begin;  // steps from the tile on whose states are run
+  load(ahead[0], left);
+  if (SETS > 1) load(ahead[1 % SETS], left - T);
+  make(ahead[0], left);
+  load(ahead[0], left - SETS * T);
+  make(ahead[1 % SETS], left - T);
+  load(ahead[1 % SETS], left - (SETS + 1) * T);
+  BEGIN
+  bool first = true;
+#if !ENDS
+  for (Over& x : over) {
+    for (auto& y : x.u) y.clear();
+#if GATE
+    for (auto& y : x.z) y.clear();
+#endif
+  }
+  if (SETS > 1) load_again(over[0], left);
+#endif
+  // The tile before is finished while the one after the next is made: each waits for what the other does not.
+  auto tile = [&](int i) {
+    MEET
+#if !ENDS
+    float y[ITS][V];
+#pragma unroll
+    for (int k = 0; k < ITS; ++k) if (KO == 5) y[k][0] = y[k][V - 1] = bias[0]; else add_parts(shared.y[1 - i][k * ROWS + a.row], k * ROWS + a.row, a.column, y[k]);
+#endif
+    make(ahead[i % SETS], left - 2 * T);
+    load(ahead[i % SETS], left - (SETS + 2) * T);
+#if !ENDS
+    finish(y, over[(1 - i) % SETS], first ? 0 : left + T);
+    load_again(over[(1 - i) % SETS], left - (SETS - 1) * T);
+    first = false;
+#endif
+    left -= T;
+  };
+  if (SETS > 1) {
+    while (true) {
+      tile(0);
+      if (left <= -T) break;
+      tile(1);
+      if (left <= -T) break;
+    }
+  } else {
+    for (int i = 0; left > -T; i ^= 1) tile(i);
   }
   FINISH(2)
 }
