@@ -42,6 +42,7 @@ __device__ __forceinline__ float add_across(float x, int mask) { return x + acro
 // Where the two warps of a pair of a block, by its number below 15, wait for each other.
 __device__ __forceinline__ void meet(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
 
+// The warp's place among those of its multiprocessor.
 __device__ __forceinline__ int warp_slot() {
   int x;
   asm volatile("mov.u32 %0, %%warpid;" : "=r"(x));

@@ -1,16 +1,7 @@
-// The scan forwards. A pair of warps takes WC channels: one runs their states, and the other, which shares out rows, does
-// what there is to do once for a (step, channel): two tiles ahead it makes step sizes of delta, and a tile behind it
-// makes y of the parts that the first has left. So exp2, of which the first warp's time is made, and all other
-// instructions go on side by side. The two meet once a tile.
-//
-// Macros besides those of common.cu: OWN, whether a sequence may have several chunks that one pair walks one after
-// another; ENDS, whether only the chunks' ends from 0 are wanted (own and sums), and not y.
+// The scan forwards. Macros besides those of common.cu: OWN, whether a sequence may have several chunks that one warp
+// walks one after another; ENDS, whether only the chunks' ends from 0 are wanted (own and sums), and not y.
 
-#ifndef KO
-#define KO 0
-#endif
-// What a tile's states need.
-struct Inputs {
+struct WarpShared {
 #if !STATIC_B
   alignas(16) float B[T][NP];
 #endif
@@ -18,27 +9,29 @@ struct Inputs {
   alignas(16) float C[T][NP];
 #endif
   alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
-};
-constexpr int AHEAD = 3;  // tiles of which there are inputs: the one that runs, the next one, the one that is made
-struct PairShared {
-  Inputs in[AHEAD];
 #if !ENDS
-  alignas(16) float y[2][T][PART_ROW];  // of S lanes each
+  alignas(16) float y[T][PART_ROW];  // of S lanes each
 #endif
 };
-struct Shared { PairShared pair[WARPS]; };
+struct Shared { WarpShared warp[WARPS]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
-// Tiles whose numbers are on their way from memory at once: as many as fit the registers.
-#ifndef SETS
-constexpr int SETS = ITS * V * (2 * sizeof(U) + sizeof(DELTA) + GATE * sizeof(Z)) <= 64 ? 2 : 1;
+// A tile's numbers, on their way from memory while another tile is computed.
+struct Tile {
+  Packed<U, V> u[ITS];
+  Packed<DELTA, V> delta[ITS];
+#if GATE && !ENDS
+  Packed<Z, V> z[ITS];
 #endif
-// Steps that are written out; more of them would not stay in the cache for instructions.
-#ifndef RUN
-#define RUN T
+#if !STATIC_B
+  MatrixRows<MB, T, 32> B;
 #endif
-constexpr int GROUPS_OF_STEPS = RUN / AT_ONCE;
-static_assert(GROUPS_OF_STEPS % 4 == 0 && T % RUN == 0, "a tile does not fit the registers that go round");
+#if !STATIC_C && !ENDS
+  MatrixRows<MC, T, 32> C;
+#endif
+};
+
+constexpr int GROUPS_OF_STEPS = T / AT_ONCE;
 
 // What a lane needs of a step.
 struct Step {
@@ -50,35 +43,35 @@ struct Step {
   float c[NL];
 #endif
 
-  INLINE void read(const Inputs& in, int t, const Place& a) {
+  INLINE void read(const WarpShared& shared, int t, const Place& a) {
     float sizes[2 * CL];
-    load_floats(&in.sizes[t][a.lane / S * 2 * CL], sizes);
+    load_floats(&shared.sizes[t][a.lane / S * 2 * CL], sizes);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
-    if (KO == 2) for (int i = 0; i < NL; ++i) b[i] = dt[0];
-    else load_floats(&in.B[t][a.n], b);
+    load_floats(&shared.B[t][a.n], b);
 #endif
 #if !STATIC_C && !ENDS
-    if (KO == 2) for (int i = 0; i < NL; ++i) c[i] = dtu[0];
-    else load_floats(&in.C[t][a.n], c);
+    load_floats(&shared.C[t][a.n], c);
 #endif
   }
 };
 
-#ifdef PROFILE
-__device__ __forceinline__ int clk() { int x; asm volatile("mov.u32 %0, %%clock;" : "=r"(x)); return x; }
-#define BEGIN int64 waited = 0; int began = clk();
-#define MEET { int c = clk(); meet(a.warp); waited += clk() - c; }
-#define FINISH(at) { float all = clk() - began; meet(a.warp); if (threadIdx.x % 32 == 0 && a.warp == 0 && blockIdx.x == 0 && stop == piece.length) { p.final_state[at] = all / (stop - piece.begin); p.final_state[at + 1] = float(waited) / (stop - piece.begin); } }
-#else
-#define BEGIN
-#define MEET meet(a.warp);
-#define FINISH(at)
-#endif
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Problem p) {
+  extern __shared__ float4 room[];
+  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
+  const Place a(p, blockIdx.x % n_tiles);
+  if (a.e - a.column >= (a.group + 1) * p.per_group) return;  // a warp without channels
+  WarpShared& shared = reinterpret_cast<Shared*>(room)->warp[a.warp];
 
-// The states of all steps up to `stop`. number: of the chunk or the sequence.
-INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int64 number, int stop, PairShared& shared) {
+  // p.own is what enters each chunk, or (ENDS) where their ends go; without it one warp walks a whole sequence.
+  const int64 number = blockIdx.x / n_tiles;
+  Piece piece(p, number, p.own ? pieces_of(p.length, CHUNK) : 1);
+  int stop;
+  if (!find_run(p, number, piece, stop)) return;
+  const int length = piece.length;
+  if (ENDS && piece.begin + CHUNK >= length) return;  // nothing comes after the last
+
   Pairs A2, h;
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
@@ -93,84 +86,172 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   Pairs c_static;
   load_by_channel(c_static, p.C, a);
 #endif
+  float bias[V], skip[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
+    skip[v] = p.D && a.in_row ? p.D[a.e + v] : 0.0f;
+  }
 
-  // AT_ONCE steps at a time; those two groups ahead are read, and the decays of the next one computed, before the
-  // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.
-  Step in[4][AT_ONCE];
-  Pairs decays[2][AT_ONCE];
-  auto read = [&](const Inputs& from, int row, int g) {
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k) in[g % 4][k].read(from, row + g % GROUPS_OF_STEPS * AT_ONCE + k, a);
+  const Rows<U> u_rows(p.u, p.u_stride, p, piece, a);
+  const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, piece, a);
+#if !ENDS
+  const Rows<U> y_rows(p.y, p.U_stride, p, piece, a);
+#endif
+#if GATE && !ENDS
+  const Rows<Z> z_rows(p.z, p.z_stride, p, piece, a);
+#endif
+#if !STATIC_B
+  MB* B = first_row(p.B, p.B_stride, p, piece) + a.group * p.B_group;
+#endif
+#if !STATIC_C && !ENDS
+  MC* C = first_row(p.C, p.C_stride, p, piece) + a.group * p.C_group;
+#endif
+
+  Tile next;
+  auto load = [&](int step) {
+    u_rows.load(next.u, a, step, stop);
+    delta_rows.load(next.delta, a, step, stop);
+#if GATE && !ENDS
+    z_rows.load(next.z, a, step, stop);
+#endif
+#if !STATIC_B
+    next.B.load(B, p.B_stride, a.lane, step, stop);
+#endif
+#if !STATIC_C && !ENDS
+    next.C.load(C, p.C_stride, a.lane, step, stop);
+#endif
   };
-  auto decay = [&](int g) {
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; ++k)
-      EACH_PAIR decays[g % 2][k][j][i] = KO == 1 ? __fmul_rn(in[g % 4][k].dt[j], A2[j][i]) : exp2_fast(__fmul_rn(in[g % 4][k].dt[j], A2[j][i]));
-  };
+  load(piece.begin);
 
   Pairs own, before;  // the state that starts each chunk from 0; the state before the chunk
   float total[CL];    // of dt over the chunk
+  for (int chunk = piece.begin; chunk < stop; chunk += CHUNK) {
+    const int end = chunk + CHUNK < stop ? chunk + CHUNK : stop;
+    if (OWN) EACH_PAIR before[j][i] = h[j][i], own[j][i] = 0.0f;
 #pragma unroll
-  for (int j = 0; j < CL; ++j) total[j] = 0.0f;
-  meet(a.warp);
-  BEGIN
-  read(shared.in[0], 0, 0);
-  decay(0);
-  read(shared.in[0], 0, 1);
-  int slot = 0, half = 0, row = 0;
-  for (int step = piece.begin; step < stop || row; step += RUN) {
-    if (OWN && step % CHUNK == 0) {
-      EACH_PAIR before[j][i] = h[j][i], own[j][i] = 0.0f;
-#pragma unroll
-      for (int j = 0; j < CL; ++j) total[j] = 0.0f;
-    }
-    if (!ENDS && p.saved && step % EVERY == 0) {
-      const int64 at = piece.start / EVERY + piece.s + step / EVERY;
-      store_by_state(p.saved + at * N * p.n_channels, h, p, a);
-    }
-    const Inputs& now = shared.in[slot];
-    const int now_row = row;
-    row += RUN;
-    if (row == T) row = 0, slot = slot == AHEAD - 1 ? 0 : slot + 1;
-    const Inputs& then = shared.in[slot];
-#pragma unroll GROUPS_OF_STEPS
-    for (int g = 0; g < GROUPS_OF_STEPS; ++g) {
-      decay(g + 1);
-      if (g + 2 < GROUPS_OF_STEPS) read(now, now_row, g + 2);
-      else read(then, row, g + 2);
-      float y[AT_ONCE][CL];
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) {
-        const Step& x = in[g % 4][k];
-#pragma unroll
-        for (int j = 0; j < CL; ++j) y[k][j] = 0.0f, total[j] += x.dt[j];
-        EACH_PAIR {
-#if STATIC_B
-          const float drive = __fmul_rn(x.dtu[j], b_static[j][i]);
-#else
-          const float drive = __fmul_rn(x.dtu[j], x.b[i]);
+    for (int j = 0; j < CL; ++j) total[j] = 0.0f;
+
+    for (int step = chunk; step < end; step += T) {
+#if !STATIC_B
+      next.B.put(&shared.B[0][0], a.lane);
 #endif
-          h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive);
-          if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive);
-#if STATIC_C && !ENDS
-          y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
-#elif !ENDS
-          y[k][j] = __fmaf_rn(x.c[i], h[j][i], y[k][j]);
+#if !STATIC_C && !ENDS
+      next.C.put(&shared.C[0][0], a.lane);
 #endif
+#if !ENDS
+      Packed<U, V> u[ITS];
+#endif
+#if GATE && !ENDS
+      Packed<Z, V> z[ITS];
+#endif
+#pragma unroll
+      for (int i = 0; i < ITS; ++i) {
+        const int t = i * ROWS + a.row;
+        constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
+        float sizes[2 * V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
+          // one step size wait for the other
+          const float size = step_size(next.delta[i].get(v) + bias[v]);
+          const float dt = step + t < end ? size : 0.0f;
+          sizes[v / R * 2 * R + v % R] = dt;
+          sizes[v / R * 2 * R + R + v % R] = dt * next.u[i].get(v);
         }
+        float* to = &shared.sizes[t][a.column / CL * 2 * CL + a.column % CL];
+        if constexpr (V >= CL) {
+          store_floats(to, sizes);
+        } else {
+          const auto& [dt, dtu] = reinterpret_cast<const float (&)[2][V]>(sizes);
+          store_floats(to, dt);
+          store_floats(to + CL, dtu);
+        }
+#if !ENDS
+        u[i] = next.u[i];
+#endif
+#if GATE && !ENDS
+        z[i] = next.z[i];
+#endif
       }
+      __syncwarp();
+      load(step + T);
+      if (!ENDS && p.saved && step % EVERY == 0) {
+        const int64 slot = piece.start / EVERY + piece.s + step / EVERY;
+        store_by_state(p.saved + slot * N * p.n_channels, h, p, a);
+      }
+
+      // AT_ONCE steps at a time; those two groups ahead are read, and the decays of the next one computed, before the
+      // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.
+      Step in[3][AT_ONCE];
+      Pairs decays[2][AT_ONCE];
+      auto read = [&](int g) {
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) in[g % 3][k].read(shared, g * AT_ONCE + k, a);
+      };
+      auto decay = [&](int g) {
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k)
+          EACH_PAIR decays[g % 2][k][j][i] = exp2_fast(__fmul_rn(in[g % 3][k].dt[j], A2[j][i]));
+      };
+      read(0);
+      decay(0);
+      if (GROUPS_OF_STEPS > 1) read(1);
+#pragma unroll
+      for (int g = 0; g < GROUPS_OF_STEPS; ++g) {
+        if (g + 1 < GROUPS_OF_STEPS) decay(g + 1);
+        if (g + 2 < GROUPS_OF_STEPS) read(g + 2);
+        float y[AT_ONCE][CL];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+          const Step& x = in[g % 3][k];
+#pragma unroll
+          for (int j = 0; j < CL; ++j) y[k][j] = 0.0f, total[j] += x.dt[j];
+          EACH_PAIR {
+#if STATIC_B
+            const float drive = __fmul_rn(x.dtu[j], b_static[j][i]);
+#else
+            const float drive = __fmul_rn(x.dtu[j], x.b[i]);
+#endif
+            h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive);
+            if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive);
+#if STATIC_C && !ENDS
+            y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
+#elif !ENDS
+            y[k][j] = __fmaf_rn(x.c[i], h[j][i], y[k][j]);
+#endif
+          }
+        }
 #if !ENDS
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k)
-        if (KO != 5 || y[k][0] == 1.2345f) leave_parts(shared.y[half][now_row + g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
+        for (int k = 0; k < AT_ONCE; ++k)
+          leave_parts(shared.y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
+#endif
+      }
+      __syncwarp();
+
+#if !ENDS
+#pragma unroll
+      for (int i = 0; i < ITS; ++i) {
+        const int t = i * ROWS + a.row;
+        float y[V];
+        add_parts(shared.y[t], t, a.column, y);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          y[v] = __fmaf_rn(skip[v], u[i].get(v), y[v]);
+#if GATE
+          const float gate = z[i].get(v);
+          y[v] *= gate * sigmoid(gate);
+#endif
+        }
+        Packed<U, V> out;
+        out.set(y);
+        out.store_if(a.in_row && step + t < end, y_rows.at(step + t));
+      }
 #endif
     }
-    if (row) continue;
-    half ^= 1;
     // What enters the next chunk, by the arithmetic of chunks that are run all at once (carry.cu).
-    if (OWN && (step + RUN) % CHUNK == 0 && step + RUN < piece.length)
-      EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
-    MEET
+    if (OWN && end < length) EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
   }
 
 #if ENDS
@@ -178,215 +259,6 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   if (a.lane % S == 0)
     for (int j = 0; j < a.there; ++j) p.sums[number * p.n_channels + a.d + j] = total[j];
 #else
-  if (stop == piece.length) store_by_channel(p.final_state + piece.s * N * p.n_channels, h, a);
+  if (stop == length) store_by_channel(p.final_state + piece.s * N * p.n_channels, h, a);
 #endif
-  FINISH(0)
-}
-
-// A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer instructions
-// than one made of a step's number.
-template <typename X> struct Moving {
-  X* next;
-  int stride;
-
-  INLINE Moving(X* x, int stride, const Problem& p, const Piece& piece, const Place& a) : stride(stride) {
-    next = step_at(first_row(x, stride, p, piece) + a.e, stride, piece.begin + a.row);
-  }
-  INLINE X* at(int row) const { return step_at(next, stride, row); }
-  INLINE void go_on() { next = at(T); }
-  // left: steps from the lane's first row on that there are; zeros for others.
-  INLINE void load(Packed<X, V> (&x)[ITS], int left) {
-#pragma unroll
-    for (int i = 0; i < ITS; ++i) x[i].load_if(i * ROWS < left, at(i * ROWS));
-    go_on();
-  }
-};
-
-// Step sizes before, and results after.
-INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, int stop, PairShared& shared) {
-  float bias[V], skip[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
-    skip[v] = p.D && a.in_row ? p.D[a.e + v] : 0.0f;
-  }
-  Moving<U> u_rows(p.u, p.u_stride, p, piece, a);
-  Moving<DELTA> delta_rows(p.delta, p.delta_stride, p, piece, a);
-#if !ENDS
-  Moving<U> u_again_rows = u_rows;
-  Moving<U> y_rows(p.y, p.U_stride, p, piece, a);
-#endif
-#if GATE && !ENDS
-  Moving<Z> z_rows(p.z, p.z_stride, p, piece, a);
-#endif
-#if !STATIC_B
-  MB* next_B = step_at(first_row(p.B, p.B_stride, p, piece) + a.group * p.B_group, p.B_stride, piece.begin);
-#endif
-#if !STATIC_C && !ENDS
-  MC* next_C = step_at(first_row(p.C, p.C_stride, p, piece) + a.group * p.C_group, p.C_stride, piece.begin);
-#endif
-
-  // Numbers on their way from memory while SETS other tiles are computed: of tiles to come, and of those that are over.
-  struct Ahead {
-    Packed<U, V> u[ITS];
-    Packed<DELTA, V> delta[ITS];
-#if !STATIC_B
-    MatrixRows<MB, T, 32> B;
-#endif
-#if !STATIC_C && !ENDS
-    MatrixRows<MC, T, 32> C;
-#endif
-  } ahead[SETS];
-  const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
-  auto load = [&](Ahead& x, int left) {
-    if (KO == 4 && left < stop - piece.begin - T) return;
-    u_rows.load(x.u, left - row);
-    delta_rows.load(x.delta, left - row);
-#if !STATIC_B
-    x.B.load(next_B, p.B_stride, a.lane, 0, left);
-    next_B = step_at(next_B, p.B_stride, T);
-#endif
-#if !STATIC_C && !ENDS
-    x.C.load(next_C, p.C_stride, a.lane, 0, left);
-    next_C = step_at(next_C, p.C_stride, T);
-#endif
-  };
-  int slot = 0;
-  auto make = [&](const Ahead& x, int left) {
-    Inputs& in = shared.in[slot];
-    slot = slot == AHEAD - 1 ? 0 : slot + 1;
-#if !STATIC_B
-    x.B.put(&in.B[0][0], a.lane);
-#endif
-#if !STATIC_C && !ENDS
-    x.C.put(&in.C[0][0], a.lane);
-#endif
-#pragma unroll
-    for (int i = 0; i < ITS; ++i) {
-      const int t = i * ROWS + a.row;
-      constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
-      float sizes[2 * V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
-        // one step size wait for the other
-        const float size = KO == 3 ? x.delta[i].get(v) + bias[v] : step_size(x.delta[i].get(v) + bias[v]);
-        const float dt = t < left ? size : 0.0f;
-        sizes[v / R * 2 * R + v % R] = dt;
-        sizes[v / R * 2 * R + R + v % R] = dt * x.u[i].get(v);
-      }
-      float* to = &in.sizes[t][a.column / CL * 2 * CL + a.column % CL];
-      if constexpr (V >= CL) {
-        store_floats(to, sizes);
-      } else {
-        const auto& [dt, dtu] = reinterpret_cast<const float (&)[2][V]>(sizes);
-        store_floats(to, dt);
-        store_floats(to + CL, dtu);
-      }
-    }
-  };
-#if !ENDS
-  struct Over {
-    Packed<U, V> u[ITS];
-#if GATE
-    Packed<Z, V> z[ITS];
-#endif
-  } over[SETS];
-  auto load_again = [&](Over& x, int left) {
-    if (KO == 4 && left < stop - piece.begin - T) return;
-    u_again_rows.load(x.u, left - row);
-#if GATE
-    z_rows.load(x.z, left - row);
-#endif
-  };
-  auto finish = [&](float (&y)[ITS][V], const Over& x, int left) {
-#pragma unroll
-    for (int i = 0; i < ITS; ++i) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        y[i][v] = __fmaf_rn(skip[v], x.u[i].get(v), y[i][v]);
-#if GATE
-        const float gate = x.z[i].get(v);
-        y[i][v] *= KO == 3 ? gate : gate * sigmoid(gate);
-#endif
-      }
-      Packed<U, V> out;
-      out.set(y[i]);
-      out.store_if(i * ROWS < left - row, y_rows.at(i * ROWS));
-    }
-    if (left) y_rows.go_on();
-  };
-#endif
-
-  int left = stop - piece.begin;  // steps from the tile on whose states are run
-  load(ahead[0], left);
-  if (SETS > 1) load(ahead[1 % SETS], left - T);
-  make(ahead[0], left);
-  load(ahead[0], left - SETS * T);
-  make(ahead[1 % SETS], left - T);
-  load(ahead[1 % SETS], left - (SETS + 1) * T);
-  BEGIN
-  bool first = true;
-#if !ENDS
-  for (Over& x : over) {
-    for (auto& y : x.u) y.clear();
-#if GATE
-    for (auto& y : x.z) y.clear();
-#endif
-  }
-  if (SETS > 1) load_again(over[0], left);
-#endif
-  // The tile before is finished while the one after the next is made: each waits for what the other does not.
-  auto tile = [&](int i) {
-    MEET
-#if !ENDS
-    float y[ITS][V];
-#pragma unroll
-    for (int k = 0; k < ITS; ++k) if (KO == 5) y[k][0] = y[k][V - 1] = bias[0]; else add_parts(shared.y[1 - i][k * ROWS + a.row], k * ROWS + a.row, a.column, y[k]);
-#endif
-    make(ahead[i % SETS], left - 2 * T);
-    load(ahead[i % SETS], left - (SETS + 2) * T);
-#if !ENDS
-    finish(y, over[(1 - i) % SETS], first ? 0 : left + T);
-    load_again(over[(1 - i) % SETS], left - (SETS - 1) * T);
-    first = false;
-#endif
-    left -= T;
-  };
-  if (SETS > 1) {
-    while (true) {
-      tile(0);
-      if (left <= -T) break;
-      tile(1);
-      if (left <= -T) break;
-    }
-  } else {
-    for (int i = 0; left > -T; i ^= 1) tile(i);
-  }
-  FINISH(2)
-}
-
-extern "C" __global__ void __launch_bounds__(2 * THREADS, MIN_BLOCKS) scan_forward(const Problem p) {
-  extern __shared__ float4 room[];
-  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  const Place a(p, blockIdx.x % n_tiles);
-  if (a.e - a.column >= (a.group + 1) * p.per_group) return;  // a pair without channels
-  PairShared& shared = reinterpret_cast<Shared*>(room)->pair[a.warp];
-
-  // p.own is what enters each chunk, or (ENDS) where their ends go; without it one pair walks a whole sequence.
-  const int64 number = blockIdx.x / n_tiles;
-  Piece piece(p, number, p.own ? pieces_of(p.length, CHUNK) : 1);
-  int stop;
-  if (!find_run(p, number, piece, stop)) return;
-  if (ENDS && piece.begin + CHUNK >= piece.length) return;  // nothing comes after the last
-  bool first = threadIdx.x < THREADS;
-#ifdef SWAP
-  volatile int* slot = reinterpret_cast<volatile int*>(room);
-  if (threadIdx.x == 0) *slot = warp_slot();
-  __syncthreads();
-  first ^= *slot >> 2 & 1;
-  __syncthreads();
-#endif
-  if (first) run_states(p, a, piece, number, stop, shared);
-  else run_elements(p, a, piece, stop, shared);
 }
