@@ -226,6 +226,9 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     y, _, saved = cuda.forward(*arguments, True, False, True)
     cuda.backward(y, None, *arguments, saved, True, False)
     forget()
+    monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 0)  # chunks walked, which takes another kernel
+    cuda.forward(*arguments, True, False, True)
+    forget()
     assert set(compiled) == {"scan_forward", "carry", "chunk_gradients", "scan_backward", "sum_shares"}
 
 
