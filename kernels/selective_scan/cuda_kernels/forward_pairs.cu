@@ -6,15 +6,15 @@
 // For sequences of several chunks that are walked, and for few rows; forward.cu has more warps where those are many.
 // Both take the same numbers together in the same order: not a bit differs.
 //
-// Macros besides those of common.cu: OWN, whether a sequence may have several chunks that one pair walks one after
-// another; ENDS, whether only the chunks' ends from 0 are wanted (own and sums), and not y.
+// A macro besides those of common.cu: OWN, whether a sequence may have several chunks that one pair walks one after
+// another.
 
 // What a tile's states need.
 struct Inputs {
 #if !STATIC_B
   alignas(16) float B[T][NP];
 #endif
-#if !STATIC_C && !ENDS
+#if !STATIC_C
   alignas(16) float C[T][NP];
 #endif
   alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
@@ -22,9 +22,7 @@ struct Inputs {
 constexpr int AHEAD = 3;  // tiles of which there are inputs: the one that runs, the next one, the one that is made
 struct PairShared {
   Inputs in[AHEAD];
-#if !ENDS
   alignas(16) float y[2][T][PART_ROW];  // of S lanes each
-#endif
 };
 struct Shared { PairShared pair[WARPS]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
@@ -38,7 +36,7 @@ struct Step {
 #if !STATIC_B
   float b[NL];
 #endif
-#if !STATIC_C && !ENDS
+#if !STATIC_C
   float c[NL];
 #endif
 
@@ -50,7 +48,7 @@ struct Step {
 #if !STATIC_B
     load_floats(&in.B[t][a.n], b);
 #endif
-#if !STATIC_C && !ENDS
+#if !STATIC_C
     load_floats(&in.C[t][a.n], c);
 #endif
   }
@@ -62,13 +60,13 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(h);
-  if (!ENDS && p.own) load_by_state(h, p.own + number * N * p.n_channels, p, a);
-  if (!ENDS && !p.own && p.first) load_by_channel(h, p.first + piece.s * N * p.n_channels, a);
+  if (p.own) load_by_state(h, p.own + number * N * p.n_channels, p, a);
+  if (!p.own && p.first) load_by_channel(h, p.first + piece.s * N * p.n_channels, a);
 #if STATIC_B
   Pairs b_static;
   load_by_channel(b_static, p.B, a);
 #endif
-#if STATIC_C && !ENDS
+#if STATIC_C
   Pairs c_static;
   load_by_channel(c_static, p.C, a);
 #endif
@@ -102,7 +100,7 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 #pragma unroll
       for (int j = 0; j < CL; ++j) total[j] = 0.0f;
     }
-    if (!ENDS && p.saved && step % EVERY == 0) {
+    if (p.saved && step % EVERY == 0) {
       const int64 at = piece.start / EVERY + piece.s + step / EVERY;
       store_by_state(p.saved + at * N * p.n_channels, h, p, a);
     }
@@ -127,18 +125,16 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 #endif
           h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive);
           if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive);
-#if STATIC_C && !ENDS
+#if STATIC_C
           y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
-#elif !ENDS
+#else
           y[k][j] = __fmaf_rn(x.c[i], h[j][i], y[k][j]);
 #endif
         }
       }
-#if !ENDS
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
         leave_parts(shared.y[half][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
-#endif
     }
     half ^= 1;
     // What enters the next chunk, by the arithmetic of chunks that are run all at once (carry.cu).
@@ -147,13 +143,7 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
     meet(a.warp);
   }
 
-#if ENDS
-  store_by_state(p.own + number * N * p.n_channels, h, p, a);
-  if (a.lane % S == 0)
-    for (int j = 0; j < a.there; ++j) p.sums[number * p.n_channels + a.d + j] = total[j];
-#else
   if (stop == piece.length) store_by_channel(p.final_state + piece.s * N * p.n_channels, h, a);
-#endif
 }
 
 // A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer instructions
@@ -185,11 +175,9 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   }
   Moving<U> u_rows(p.u, p.u_stride, p, piece, a);
   Moving<DELTA> delta_rows(p.delta, p.delta_stride, p, piece, a);
-#if !ENDS
   Moving<U> u_again_rows = u_rows;
   Moving<U> y_rows(p.y, p.U_stride, p, piece, a);
-#endif
-#if GATE && !ENDS
+#if GATE
   Moving<Z> z_rows(p.z, p.z_stride, p, piece, a);
 #endif
   // Numbers on their way from memory, while another tile is computed: of a tile to come, and of one that is over.
@@ -199,7 +187,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   MB* next_B = step_at(first_row(p.B, p.B_stride, p, piece) + a.group * p.B_group, p.B_stride, piece.begin);
   MatrixRows<MB, T, 32> B;
 #endif
-#if !STATIC_C && !ENDS
+#if !STATIC_C
   MC* next_C = step_at(first_row(p.C, p.C_stride, p, piece) + a.group * p.C_group, p.C_stride, piece.begin);
   MatrixRows<MC, T, 32> C;
 #endif
@@ -211,7 +199,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
     B.load(next_B, p.B_stride, a.lane, 0, left);
     next_B = step_at(next_B, p.B_stride, T);
 #endif
-#if !STATIC_C && !ENDS
+#if !STATIC_C
     C.load(next_C, p.C_stride, a.lane, 0, left);
     next_C = step_at(next_C, p.C_stride, T);
 #endif
@@ -223,7 +211,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 #if !STATIC_B
     B.put(&in.B[0][0], a.lane);
 #endif
-#if !STATIC_C && !ENDS
+#if !STATIC_C
     C.put(&in.C[0][0], a.lane);
 #endif
 #pragma unroll
@@ -257,25 +245,20 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   load(left - T);
   make(left - T);
   load(left - 2 * T);
-#if !ENDS
   Packed<U, V> u_again[ITS];
 #if GATE
   Packed<Z, V> z[ITS];
 #endif
   int half = 0;
-#endif
   meet(a.warp);
   for (; left > 0; left -= T) {
-#if !ENDS
     u_again_rows.load(u_again, left - row);
 #if GATE
     z_rows.load(z, left - row);
 #endif
-#endif
     make(left - 2 * T);
     load(left - 3 * T);
     meet(a.warp);
-#if !ENDS
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       const int t = i * ROWS + a.row;
@@ -295,7 +278,6 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
     }
     y_rows.go_on();
     half ^= 1;
-#endif
   }
 }
 
@@ -306,12 +288,11 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, MIN_BLOCKS) scan_forwa
   if (a.e - a.column >= (a.group + 1) * p.per_group) return;  // a pair without channels
   PairShared& shared = reinterpret_cast<Shared*>(room)->pair[a.warp];
 
-  // p.own is what enters each chunk, or (ENDS) where their ends go; without it one pair walks a whole sequence.
+  // p.own is what enters each chunk; without it one pair walks a whole sequence.
   const int64 number = blockIdx.x / n_tiles;
   Piece piece(p, number, p.own ? pieces_of(p.length, CHUNK) : 1);
   int stop;
   if (!find_run(p, number, piece, stop)) return;
-  if (ENDS && piece.begin + CHUNK >= piece.length) return;  // nothing comes after the last
   bool first = threadIdx.x < THREADS;
 #if WARPS % 4
   // A warp's place among those of the multiprocessor chooses one of its four schedulers. By turns the first warps of
