@@ -90,8 +90,9 @@ def _lanes(n_states: int) -> tuple[int, int]:
     return 8, 8
 
 
-def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Tile:
-    """rows: sequences (or chunks) times channels; what follows from it changes no bit of a result.
+def _forward_tile(n_states: int, rows: int, vector: int, processors: int, pairs: bool) -> Tile:
+    """rows: sequences (or chunks) times channels; pairs: whether of warps (forward_pairs.cu). What follows from them
+    changes no bit of a result.
 
     Two channels to a lane read B and C half as often as one; one makes more warps where rows are few. Registers are
     kept to 128 where there are warps enough to use the room. Measured: benchmarks/SCAN_NOTES.md.
@@ -101,7 +102,11 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Til
         return _narrow(vector, 4 if rows >= 1024 * processors else 2)
     if states == 8:
         return _fitting(states, lanes, 4, 8, vector, 4)
-    if rows * lanes < 256 * processors:
+    few = rows * lanes < 256 * processors
+    if pairs:
+        channels, warps, blocks = (1, 1, 8) if few else (2, 4, 2)
+        return _fitting(states, lanes, channels, 16, vector, warps)._replace(MIN_BLOCKS=blocks)
+    if few:
         return _fitting(states, lanes, 1, 16, vector, 1)
     return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
 
@@ -301,11 +306,12 @@ class _Plan:
         self.tiles_of_group = -(-self.layout.n_channels // self.layout.groups // tile.channels)
         self.n_tiles = self.layout.groups * self.tiles_of_group
 
-    def scan(self, direction: str, blocks: int, *macros: tuple[str, int]) -> None:
-        """The forward or the backward: for one state a kernel of its own."""
+    def scan(self, direction: str, blocks: int, *macros: tuple[str, int], pairs: bool = False) -> None:
+        """The forward or the backward: for one state a kernel of its own. pairs: the forward in pairs of warps."""
         narrow = self.layout.n_states == 1
-        threads = 32 * (self.every // self.tile.T if narrow else self.tile.WARPS)
-        self.add(f"narrow_{direction}" if narrow else direction, f"scan_{direction}", blocks, threads, *macros)
+        source = f"narrow_{direction}" if narrow else "forward_pairs" if pairs else direction
+        warps = self.every // self.tile.T if narrow else self.tile.WARPS * (1 + pairs)
+        self.add(source, f"scan_{direction}", blocks, 32 * warps, *macros)
 
     def carry(self, *, backwards: bool) -> None:
         blocks = -(-self.layout.n_seqs * self.layout.n_states * self.layout.n_channels // 128)
@@ -377,11 +383,14 @@ def _forward_plan(layout: _Layout) -> _Plan:
     p = _Plan(layout)
     p.at_once = p.several and layout.n_seqs * layout.n_channels < _ROWS_A_PROCESSOR * p.processors
     runs = p.n_chunks if p.at_once else layout.n_seqs
-    p.lay_out(_forward_tile(layout.n_states, runs * layout.n_channels, layout.vector, p.processors))
+    rows = runs * layout.n_channels
+    # Where chunks are walked or rows are few, and so many states as have been measured: benchmarks/SCAN_NOTES.md.
+    pairs = 8 < layout.n_states <= 16 and not p.at_once and (p.several or rows < 64 * p.processors)
+    p.lay_out(_forward_tile(layout.n_states, rows, layout.vector, p.processors, pairs))
     if p.at_once:
         p.scan("forward", p.n_chunks * p.n_tiles, ("OWN", 0), ("ENDS", 1))
         p.carry(backwards=False)
-    p.scan("forward", runs * p.n_tiles, ("OWN", int(p.several and not p.at_once)), ("ENDS", 0))
+    p.scan("forward", runs * p.n_tiles, ("OWN", int(p.several and not p.at_once)), ("ENDS", 0), pairs=pairs)
     return p
 
 

@@ -90,7 +90,7 @@ def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monke
     tensors = cast(inputs(70, 36, states, 1, 1), torch.float32)
     arguments = {"delta_softplus": True, "return_final_state": True}
     first = results_of(selective_scan, tensors, "cuda", **arguments)
-    for processors, rows in ((132, 0), (132, 10**9), (1, 10**9)):
+    for processors, rows in ((132, 0), (132, 10**9), (1, 10**9), (0, 0)):  # of 0 processors any rows are many
         monkeypatch.setattr(nvrtc, "processors", lambda device, n=processors: n)
         monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", rows)
         forget()
@@ -272,6 +272,9 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     arguments = (u, u, A, B, B, A[:, 0], u, A[:, 0], None, None, 1)
     y, _, saved = cuda.forward(*arguments, True, False, True)
     cuda.backward(y, None, *arguments, saved, True, False)
+    forget()
+    monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 0)  # chunks walked, which takes another kernel
+    cuda.forward(*arguments, True, False, True)
     forget()
     assert set(compiled) == {"scan_forward", "carry", "chunk_gradients", "scan_backward", "sum_shares"}
 

@@ -39,6 +39,16 @@ __device__ __forceinline__ unsigned floats_to_bf16(float low, float high) {
 __device__ __forceinline__ float across(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ float add_across(float x, int mask) { return x + across(x, mask); }
 
+// Where the two warps of a pair of a block, by its number below 15, wait for each other.
+__device__ __forceinline__ void meet(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+
+// The warp's place among those of its multiprocessor.
+__device__ __forceinline__ int warp_slot() {
+  int x;
+  asm volatile("mov.u32 %0, %%warpid;" : "=r"(x));
+  return x;
+}
+
 // What is at `from` where it is wanted, else zeros; without a branch, as below.
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned short* from) {
   unsigned short y;

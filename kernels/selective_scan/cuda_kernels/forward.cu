@@ -8,7 +8,7 @@ struct WarpShared {
 #if !STATIC_C && !ENDS
   alignas(16) float C[T][NP];
 #endif
-  alignas(16) float dt[T][WC], dtu[T][WC];
+  alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
 #if !ENDS
   alignas(16) float y[T][PART_ROW];  // of S lanes each
 #endif
@@ -44,8 +44,10 @@ struct Step {
 #endif
 
   INLINE void read(const WarpShared& shared, int t, const Place& a) {
-    load_floats(&shared.dt[t][a.lane / S * CL], dt);
-    load_floats(&shared.dtu[t][a.lane / S * CL], dtu);
+    float sizes[2 * CL];
+    load_floats(&shared.sizes[t][a.lane / S * 2 * CL], sizes);
+#pragma unroll
+    for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
     load_floats(&shared.B[t][a.n], b);
 #endif
@@ -146,17 +148,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #pragma unroll
       for (int i = 0; i < ITS; ++i) {
         const int t = i * ROWS + a.row;
-        float dt[V], dtu[V];
+        constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
+        float sizes[2 * V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
           // one step size wait for the other
           const float size = step_size(next.delta[i].get(v) + bias[v]);
-          dt[v] = step + t < end ? size : 0.0f;
-          dtu[v] = dt[v] * next.u[i].get(v);
+          const float dt = step + t < end ? size : 0.0f;
+          sizes[v / R * 2 * R + v % R] = dt;
+          sizes[v / R * 2 * R + R + v % R] = dt * next.u[i].get(v);
         }
-        store_floats(&shared.dt[t][a.column], dt);
-        store_floats(&shared.dtu[t][a.column], dtu);
+        float* to = &shared.sizes[t][a.column / CL * 2 * CL + a.column % CL];
+        if constexpr (V >= CL) {
+          store_floats(to, sizes);
+        } else {
+          const auto& [dt, dtu] = reinterpret_cast<const float (&)[2][V]>(sizes);
+          store_floats(to, dt);
+          store_floats(to + CL, dtu);
+        }
 #if !ENDS
         u[i] = next.u[i];
 #endif
