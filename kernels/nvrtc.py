@@ -181,7 +181,10 @@ class Kernel:
         _check(driver.cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"finding {name}")
         address, size, shared = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int(0)
-        found = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, b"shared_bytes")
+        for symbol in (f"shared_bytes_{name}", "shared_bytes"):
+            found = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, symbol.encode())
+            if not found:
+                break
         _check(found, f"asking how much shared memory {name} takes")
         _check(driver.cuMemcpyDtoH_v2(ctypes.byref(shared), address, ctypes.c_size_t(4)), f"reading about {name}")
         self.shared = shared.value

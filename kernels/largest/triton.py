@@ -39,3 +39,20 @@ def largest(x: Tensor) -> tuple[Tensor, Tensor]:
             x, places, bad, x.stride(0), width, ceil_div(width, block), block, num_warps=min(max(block // 512, 1), 32)
         )
     return places, bad
+
+
+@triton.jit
+def _hand_over(tokens, bad, own, ring, slot, n, ROOM: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.load(slot)
+    for first in range(0, n, BLOCK):
+        b = first + tl.arange(0, BLOCK)
+        token, none = tl.load(tokens + b, mask=b < n, other=0), tl.load(bad + b, mask=b < n, other=0)
+        tl.store(own + b, token, mask=b < n)
+        tl.store(ring + at * n + b, tl.where(none != 0, -1, token), mask=b < n)
+    tl.debug_barrier()
+    tl.store(slot, (at + 1) % ROOM)
+
+
+def hand_over(tokens: Tensor, bad: Tensor, own: Tensor, ring: Tensor, slot: Tensor) -> None:
+    with torch.cuda.device_of(tokens):
+        _hand_over[(1,)](tokens, bad, own, ring, slot, len(tokens), len(ring), 128, num_warps=4)

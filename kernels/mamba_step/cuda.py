@@ -20,9 +20,13 @@ from ..selective_scan import cuda as selective_scan
 
 FEWEST, MOST, WIDEST = 3, 64, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
 WARPS = 8  # of a block of threads
+MIDDLE, EARLY, RESIDENT, MIDDLE_RESIDENT, BESIDE, ENTER_RESIDENT, LEAVE_RESIDENT = 1, 1, 1, 2, 4, 2, 3  # variants
+CLUSTER, CLUSTERS = 8, 16  # blocks of a cluster of `middle`; clusters that run at once
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
 _pack = struct.Struct("19qdq").pack  # struct Problem of stack.cu
+_pack_outer = struct.Struct("9qdq").pack
+FILE, FLIGHT = "stack.cu", 20
 _broken: set[int] = set()  # devices that NVRTC does not serve
 
 
@@ -71,14 +75,30 @@ def step(
         written += [room(n_rows, 2 * n_channels, dtype=x.dtype), room(n_rows, w.x_proj.shape[0])]
         written += [room(n_rows, n_channels, dtype=x.dtype)]
         begin, *of_a_block = kernels
+        between = middle_of(written[3], written[5], weights[0], device) if MIDDLE else None
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
             behind = weights[i + 1].norm if i + 1 < len(weights) else None
+            if FILE == "stack.cu":
+                stream, scaled, squares, uz, _, y = written
+                outer = stream, scaled, squares, uz, y
+                if i == 0:
+                    begin(_pack_outer(*_addresses(one.in_proj, one.out_proj, one.norm, x, *outer), eps, n_rows))
+                argument = _pack_outer(*_addresses(one.in_proj, one.out_proj, behind, None, *outer), eps, n_rows)
+                of_a_block[0](argument)
+                between(uz, *state, one, y)
+                of_a_block[1](argument)
+                continue
             own = one.in_proj, one.conv, one.conv_bias, one.x_proj, one.dt_proj, one.dt_bias, one.A_log, one.D
             if i == 0:
                 begin(_pack(*_addresses(*own, one.out_proj, one.norm, x, *state, *written), eps, n_rows))
             argument = _pack(*_addresses(*own, one.out_proj, behind, None, *state, *written), eps, n_rows)
-            for kernel in of_a_block:
-                kernel(argument)
+            if between is None:
+                for kernel in of_a_block:
+                    kernel(argument)
+            else:
+                of_a_block[0](argument)
+                between(written[3], *state, one, written[5])
+                of_a_block[3](argument)
     return stream
 
 
@@ -110,15 +130,74 @@ class _Kernel:
     def __init__(self, name: str, device: int, units: int, sizes: dict[str, int]):
         processors = nvrtc.processors(device)
         self.blocks = min(units, processors)
-        self.kernel = nvrtc.kernel(_source(**sizes, BLOCKS=processors, WARPS=WARPS), name, device)
+        self.kernel = nvrtc.kernel(_source(FILE, **sizes, BLOCKS=processors, WARPS=WARPS, CONV=int(not MIDDLE), EARLY=EARLY, RESIDENT=RESIDENT, ENTER_RESIDENT=ENTER_RESIDENT, LEAVE_RESIDENT=LEAVE_RESIDENT), name, device)
 
     def __call__(self, argument: bytes) -> None:
         self.kernel(self.blocks, 32 * WARPS, argument, early=True)
 
 
-def _source(**macros: int) -> str:
+class _Middle:
+    """What lies between the projections, for so many sequences."""
+
+    def __init__(self, E: int, R: int, W: int, at_once: int, device: int):
+        self.at_once, channels = at_once, E // CLUSTER
+        self.threads = 2 * channels // -(-channels // 256)
+        resident = MIDDLE_RESIDENT if self.threads <= 384 and at_once <= 4 else 1
+        sizes = {"E": E, "R": R, "W": W, "CLUSTER": CLUSTER, "SEQS": at_once, "EARLY": EARLY, "RESIDENT": resident, "HELD_BESIDE": BESIDE}
+        self.kernel = nvrtc.kernel(_source("middle.cu", **sizes), "middle", device)
+        if CLUSTER > 8:
+            nvrtc._driver().cuFuncSetAttribute(self.kernel._function, 14, 1)
+
+    def __call__(self, uz: Tensor, conv: Tensor, ssm: Tensor, w, y: Tensor) -> None:
+        tensors = w.conv, w.conv_bias, w.x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D, conv, ssm, uz, y
+        argument = struct.pack("12q", *_addresses(*tensors), len(y))
+        self.kernel(-(-len(y) // self.at_once) * CLUSTER, self.threads, argument, early=True)
+
+
+@lru_cache(64)
+def _middle(E: int, R: int, W: int, at_once: int, device: int) -> _Middle:
+    return _Middle(E, R, W, at_once, device)
+
+
+def middle_of(uz: Tensor, y: Tensor, w, device: int) -> _Middle:
+    at_once = next(n for n in (1, 2, 4, 8, 16) if n * CLUSTERS >= len(y) or n == 16)
+    return _middle(y.shape[1], w.dt_proj.shape[1], w.conv.shape[1], at_once, device)
+
+
+def serves_middle(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
+    """Whether `middle` takes these, x (B, M)."""
+    (n_channels, n_states), rank, taps = w.A_log.shape, w.dt_proj.shape[1], w.conv.shape[1]
+    of_a_block = n_channels // CLUSTER
+    return (
+        n_channels % CLUSTER == 0
+        and of_a_block % (64 if of_a_block > 256 else 32) == 0
+        and of_a_block <= 512
+        and rank % 16 == 0
+        and n_states == 16
+        and taps > 1
+        and _capable(x)
+        and x.dtype == conv.dtype == torch.bfloat16
+        and ssm.dtype == torch.float32
+        and all(_fits(t) and (t is None or t.device == x.device) for t in w[3:10])
+        and all(t.data_ptr() % 16 == 0 and t.device == x.device for t in (conv, ssm))
+    )
+
+
+def middle(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
+    """uz (B, 2E) -> y (B, E), what lies between the projections, states in place; None where NVRTC fails."""
+    device, y = uz.get_device(), uz.new_empty(len(uz), uz.shape[1] // 2)
+    with torch.cuda.device_of(uz):
+        try:
+            run = middle_of(uz, y, w, device)
+        except nvrtc.Unavailable as error:
+            return _give_up(device, error)
+        run(uz, conv, ssm, w, y)
+    return y
+
+
+def _source(file: str, **macros: int) -> str:
     parts = [f"#define {name} {value}" for name, value in macros.items()]
-    files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / "stack.cu")
+    files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / file)
     return "\n".join([*parts, *(path.read_text() for path in files)]) + "\n"
 
 
@@ -129,5 +208,7 @@ def _kernels(M: int, E: int, R: int, W: int, octets: int, device: int) -> list[_
         "begin": 8 * octets, "enter": E // 16, "project": (R + 32) // 16 * octets, "scan": E // 16 * octets,
         "leave": M // 16 * -(-octets // 4),
     }  # fmt: skip
-    sizes = {"M": M, "E": E, "R": R, "W": W, "OCTETS": octets}
+    sizes = {"M": M, "E": E, "R": R, "W": W, "OCTETS": octets, "FLIGHT": FLIGHT}
+    if FILE == "stack.cu":
+        units = {name: units[name] for name in ("begin", "enter", "leave")}
     return [_Kernel(name, device, n, sizes) for name, n in units.items()]

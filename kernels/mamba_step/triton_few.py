@@ -14,8 +14,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backends import interpreting
 from ..triton_runtime import LOG2E, ceil_div, load_float, sigmoid, softplus
+from . import cuda
 
 ELEMENTS = 4096  # of a matrix, a program has at most; more, or several such tiles one after another, gain nothing
+ORDER, MIDDLE = 2, 0
 PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor of an H100
 
 
@@ -28,6 +30,7 @@ def _after_the_kernel_before(EARLY: tl.constexpr):
     """
     if EARLY:
         gdc_wait()
+    if EARLY == 1:
         gdc_launch_dependents()
 
 
@@ -35,7 +38,7 @@ def _after_the_kernel_before(EARLY: tl.constexpr):
 def _enter(
     x, stream, norm, norm_bias, weight, conv_state, conv, conv_bias, new_stream, uz, eps, n_rows,
     M: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
-    CENTRED: tl.constexpr, EARLY: tl.constexpr,
+    CENTRED: tl.constexpr, EARLY: tl.constexpr, CONV: tl.constexpr = True,
 ):  # fmt: skip
     """Residual add, norm, in_proj and convolution: uz (B, 2E). Each program norms the rows again."""
     e, m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_M)
@@ -43,8 +46,15 @@ def _enter(
     tile = tl.load(weight + e[:, None] * M + m[None, :], mask=in_e[:, None] & in_m[None, :], other=0.0)
     norm_row, norm_shift = load_float(norm, m, in_m), load_float(norm_bias, m, in_m)
     shift = load_float(conv_bias, e, is_u)
+    taps = ()
+    for k in tl.static_range(W if CONV else 0):
+        taps += (load_float(conv, e * W + k, is_u),)
     _after_the_kernel_before(EARLY)
     for b in range(n_rows):
+        state_at = (b * E + e.to(tl.int64)) * (W - 1)
+        window = ()
+        for k in tl.static_range(W - 1 if CONV else 0):
+            window += (load_float(conv_state, state_at + k, is_u),)
         row = load_float(x, b * M + m, in_m) + load_float(stream, b * M + m, in_m)
         if stream is not None:
             if tl.program_id(0) == 0:
@@ -54,17 +64,16 @@ def _enter(
         normed = row * (1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / M + eps)) * norm_row + norm_shift
         out = tl.sum(tile.to(tl.float32) * normed[None, :], axis=1)
         # The convolution, of the half that it is for: the window moves on by one.
-        state_at = (b * E + e.to(tl.int64)) * (W - 1)
-        mixed = shift + out * load_float(conv, e * W + W - 1, is_u)
-        window = ()
-        for k in tl.static_range(W - 1):
-            window += (load_float(conv_state, state_at + k, is_u),)
-            mixed += window[k] * load_float(conv, e * W + k, is_u)
-        for k in tl.static_range(1, W - 1):
-            tl.store(conv_state + state_at + (k - 1), window[k], mask=is_u)
-        if W > 1:
-            tl.store(conv_state + state_at + (W - 2), out, mask=is_u)
-        tl.store(uz + b * 2 * E + e, tl.where(is_u, mixed * sigmoid(mixed), out), mask=in_e)
+        if CONV:
+            mixed = shift + out * taps[W - 1]
+            for k in tl.static_range(W - 1):
+                mixed += window[k] * taps[k]
+            for k in tl.static_range(1, W - 1):
+                tl.store(conv_state + state_at + (k - 1), window[k], mask=is_u)
+            if W > 1:
+                tl.store(conv_state + state_at + (W - 2), out, mask=is_u)
+            out = tl.where(is_u, mixed * sigmoid(mixed), out)
+        tl.store(uz + b * 2 * E + e, out, mask=in_e)
 
 
 @triton.jit
@@ -73,6 +82,8 @@ def _multiply(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """out (B, n_out) = x (B, WIDTH) weight^T."""
+    if EARLY == 2:
+        gdc_launch_dependents()
     o, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     tile = tl.load(
         weight + o[:, None] * WIDTH + k[None, :], mask=(o < n_out)[:, None] & (k < WIDTH)[None, :], other=0.0
@@ -90,6 +101,8 @@ def _scan(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """dt's wide projection, a step of the state, gate: y (B, E), a program for some channels of one sequence."""
+    if EARLY == 2:
+        gdc_launch_dependents()
     e, r, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
     in_e, in_r, in_n = e < E, r < R, n < N
     inside = in_e[:, None] & in_n[None, :]
@@ -115,7 +128,7 @@ def _scan(
 def _early_launch(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that may begin before the one before it has ended."""
     early = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
+    return {"EARLY": ORDER, "launch_pdl": early} if early else {"EARLY": 0}
 
 
 def _tile(n_out: int, width: int) -> dict[str, int]:
@@ -144,11 +157,14 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
     new_stream = x.float() if stream is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     uz = torch.empty(n_rows, 2 * n_channels, dtype=dtype, device=x.device)
     tile = _tile(2 * n_channels, width)
+    middle = MIDDLE and cuda.serves_middle(x, conv_state, ssm_state, w)
     _enter[(ceil_div(2 * n_channels, tile["BLOCK"]),)](
         x, stream, w.norm, w.norm_bias, w.in_proj, conv_state, w.conv, w.conv_bias, new_stream, uz, eps, n_rows,
         M=width, E=n_channels, W=w.conv.shape[1], BLOCK_M=triton.next_power_of_2(width), CENTRED=centred,
-        **tile, **early,
+        **tile, **{**early, "EARLY": min(early["EARLY"], 1)}, CONV=not middle,
     )  # fmt: skip
+    if middle:
+        return _product(cuda.middle(uz, conv_state, ssm_state, w), w.out_proj, dtype, early), new_stream
     u, z = uz.chunk(2, dim=1)
     projected = _product(u, w.x_proj, torch.float32, early)
     y = torch.empty(n_rows, n_channels, dtype=dtype, device=x.device)

@@ -13,7 +13,10 @@ import triton.language as tl
 from ..causal_conv1d.triton import step as conv_step
 from ..norm.triton import forward as norm_forward
 from ..triton_runtime import LOG2E, ceil_div, load_float, multiply_add, sigmoid, softplus
+from . import cuda
+from .triton_few import _after_the_kernel_before as after_the_kernel_before, _early_launch as early_launch
 
+MIDDLE, NORM = 1, 1
 BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix units take at least
 
 
@@ -47,10 +50,49 @@ def _scan(
     tl.store(y + row, out * gate * sigmoid(gate), mask=here)
 
 
+@triton.jit
+def _add_norm(
+    x, stream, weight, bias, new_stream, y, eps, M: tl.constexpr, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Residual add and norm, a program for a sequence."""
+    m = tl.arange(0, BLOCK_M)
+    inside, at = m < M, tl.program_id(0) * M + m
+    factor, shift = load_float(weight, m, inside), load_float(bias, m, inside)
+    after_the_kernel_before(EARLY)
+    row = load_float(x, at, inside) + load_float(stream, at, inside)
+    tl.store(new_stream + at, row, mask=inside)
+    if CENTRED:
+        row = tl.where(inside, row - tl.sum(row, axis=0) / M, 0.0)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / M + eps)
+    tl.store(y + at, row * scale * factor + shift, mask=inside)
+
+
+def _normed(x, stream, w, eps, centred):
+    new_stream, y = torch.empty(x.shape, dtype=torch.float32, device=x.device), torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    early = early_launch(x.device)
+    _add_norm[(len(x),)](
+        x, stream, w.norm, w.norm_bias, new_stream, y, eps, M=x.shape[1], BLOCK_M=block, CENTRED=centred,
+        num_warps=max(1, min(block // 256, 8)), **{**early, "EARLY": min(early["EARLY"], 1)},
+    )  # fmt: skip
+    return y, new_stream
+
+
 def step(x, stream, conv_state, ssm_state, w, eps, centred):
     (n_channels, n_states), rank, n_rows = w.A_log.shape, w.dt_proj.shape[1], len(x)
-    normed, new_stream = norm_forward(x, stream, w.norm, w.norm_bias, eps, centred, w.norm.dtype)
-    u, z = F.linear(normed, w.in_proj).chunk(2, dim=1)
+    if NORM:
+        normed, new_stream = _normed(x, stream, w, eps, centred)
+    else:
+        normed, new_stream = norm_forward(x, stream, w.norm, w.norm_bias, eps, centred, w.norm.dtype)
+        if stream is None:
+            new_stream = x.float()
+    uz = F.linear(normed, w.in_proj)
+    if MIDDLE and cuda.serves_middle(x, conv_state, ssm_state, w):
+        y = cuda.middle(uz, conv_state, ssm_state, w)
+        if y is not None:
+            return F.linear(y, w.out_proj), new_stream
+    u, z = uz.chunk(2, dim=1)
     u = conv_step(conv_state, u, w.conv, w.conv_bias, True)
     y, block_n = torch.empty_like(u), triton.next_power_of_2(n_states)
     _scan[(ceil_div(n_channels, BLOCK), ceil_div(n_rows, BLOCK))](
@@ -58,4 +100,4 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
         E=n_channels, R=rank, N=n_states, BLOCK_B=BLOCK, BLOCK=BLOCK, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         BLOCK_N=block_n, num_warps=max(4, min(BLOCK * BLOCK * block_n // 1024, 16)),
     )  # fmt: skip
-    return F.linear(y, w.out_proj), x.float() if stream is None else new_stream
+    return F.linear(y, w.out_proj), new_stream

@@ -21,9 +21,10 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
-    cuda._kernels.cache_clear()
+    monkeypatch.setattr(cuda, "CLUSTER", 2)
+    cuda._kernels.cache_clear(), cuda._middle.cache_clear()
     yield
-    cuda._kernels.cache_clear()
+    cuda._kernels.cache_clear(), cuda._middle.cache_clear()
 
 
 def problem(rows, width, inner, rank, taps, n_layers=2):

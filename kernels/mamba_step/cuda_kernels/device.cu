@@ -30,12 +30,21 @@ __device__ __forceinline__ uint4 once16(const void* from) {
   return x;
 }
 
+// To shared memory; `all_brought` waits for what this thread asked for.
+__device__ __forceinline__ void bring16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void all_brought() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_end_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 // Wait for the end of the kernel before; then let the next one begin. What is read before this may not be written by
 // the kernel before. It may by the one before that: that one has ended when this kernel begins, since the kernel between
 // lets it begin only after its own wait.
 __device__ __forceinline__ void wait_for_kernel_before() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  wait_for_end_before();
+  let_next_begin();
 }
 // c (16, 8) += a (16, 16) b (16, 8), a and b in bfloat16.
 __device__ __forceinline__ void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
@@ -46,3 +55,18 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], unsigned a0, unsigne
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 #define GRID_CONSTANT __grid_constant__
+#define CLUSTERED(n) __cluster_dims__(n, 1, 1)
+__device__ __forceinline__ void* own_room() {
+  extern __shared__ float4 room[];
+  return room;
+}
+// All threads of a cluster's blocks: what is pushed before the arrival is seen after the wait.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// To the place in the shared memory of another block of the cluster that `at` is in this one's.
+__device__ __forceinline__ void push(float* at, int rank, float x) {
+  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2;}" ::"r"(
+                   unsigned(__cvta_generic_to_shared(at))),
+               "r"(rank), "f"(x)
+               : "memory");
+}

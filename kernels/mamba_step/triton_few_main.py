@@ -1,0 +1,161 @@
+"""A Mamba block's step in Triton for a few sequences: each product of a matrix with a few vectors, row by row.
+
+Such a step is a chain of four small kernels, each bound by how fast its weights come. So a program asks for its tile of
+them before it waits for the kernel that makes its vectors (programmatic dependent launch: Hopper GPUs and later).
+
+Letters: B sequences, M model width, E inner width, R rank of dt, N states, W convolution width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..backends import interpreting
+from ..triton_runtime import LOG2E, ceil_div, load_float, sigmoid, softplus
+
+ELEMENTS = 4096  # of a matrix, a program has at most; more, or several such tiles one after another, gain nothing
+PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor of an H100
+
+
+@triton.jit
+def _after_the_kernel_before(EARLY: tl.constexpr):
+    """Wait for the end of the kernel before; then let the next one begin.
+
+    What is read before this may not be written by the kernel before. It may by the one before that: that one has ended
+    when this kernel begins, since the kernel between lets it begin only after its own wait.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _enter(
+    x, stream, norm, norm_bias, weight, conv_state, conv, conv_bias, new_stream, uz, eps, n_rows,
+    M: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Residual add, norm, in_proj and convolution: uz (B, 2E). Each program norms the rows again."""
+    e, m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_M)
+    in_e, in_m, is_u = e < 2 * E, m < M, e < E
+    tile = tl.load(weight + e[:, None] * M + m[None, :], mask=in_e[:, None] & in_m[None, :], other=0.0)
+    norm_row, norm_shift = load_float(norm, m, in_m), load_float(norm_bias, m, in_m)
+    shift = load_float(conv_bias, e, is_u)
+    _after_the_kernel_before(EARLY)
+    for b in range(n_rows):
+        row = load_float(x, b * M + m, in_m) + load_float(stream, b * M + m, in_m)
+        if stream is not None:
+            if tl.program_id(0) == 0:
+                tl.store(new_stream + b * M + m, row, mask=in_m)
+        if CENTRED:
+            row = tl.where(in_m, row - tl.sum(row, axis=0) / M, 0.0)
+        normed = row * (1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / M + eps)) * norm_row + norm_shift
+        out = tl.sum(tile.to(tl.float32) * normed[None, :], axis=1)
+        # The convolution, of the half that it is for: the window moves on by one.
+        state_at = (b * E + e.to(tl.int64)) * (W - 1)
+        mixed = shift + out * load_float(conv, e * W + W - 1, is_u)
+        window = ()
+        for k in tl.static_range(W - 1):
+            window += (load_float(conv_state, state_at + k, is_u),)
+            mixed += window[k] * load_float(conv, e * W + k, is_u)
+        for k in tl.static_range(1, W - 1):
+            tl.store(conv_state + state_at + (k - 1), window[k], mask=is_u)
+        if W > 1:
+            tl.store(conv_state + state_at + (W - 2), out, mask=is_u)
+        tl.store(uz + b * 2 * E + e, tl.where(is_u, mixed * sigmoid(mixed), out), mask=in_e)
+
+
+@triton.jit
+def _multiply(
+    x, weight, out, x_stride, n_rows, n_out, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """out (B, n_out) = x (B, WIDTH) weight^T."""
+    o, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
+    tile = tl.load(
+        weight + o[:, None] * WIDTH + k[None, :], mask=(o < n_out)[:, None] & (k < WIDTH)[None, :], other=0.0
+    )
+    _after_the_kernel_before(EARLY)
+    for b in range(n_rows):
+        row = load_float(x, b * x_stride + k, k < WIDTH)
+        tl.store(out + b * n_out + o, tl.sum(tile.to(tl.float32) * row[None, :], axis=1), mask=o < n_out)
+
+
+@triton.jit
+def _scan(
+    u, z, projected, dt_proj, dt_bias, A_log, D, state, y, u_stride, z_stride, E: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """dt's wide projection, a step of the state, gate: y (B, E), a program for some channels of one sequence."""
+    e, r, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    in_e, in_r, in_n = e < E, r < R, n < N
+    inside = in_e[:, None] & in_n[None, :]
+    b = tl.program_id(1)
+    row = b * E + e.to(tl.int64)
+    state_at = row[:, None] * N + n[None, :]
+    widen = tl.load(dt_proj + e[:, None] * R + r[None, :], mask=in_e[:, None] & in_r[None, :], other=0.0)
+    h = tl.load(state + state_at, mask=inside, other=0.0)
+    A2 = -tl.exp2(load_float(A_log, e[:, None] * N + n[None, :], inside) * LOG2E) * LOG2E
+    bias, skip = load_float(dt_bias, e, in_e), load_float(D, e, in_e)
+    _after_the_kernel_before(EARLY)
+    at = projected + b * (R + 2 * N)
+    low = load_float(at, r, in_r)
+    drive, readout = load_float(at, R + n, in_n), load_float(at, R + N + n, in_n)
+    x, gate = load_float(u, b * u_stride + e, in_e), load_float(z, b * z_stride + e, in_e)
+    dt = softplus(tl.sum(widen.to(tl.float32) * low[None, :], axis=1) + bias)
+    h = tl.exp2(dt[:, None] * A2) * h + (dt * x)[:, None] * drive[None, :]
+    tl.store(state + state_at, h, mask=inside)
+    out = tl.sum(h * readout[None, :], axis=1) + skip * x
+    tl.store(y + row, out * gate * sigmoid(gate), mask=in_e)
+
+
+def _early_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that may begin before the one before it has ended."""
+    early = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
+
+
+def _tile(n_out: int, width: int) -> dict[str, int]:
+    """Rows of a weight that a program has, and its warps: 64 elements a lane."""
+    block_k = triton.next_power_of_2(width)
+    block = max(1, min(ELEMENTS // block_k, triton.next_power_of_2(n_out)))
+    while block > 1 and ceil_div(n_out, block) < PROGRAMS:
+        block //= 2
+    return {"BLOCK": block, "num_warps": max(1, min(block * block_k // 2048, 16))}
+
+
+def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, early: dict[str, bool]) -> Tensor:
+    (n_out, width), n_rows = weight.shape, len(x)
+    out = torch.empty(n_rows, n_out, dtype=dtype, device=x.device)
+    tile = _tile(n_out, width)
+    _multiply[(ceil_div(n_out, tile["BLOCK"]),)](
+        x, weight, out, x.stride(0), n_rows, n_out, WIDTH=width, BLOCK_K=triton.next_power_of_2(width), **tile, **early
+    )
+    return out
+
+
+def step(x, stream, conv_state, ssm_state, w, eps, centred):
+    early = _early_launch(x.device)
+    (n_rows, width), (n_channels, n_states) = x.shape, w.A_log.shape
+    rank, dtype = w.dt_proj.shape[1], w.in_proj.dtype
+    new_stream = x.float() if stream is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    uz = torch.empty(n_rows, 2 * n_channels, dtype=dtype, device=x.device)
+    tile = _tile(2 * n_channels, width)
+    _enter[(ceil_div(2 * n_channels, tile["BLOCK"]),)](
+        x, stream, w.norm, w.norm_bias, w.in_proj, conv_state, w.conv, w.conv_bias, new_stream, uz, eps, n_rows,
+        M=width, E=n_channels, W=w.conv.shape[1], BLOCK_M=triton.next_power_of_2(width), CENTRED=centred,
+        **tile, **early,
+    )  # fmt: skip
+    u, z = uz.chunk(2, dim=1)
+    projected = _product(u, w.x_proj, torch.float32, early)
+    y = torch.empty(n_rows, n_channels, dtype=dtype, device=x.device)
+    block = 16
+    _scan[(ceil_div(n_channels, block), n_rows)](
+        u, z, projected, w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0),
+        E=n_channels, R=rank, N=n_states, BLOCK_R=triton.next_power_of_2(rank),
+        BLOCK_N=triton.next_power_of_2(n_states), BLOCK=block, num_warps=1, **early,
+    )  # fmt: skip
+    return _product(y, w.out_proj, dtype, early), new_stream
