@@ -171,7 +171,7 @@ def serves_middle(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
     return (
         n_channels % CLUSTER == 0
         and of_a_block % (64 if of_a_block > 256 else 32) == 0
-        and of_a_block <= 512
+        and 2 * (rank + 32) * -(-of_a_block // 256) <= 2 * of_a_block <= 1024
         and rank % 16 == 0
         and n_states == 16
         and taps > 1

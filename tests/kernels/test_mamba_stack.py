@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from polymamba.kernels import nvrtc
+from polymamba.kernels import causal_conv1d_step, nvrtc, selective_scan_step
 from polymamba.kernels.mamba_step import MambaWeights, cuda, mamba_step_reference
 
 CASES = {  # rows, width, inner width, rank, taps
@@ -96,6 +96,34 @@ def test_what_the_stack_does_not_serve(on_the_cpu):
     assert not cuda.serves(x[:2], [(c[:2], s[:2]) for c, s in states], weights, False)  # for those Triton is faster
     assert not cuda.serves(x, [(c, s.bfloat16()) for c, s in states], weights, False)
     assert not cuda.serves(x, states, [weights[0], weights[1]._replace(D=weights[1].D.float())], False)
+
+
+MIDDLES = {  # rows, clusters at once, inner width, rank, taps
+    "many a cluster": (13, 1, 512, 16, 4),
+    "two rounds": (5, 2, 640, 32, 2),
+    "two rounds, more": (10, 2, 640, 16, 3),
+}
+
+
+@pytest.mark.parametrize("case", MIDDLES)
+def test_middle(case, on_the_cpu, monkeypatch, assert_close):
+    """Two steps of what lies between the projections, against single operators in float64."""
+    rows, clusters, *sizes = MIDDLES[case]
+    monkeypatch.setattr(cuda, "CLUSTERS", clusters)
+    x, [state], [w] = problem(rows, 256, *sizes, n_layers=1)
+    uz = torch.randn(2, rows, 2 * sizes[0], generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert cuda.serves_middle(x, *state, w)
+    actual, expected = [t.clone() for t in state], [t.double() for t in state]
+    wide = MambaWeights(*(None if t is None else t.double() for t in w))
+    for each in uz:
+        y = cuda.middle(each, *actual, w)
+        u, z = each.double().chunk(2, dim=1)
+        u = causal_conv1d_step(expected[0], u, wide.conv, wide.conv_bias)
+        dt, B, C = (u @ wide.x_proj.T).split([sizes[1], 16, 16], dim=1)
+        scan = expected[1], u, dt @ wide.dt_proj.T, -wide.A_log.exp(), B[:, None], C[:, None], wide.D, z
+        wanted = selective_scan_step(*scan, delta_bias=wide.dt_bias, delta_softplus=True)
+    named = ("y", "conv", "ssm"), (y, *actual), (wanted, *expected)
+    assert_close(dict(zip(named[0], named[1], strict=True)), dict(zip(named[0], named[2], strict=True)), 1e-2, case)
 
 
 @pytest.mark.gpu
