@@ -195,6 +195,33 @@ def middle(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
     return y
 
 
+RING = 5
+
+
+@lru_cache(64)
+def _product(M: int, octets: int, device: int):
+    sizes = {"M": M, "OCTETS": octets, "BLOCKS": nvrtc.processors(device), "WARPS": WARPS, "RING": RING, "EARLY": 0}
+    return nvrtc.kernel(_source("product.cu", **sizes), "product", device)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor | None:
+    """x (B, K) weight (V, K)' of few rows by a matrix that is read once; None where this does not serve."""
+    n_out, width = weight.shape
+    if not (len(x) <= MOST and width % 256 == 0 and width <= WIDEST and n_out % 4 == 0 and _capable(x)):
+        return None
+    if not (_fits(weight) and x.dtype == torch.bfloat16):
+        return None
+    device, x, out = x.get_device(), x.contiguous(), x.new_empty(len(x), n_out)
+    with torch.cuda.device_of(x):
+        try:
+            kernel = _product(width, -(-len(x) // 8), device)
+        except nvrtc.Unavailable as error:
+            return _give_up(device, error)
+        blocks = min(nvrtc.processors(device), -(-n_out // 16))
+        kernel(blocks, 32 * WARPS, struct.pack("5q", *_addresses(weight, x, out), len(x), n_out), early=True)
+    return out
+
+
 def _source(file: str, **macros: int) -> str:
     parts = [f"#define {name} {value}" for name, value in macros.items()]
     files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / file)

@@ -77,6 +77,8 @@ inline unsigned fresh2(const void* from) { return *static_cast<const uint16_t*>(
 inline uint4 once16(const void* from) { return fresh16(from); }
 inline void bring16(void* to, const void* from) { std::memcpy(to, from, 16); }
 inline void all_brought() {}
+inline void end_of_group() {}
+template <int n> inline void all_groups_brought_but() {}
 inline void wait_for_kernel_before() {}
 inline void wait_for_end_before() {}
 inline void let_next_begin() {}

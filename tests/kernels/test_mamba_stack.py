@@ -22,9 +22,9 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
     monkeypatch.setattr(cuda, "CLUSTER", 2)
-    cuda._kernels.cache_clear(), cuda._middle.cache_clear()
+    cuda._kernels.cache_clear(), cuda._middle.cache_clear(), cuda._product.cache_clear()
     yield
-    cuda._kernels.cache_clear(), cuda._middle.cache_clear()
+    cuda._kernels.cache_clear(), cuda._middle.cache_clear(), cuda._product.cache_clear()
 
 
 def problem(rows, width, inner, rank, taps, n_layers=2):
@@ -96,6 +96,14 @@ def test_what_the_stack_does_not_serve(on_the_cpu):
     assert not cuda.serves(x[:2], [(c[:2], s[:2]) for c, s in states], weights, False)  # for those Triton is faster
     assert not cuda.serves(x, [(c, s.bfloat16()) for c, s in states], weights, False)
     assert not cuda.serves(x, states, [weights[0], weights[1]._replace(D=weights[1].D.float())], False)
+
+
+@pytest.mark.parametrize(("rows", "n_out"), [(3, 100), (19, 164)])
+def test_product(rows, n_out, on_the_cpu, assert_close):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 512, generator=generator).bfloat16() for n in (rows, n_out))
+    out = cuda.product(x, weight)
+    assert_close({"out": out.float()}, {"out": x.double() @ weight.double().T}, 5e-3)
 
 
 MIDDLES = {  # rows, clusters at once, inner width, rank, taps

@@ -36,6 +36,11 @@ __device__ __forceinline__ void bring16(void* to, const void* from) {
                : "memory");
 }
 __device__ __forceinline__ void all_brought() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Or for all groups of them, the latest `n` aside.
+__device__ __forceinline__ void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int n> __device__ __forceinline__ void all_groups_brought_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+}
 
 __device__ __forceinline__ void wait_for_end_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
