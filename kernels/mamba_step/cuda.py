@@ -26,7 +26,7 @@ _FOLDER = Path(__file__).parent / "cuda_kernels"
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
 _pack = struct.Struct("19qdq").pack  # struct Problem of stack.cu
 _pack_outer = struct.Struct("9qdq").pack
-FILE, FLIGHT = "stack.cu", 20
+FILE, FLIGHT, ENTER_BANDS, PER_PROCESSOR = "stack.cu", 20, 2, 1
 _broken: set[int] = set()  # devices that NVRTC does not serve
 
 
@@ -129,6 +129,7 @@ class _Kernel:
 
     def __init__(self, name: str, device: int, units: int, sizes: dict[str, int]):
         processors = nvrtc.processors(device)
+        processors *= PER_PROCESSOR if name == "enter" else 1
         self.blocks = min(units, processors)
         self.kernel = nvrtc.kernel(_source(FILE, **sizes, BLOCKS=processors, WARPS=WARPS, CONV=int(not MIDDLE), EARLY=EARLY, RESIDENT=RESIDENT, ENTER_RESIDENT=ENTER_RESIDENT, LEAVE_RESIDENT=LEAVE_RESIDENT), name, device)
 
@@ -232,10 +233,10 @@ def _source(file: str, **macros: int) -> str:
 def _kernels(M: int, E: int, R: int, W: int, octets: int, device: int) -> list[_Kernel]:
     """begin, enter, project, scan, leave."""
     units = {
-        "begin": 8 * octets, "enter": E // 16, "project": (R + 32) // 16 * octets, "scan": E // 16 * octets,
+        "begin": 8 * octets, "enter": E // (8 * ENTER_BANDS if FILE == "stack.cu" else 16), "project": (R + 32) // 16 * octets, "scan": E // 16 * octets,
         "leave": M // 16 * -(-octets // 4),
     }  # fmt: skip
-    sizes = {"M": M, "E": E, "R": R, "W": W, "OCTETS": octets, "FLIGHT": FLIGHT}
+    sizes = {"M": M, "E": E, "R": R, "W": W, "OCTETS": octets, "FLIGHT": FLIGHT, "ENTER_BANDS": ENTER_BANDS}
     if FILE == "stack.cu":
         units = {name: units[name] for name in ("begin", "enter", "leave")}
     return [_Kernel(name, device, n, sizes) for name, n in units.items()]

@@ -107,7 +107,7 @@ template <int K, int BANDS, int COLUMNS> struct Band {
   }
 };
 constexpr int NARROW = OCTETS > 4 ? 4 : OCTETS;  // octets of sequences that a block of `leave` has
-typedef Band<M, 2, MOST> Enter;
+typedef Band<M, ENTER_BANDS, MOST> Enter;
 typedef Band<E, 1, 8 * NARROW> Leave;
 struct Shared {
   union {
@@ -151,21 +151,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) begin(const GRID_CONSTA
 // in_proj and norm: uz.
 extern "C" __global__ void __launch_bounds__(THREADS, ENTER_RESIDENT) enter(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, n_rows = int(p.n_rows);
-  constexpr int UNITS = 2 * E / 32, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, SQUARES = M / 64;  // of each of four lanes
+  constexpr int ROWS = 16 * ENTER_BANDS, UNITS = 2 * E / ROWS, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, SQUARES = M / 64;  // of each of four lanes
   auto& room = shared().enter;
   int quarter = tid % 4, b = tid / 4;
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
     int unit = step * BLOCKS + int(blockIdx.x);
     if (unit >= UNITS) return;
-    Enter::load(p.in_proj, unit * 32, room, tid);
+    Enter::load(p.in_proj, unit * ROWS, room, tid);
     if (step == 0) wait_for_kernel_before();
     float square[SQUARES];
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i)
       square[i] = b < n_rows ? fresh(p.squares + (quarter + 4 * i) * MOST + b) : 0.0f;
     Enter::multiply(p.scaled, M, 0, n_rows, room, tid);
-    float sum = 0.0f, out[8];
+    float sum = 0.0f, out[ROWS / 4];
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i) sum += square[i];
     sum = add_across(sum, 1);
@@ -174,10 +174,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, ENTER_RESIDENT) enter(cons
       float factor = inverse_root(sum / M + float(p.eps));
       Enter::total(room, quarter, b, out);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) out[k] *= factor;
-      Packed<bf16, 8> packed;
+      for (int k = 0; k < ROWS / 4; ++k) out[k] *= factor;
+      Packed<bf16, ROWS / 4> packed;
       packed.set(out);
-      packed.store(p.uz + int64(b) * 2 * E + unit * 32 + quarter * 8);
+      packed.store(p.uz + int64(b) * 2 * E + unit * ROWS + quarter * (ROWS / 4));
     }
     if (step + 1 < STEPS) __syncthreads();
   }
