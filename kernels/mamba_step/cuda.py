@@ -25,7 +25,7 @@ CLUSTER, CLUSTERS = 8, 16  # blocks of a cluster of `middle`; clusters that run 
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
 _pack = struct.Struct("19qdq").pack  # struct Problem of stack.cu
-_pack_outer = struct.Struct("9qdq").pack
+_pack_outer = struct.Struct("12qdq").pack
 FILE, FLIGHT, ENTER_BANDS, PER_PROCESSOR = "stack.cu", 20, 2, 1
 _broken: set[int] = set()  # devices that NVRTC does not serve
 
@@ -38,7 +38,7 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
     return (
         FEWEST <= n_rows <= MOST
         and width <= WIDEST
-        and not centred
+        and (not centred or n_rows <= 6)
         and width % 256 == n_channels % 256 == rank % 16 == 0
         and n_states == 16
         and taps > 1
@@ -63,7 +63,7 @@ def step(
     octets = -(-n_rows // 8)
     with torch.cuda.device_of(x):
         try:
-            kernels = _kernels(width, n_channels, rank, w.conv.shape[1], octets, device)
+            kernels = _kernels(width, n_channels, rank, w.conv.shape[1], octets, device, int(centred))
         except nvrtc.Unavailable as error:
             return _give_up(device, error)
 
@@ -72,6 +72,7 @@ def step(
 
         x, stream = x.contiguous(), room(n_rows, width)
         written = [stream, room(n_rows, width, dtype=x.dtype), room(width // 16, 8 * octets)]
+        squares_and_sums = written[2], room(width // 16, 8 * octets)
         written += [room(n_rows, 2 * n_channels, dtype=x.dtype), room(n_rows, w.x_proj.shape[0])]
         written += [room(n_rows, n_channels, dtype=x.dtype)]
         begin, *of_a_block = kernels
@@ -80,7 +81,8 @@ def step(
             behind = weights[i + 1].norm if i + 1 < len(weights) else None
             if FILE == "stack.cu":
                 stream, scaled, squares, uz, _, y = written
-                outer = stream, scaled, squares, uz, y
+                sums = squares if not centred else squares_and_sums[1]
+                outer = stream, scaled, squares, uz, y, *((one.norm, one.norm_bias, sums) if centred else (None,) * 3)
                 if i == 0:
                     begin(_pack_outer(*_addresses(one.in_proj, one.out_proj, one.norm, x, *outer), eps, n_rows))
                 argument = _pack_outer(*_addresses(one.in_proj, one.out_proj, behind, None, *outer), eps, n_rows)
@@ -130,8 +132,8 @@ class _Kernel:
     def __init__(self, name: str, device: int, units: int, sizes: dict[str, int]):
         processors = nvrtc.processors(device)
         processors *= PER_PROCESSOR if name == "enter" else 1
-        self.blocks = min(units, processors)
-        self.kernel = nvrtc.kernel(_source(FILE, **sizes, BLOCKS=processors, WARPS=WARPS, CONV=int(not MIDDLE), EARLY=EARLY, RESIDENT=RESIDENT, ENTER_RESIDENT=ENTER_RESIDENT, LEAVE_RESIDENT=LEAVE_RESIDENT), name, device)
+        self.blocks = -(-units // -(-units // processors))
+        self.kernel = nvrtc.kernel(_source(FILE, **sizes, BLOCKS=self.blocks, WARPS=WARPS, CONV=int(not MIDDLE), EARLY=EARLY, RESIDENT=RESIDENT, ENTER_RESIDENT=ENTER_RESIDENT, LEAVE_RESIDENT=LEAVE_RESIDENT), name, device)
 
     def __call__(self, argument: bytes) -> None:
         self.kernel(self.blocks, 32 * WARPS, argument, early=True)
@@ -230,13 +232,13 @@ def _source(file: str, **macros: int) -> str:
 
 
 @lru_cache(64)
-def _kernels(M: int, E: int, R: int, W: int, octets: int, device: int) -> list[_Kernel]:
+def _kernels(M: int, E: int, R: int, W: int, octets: int, device: int, centred: int = 0) -> list[_Kernel]:
     """begin, enter, project, scan, leave."""
     units = {
         "begin": 8 * octets, "enter": E // (8 * ENTER_BANDS if FILE == "stack.cu" else 16), "project": (R + 32) // 16 * octets, "scan": E // 16 * octets,
         "leave": M // 16 * -(-octets // 4),
     }  # fmt: skip
-    sizes = {"M": M, "E": E, "R": R, "W": W, "OCTETS": octets, "FLIGHT": FLIGHT, "ENTER_BANDS": ENTER_BANDS}
+    sizes = {"M": M, "E": E, "R": R, "W": W, "OCTETS": octets, "FLIGHT": FLIGHT, "ENTER_BANDS": ENTER_BANDS, "CENTRED": centred}
     if FILE == "stack.cu":
         units = {name: units[name] for name in ("begin", "enter", "leave")}
     return [_Kernel(name, device, n, sizes) for name, n in units.items()]

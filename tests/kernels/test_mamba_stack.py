@@ -27,7 +27,7 @@ def on_the_cpu(monkeypatch, emulated):
     cuda._kernels.cache_clear(), cuda._middle.cache_clear(), cuda._product.cache_clear()
 
 
-def problem(rows, width, inner, rank, taps, n_layers=2):
+def problem(rows, width, inner, rank, taps, n_layers=2, centred=False):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
@@ -36,7 +36,7 @@ def problem(rows, width, inner, rank, taps, n_layers=2):
     weights = [
         MambaWeights(
             norm=1 + normal(width, scale=0.1),
-            norm_bias=None,
+            norm_bias=normal(width) if centred else None,
             in_proj=normal(2 * inner, width, scale=width**-0.5),
             conv=normal(inner, taps, scale=0.5),
             conv_bias=normal(inner) if i else None,
@@ -53,12 +53,12 @@ def problem(rows, width, inner, rank, taps, n_layers=2):
     return normal(rows, width), states, weights
 
 
-def one_by_one(x, states, weights):
+def one_by_one(x, states, weights):  # a LayerNorm if it has a bias
     """The stream after the blocks, in float64; states are updated."""
     x, stream = x.double(), None
     for w, (conv, ssm) in zip(weights, states, strict=True):
         w = MambaWeights(*(None if t is None else t.double() for t in w))
-        x, stream = mamba_step_reference(x, stream, conv, ssm, w, 1e-5, False)
+        x, stream = mamba_step_reference(x, stream, conv, ssm, w, 1e-5, w.norm_bias is not None)
     return stream + x
 
 
@@ -71,7 +71,7 @@ def steps(x, states, weights, n=2):
     """Of several, so that what one leaves in the states is read; with a copy of the states, which is changed."""
     states = [tuple(t.clone() for t in state) for state in states]
     for _ in range(n):
-        stream = cuda.step(x, states, weights, 1e-5, False)
+        stream = cuda.step(x, states, weights, 1e-5, weights[0].norm_bias is not None)
         assert stream is not None
     return named(stream, states)
 
@@ -92,10 +92,14 @@ def test_stack(case, on_the_cpu, assert_close):
 def test_what_the_stack_does_not_serve(on_the_cpu):
     x, states, weights = problem(*CASES["few"])
     assert cuda.serves(x, states, weights, False)
-    assert not cuda.serves(x, states, weights, True)  # a LayerNorm
     assert not cuda.serves(x[:2], [(c[:2], s[:2]) for c, s in states], weights, False)  # for those Triton is faster
     assert not cuda.serves(x, [(c, s.bfloat16()) for c, s in states], weights, False)
     assert not cuda.serves(x, states, [weights[0], weights[1]._replace(D=weights[1].D.float())], False)
+
+
+def test_layer_norm(on_the_cpu, monkeypatch, assert_close):
+    given = problem(*CASES["few"], centred=True)
+    assert_close(steps(*given), steps_of_float64(*given), 1e-2)
 
 
 @pytest.mark.parametrize(("rows", "n_out"), [(3, 100), (19, 164)])

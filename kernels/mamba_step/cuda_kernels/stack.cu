@@ -24,6 +24,8 @@ struct Problem {
   float* squares;    // (M / 16, MOST): the stream's sums of squares, of 16 channels each
   bf16* uz;          // (B, 2 E)
   bf16* y;           // (B, E)
+  const bf16 *gain, *shift;  // (M,): with a LayerNorm, the norm's weight and bias, of the block that is entered
+  float* sums;               // and as `squares`, of the stream itself
   double eps;
   int64 n_rows;  // B
 };
@@ -53,7 +55,8 @@ template <int K, int BANDS, int COLUMNS> struct Band {
                   matrix + int64(first_row + channel(m * 16 + half * 8 + g)) * K + column(i, tid));
   }
   // The sums of the block's warps, left in shared memory: part[warp][row][sequence - first].
-  static INLINE void multiply(const bf16* x, int stride, int first, int n_rows, Room& room, int tid) {
+  static INLINE void multiply(const bf16* x, int stride, int first, int n_rows, Room& room, int tid,
+                              const bf16* last_but_one = nullptr, const bf16* last = nullptr) {
     int g = tid % 32 / 4, t = tid % 4, warp = tid / 32;
     float c[BANDS][NT][4];
 #pragma unroll
@@ -66,7 +69,8 @@ template <int K, int BANDS, int COLUMNS> struct Band {
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
         int row = first + j * 8 + g;
-        b[i % DEEP][j] = row < n_rows ? fresh16(x + int64(row) * stride + column(i, tid)) : make_uint4(0, 0, 0, 0);
+        if (j == NT - 1 && g >= 6 && last) b[i % DEEP][j] = once16((g == 6 ? last_but_one : last) + column(i, tid));
+        else b[i % DEEP][j] = row < n_rows ? fresh16(x + int64(row) * stride + column(i, tid)) : make_uint4(0, 0, 0, 0);
       }
     };
 #pragma unroll
@@ -113,10 +117,12 @@ struct Shared {
   union {
     Enter::Room enter;
     Leave::Room leave;
-    float sums[WARPS];
+    struct {
+      float sums[WARPS], linear[WARPS];
+    };
   };
 };
-extern "C" __constant__ int shared_bytes_enter = sizeof(Enter::Room), shared_bytes_leave = sizeof(Leave::Room), shared_bytes_begin = 4 * WARPS;
+extern "C" __constant__ int shared_bytes_enter = sizeof(Enter::Room), shared_bytes_leave = sizeof(Leave::Room), shared_bytes_begin = 8 * WARPS;
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 INLINE void put(bf16* to, float x) { to->bits = (unsigned short)floats_to_bf16(x, 0.0f); }
 
@@ -127,22 +133,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) begin(const GRID_CONSTA
   wait_for_kernel_before();
 #pragma unroll 1
   for (int b = blockIdx.x; b < n_rows; b += BLOCKS) {
-    float sum = 0.0f;
+    float sum = 0.0f, linear = 0.0f;
     for (int d = tid; d < M; d += THREADS) {
       float x = one(p.x + int64(b) * M + d);
       p.stream[int64(b) * M + d] = x;
       put(p.scaled + int64(b) * M + d, x * one(p.norm + d));
       sum = __fmaf_rn(x, x, sum);
+      if (CENTRED) linear += x;
     }
 #pragma unroll
-    for (int mask = 16; mask; mask /= 2) sum = add_across(sum, mask);
-    if (tid % 32 == 0) s.sums[tid / 32] = sum;
+    for (int mask = 16; mask; mask /= 2) {
+      sum = add_across(sum, mask);
+      if (CENTRED) linear = add_across(linear, mask);
+    }
+    if (tid % 32 == 0) s.sums[tid / 32] = sum, s.linear[tid / 32] = linear;
     __syncthreads();
     for (int i = tid; i < M / 16; i += THREADS) {
-      sum = 0.0f;
+      sum = linear = 0.0f;
       if (i == 0)
-        for (int w = 0; w < WARPS; ++w) sum += s.sums[w];
+        for (int w = 0; w < WARPS; ++w) sum += s.sums[w], linear += s.linear[w];
       p.squares[i * MOST + b] = sum;
+      if (CENTRED) p.sums[i * MOST + b] = linear;
     }
     __syncthreads();
   }
@@ -160,21 +171,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, ENTER_RESIDENT) enter(cons
     if (unit >= UNITS) return;
     Enter::load(p.in_proj, unit * ROWS, room, tid);
     if (step == 0) wait_for_kernel_before();
-    float square[SQUARES];
+    float square[SQUARES], linear[SQUARES];
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i)
       square[i] = b < n_rows ? fresh(p.squares + (quarter + 4 * i) * MOST + b) : 0.0f;
-    Enter::multiply(p.scaled, M, 0, n_rows, room, tid);
-    float sum = 0.0f, out[ROWS / 4];
 #pragma unroll
-    for (int i = 0; i < SQUARES; ++i) sum += square[i];
+    for (int i = 0; CENTRED && i < SQUARES; ++i)
+      linear[i] = b < n_rows ? fresh(p.sums + (quarter + 4 * i) * MOST + b) : 0.0f;
+    Enter::multiply(p.scaled, M, 0, n_rows, room, tid, p.gain, p.shift);
+    float sum = 0.0f, mean = 0.0f, out[ROWS / 4];
+#pragma unroll
+    for (int i = 0; i < SQUARES; ++i) {
+      sum += square[i];
+      if (CENTRED) mean += linear[i];
+    }
     sum = add_across(sum, 1);
     sum = add_across(sum, 2);
+    if (CENTRED) {
+      mean = add_across(mean, 1);
+      mean = add_across(mean, 2) / M;
+    }
     if (b < n_rows) {
-      float factor = inverse_root(sum / M + float(p.eps));
+      float factor = inverse_root(sum / M - mean * mean + float(p.eps));
       Enter::total(room, quarter, b, out);
+      if (CENTRED) {  // of the norm's weight and bias the products stand in the last two columns
+        float gain[ROWS / 4], shift[ROWS / 4];
+        Enter::total(room, quarter, MOST - 2, gain), Enter::total(room, quarter, MOST - 1, shift);
 #pragma unroll
-      for (int k = 0; k < ROWS / 4; ++k) out[k] *= factor;
+        for (int k = 0; k < ROWS / 4; ++k) out[k] = __fmaf_rn(__fmaf_rn(-mean, gain[k], out[k]), factor, shift[k]);
+      } else {
+#pragma unroll
+        for (int k = 0; k < ROWS / 4; ++k) out[k] *= factor;
+      }
       Packed<bf16, ROWS / 4> packed;
       packed.set(out);
       packed.store(p.uz + int64(b) * 2 * E + unit * ROWS + quarter * (ROWS / 4));
@@ -206,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAVE_RESIDENT) leave(cons
       wait_for_end_before();
       if (!EARLY) let_next_begin();
     }
-    float square = 0.0f;
+    float square = 0.0f, linear = 0.0f;
     Leave::multiply(p.y, E, first, n_rows, room, tid);
     if (here) {
       float sum[4], scaled[4];
@@ -222,10 +250,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAVE_RESIDENT) leave(cons
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) square = __fmaf_rn(sum[k], sum[k], square);
+      linear = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
     square = add_across(square, 1);
     square = add_across(square, 2);
     if (here && quarter == 0) p.squares[row / 16 * MOST + b] = square;
+    if (CENTRED) {
+      linear = add_across(linear, 1);
+      linear = add_across(linear, 2);
+      if (here && quarter == 0) p.sums[row / 16 * MOST + b] = linear;
+    }
     if (step + 1 < STEPS) __syncthreads();
   }
 }
