@@ -199,18 +199,32 @@ def middle(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
 
 
 RING = 5
+PRODUCT_EARLY = 1
+
+
+def _width_of_block(M: int) -> int:
+    return next((M // n for n in (1, 2, 4) if M % (256 * n) == 0 and M // n <= 1024), 0)
+
+
+def _product_blocks(M: int, device: int) -> int:
+    processors = nvrtc.processors(device)
+    if _width_of_block(M) == M:
+        return processors
+    return processors - processors % (16 if processors >= 16 else 4)
 
 
 @lru_cache(64)
 def _product(M: int, octets: int, device: int):
-    sizes = {"M": M, "OCTETS": octets, "BLOCKS": nvrtc.processors(device), "WARPS": WARPS, "RING": RING, "EARLY": 0}
+    cluster = M // _width_of_block(M)
+    ring = RING if cluster == 1 and M <= 768 else 4
+    sizes = {"M": M, "OCTETS": octets, "BLOCKS": _product_blocks(M, device), "WARPS": WARPS, "RING": ring, "EARLY": PRODUCT_EARLY, "CLUSTER": cluster}
     return nvrtc.kernel(_source("product.cu", **sizes), "product", device)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor | None:
     """x (B, K) weight (V, K)' of few rows by a matrix that is read once; None where this does not serve."""
     n_out, width = weight.shape
-    if not (len(x) <= MOST and width % 256 == 0 and width <= WIDEST and n_out % 4 == 0 and _capable(x)):
+    if not (len(x) <= MOST and _width_of_block(width) and n_out % 4 == 0 and _capable(x)):
         return None
     if not (_fits(weight) and x.dtype == torch.bfloat16):
         return None
@@ -220,7 +234,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor | None:
             kernel = _product(width, -(-len(x) // 8), device)
         except nvrtc.Unavailable as error:
             return _give_up(device, error)
-        blocks = min(nvrtc.processors(device), -(-n_out // 16))
+        blocks = _product_blocks(width, device)
         kernel(blocks, 32 * WARPS, struct.pack("5q", *_addresses(weight, x, out), len(x), n_out), early=True)
     return out
 

@@ -89,8 +89,8 @@ inline float4* room_of(unsigned rank) { return rooms.data() + (size_t(rank) << 1
 inline float4* own_room() { return room_of(running / threads_of_block); }
 inline void cluster_arrive() {}
 inline void cluster_wait() { give_way(); }
-inline void push(float* at, int rank, float x) {
-  *reinterpret_cast<float*>(reinterpret_cast<char*>(room_of(rank)) + (reinterpret_cast<char*>(at) - reinterpret_cast<char*>(own_room()))) = x;
+template <typename X> inline void push(X* at, int rank, X x) {
+  *reinterpret_cast<X*>(reinterpret_cast<char*>(room_of(rank)) + (reinterpret_cast<char*>(at) - reinterpret_cast<char*>(own_room()))) = x;
 }
 struct Operands { unsigned a[4], b[2]; };
 static std::vector<Operands> operands(4096);

@@ -102,10 +102,10 @@ def test_layer_norm(on_the_cpu, monkeypatch, assert_close):
     assert_close(steps(*given), steps_of_float64(*given), 1e-2)
 
 
-@pytest.mark.parametrize(("rows", "n_out"), [(3, 100), (19, 164)])
-def test_product(rows, n_out, on_the_cpu, assert_close):
+@pytest.mark.parametrize(("rows", "width", "n_out"), [(3, 512, 100), (19, 512, 164), (9, 2048, 132)])
+def test_product(rows, width, n_out, on_the_cpu, assert_close):
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 512, generator=generator).bfloat16() for n in (rows, n_out))
+    x, weight = (torch.randn(n, width, generator=generator).bfloat16() for n in (rows, n_out))
     out = cuda.product(x, weight)
     assert_close({"out": out.float()}, {"out": x.double() @ weight.double().T}, 5e-3)
 

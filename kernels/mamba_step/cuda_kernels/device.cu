@@ -75,3 +75,8 @@ __device__ __forceinline__ void push(float* at, int rank, float x) {
                "r"(rank), "f"(x)
                : "memory");
 }
+__device__ __forceinline__ void push(float4* at, int rank, float4 x) {
+  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};}"
+               ::"r"(unsigned(__cvta_generic_to_shared(at))), "r"(rank), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
