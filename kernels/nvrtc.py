@@ -181,10 +181,7 @@ class Kernel:
         _check(driver.cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"finding {name}")
         address, size, shared = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int(0)
-        for symbol in (f"shared_bytes_{name}", "shared_bytes"):
-            found = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, symbol.encode())
-            if not found:
-                break
+        found = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, b"shared_bytes")
         _check(found, f"asking how much shared memory {name} takes")
         _check(driver.cuMemcpyDtoH_v2(ctypes.byref(shared), address, ctypes.c_size_t(4)), f"reading about {name}")
         self.shared = shared.value
@@ -213,6 +210,15 @@ class Kernel:
             code = self._launch(self._function, blocks, 1, 1, threads, 1, 1, self.shared, stream, pointers, None)
         if code:
             raise RuntimeError(f"launching a CUDA kernel failed with code {code}")
+
+
+    def clusters_at_once(self, threads: int, blocks: int) -> int:
+        """How many clusters of so many blocks the device runs at once."""
+        n, attribute = ctypes.c_int(), _LaunchAttribute(4, (ctypes.c_int * 17)(0, blocks, 1, 1))  # CLUSTER_DIMENSION
+        config = _LaunchConfig(blocks, 1, 1, threads, 1, 1, self.shared, None, ctypes.pointer(attribute), 1)
+        found = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(n), self._function, ctypes.byref(config))
+        _check(found, "asking how many clusters run at once")
+        return max(n.value, 1)
 
 
 _thread = threading.local()

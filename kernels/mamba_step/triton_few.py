@@ -14,10 +14,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backends import interpreting
 from ..triton_runtime import LOG2E, ceil_div, load_float, sigmoid, softplus
-from . import cuda
 
 ELEMENTS = 4096  # of a matrix, a program has at most; more, or several such tiles one after another, gain nothing
-ORDER, MIDDLE = 2, 0
+ORDER = 2
 PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor of an H100
 
 
@@ -38,7 +37,7 @@ def _after_the_kernel_before(EARLY: tl.constexpr):
 def _enter(
     x, stream, norm, norm_bias, weight, conv_state, conv, conv_bias, new_stream, uz, eps, n_rows,
     M: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
-    CENTRED: tl.constexpr, EARLY: tl.constexpr, CONV: tl.constexpr = True,
+    CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Residual add, norm, in_proj and convolution: uz (B, 2E). Each program norms the rows again."""
     e, m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_M)
@@ -47,13 +46,13 @@ def _enter(
     norm_row, norm_shift = load_float(norm, m, in_m), load_float(norm_bias, m, in_m)
     shift = load_float(conv_bias, e, is_u)
     taps = ()
-    for k in tl.static_range(W if CONV else 0):
+    for k in tl.static_range(W):
         taps += (load_float(conv, e * W + k, is_u),)
     _after_the_kernel_before(EARLY)
     for b in range(n_rows):
         state_at = (b * E + e.to(tl.int64)) * (W - 1)
         window = ()
-        for k in tl.static_range(W - 1 if CONV else 0):
+        for k in tl.static_range(W - 1):
             window += (load_float(conv_state, state_at + k, is_u),)
         row = load_float(x, b * M + m, in_m) + load_float(stream, b * M + m, in_m)
         if stream is not None:
@@ -64,16 +63,14 @@ def _enter(
         normed = row * (1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / M + eps)) * norm_row + norm_shift
         out = tl.sum(tile.to(tl.float32) * normed[None, :], axis=1)
         # The convolution, of the half that it is for: the window moves on by one.
-        if CONV:
-            mixed = shift + out * taps[W - 1]
-            for k in tl.static_range(W - 1):
-                mixed += window[k] * taps[k]
-            for k in tl.static_range(1, W - 1):
-                tl.store(conv_state + state_at + (k - 1), window[k], mask=is_u)
-            if W > 1:
-                tl.store(conv_state + state_at + (W - 2), out, mask=is_u)
-            out = tl.where(is_u, mixed * sigmoid(mixed), out)
-        tl.store(uz + b * 2 * E + e, out, mask=in_e)
+        mixed = shift + out * taps[W - 1]
+        for k in tl.static_range(W - 1):
+            mixed += window[k] * taps[k]
+        for k in tl.static_range(1, W - 1):
+            tl.store(conv_state + state_at + (k - 1), window[k], mask=is_u)
+        if W > 1:
+            tl.store(conv_state + state_at + (W - 2), out, mask=is_u)
+        tl.store(uz + b * 2 * E + e, tl.where(is_u, mixed * sigmoid(mixed), out), mask=in_e)
 
 
 @triton.jit
@@ -157,14 +154,11 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
     new_stream = x.float() if stream is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     uz = torch.empty(n_rows, 2 * n_channels, dtype=dtype, device=x.device)
     tile = _tile(2 * n_channels, width)
-    middle = MIDDLE and cuda.serves_middle(x, conv_state, ssm_state, w)
     _enter[(ceil_div(2 * n_channels, tile["BLOCK"]),)](
         x, stream, w.norm, w.norm_bias, w.in_proj, conv_state, w.conv, w.conv_bias, new_stream, uz, eps, n_rows,
         M=width, E=n_channels, W=w.conv.shape[1], BLOCK_M=triton.next_power_of_2(width), CENTRED=centred,
-        **tile, **{**early, "EARLY": min(early["EARLY"], 1)}, CONV=not middle,
+        **tile, **{**early, "EARLY": min(early["EARLY"], 1)},
     )  # fmt: skip
-    if middle:
-        return _product(cuda.middle(uz, conv_state, ssm_state, w), w.out_proj, dtype, early), new_stream
     u, z = uz.chunk(2, dim=1)
     projected = _product(u, w.x_proj, torch.float32, early)
     y = torch.empty(n_rows, n_channels, dtype=dtype, device=x.device)

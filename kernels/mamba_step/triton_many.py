@@ -13,10 +13,10 @@ import triton.language as tl
 from ..causal_conv1d.triton import step as conv_step
 from ..norm.triton import forward as norm_forward
 from ..triton_runtime import LOG2E, ceil_div, load_float, multiply_add, sigmoid, softplus
-from . import cuda
+from . import cuda_middle
 from .triton_few import _after_the_kernel_before as after_the_kernel_before, _early_launch as early_launch
 
-MIDDLE, NORM, PRODUCT = 1, 1, 0
+MIDDLE, NORM = 1, 1
 BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix units take at least
 
 
@@ -68,11 +68,6 @@ def _add_norm(
     tl.store(y + at, row * scale * factor + shift, mask=inside)
 
 
-def _linear(x, weight):
-    out = cuda.product(x, weight) if PRODUCT else None
-    return F.linear(x, weight) if out is None else out
-
-
 def _normed(x, stream, w, eps, centred):
     new_stream, y = torch.empty(x.shape, dtype=torch.float32, device=x.device), torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
@@ -92,17 +87,17 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
         normed, new_stream = norm_forward(x, stream, w.norm, w.norm_bias, eps, centred, w.norm.dtype)
         if stream is None:
             new_stream = x.float()
-    uz = _linear(normed, w.in_proj)
-    if MIDDLE and cuda.serves_middle(x, conv_state, ssm_state, w):
-        y = cuda.middle(uz, conv_state, ssm_state, w)
+    uz = F.linear(normed, w.in_proj)
+    if MIDDLE and cuda_middle.serves(x, conv_state, ssm_state, w):
+        y = cuda_middle.step(uz, conv_state, ssm_state, w)
         if y is not None:
-            return _linear(y, w.out_proj), new_stream
+            return F.linear(y, w.out_proj), new_stream
     u, z = uz.chunk(2, dim=1)
     u = conv_step(conv_state, u, w.conv, w.conv_bias, True)
     y, block_n = torch.empty_like(u), triton.next_power_of_2(n_states)
     _scan[(ceil_div(n_channels, BLOCK), ceil_div(n_rows, BLOCK))](
-        u, z, _linear(u, w.x_proj), w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0), n_rows,
+        u, z, F.linear(u, w.x_proj), w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0), n_rows,
         E=n_channels, R=rank, N=n_states, BLOCK_B=BLOCK, BLOCK=BLOCK, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         BLOCK_N=block_n, num_warps=max(4, min(BLOCK * BLOCK * block_n // 1024, 16)),
     )  # fmt: skip
-    return _linear(y, w.out_proj), new_stream
+    return F.linear(y, w.out_proj), new_stream

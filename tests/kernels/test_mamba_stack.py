@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from polymamba.kernels import causal_conv1d_step, nvrtc, selective_scan_step
-from polymamba.kernels.mamba_step import MambaWeights, cuda, mamba_step_reference
+from polymamba.kernels.mamba_step import MambaWeights, cuda, cuda_middle, mamba_step_reference
 
 CASES = {  # rows, width, inner width, rank, taps
     "few": (3, 256, 512, 48, 4),
@@ -21,13 +21,16 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
-    monkeypatch.setattr(cuda, "CLUSTER", 2)
-    cuda._kernels.cache_clear(), cuda._middle.cache_clear(), cuda._product.cache_clear()
+    monkeypatch.setattr(cuda_middle, "CLUSTER", 2)
+    made = cuda._kernels, cuda_middle._middle, cuda_middle._for
+    for function in made:
+        function.cache_clear()
     yield
-    cuda._kernels.cache_clear(), cuda._middle.cache_clear(), cuda._product.cache_clear()
+    for function in made:
+        function.cache_clear()
 
 
-def problem(rows, width, inner, rank, taps, n_layers=2, centred=False):
+def problem(rows, width, inner, rank, taps, n_layers=2):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
@@ -36,7 +39,7 @@ def problem(rows, width, inner, rank, taps, n_layers=2, centred=False):
     weights = [
         MambaWeights(
             norm=1 + normal(width, scale=0.1),
-            norm_bias=normal(width) if centred else None,
+            norm_bias=None,
             in_proj=normal(2 * inner, width, scale=width**-0.5),
             conv=normal(inner, taps, scale=0.5),
             conv_bias=normal(inner) if i else None,
@@ -53,12 +56,12 @@ def problem(rows, width, inner, rank, taps, n_layers=2, centred=False):
     return normal(rows, width), states, weights
 
 
-def one_by_one(x, states, weights):  # a LayerNorm if it has a bias
+def one_by_one(x, states, weights):
     """The stream after the blocks, in float64; states are updated."""
     x, stream = x.double(), None
     for w, (conv, ssm) in zip(weights, states, strict=True):
         w = MambaWeights(*(None if t is None else t.double() for t in w))
-        x, stream = mamba_step_reference(x, stream, conv, ssm, w, 1e-5, w.norm_bias is not None)
+        x, stream = mamba_step_reference(x, stream, conv, ssm, w, 1e-5, False)
     return stream + x
 
 
@@ -71,7 +74,7 @@ def steps(x, states, weights, n=2):
     """Of several, so that what one leaves in the states is read; with a copy of the states, which is changed."""
     states = [tuple(t.clone() for t in state) for state in states]
     for _ in range(n):
-        stream = cuda.step(x, states, weights, 1e-5, weights[0].norm_bias is not None)
+        stream = cuda.step(x, states, weights, 1e-5, False)
         assert stream is not None
     return named(stream, states)
 
@@ -92,50 +95,39 @@ def test_stack(case, on_the_cpu, assert_close):
 def test_what_the_stack_does_not_serve(on_the_cpu):
     x, states, weights = problem(*CASES["few"])
     assert cuda.serves(x, states, weights, False)
+    assert not cuda.serves(x, states, weights, True)  # a LayerNorm
     assert not cuda.serves(x[:2], [(c[:2], s[:2]) for c, s in states], weights, False)  # for those Triton is faster
     assert not cuda.serves(x, [(c, s.bfloat16()) for c, s in states], weights, False)
     assert not cuda.serves(x, states, [weights[0], weights[1]._replace(D=weights[1].D.float())], False)
 
 
-def test_layer_norm(on_the_cpu, monkeypatch, assert_close):
-    given = problem(*CASES["few"], centred=True)
-    assert_close(steps(*given), steps_of_float64(*given), 1e-2)
-
-
-@pytest.mark.parametrize(("rows", "width", "n_out"), [(3, 512, 100), (19, 512, 164), (9, 2048, 132)])
-def test_product(rows, width, n_out, on_the_cpu, assert_close):
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, width, generator=generator).bfloat16() for n in (rows, n_out))
-    out = cuda.product(x, weight)
-    assert_close({"out": out.float()}, {"out": x.double() @ weight.double().T}, 5e-3)
-
-
-MIDDLES = {  # rows, clusters at once, inner width, rank, taps
-    "many a cluster": (13, 1, 512, 16, 4),
-    "two rounds": (5, 2, 640, 32, 2),
-    "two rounds, more": (10, 2, 640, 16, 3),
+MIDDLES = {  # rows, sequences of a cluster, inner width, rank, taps
+    "one each": (3, 1, 256, 16, 4),
+    "many a cluster": (18, 17, 512, 16, 4),
+    "two rounds": (5, 3, 640, 32, 2),
+    "two rounds, more": (10, 9, 640, 16, 3),
 }
 
 
 @pytest.mark.parametrize("case", MIDDLES)
 def test_middle(case, on_the_cpu, monkeypatch, assert_close):
     """Two steps of what lies between the projections, against single operators in float64."""
-    rows, clusters, *sizes = MIDDLES[case]
-    monkeypatch.setattr(cuda, "CLUSTERS", clusters)
+    rows, at_once, *sizes = MIDDLES[case]
+    monkeypatch.setattr(cuda_middle, "_for", lambda n, *sizes: cuda_middle._middle(*sizes[:3], at_once, sizes[3]))
     x, [state], [w] = problem(rows, 256, *sizes, n_layers=1)
     uz = torch.randn(2, rows, 2 * sizes[0], generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert cuda.serves_middle(x, *state, w)
+    assert cuda_middle.serves(x, *state, w)
     actual, expected = [t.clone() for t in state], [t.double() for t in state]
     wide = MambaWeights(*(None if t is None else t.double() for t in w))
     for each in uz:
-        y = cuda.middle(each, *actual, w)
+        y = cuda_middle.step(each, *actual, w)
         u, z = each.double().chunk(2, dim=1)
         u = causal_conv1d_step(expected[0], u, wide.conv, wide.conv_bias)
         dt, B, C = (u @ wide.x_proj.T).split([sizes[1], 16, 16], dim=1)
         scan = expected[1], u, dt @ wide.dt_proj.T, -wide.A_log.exp(), B[:, None], C[:, None], wide.D, z
         wanted = selective_scan_step(*scan, delta_bias=wide.dt_bias, delta_softplus=True)
-    named = ("y", "conv", "ssm"), (y, *actual), (wanted, *expected)
-    assert_close(dict(zip(named[0], named[1], strict=True)), dict(zip(named[0], named[2], strict=True)), 1e-2, case)
+    names = "y", "conv", "ssm"
+    assert_close(dict(zip(names, (y, *actual), strict=True)), dict(zip(names, (wanted, *expected), strict=True)), 1e-2)
 
 
 @pytest.mark.gpu

@@ -65,18 +65,30 @@ __device__ __forceinline__ void* own_room() {
   extern __shared__ float4 room[];
   return room;
 }
-// All threads of a cluster's blocks: what is pushed before the arrival is seen after the wait.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// To the place in the shared memory of another block of the cluster that `at` is in this one's.
-__device__ __forceinline__ void push(float* at, int rank, float x) {
-  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2;}" ::"r"(
-                   unsigned(__cvta_generic_to_shared(at))),
-               "r"(rank), "f"(x)
+// Distributed shared memory, a number at a time: a block says how many bytes the others will push to it behind a gate of
+// its own, waits until all of the cluster have begun, and at the gate for the bytes. Nothing else is ordered: a barrier of
+// the cluster with release and acquire would wait for all that is on its way to and from memory, the states above all.
+typedef unsigned long long Gate;
+__device__ __forceinline__ void expect(Gate* gate, int bytes) {  // by one thread
+  asm volatile("{mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;}" ::"r"(
+                   unsigned(__cvta_generic_to_shared(gate))),
+               "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void push(float4* at, int rank, float4 x) {
-  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};}"
-               ::"r"(unsigned(__cvta_generic_to_shared(at))), "r"(rank), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+__device__ __forceinline__ void say_begun() {
+  asm volatile("fence.mbarrier_init.release.cluster; barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_others() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// To the place in the shared memory of another block of the cluster that `at` is in this one's.
+__device__ __forceinline__ void push(float* at, Gate* gate, int rank, float x) {
+  asm volatile("{.reg .u32 there, beside; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 beside, %1, %2;"
+               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [beside];}" ::"r"(
+                   unsigned(__cvta_generic_to_shared(at))),
+               "r"(unsigned(__cvta_generic_to_shared(gate))), "r"(rank), "f"(x)
+               : "memory");
+}
+__device__ __forceinline__ void wait_at(Gate* gate) {
+  asm volatile("{.reg .pred p; AGAIN_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;"
+               "@p bra.uni DONE_%=; bra.uni AGAIN_%=; DONE_%=: }" ::"r"(unsigned(__cvta_generic_to_shared(gate)))
                : "memory");
 }

@@ -17,9 +17,9 @@ constexpr int WARPS = THREADS / 32, OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS;
 constexpr int BANDS = OUT / 16, PER = EC > 256 ? 2 : 1, PARTS = EC / 32 / PER;  // of x_proj: rows; channels, by 32
 constexpr int UNITS = BANDS * PARTS, TURNS = (UNITS + WARPS - 1) / WARPS, AHEAD = TURNS < 3 ? TURNS : 3;
 constexpr int VALUES = SEQS * OUT, SLICE = VALUES / CLUSTER, DEEP = (R + 31) / 32;
-constexpr int GROUP = SEQS < 4 ? SEQS : 4, GROUPS = SEQS / GROUP, STEPS = ROUNDS * GROUPS, HELD = STEPS < 2 ? 1 : 2;
+constexpr int GROUP = SEQS < 4 ? SEQS : 4, GROUPS = (SEQS + GROUP - 1) / GROUP, STEPS = ROUNDS * GROUPS, HELD = STEPS < 2 ? 1 : 2;
 constexpr bool BESIDE = SEQS <= HELD_BESIDE;  // whether states that are on their way wait in shared memory: of few sequences
-static_assert(E % CLUSTER == 0 && EC % (32 * PER) == 0 && R % 16 == 0 && ROUNDS <= 2, "sizes not served");
+static_assert(E % CLUSTER == 0 && EC % (32 * PER) == 0 && R % 16 == 0 && 2 * EC % (32 * ROUNDS) == 0, "sizes not served");
 static_assert(VALUES % CLUSTER == 0 && SLICE <= THREADS && THREADS % (EC / 8) == 0, "sizes not served");
 
 struct Problem {
@@ -33,6 +33,7 @@ struct Problem {
 struct Shared {
   alignas(16) bf16 u[ROWS][EC + 32], z[SEQS][EC + 8];
   alignas(16) float part[PARTS][ROWS][OUT + 4], low[ROWS][OUT + 4], gathered[CLUSTER][SLICE], dt[WARPS][16][ROWS + 1];
+  Gate gathering, giving;
   uint4 held[HELD][GROUP][2][BESIDE ? THREADS : 1];  // each of its own lane alone
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
@@ -60,8 +61,9 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
   Shared& s = shared();
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   int rank = int(blockIdx.x) % CLUSTER, first = int(blockIdx.x) / CLUSTER * SEQS, channel = rank * EC;
-  int n_here = int(p.n_rows) - first;
-  cluster_arrive();
+  int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
+  if (tid == 0) expect(&s.gathering, 4 * VALUES), expect(&s.giving, 4 * VALUES);
+  say_begun();
   if (EARLY) let_next_begin();
 
   // Weights and states, before what the kernel before makes.
@@ -89,7 +91,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
   else shift.clear();
 #pragma unroll
   for (int i = 0; i < PASSES; ++i)
-    if (row + i * AT_ONCE < n_here && row + i * AT_ONCE < SEQS)
+    if (row + i * AT_ONCE < n_here)
       past[i].load(p.conv_state + (int64(first + row + i * AT_ONCE) * E + channel + c) * (W - 1));
 
   float h[BESIDE ? 1 : HELD][GROUP][8];
@@ -181,7 +183,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
     if (turn + AHEAD < TURNS) bring(turn + AHEAD);
   }
   __syncthreads();
-  cluster_wait();  // all its blocks have begun
+  wait_for_others();
 #pragma unroll
   for (int i = 0; i < (VALUES + THREADS - 1) / THREADS; ++i) {
     int v = i * THREADS + tid;
@@ -189,10 +191,9 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
       float sum = 0.0f;
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) sum += s.part[part][v / OUT][v % OUT];
-      push(&s.gathered[rank][v % SLICE], v / SLICE, sum);
+      push(&s.gathered[rank][v % SLICE], &s.gathering, v / SLICE, sum);
     }
   }
-  cluster_arrive();
   if (HELD > 1) fetch(HELD - 1, 1);
   uint4 wide[DEEP][2];
   Packed<bf16, 4> logs[2];
@@ -211,17 +212,16 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
     bias = one(p.dt_bias + e), skip = one(p.D + e);
   };
   bring_round(0);
-  cluster_wait();
+  wait_at(&s.gathering);
   if (tid < SLICE) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < CLUSTER; ++i) sum += s.gathered[i][tid];
     int v = rank * SLICE + tid;
 #pragma unroll
-    for (int i = 0; i < CLUSTER; ++i) push(&s.low[v / OUT][v % OUT], i, sum);
+    for (int i = 0; i < CLUSTER; ++i) push(&s.low[v / OUT][v % OUT], &s.giving, i, sum);
   }
-  cluster_arrive();
-  cluster_wait();
+  wait_at(&s.giving);
 
   // dt's wide projection, a step of the states, gate: a warp has 16 channels at a time, a lane half a channel.
   float A2[8];
@@ -230,6 +230,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
 #pragma unroll
     for (int held = 0; held < HELD; ++held) {
       int step = base + held, round = step / GROUPS;
+      if (step >= STEPS) break;
       if (step % GROUPS == 0) {
         if (step) bring_round(round);
         float dt[OCTETS][4];
