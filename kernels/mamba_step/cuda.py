@@ -20,7 +20,8 @@ from ..selective_scan import cuda as selective_scan
 from . import cuda_middle
 
 FEWEST, MOST, WIDEST = 3, 64, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
-MIDDLE = 0
+MIDDLE, QUARTERS, FILE = 0, 1, "stack.cu"
+_pack_outer = struct.Struct("9qdq").pack
 WARPS = 8  # of a block of threads
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
@@ -76,17 +77,22 @@ def step(
         between = cuda_middle.of(n_rows, weights[0], device) if MIDDLE else None
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
             behind = weights[i + 1].norm if i + 1 < len(weights) else None
+            if between is not None:
+                stream, scaled, squares, uz, _, y = written
+                outer = stream, scaled, squares, uz, y
+                if i == 0:
+                    begin(_pack_outer(*_addresses(one.in_proj, one.out_proj, one.norm, x, *outer), eps, n_rows))
+                argument = _pack_outer(*_addresses(one.in_proj, one.out_proj, behind, None, *outer), eps, n_rows)
+                of_a_block[0](argument)
+                between(uz, *state, one, y)
+                of_a_block[1](argument)
+                continue
             own = one.in_proj, one.conv, one.conv_bias, one.x_proj, one.dt_proj, one.dt_bias, one.A_log, one.D
             if i == 0:
                 begin(_pack(*_addresses(*own, one.out_proj, one.norm, x, *state, *written), eps, n_rows))
             argument = _pack(*_addresses(*own, one.out_proj, behind, None, *state, *written), eps, n_rows)
-            if between is None:
-                for kernel in of_a_block:
-                    kernel(argument)
-            else:
-                of_a_block[0](argument)
-                between(written[3], *state, one, written[5])
-                of_a_block[3](argument)
+            for kernel in of_a_block:
+                kernel(argument)
     return stream
 
 
@@ -118,15 +124,16 @@ class _Kernel:
     def __init__(self, name: str, device: int, units: int, sizes: dict[str, int]):
         processors = nvrtc.processors(device)
         self.blocks = min(units, processors)
-        self.kernel = nvrtc.kernel(_source(**sizes, BLOCKS=processors, WARPS=WARPS, CONV=int(not MIDDLE)), name, device)
+        self.kernel = nvrtc.kernel(_source(**sizes, BLOCKS=processors, WARPS=WARPS, CONV=1, QUARTERS=QUARTERS), name, device)
 
     def __call__(self, argument: bytes) -> None:
         self.kernel(self.blocks, 32 * WARPS, argument, early=True)
 
 
 def _source(**macros: int) -> str:
+    file = "outer.cu" if MIDDLE else FILE
     parts = [f"#define {name} {value}" for name, value in macros.items()]
-    files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / "stack.cu")
+    files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / file)
     return "\n".join([*parts, *(path.read_text() for path in files)]) + "\n"
 
 
@@ -138,4 +145,6 @@ def _kernels(M: int, E: int, R: int, W: int, octets: int, device: int) -> list[_
         "leave": M // 16 * -(-octets // 4),
     }  # fmt: skip
     sizes = {"M": M, "E": E, "R": R, "W": W, "OCTETS": octets}
+    if MIDDLE:
+        units = {name: units[name] for name in ("begin", "enter", "leave")}
     return [_Kernel(name, device, n, sizes) for name, n in units.items()]

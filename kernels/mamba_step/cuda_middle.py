@@ -95,7 +95,7 @@ def _middle(E: int, R: int, W: int, at_once: int, device: int) -> _Middle:
 @lru_cache(64)
 def _for(n_rows: int, E: int, R: int, W: int, device: int) -> _Middle:
     """With as many sequences a cluster as it takes for all to run at once, up to MOST."""
-    at_once = 1
+    at_once = min(-(-n_rows // 32), MOST)
     while True:
         run = _middle(E, R, W, at_once, device)
         wanted = min(-(-n_rows // run.clusters), MOST)

@@ -16,7 +16,7 @@ from ..backends import interpreting
 from ..triton_runtime import LOG2E, ceil_div, load_float, sigmoid, softplus
 
 ELEMENTS = 4096  # of a matrix, a program has at most; more, or several such tiles one after another, gain nothing
-ORDER = 2
+ORDER, LANE = 2, 64
 PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor of an H100
 
 
@@ -134,7 +134,7 @@ def _tile(n_out: int, width: int) -> dict[str, int]:
     block = max(1, min(ELEMENTS // block_k, triton.next_power_of_2(n_out)))
     while block > 1 and ceil_div(n_out, block) < PROGRAMS:
         block //= 2
-    return {"BLOCK": block, "num_warps": max(1, min(block * block_k // 2048, 16))}
+    return {"BLOCK": block, "num_warps": max(1, min(block * block_k // (32 * LANE), 16))}
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, early: dict[str, bool]) -> Tensor:

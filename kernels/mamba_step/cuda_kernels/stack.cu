@@ -246,7 +246,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
   constexpr int UNITS = E / 16 * OCTETS, STEPS = (UNITS + WARPS * BLOCKS - 1) / (WARPS * BLOCKS), DEEP = (R + 31) / 32;
   Shared& s = shared();
   let_next_begin();
-  int lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4, half = lane % 2 * 8;
+  int lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4, half = QUARTERS ? lane % 2 * 4 : lane % 2 * 8;
+  constexpr int SECOND = QUARTERS ? 8 : 4;  // the second four states of a lane
   auto& own = s.scan[warp];
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
@@ -254,12 +255,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
     bool valid = unit < UNITS;
     int channel = valid ? unit / OCTETS * 16 : 0, e = channel + lane / 2, n_here = valid ? n_rows - first : 0;
     float h[8][8], A2[8], dt[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float* state = p.ssm_state + (int64(first) * E + channel) * N + lane * 8;
+    float* state = p.ssm_state + (int64(first) * E + channel) * N + lane / 2 * N + half;
 #pragma unroll
     for (int j = 0; j < 8; ++j)
       if (j < n_here) {
         float4 a = *reinterpret_cast<const float4*>(state + int64(j) * E * N);
-        float4 b = *reinterpret_cast<const float4*>(state + int64(j) * E * N + 4);
+        float4 b = *reinterpret_cast<const float4*>(state + int64(j) * E * N + SECOND);
         h[j][0] = a.x, h[j][1] = a.y, h[j][2] = a.z, h[j][3] = a.w;
         h[j][4] = b.x, h[j][5] = b.y, h[j][6] = b.z, h[j][7] = b.w;
       } else {
@@ -275,10 +276,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
         high[i] = once16(p.dt_proj + int64(channel + g + 8) * R + i * 32 + t * 8);
       }
     }
-    Packed<bf16, 8> logs;
-    logs.load(p.A_log + int64(e) * N + half);
+    Packed<bf16, 4> logs[2];
+    logs[0].load(p.A_log + int64(e) * N + half), logs[1].load(p.A_log + int64(e) * N + half + SECOND);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) A2[k] = -exp2_fast(logs.get(k) * LOG2E) * LOG2E;
+    for (int k = 0; k < 8; ++k) A2[k] = -exp2_fast(logs[k / 4].get(k % 4) * LOG2E) * LOG2E;
     float bias = one(p.dt_bias + e), skip = one(p.D + e);
     if (step == 0) wait_for_end_before();
     // All that the kernels before have written, at once.
@@ -319,17 +320,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
     for (int j = 0; j < 8; ++j) {
       float out = 0.0f, u = low_half(u_of[j]), gate = low_half(gate_of[j]);
       if (j < n_here) {
-        float drive[8], readout[8];
-        load_floats(&own.matrices[j][half], drive);
-        load_floats(&own.matrices[j][N + half], readout);
+        float drive[2][4], readout[2][4];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          load_floats(&own.matrices[j][half + k * SECOND], drive[k]);
+          load_floats(&own.matrices[j][N + half + k * SECOND], readout[k]);
+        }
         float size = softplus(own.dt[lane / 2][j] + bias), driven = size * u;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          h[j][k] = __fmaf_rn(exp2_fast(size * A2[k]), h[j][k], driven * drive[k]);
-          out = __fmaf_rn(h[j][k], readout[k], out);
+          h[j][k] = __fmaf_rn(exp2_fast(size * A2[k]), h[j][k], driven * drive[k / 4][k % 4]);
+          out = __fmaf_rn(h[j][k], readout[k / 4][k % 4], out);
         }
         *reinterpret_cast<float4*>(state + int64(j) * E * N) = float4{h[j][0], h[j][1], h[j][2], h[j][3]};
-        *reinterpret_cast<float4*>(state + int64(j) * E * N + 4) = float4{h[j][4], h[j][5], h[j][6], h[j][7]};
+        *reinterpret_cast<float4*>(state + int64(j) * E * N + SECOND) = float4{h[j][4], h[j][5], h[j][6], h[j][7]};
       }
       out = add_across(out, 1);
       if (j < n_here && lane % 2 == 0)
