@@ -67,6 +67,42 @@ def step(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
     return y
 
 
+@lru_cache(64)
+def _convolve(E: int, W: int, device: int):
+    macros = [f"#define E {E}", f"#define W {W}"]
+    files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / "convolve.cu")
+    return nvrtc.kernel("\n".join([*macros, *(path.read_text() for path in files)]) + "\n", "convolve", device)
+
+
+def serves_convolution(x: Tensor, conv: Tensor, w) -> bool:
+    """Whether `convolve` takes these, x (B, M)."""
+    n_channels, taps = w.conv.shape
+    return (
+        n_channels % 8 == 0
+        and taps > 1
+        and _capable(x)
+        and x.dtype == conv.dtype == torch.bfloat16
+        and all(_fits(t) and (t is None or t.device == x.device) for t in (w.conv, w.conv_bias))
+        and conv.data_ptr() % 16 == 0
+    )
+
+
+def convolve(uz: Tensor, conv: Tensor, w) -> Tensor | None:
+    """uz (B, 2E) -> u (B, E), the window in place; None where NVRTC fails."""
+    device, (n_channels, taps) = uz.get_device(), w.conv.shape
+    u = uz.new_empty(len(uz), n_channels)
+    with torch.cuda.device_of(uz):
+        try:
+            kernel = _convolve(n_channels, taps, device)
+        except nvrtc.Unavailable:
+            _broken.add(device)
+            return None
+        tensors = w.conv, w.conv_bias, conv, uz, u
+        argument = struct.pack("6q", *(0 if t is None else t.data_ptr() for t in tensors), len(uz))
+        kernel(-(-len(uz) * (n_channels // 8) // 128), 128, argument, early=True)
+    return u
+
+
 class _Middle:
     """The kernel for clusters that have `at_once` sequences each."""
 

@@ -16,7 +16,7 @@ from ..triton_runtime import LOG2E, ceil_div, load_float, multiply_add, sigmoid,
 from . import cuda_middle
 from .triton_few import _after_the_kernel_before as after_the_kernel_before, _early_launch as early_launch
 
-MIDDLE, NORM = 1, 1
+MIDDLE, NORM, CONV, LATE = 1, 1, 1, 1
 BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix units take at least
 
 
@@ -24,7 +24,7 @@ BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix 
 def _scan(
     u, z, projected, dt_proj, dt_bias, A_log, D, state, y, u_stride, z_stride, n_rows, E: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """dt's wide projection, a step of the state, gate: y (B, E), a program for some channels of some sequences."""
     e, r, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
@@ -38,6 +38,7 @@ def _scan(
     pairs = in_e[:, None] & in_n[None, :]
     A2 = -tl.exp2(load_float(A_log, e[:, None] * N + n[None, :], pairs) * LOG2E) * LOG2E
     bias, skip = load_float(dt_bias, e, in_e), load_float(D, e, in_e)
+    after_the_kernel_before(EARLY)
     at, of_n = projected + b[:, None] * (R + 2 * N), in_b[:, None] & in_n[None, :]
     low = tl.load(at + r[None, :], mask=in_b[:, None] & in_r[None, :], other=0.0)
     drive, readout = load_float(at, R + n[None, :], of_n), load_float(at, R + N + n[None, :], of_n)
@@ -68,13 +69,17 @@ def _add_norm(
     tl.store(y + at, row * scale * factor + shift, mask=inside)
 
 
+def _early(x):
+    early = early_launch(x.device)
+    return {**early, "EARLY": min(early["EARLY"], 1)} if LATE else {"EARLY": 0}
+
+
 def _normed(x, stream, w, eps, centred):
     new_stream, y = torch.empty(x.shape, dtype=torch.float32, device=x.device), torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    early = early_launch(x.device)
     _add_norm[(len(x),)](
         x, stream, w.norm, w.norm_bias, new_stream, y, eps, M=x.shape[1], BLOCK_M=block, CENTRED=centred,
-        num_warps=max(1, min(block // 256, 8)), **{**early, "EARLY": min(early["EARLY"], 1)},
+        num_warps=max(1, min(block // 256, 8)), **_early(x),
     )  # fmt: skip
     return y, new_stream
 
@@ -93,11 +98,12 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
         if y is not None:
             return F.linear(y, w.out_proj), new_stream
     u, z = uz.chunk(2, dim=1)
-    u = conv_step(conv_state, u, w.conv, w.conv_bias, True)
+    convolved = cuda_middle.convolve(uz, conv_state, w) if CONV and cuda_middle.serves_convolution(x, conv_state, w) else None
+    u = conv_step(conv_state, u, w.conv, w.conv_bias, True) if convolved is None else convolved
     y, block_n = torch.empty_like(u), triton.next_power_of_2(n_states)
     _scan[(ceil_div(n_channels, BLOCK), ceil_div(n_rows, BLOCK))](
         u, z, F.linear(u, w.x_proj), w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0), n_rows,
         E=n_channels, R=rank, N=n_states, BLOCK_B=BLOCK, BLOCK=BLOCK, BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        BLOCK_N=block_n, num_warps=max(4, min(BLOCK * BLOCK * block_n // 1024, 16)),
+        BLOCK_N=block_n, **_early(x), num_warps=max(4, min(BLOCK * BLOCK * block_n // 1024, 16)),
     )  # fmt: skip
     return F.linear(y, w.out_proj), new_stream

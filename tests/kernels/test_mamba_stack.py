@@ -22,7 +22,7 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
     monkeypatch.setattr(cuda_middle, "CLUSTER", 2)
-    made = cuda._kernels, cuda_middle._middle, cuda_middle._for
+    made = cuda._kernels, cuda_middle._middle, cuda_middle._for, cuda_middle._convolve
     for function in made:
         function.cache_clear()
     yield
@@ -128,6 +128,19 @@ def test_middle(case, on_the_cpu, monkeypatch, assert_close):
         wanted = selective_scan_step(*scan, delta_bias=wide.dt_bias, delta_softplus=True)
     names = "y", "conv", "ssm"
     assert_close(dict(zip(names, (y, *actual), strict=True)), dict(zip(names, (wanted, *expected), strict=True)), 1e-2)
+
+
+@pytest.mark.parametrize(("rows", "inner", "taps"), [(3, 24, 4), (17, 64, 2)])
+def test_convolve(rows, inner, taps, on_the_cpu, assert_close):
+    """Two steps, against the single operator in float64."""
+    x, [(conv, _)], [w] = problem(rows, 32, inner, 16, taps, n_layers=1)
+    expected, wide = conv.double(), w.conv.double()
+    bias = None if w.conv_bias is None else w.conv_bias.double()
+    assert cuda_middle.serves_convolution(x, conv, w)
+    for each in torch.randn(2, rows, 2 * inner, generator=torch.Generator().manual_seed(1)).bfloat16():
+        u = cuda_middle.convolve(each, conv, w)
+        wanted = causal_conv1d_step(expected, each[:, :inner].double(), wide, bias)
+    assert_close({"u": u, "window": conv}, {"u": wanted, "window": expected}, 5e-3)
 
 
 @pytest.mark.gpu
