@@ -103,6 +103,42 @@ def convolve(uz: Tensor, conv: Tensor, w) -> Tensor | None:
     return u
 
 
+@lru_cache(64)
+def _scan(E: int, R: int, device: int):
+    macros = [f"#define E {E}", f"#define R {R}"]
+    files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / "scan.cu")
+    return nvrtc.kernel("\n".join([*macros, *(path.read_text() for path in files)]) + "\n", "scan", device)
+
+
+def serves_scan(x: Tensor, ssm: Tensor, w) -> bool:
+    """Whether `scan` takes these, x (B, M)."""
+    (n_channels, n_states), rank = w.A_log.shape, w.dt_proj.shape[1]
+    return (
+        n_channels % 128 == rank % 16 == 0
+        and n_states == 16
+        and _capable(x)
+        and x.dtype == torch.bfloat16
+        and ssm.dtype == torch.float32
+        and all(_fits(t) and t.device == x.device for t in (w.dt_proj, w.dt_bias, w.A_log, w.D))
+        and ssm.data_ptr() % 16 == 0
+    )
+
+
+def scan(u: Tensor, uz: Tensor, low: Tensor, ssm: Tensor, w) -> Tensor | None:
+    """u (B, E), uz (B, 2E), low (B, R + 2N) -> y (B, E), the states in place; None where NVRTC fails."""
+    device, (n_channels, rank), y = uz.get_device(), w.dt_proj.shape, torch.empty_like(u)
+    with torch.cuda.device_of(uz):
+        try:
+            kernel = _scan(n_channels, rank, device)
+        except nvrtc.Unavailable:
+            _broken.add(device)
+            return None
+        tensors = w.dt_proj, w.dt_bias, w.A_log, w.D, ssm, u, uz, low, y
+        argument = struct.pack("10q", *(t.data_ptr() for t in tensors), len(uz))
+        kernel(n_channels // 128 * -(-len(uz) // 8), 256, argument, early=True)
+    return y
+
+
 class _Middle:
     """The kernel for clusters that have `at_once` sequences each."""
 

@@ -16,7 +16,7 @@ from ..triton_runtime import LOG2E, ceil_div, load_float, multiply_add, sigmoid,
 from . import cuda_middle
 from .triton_few import _after_the_kernel_before as after_the_kernel_before, _early_launch as early_launch
 
-MIDDLE, NORM, CONV, LATE = 1, 1, 1, 1
+MIDDLE, NORM, CONV, LATE, SCAN = 1, 1, 1, 1, 1
 BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix units take at least
 
 
@@ -100,9 +100,14 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
     u, z = uz.chunk(2, dim=1)
     convolved = cuda_middle.convolve(uz, conv_state, w) if CONV and cuda_middle.serves_convolution(x, conv_state, w) else None
     u = conv_step(conv_state, u, w.conv, w.conv_bias, True) if convolved is None else convolved
+    low = F.linear(u, w.x_proj)
+    if SCAN and convolved is not None and cuda_middle.serves_scan(x, ssm_state, w):
+        y = cuda_middle.scan(u, uz, low, ssm_state, w)
+        if y is not None:
+            return F.linear(y, w.out_proj), new_stream
     y, block_n = torch.empty_like(u), triton.next_power_of_2(n_states)
     _scan[(ceil_div(n_channels, BLOCK), ceil_div(n_rows, BLOCK))](
-        u, z, F.linear(u, w.x_proj), w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0), n_rows,
+        u, z, low, w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0), n_rows,
         E=n_channels, R=rank, N=n_states, BLOCK_B=BLOCK, BLOCK=BLOCK, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         BLOCK_N=block_n, **_early(x), num_warps=max(4, min(BLOCK * BLOCK * block_n // 1024, 16)),
     )  # fmt: skip

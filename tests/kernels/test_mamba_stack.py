@@ -22,7 +22,7 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
     monkeypatch.setattr(cuda_middle, "CLUSTER", 2)
-    made = cuda._kernels, cuda_middle._middle, cuda_middle._for, cuda_middle._convolve
+    made = cuda._kernels, cuda_middle._middle, cuda_middle._for, cuda_middle._convolve, cuda_middle._scan
     for function in made:
         function.cache_clear()
     yield
@@ -141,6 +141,23 @@ def test_convolve(rows, inner, taps, on_the_cpu, assert_close):
         u = cuda_middle.convolve(each, conv, w)
         wanted = causal_conv1d_step(expected, each[:, :inner].double(), wide, bias)
     assert_close({"u": u, "window": conv}, {"u": wanted, "window": expected}, 5e-3)
+
+
+@pytest.mark.parametrize(("rows", "inner", "rank"), [(3, 256, 48), (17, 128, 16)])
+def test_scan(rows, inner, rank, on_the_cpu, assert_close):
+    """Two steps, against the single operator in float64."""
+    x, [(_, state)], [w] = problem(rows, 32, inner, rank, 2, n_layers=1)
+    expected, wide = state.double(), MambaWeights(*(None if t is None else t.double() for t in w))
+    generator = torch.Generator().manual_seed(1)
+    assert cuda_middle.serves_scan(x, state, w)
+    for _ in range(2):
+        u, uz, low = (torch.randn(rows, n, generator=generator).bfloat16() for n in (inner, 2 * inner, rank + 32))
+        y = cuda_middle.scan(u, uz, low, state, w)
+        dt, B, C = low.double().split([rank, 16, 16], dim=1)
+        scan = expected, u.double(), dt @ wide.dt_proj.T, -wide.A_log.exp(), B[:, None], C[:, None], wide.D
+        options = {"delta_bias": wide.dt_bias, "delta_softplus": True}
+        wanted = selective_scan_step(*scan, uz[:, inner:].double(), **options)
+    assert_close({"y": y, "state": state}, {"y": wanted, "state": expected}, 5e-3)
 
 
 @pytest.mark.gpu
