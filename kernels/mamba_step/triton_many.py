@@ -1,6 +1,8 @@
 """A Mamba block's step in Triton for many sequences: products by PyTorch, states by tiles of sequences and channels.
 
-Products of Triton's own, which could begin early (triton_early.py), were measured at half the speed of cuBLAS's.
+What lies between the products is CUDA C++ (cuda_middle.py) where that serves.
+
+Products of Triton's own, which could begin early, were measured at half the speed of cuBLAS's.
 
 Letters: B sequences, E inner width, R rank of dt, N states.
 """
@@ -11,13 +13,30 @@ import triton
 import triton.language as tl
 
 from ..causal_conv1d.triton import step as conv_step
-from ..norm.triton import forward as norm_forward
 from ..triton_runtime import LOG2E, ceil_div, load_float, multiply_add, sigmoid, softplus
 from . import cuda_middle
-from .triton_few import _after_the_kernel_before as after_the_kernel_before, _early_launch as early_launch
+from .triton_few import after_the_kernel_before, early_launch
 
-MIDDLE, NORM, CONV, LATE, SCAN = 1, 1, 1, 1, 1
 BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix units take at least
+EARLY_SCAN = 64  # sequences up to which the scan begins while the product before it ends: measured
+
+
+@triton.jit
+def _add_norm(
+    x, stream, weight, bias, new_stream, y, eps, M: tl.constexpr, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Residual add and norm, a program for a sequence."""
+    m = tl.arange(0, BLOCK_M)
+    inside, at = m < M, tl.program_id(0) * M + m
+    factor, shift = load_float(weight, m, inside), load_float(bias, m, inside)
+    after_the_kernel_before(EARLY)
+    row = load_float(x, at, inside) + load_float(stream, at, inside)
+    tl.store(new_stream + at, row, mask=inside)
+    if CENTRED:
+        row = tl.where(inside, row - tl.sum(row, axis=0) / M, 0.0)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / M + eps)
+    tl.store(y + at, row * scale * factor + shift, mask=inside)
 
 
 @triton.jit
@@ -51,64 +70,27 @@ def _scan(
     tl.store(y + row, out * gate * sigmoid(gate), mask=here)
 
 
-@triton.jit
-def _add_norm(
-    x, stream, weight, bias, new_stream, y, eps, M: tl.constexpr, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """Residual add and norm, a program for a sequence."""
-    m = tl.arange(0, BLOCK_M)
-    inside, at = m < M, tl.program_id(0) * M + m
-    factor, shift = load_float(weight, m, inside), load_float(bias, m, inside)
-    after_the_kernel_before(EARLY)
-    row = load_float(x, at, inside) + load_float(stream, at, inside)
-    tl.store(new_stream + at, row, mask=inside)
-    if CENTRED:
-        row = tl.where(inside, row - tl.sum(row, axis=0) / M, 0.0)
-    scale = 1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / M + eps)
-    tl.store(y + at, row * scale * factor + shift, mask=inside)
-
-
-def _early(x):
-    early = early_launch(x.device)
-    return {**early, "EARLY": min(early["EARLY"], 1)} if LATE else {"EARLY": 0}
-
-
-def _normed(x, stream, w, eps, centred):
-    new_stream, y = torch.empty(x.shape, dtype=torch.float32, device=x.device), torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
-    _add_norm[(len(x),)](
-        x, stream, w.norm, w.norm_bias, new_stream, y, eps, M=x.shape[1], BLOCK_M=block, CENTRED=centred,
-        num_warps=max(1, min(block // 256, 8)), **_early(x),
-    )  # fmt: skip
-    return y, new_stream
-
-
 def step(x, stream, conv_state, ssm_state, w, eps, centred):
-    (n_channels, n_states), rank, n_rows = w.A_log.shape, w.dt_proj.shape[1], len(x)
-    if NORM:
-        normed, new_stream = _normed(x, stream, w, eps, centred)
-    else:
-        normed, new_stream = norm_forward(x, stream, w.norm, w.norm_bias, eps, centred, w.norm.dtype)
-        if stream is None:
-            new_stream = x.float()
+    (n_channels, n_states), rank, (n_rows, width) = w.A_log.shape, w.dt_proj.shape[1], x.shape
+    early, late = early_launch(x.device), {"EARLY": False}
+    new_stream, normed = torch.empty(x.shape, dtype=torch.float32, device=x.device), torch.empty_like(x)
+    block_m = triton.next_power_of_2(width)
+    _add_norm[(n_rows,)](
+        x, stream, w.norm, w.norm_bias, new_stream, normed, eps, M=width, BLOCK_M=block_m, CENTRED=centred,
+        num_warps=max(1, min(block_m // 256, 8)), **early,
+    )  # fmt: skip
     uz = F.linear(normed, w.in_proj)
-    if MIDDLE and cuda_middle.serves(x, conv_state, ssm_state, w):
+    if cuda_middle.serves(x, conv_state, ssm_state, w):
         y = cuda_middle.step(uz, conv_state, ssm_state, w)
         if y is not None:
             return F.linear(y, w.out_proj), new_stream
     u, z = uz.chunk(2, dim=1)
-    convolved = cuda_middle.convolve(uz, conv_state, w) if CONV and cuda_middle.serves_convolution(x, conv_state, w) else None
-    u = conv_step(conv_state, u, w.conv, w.conv_bias, True) if convolved is None else convolved
-    low = F.linear(u, w.x_proj)
-    if SCAN and convolved is not None and cuda_middle.serves_scan(x, ssm_state, w):
-        y = cuda_middle.scan(u, uz, low, ssm_state, w)
-        if y is not None:
-            return F.linear(y, w.out_proj), new_stream
+    u = conv_step(conv_state, u, w.conv, w.conv_bias, True)
     y, block_n = torch.empty_like(u), triton.next_power_of_2(n_states)
     _scan[(ceil_div(n_channels, BLOCK), ceil_div(n_rows, BLOCK))](
-        u, z, low, w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0), n_rows,
+        u, z, F.linear(u, w.x_proj), w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0), n_rows,
         E=n_channels, R=rank, N=n_states, BLOCK_B=BLOCK, BLOCK=BLOCK, BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        BLOCK_N=block_n, **_early(x), num_warps=max(4, min(BLOCK * BLOCK * block_n // 1024, 16)),
+        BLOCK_N=block_n, num_warps=max(4, min(BLOCK * BLOCK * block_n // 1024, 16)),
+        **(early if n_rows <= EARLY_SCAN else late),
     )  # fmt: skip
     return F.linear(y, w.out_proj), new_stream

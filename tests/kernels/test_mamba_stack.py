@@ -22,7 +22,7 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
     monkeypatch.setattr(cuda_middle, "CLUSTER", 2)
-    made = cuda._kernels, cuda_middle._middle, cuda_middle._for, cuda_middle._convolve, cuda_middle._scan
+    made = cuda._kernels, cuda_middle._kernel, cuda_middle._with_all_at_once
     for function in made:
         function.cache_clear()
     yield
@@ -103,9 +103,8 @@ def test_what_the_stack_does_not_serve(on_the_cpu):
 
 MIDDLES = {  # rows, sequences of a cluster, inner width, rank, taps
     "one each": (3, 1, 256, 16, 4),
-    "many a cluster": (18, 17, 512, 16, 4),
-    "two rounds": (5, 3, 640, 32, 2),
-    "two rounds, more": (10, 9, 640, 16, 3),
+    "some": (5, 3, 128, 48, 2),
+    "many": (18, 17, 512, 16, 3),
 }
 
 
@@ -113,7 +112,7 @@ MIDDLES = {  # rows, sequences of a cluster, inner width, rank, taps
 def test_middle(case, on_the_cpu, monkeypatch, assert_close):
     """Two steps of what lies between the projections, against single operators in float64."""
     rows, at_once, *sizes = MIDDLES[case]
-    monkeypatch.setattr(cuda_middle, "_for", lambda n, *sizes: cuda_middle._middle(*sizes[:3], at_once, sizes[3]))
+    monkeypatch.setattr(cuda_middle, "kernel_for", lambda *_: cuda_middle._kernel(*sizes, at_once, -1))
     x, [state], [w] = problem(rows, 256, *sizes, n_layers=1)
     uz = torch.randn(2, rows, 2 * sizes[0], generator=torch.Generator().manual_seed(1)).bfloat16()
     assert cuda_middle.serves(x, *state, w)
@@ -128,36 +127,6 @@ def test_middle(case, on_the_cpu, monkeypatch, assert_close):
         wanted = selective_scan_step(*scan, delta_bias=wide.dt_bias, delta_softplus=True)
     names = "y", "conv", "ssm"
     assert_close(dict(zip(names, (y, *actual), strict=True)), dict(zip(names, (wanted, *expected), strict=True)), 1e-2)
-
-
-@pytest.mark.parametrize(("rows", "inner", "taps"), [(3, 24, 4), (17, 64, 2)])
-def test_convolve(rows, inner, taps, on_the_cpu, assert_close):
-    """Two steps, against the single operator in float64."""
-    x, [(conv, _)], [w] = problem(rows, 32, inner, 16, taps, n_layers=1)
-    expected, wide = conv.double(), w.conv.double()
-    bias = None if w.conv_bias is None else w.conv_bias.double()
-    assert cuda_middle.serves_convolution(x, conv, w)
-    for each in torch.randn(2, rows, 2 * inner, generator=torch.Generator().manual_seed(1)).bfloat16():
-        u = cuda_middle.convolve(each, conv, w)
-        wanted = causal_conv1d_step(expected, each[:, :inner].double(), wide, bias)
-    assert_close({"u": u, "window": conv}, {"u": wanted, "window": expected}, 5e-3)
-
-
-@pytest.mark.parametrize(("rows", "inner", "rank"), [(3, 256, 48), (17, 128, 16)])
-def test_scan(rows, inner, rank, on_the_cpu, assert_close):
-    """Two steps, against the single operator in float64."""
-    x, [(_, state)], [w] = problem(rows, 32, inner, rank, 2, n_layers=1)
-    expected, wide = state.double(), MambaWeights(*(None if t is None else t.double() for t in w))
-    generator = torch.Generator().manual_seed(1)
-    assert cuda_middle.serves_scan(x, state, w)
-    for _ in range(2):
-        u, uz, low = (torch.randn(rows, n, generator=generator).bfloat16() for n in (inner, 2 * inner, rank + 32))
-        y = cuda_middle.scan(u, uz, low, state, w)
-        dt, B, C = low.double().split([rank, 16, 16], dim=1)
-        scan = expected, u.double(), dt @ wide.dt_proj.T, -wide.A_log.exp(), B[:, None], C[:, None], wide.D
-        options = {"delta_bias": wide.dt_bias, "delta_softplus": True}
-        wanted = selective_scan_step(*scan, uz[:, inner:].double(), **options)
-    assert_close({"y": y, "state": state}, {"y": wanted, "state": expected}, 5e-3)
 
 
 @pytest.mark.gpu

@@ -16,11 +16,6 @@ __device__ __forceinline__ uint4 fresh16(const void* from) {
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
   return x;
 }
-__device__ __forceinline__ unsigned fresh2(const void* from) {
-  unsigned short x;
-  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(from));
-  return x;
-}
 // What nobody writes, once: asked for here and not later, whatever the compiler thinks.
 __device__ __forceinline__ uint4 once16(const void* from) {
   uint4 x;
@@ -30,23 +25,11 @@ __device__ __forceinline__ uint4 once16(const void* from) {
   return x;
 }
 
-// To shared memory; `all_brought` waits for what this thread asked for.
-__device__ __forceinline__ void bring16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from)
-               : "memory");
-}
-__device__ __forceinline__ void all_brought() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// Or for all groups of them, the latest `n` aside.
-__device__ __forceinline__ void end_of_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int n> __device__ __forceinline__ void all_groups_brought_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
-}
-
+// A kernel waits for the end of the one before, and so for that of all before it, as each of these waits, too. It may let
+// the next one begin before or after its wait. What is read before the wait has to be written by a kernel that stands
+// before one that lets the next begin after its own wait, as `begin` and `enter` do: what this has seen the end of.
 __device__ __forceinline__ void wait_for_end_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-// Wait for the end of the kernel before; then let the next one begin. What is read before this may not be written by
-// the kernel before. It may by the one before that: that one has ended when this kernel begins, since the kernel between
-// lets it begin only after its own wait.
 __device__ __forceinline__ void wait_for_kernel_before() {
   wait_for_end_before();
   let_next_begin();

@@ -2,8 +2,8 @@
 //
 // A cluster of blocks has all channels of SEQS sequences, a block EC = E / CLUSTER of them. What x_proj makes is a sum
 // over all channels: each block adds up its own by the matrix units, its warps sharing out rows and channels; a slice of
-// the values is then added up in each block of the cluster, in the order of the blocks, and given to all of them. So the
-// states, which are nearly all that is read and written, are on their way from the beginning to the end.
+// the values is then added up in each block of the cluster, in the order of the blocks, and given to all of them. The
+// states, which are nearly all that is read and written, are on their way all the while.
 //
 // Which 32 elements of a row make which step of the matrix units is free, if it is the same for both: so a lane loads 8
 // that lie side by side. Two lanes share a channel's 16 states by quarters (the first and third, the second and fourth),
@@ -18,7 +18,6 @@ constexpr int BANDS = OUT / 16, PER = EC > 256 ? 2 : 1, PARTS = EC / 32 / PER;  
 constexpr int UNITS = BANDS * PARTS, TURNS = (UNITS + WARPS - 1) / WARPS, AHEAD = TURNS < 3 ? TURNS : 3;
 constexpr int VALUES = SEQS * OUT, SLICE = VALUES / CLUSTER, DEEP = (R + 31) / 32;
 constexpr int GROUP = SEQS < 4 ? SEQS : 4, GROUPS = (SEQS + GROUP - 1) / GROUP, STEPS = ROUNDS * GROUPS, HELD = STEPS < 2 ? 1 : 2;
-constexpr bool BESIDE = SEQS <= HELD_BESIDE;  // whether states that are on their way wait in shared memory: of few sequences
 static_assert(E % CLUSTER == 0 && EC % (32 * PER) == 0 && R % 16 == 0 && 2 * EC % (32 * ROUNDS) == 0, "sizes not served");
 static_assert(VALUES % CLUSTER == 0 && SLICE <= THREADS && THREADS % (EC / 8) == 0, "sizes not served");
 
@@ -34,7 +33,6 @@ struct Shared {
   alignas(16) bf16 u[ROWS][EC + 32], z[SEQS][EC + 8];
   alignas(16) float part[PARTS][ROWS][OUT + 4], low[ROWS][OUT + 4], gathered[CLUSTER][SLICE], dt[WARPS][16][ROWS + 1];
   Gate gathering, giving;
-  uint4 held[HELD][GROUP][2][BESIDE ? THREADS : 1];  // each of its own lane alone
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
@@ -57,14 +55,14 @@ template <int K> struct Eight {
   INLINE float get(int channel, int k) const { return words[(channel * K + k) / 8].get((channel * K + k) % 8); }
 };
 
-extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDENT) middle(const GRID_CONSTANT Problem p) {
+extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) middle(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   int rank = int(blockIdx.x) % CLUSTER, first = int(blockIdx.x) / CLUSTER * SEQS, channel = rank * EC;
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
   if (tid == 0) expect(&s.gathering, 4 * VALUES), expect(&s.giving, 4 * VALUES);
   say_begun();
-  if (EARLY) let_next_begin();
+  let_next_begin();
 
   // Weights and states, before what the kernel before makes.
   uint4 a[AHEAD][PER][2];
@@ -94,28 +92,24 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
     if (row + i * AT_ONCE < n_here)
       past[i].load(p.conv_state + (int64(first + row + i * AT_ONCE) * E + channel + c) * (W - 1));
 
-  float h[BESIDE ? 1 : HELD][GROUP][8];
+  float h[HELD][GROUP][8];
   int quarter = lane % 2 * 4;
   auto place = [&](int step, int j) {
     int64 e = channel + (step / GROUPS * WARPS + warp) * 16 + lane / 2;
     return p.ssm_state + (int64(first + step % GROUPS * GROUP + j) * E + e) * N + quarter;
   };
-  auto take = [](float (&x)[8], float4 low, float4 high) {
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-  };
-  auto fetch = [&](int slot, int step) {
+  auto fetch = [&](float (&held)[GROUP][8], int step) {
 #pragma unroll
     for (int j = 0; j < GROUP; ++j)
       if (step % GROUPS * GROUP + j < n_here) {
-        const float4* from = reinterpret_cast<const float4*>(place(step, j));
-        if constexpr (BESIDE) bring16(&s.held[slot][j][0][tid], from), bring16(&s.held[slot][j][1][tid], from + 2);
-        else take(h[slot][j], from[0], from[2]);
+        const float* from = place(step, j);
+        float4 x = *reinterpret_cast<const float4*>(from), y = *reinterpret_cast<const float4*>(from + 8);
+        held[j][0] = x.x, held[j][1] = x.y, held[j][2] = x.z, held[j][3] = x.w;
+        held[j][4] = y.x, held[j][5] = y.y, held[j][6] = y.z, held[j][7] = y.w;
       }
   };
-  fetch(0, 0);
+  fetch(h[0], 0);
   wait_for_end_before();
-  if (!EARLY) let_next_begin();
 
   // The convolution: u and z in shared memory, the window one step on.
 #pragma unroll
@@ -194,7 +188,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
       push(&s.gathered[rank][v % SLICE], &s.gathering, v / SLICE, sum);
     }
   }
-  if (HELD > 1) fetch(HELD - 1, 1);
+  if (HELD > 1) fetch(h[HELD - 1], 1);
   uint4 wide[DEEP][2];
   Packed<bf16, 4> logs[2];
   float bias, skip;
@@ -254,7 +248,6 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
         __syncwarp();
       }
       int own = (round * WARPS + warp) * 16 + lane / 2;  // its channel in this block
-      if constexpr (BESIDE) all_brought();
 #pragma unroll
       for (int j = 0; j < GROUP; ++j) {
         int seq = step % GROUPS * GROUP + j;
@@ -266,11 +259,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
           for (int k = 0; k < 2; ++k) load_floats(matrices + 8 * k, drive[k]), load_floats(matrices + N + 8 * k, readout[k]);
           u = one(&s.u[seq][own]);
           float size = softplus(s.dt[warp][lane / 2][seq] + bias), driven = size * u;
-          float(&x)[8] = h[BESIDE ? 0 : held][j];
-          if constexpr (BESIDE) {
-            const float4* from = reinterpret_cast<const float4*>(&s.held[held][j][0][tid]);
-            take(x, from[0], *reinterpret_cast<const float4*>(&s.held[held][j][1][tid]));
-          }
+          float(&x)[8] = h[held][j];
 #pragma unroll
           for (int k = 0; k < 8; ++k) {
             x[k] = __fmaf_rn(exp2_fast(size * A2[k]), x[k], driven * drive[k / 4][k % 4]);
@@ -288,7 +277,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, RESIDEN
           y.store(p.y + int64(first + seq) * E + channel + own);
         }
       }
-      if (step + HELD < STEPS) fetch(held, step + HELD);
+      if (step + HELD < STEPS) fetch(h[held], step + HELD);
       if ((step + 1) % GROUPS == 0) __syncwarp();
     }
 }
