@@ -1,11 +1,13 @@
 """The CUDA kernels of a step of Mamba blocks, emulated on the CPU: against float64, one block after another."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from polymamba.kernels import causal_conv1d_step, nvrtc, selective_scan_step
+from polymamba.kernels import causal_conv1d_step, mamba_step, nvrtc, selective_scan_step
 from polymamba.kernels.mamba_step import MambaWeights, cuda, cuda_middle, mamba_step_reference
 
 CASES = {  # rows, width, inner width, rank, taps
@@ -127,6 +129,40 @@ def test_middle(case, on_the_cpu, monkeypatch, assert_close):
         wanted = selective_scan_step(*scan, delta_bias=wide.dt_bias, delta_softplus=True)
     names = "y", "conv", "ssm"
     assert_close(dict(zip(names, (y, *actual), strict=True)), dict(zip(names, (wanted, *expected), strict=True)), 1e-2)
+
+
+def both_steps(x, state, w, backend=None):
+    """Two steps of one block: what it makes, and its states."""
+    state = [t.clone() for t in state]
+    for _ in range(2):
+        out, stream = mamba_step(x, None, *state, w, backend=backend)
+    return {"out": out, "stream": stream, "conv": state[0], "ssm": state[1]}
+
+
+def test_between_products(on_the_cpu, monkeypatch, device_of, assert_close):
+    """A step of many sequences, the rest of it in Triton."""
+    device_of("triton")
+    monkeypatch.setattr(import_module("polymamba.kernels.mamba_step.triton"), "FEW", 0)
+    x, [state], [w] = problem(3, 48, 128, 16, 4, n_layers=1)
+    taken, step = [], cuda_middle.step
+    monkeypatch.setattr(cuda_middle, "step", lambda *given: taken.append(1) or step(*given))
+    wide = MambaWeights(*(None if t is None else t.double() for t in w))
+    expected = both_steps(x.double(), [t.double() for t in state], wide, "reference")
+    assert_close(both_steps(x, state, w, "triton"), expected, 1e-2)
+    assert len(taken) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [65, 256, 301])
+def test_many_at_size(rows, assert_close):
+    """Against float64, and twice to the bit the same."""
+    x, [state], [w] = problem(rows, 768, 1536, 48, 4, n_layers=1)
+    wide = MambaWeights(*(None if t is None else t.double() for t in w))
+    expected = both_steps(x.double(), [t.double() for t in state], wide, "reference")
+    w, x, state = MambaWeights(*(None if t is None else t.cuda() for t in w)), x.cuda(), [t.cuda() for t in state]
+    first, again = both_steps(x, state, w), both_steps(x, state, w)
+    assert_close({name: t.cpu() for name, t in first.items()}, expected, 2e-2)
+    assert all(torch.equal(t, again[name]) for name, t in first.items())
 
 
 @pytest.mark.gpu

@@ -12,14 +12,14 @@
 // Letters: B sequences, E inner width, R rank of dt, N states (16), W convolution width; macros, but B, as are CLUSTER
 // and SEQS.
 
-constexpr int N = 16, OUT = R + 2 * N, EC = E / CLUSTER, ROUNDS = (2 * EC + 511) / 512, THREADS = 2 * EC / ROUNDS;
+constexpr int N = 16, OUT = R + 2 * N, EC = E / CLUSTER, THREADS = 2 * EC;
 constexpr int WARPS = THREADS / 32, OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS;
-constexpr int BANDS = OUT / 16, PER = EC > 256 ? 2 : 1, PARTS = EC / 32 / PER;  // of x_proj: rows; channels, by 32
+constexpr int BANDS = OUT / 16, PARTS = EC / 32;  // of x_proj: its rows by 16, a block's channels by 32
 constexpr int UNITS = BANDS * PARTS, TURNS = (UNITS + WARPS - 1) / WARPS, AHEAD = TURNS < 3 ? TURNS : 3;
 constexpr int VALUES = SEQS * OUT, SLICE = VALUES / CLUSTER, DEEP = (R + 31) / 32;
-constexpr int GROUP = SEQS < 4 ? SEQS : 4, GROUPS = (SEQS + GROUP - 1) / GROUP, STEPS = ROUNDS * GROUPS, HELD = STEPS < 2 ? 1 : 2;
-static_assert(E % CLUSTER == 0 && EC % (32 * PER) == 0 && R % 16 == 0 && 2 * EC % (32 * ROUNDS) == 0, "sizes not served");
-static_assert(VALUES % CLUSTER == 0 && SLICE <= THREADS && THREADS % (EC / 8) == 0, "sizes not served");
+constexpr int GROUP = SEQS < 4 ? SEQS : 4, GROUPS = (SEQS + GROUP - 1) / GROUP, HELD = GROUPS < 2 ? 1 : 2;
+static_assert(E % (32 * CLUSTER) == 0 && R % 16 == 0 && THREADS <= 512, "sizes not served");
+static_assert(VALUES % CLUSTER == 0 && SLICE <= THREADS, "sizes not served");
 
 struct Problem {
   const bf16 *conv, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A_log, *D;  // conv_bias may be 0
@@ -65,21 +65,17 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   let_next_begin();
 
   // Weights and states, before what the kernel before makes.
-  uint4 a[AHEAD][PER][2];
+  uint4 a[AHEAD][2];
   auto bring = [&](int turn) {
     int unit = turn * WARPS + warp;
-    const bf16* at = p.x_proj + int64(unit % BANDS * 16 + g) * E + channel + unit / BANDS * PER * 32 + t * 8;
-#pragma unroll
-    for (int i = 0; i < PER; ++i) {
-      bool here = unit < UNITS;
-      a[turn % AHEAD][i][0] = here ? once16(at + i * 32) : make_uint4(0, 0, 0, 0);
-      a[turn % AHEAD][i][1] = here ? once16(at + 8 * E + i * 32) : make_uint4(0, 0, 0, 0);
-    }
+    const bf16* at = p.x_proj + int64(unit % BANDS * 16 + g) * E + channel + unit / BANDS * 32 + t * 8;
+    a[turn % AHEAD][0] = unit < UNITS ? once16(at) : make_uint4(0, 0, 0, 0);
+    a[turn % AHEAD][1] = unit < UNITS ? once16(at + 8 * E) : make_uint4(0, 0, 0, 0);
   };
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i) bring(i);
 
-  constexpr int AT_ONCE = THREADS / (EC / 8), PASSES = (SEQS + AT_ONCE - 1) / AT_ONCE;
+  constexpr int AT_ONCE = 16, PASSES = (SEQS + AT_ONCE - 1) / AT_ONCE;
   int c = tid % (EC / 8) * 8, row = tid / (EC / 8);  // of the convolution: 8 channels of a sequence
   Eight<W - 1> past[PASSES];
   Eight<W> taps;
@@ -94,15 +90,13 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
 
   float h[HELD][GROUP][8];
   int quarter = lane % 2 * 4;
-  auto place = [&](int step, int j) {
-    int64 e = channel + (step / GROUPS * WARPS + warp) * 16 + lane / 2;
-    return p.ssm_state + (int64(first + step % GROUPS * GROUP + j) * E + e) * N + quarter;
-  };
-  auto fetch = [&](float (&held)[GROUP][8], int step) {
+  int own = warp * 16 + lane / 2, e = channel + own;  // its channel in this block, and of all
+  auto place = [&](int seq) { return p.ssm_state + (int64(first + seq) * E + e) * N + quarter; };
+  auto fetch = [&](float (&held)[GROUP][8], int group) {
 #pragma unroll
     for (int j = 0; j < GROUP; ++j)
-      if (step % GROUPS * GROUP + j < n_here) {
-        const float* from = place(step, j);
+      if (group * GROUP + j < n_here) {
+        const float* from = place(group * GROUP + j);
         float4 x = *reinterpret_cast<const float4*>(from), y = *reinterpret_cast<const float4*>(from + 8);
         held[j][0] = x.x, held[j][1] = x.y, held[j][2] = x.z, held[j][3] = x.w;
         held[j][4] = y.x, held[j][5] = y.y, held[j][6] = y.z, held[j][7] = y.w;
@@ -157,15 +151,11 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
 #pragma unroll
     for (int o = 0; o < OCTETS; ++o) {
       sum[o][0] = sum[o][1] = sum[o][2] = sum[o][3] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < PER; ++i) {
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (unit < UNITS && o * 8 + g < SEQS)
-          x = *reinterpret_cast<const uint4*>(&s.u[o * 8 + g][(part * PER + i) * 32 + t * 8]);
-        const uint4 &v = a[turn % AHEAD][i][0], &w = a[turn % AHEAD][i][1];
-        multiply_add(sum[o], v.x, w.x, v.y, w.y, x.x, x.y);
-        multiply_add(sum[o], v.z, w.z, v.w, w.w, x.z, x.w);
-      }
+      uint4 x = make_uint4(0, 0, 0, 0);
+      if (unit < UNITS && o * 8 + g < SEQS) x = *reinterpret_cast<const uint4*>(&s.u[o * 8 + g][part * 32 + t * 8]);
+      const uint4 &v = a[turn % AHEAD][0], &w = a[turn % AHEAD][1];
+      multiply_add(sum[o], v.x, w.x, v.y, w.y, x.x, x.y);
+      multiply_add(sum[o], v.z, w.z, v.w, w.w, x.z, x.w);
     }
     if (unit < UNITS) {
 #pragma unroll
@@ -190,22 +180,16 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   }
   if (HELD > 1) fetch(h[HELD - 1], 1);
   uint4 wide[DEEP][2];
-  Packed<bf16, 4> logs[2];
-  float bias, skip;
-  auto bring_round = [&](int round) {
-    int e = channel + (round * WARPS + warp) * 16;
 #pragma unroll
-    for (int i = 0; i < DEEP; ++i) {
-      bool here = i * 32 + t * 8 < R;
-      const bf16* at = p.dt_proj + int64(e + g) * R + i * 32 + t * 8;
-      wide[i][0] = here ? once16(at) : make_uint4(0, 0, 0, 0);
-      wide[i][1] = here ? once16(at + 8 * R) : make_uint4(0, 0, 0, 0);
-    }
-    e += lane / 2;
-    logs[0].load(p.A_log + int64(e) * N + quarter), logs[1].load(p.A_log + int64(e) * N + 8 + quarter);
-    bias = one(p.dt_bias + e), skip = one(p.D + e);
-  };
-  bring_round(0);
+  for (int i = 0; i < DEEP; ++i) {
+    bool here = i * 32 + t * 8 < R;
+    const bf16* at = p.dt_proj + int64(channel + warp * 16 + g) * R + i * 32 + t * 8;
+    wide[i][0] = here ? once16(at) : make_uint4(0, 0, 0, 0);
+    wide[i][1] = here ? once16(at + 8 * R) : make_uint4(0, 0, 0, 0);
+  }
+  Packed<bf16, 4> logs[2];
+  logs[0].load(p.A_log + int64(e) * N + quarter), logs[1].load(p.A_log + int64(e) * N + 8 + quarter);
+  float bias = one(p.dt_bias + e), skip = one(p.D + e);
   wait_at(&s.gathering);
   if (tid < SLICE) {
     float sum = 0.0f;
@@ -217,40 +201,35 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   }
   wait_at(&s.giving);
 
-  // dt's wide projection, a step of the states, gate: a warp has 16 channels at a time, a lane half a channel.
+  // dt's wide projection, a step of the states, gate: a warp has 16 channels, a lane half a channel.
+#pragma unroll
+  for (int o = 0; o < OCTETS; ++o) {
+    float dt[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < DEEP; ++i) {
+      float x[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+      if (i * 32 + t * 8 < R && o * 8 + g < SEQS) load_floats(&s.low[o * 8 + g][i * 32 + t * 8], x);
+      multiply_add(dt, wide[i][0].x, wide[i][1].x, wide[i][0].y, wide[i][1].y, floats_to_bf16(x[0], x[1]),
+                   floats_to_bf16(x[2], x[3]));
+      multiply_add(dt, wide[i][0].z, wide[i][1].z, wide[i][0].w, wide[i][1].w, floats_to_bf16(x[4], x[5]),
+                   floats_to_bf16(x[6], x[7]));
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) s.dt[warp][g + k / 2 * 8][o * 8 + 2 * t + k % 2] = dt[k];
+  }
   float A2[8];
+#pragma unroll
+  for (int k = 0; k < 8; ++k) A2[k] = -exp2_fast(logs[k / 4].get(k % 4) * LOG2E) * LOG2E;
+  __syncwarp();
 #pragma unroll 1
-  for (int base = 0; base < STEPS; base += HELD)
+  for (int base = 0; base < GROUPS; base += HELD)
 #pragma unroll
     for (int held = 0; held < HELD; ++held) {
-      int step = base + held, round = step / GROUPS;
-      if (step >= STEPS) break;
-      if (step % GROUPS == 0) {
-        if (step) bring_round(round);
-        float dt[OCTETS][4];
-#pragma unroll
-        for (int o = 0; o < OCTETS; ++o) {
-          dt[o][0] = dt[o][1] = dt[o][2] = dt[o][3] = 0.0f;
-#pragma unroll
-          for (int i = 0; i < DEEP; ++i) {
-            float x[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-            if (i * 32 + t * 8 < R && o * 8 + g < SEQS) load_floats(&s.low[o * 8 + g][i * 32 + t * 8], x);
-            multiply_add(dt[o], wide[i][0].x, wide[i][1].x, wide[i][0].y, wide[i][1].y, floats_to_bf16(x[0], x[1]),
-                         floats_to_bf16(x[2], x[3]));
-            multiply_add(dt[o], wide[i][0].z, wide[i][1].z, wide[i][0].w, wide[i][1].w, floats_to_bf16(x[4], x[5]),
-                         floats_to_bf16(x[6], x[7]));
-          }
-#pragma unroll
-          for (int k = 0; k < 4; ++k) s.dt[warp][g + k / 2 * 8][o * 8 + 2 * t + k % 2] = dt[o][k];
-        }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) A2[k] = -exp2_fast(logs[k / 4].get(k % 4) * LOG2E) * LOG2E;
-        __syncwarp();
-      }
-      int own = (round * WARPS + warp) * 16 + lane / 2;  // its channel in this block
+      int group = base + held;
+      if (group >= GROUPS) break;
 #pragma unroll
       for (int j = 0; j < GROUP; ++j) {
-        int seq = step % GROUPS * GROUP + j;
+        int seq = group * GROUP + j;
         float out = 0.0f, u = 0.0f;
         if (seq < n_here) {
           float drive[2][4], readout[2][4];
@@ -265,7 +244,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
             x[k] = __fmaf_rn(exp2_fast(size * A2[k]), x[k], driven * drive[k / 4][k % 4]);
             out = __fmaf_rn(x[k], readout[k / 4][k % 4], out);
           }
-          float* to = place(step, j);
+          float* to = place(seq);
           *reinterpret_cast<float4*>(to) = float4{x[0], x[1], x[2], x[3]};
           *reinterpret_cast<float4*>(to + 8) = float4{x[4], x[5], x[6], x[7]};
         }
@@ -277,7 +256,6 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
           y.store(p.y + int64(first + seq) * E + channel + own);
         }
       }
-      if (step + HELD < STEPS) fetch(h[held], step + HELD);
-      if ((step + 1) % GROUPS == 0) __syncwarp();
+      if (group + HELD < GROUPS) fetch(h[held], group + HELD);
     }
 }
