@@ -211,7 +211,6 @@ class Kernel:
         if code:
             raise RuntimeError(f"launching a CUDA kernel failed with code {code}")
 
-
     def clusters_at_once(self, threads: int, blocks: int) -> int:
         """How many clusters of so many blocks the device runs at once."""
         n, attribute = ctypes.c_int(), _LaunchAttribute(4, (ctypes.c_int * 17)(0, blocks, 1, 1))  # CLUSTER_DIMENSION

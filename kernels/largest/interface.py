@@ -27,8 +27,8 @@ def hand_over(
     """What a step of decoding has chosen, to where the next step and the host will read it: own and ring[turn].
 
     tokens int64 (B,), bad bool (B,), own int64 (B,) and ring int64 (K, B), contiguous; turn int64 (1,) goes on by one,
-    from K - 1 to 0. Where bad, the ring gets -1. The ring may lie in pinned memory of the host while the others are on a
-    GPU: then no copy has to follow, which the GPU's next kernel would wait for.
+    from K - 1 to 0. Where bad, the ring gets -1. The ring may lie in pinned memory of the host while the others are on
+    a GPU: then no copy has to follow, which the GPU's next kernel would wait for.
     """
     if choose(backend, tokens.device, tokens.dtype) == "triton":
         import_module(".triton", __package__).hand_over(tokens, bad, own, ring, turn)

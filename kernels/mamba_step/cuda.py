@@ -1,7 +1,8 @@
 """A step of a whole stack of Mamba blocks in CUDA C++: cuda_kernels/stack.cu, compiled for its sizes by ../nvrtc.py.
 
-Three kernels a block (the one between the projections is cuda_middle.py's), each of which begins before the last one has
-ended: for GPUs that can do that (Hopper and later), and for bf16 weights. What does not fit goes block by block to Triton.
+Three kernels a block (the one between the projections is cuda_middle.py's), each of which begins before the last one
+has ended: for GPUs that can do that (Hopper and later), and for bf16 weights. What does not fit goes block by block to
+Triton.
 
 Letters: B sequences, M model width, E inner width.
 """

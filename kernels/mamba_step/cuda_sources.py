@@ -1,4 +1,4 @@
-"""What the CUDA kernels of a step share: whether a device and tensors are for them, their sources, what a failure says."""
+"""What the CUDA kernels of a step share: whether a device and tensors are for them, their sources, giving up."""
 
 import warnings
 from functools import cache

@@ -140,9 +140,7 @@ def _tile(n_out: int, width: int, model_width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, min(block * block_k // (32 * times * LANE), 16))}
 
 
-def _product(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, model_width: int, early: dict[str, bool]
-) -> Tensor:
+def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, model_width: int, early: dict[str, bool]) -> Tensor:
     (n_out, width), n_rows = weight.shape, len(x)
     out = torch.empty(n_rows, n_out, dtype=dtype, device=x.device)
     tile = _tile(n_out, width, model_width)

@@ -93,7 +93,8 @@ inline void say_begun() {}
 inline void wait_for_others() { give_way(); }
 inline void wait_at(Gate*) { give_way(); }
 inline void push(float* at, Gate*, int rank, float x) {
-  *reinterpret_cast<float*>(reinterpret_cast<char*>(room_of(rank)) + (reinterpret_cast<char*>(at) - reinterpret_cast<char*>(own_room()))) = x;
+  float* there = reinterpret_cast<float*>(room_of(rank));
+  there[at - reinterpret_cast<float*>(own_room())] = x;
 }
 struct Operands { unsigned a[4], b[2]; };
 static std::vector<Operands> operands(4096);

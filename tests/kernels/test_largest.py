@@ -34,6 +34,7 @@ def test_what_is_handed_over(backend, device_of):
         hand_over(tokens.to(device), bad.to(device), own, ring, turn, backend=backend)
     if device != "cpu":
         torch.cuda.synchronize()
-    assert own.tolist() == found[2].tolist() and turn.tolist() == [1]
+    assert own.tolist() == found[2].tolist()
+    assert turn.tolist() == [1]
     assert [row[:129] for row in ring.tolist()] == [found[2].tolist()[:129], found[1].tolist()[:129]]
     assert ring[:, 129].tolist() == [-1, -1]

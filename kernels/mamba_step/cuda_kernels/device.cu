@@ -25,8 +25,8 @@ __device__ __forceinline__ uint4 once16(const void* from) {
   return x;
 }
 
-// A kernel waits for the end of the one before, and so for that of all before it, as each of these waits, too. It may let
-// the next one begin before or after its wait. What is read before the wait has to be written by a kernel that stands
+// A kernel waits for the end of the one before, and so for that of all before it, as each of these waits, too. It may
+// let the next one begin before or after its wait. What is read before the wait has to be written by a kernel that stands
 // before one that lets the next begin after its own wait, as `begin` and `enter` do: what this has seen the end of.
 __device__ __forceinline__ void wait_for_end_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -48,9 +48,10 @@ __device__ __forceinline__ void* own_room() {
   extern __shared__ float4 room[];
   return room;
 }
-// Distributed shared memory, a number at a time: a block says how many bytes the others will push to it behind a gate of
-// its own, waits until all of the cluster have begun, and at the gate for the bytes. Nothing else is ordered: a barrier of
-// the cluster with release and acquire would wait for all that is on its way to and from memory, the states above all.
+// Distributed shared memory, a number at a time: a block says how many bytes the others will push to it behind a gate
+// of its own, waits until all of the cluster have begun, and at the gate for the bytes. Nothing else is ordered: a
+// barrier of the cluster with release and acquire would wait for all that is on its way to and from memory, the states
+// above all.
 typedef unsigned long long Gate;
 __device__ __forceinline__ void expect(Gate* gate, int bytes) {  // by one thread
   asm volatile("{mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;}" ::"r"(
@@ -64,7 +65,8 @@ __device__ __forceinline__ void say_begun() {
 __device__ __forceinline__ void wait_for_others() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 // To the place in the shared memory of another block of the cluster that `at` is in this one's.
 __device__ __forceinline__ void push(float* at, Gate* gate, int rank, float x) {
-  asm volatile("{.reg .u32 there, beside; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 beside, %1, %2;"
+  asm volatile("{.reg .u32 there, beside;"
+               "mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 beside, %1, %2;"
                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [beside];}" ::"r"(
                    unsigned(__cvta_generic_to_shared(at))),
                "r"(unsigned(__cvta_generic_to_shared(gate))), "r"(rank), "f"(x)

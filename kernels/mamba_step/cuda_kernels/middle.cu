@@ -1,13 +1,13 @@
 // What lies between the two projections of a Mamba block, of one token: convolution, x_proj, dt_proj, states, gate.
 //
 // A cluster of blocks has all channels of SEQS sequences, a block EC = E / CLUSTER of them. What x_proj makes is a sum
-// over all channels: each block adds up its own by the matrix units, its warps sharing out rows and channels; a slice of
-// the values is then added up in each block of the cluster, in the order of the blocks, and given to all of them. The
-// states, which are nearly all that is read and written, are on their way all the while.
+// over all channels: each block adds up its own by the matrix units, its warps sharing out rows and channels; a slice
+// of the values is then added up in each block of the cluster, in the order of the blocks, and given to all of them.
+// The states, which are nearly all that is read and written, are on their way all the while.
 //
 // Which 32 elements of a row make which step of the matrix units is free, if it is the same for both: so a lane loads 8
-// that lie side by side. Two lanes share a channel's 16 states by quarters (the first and third, the second and fourth),
-// so that they read and write whole sectors.
+// that lie side by side. Two lanes share a channel's 16 states by quarters (first and third, second and fourth), so
+// that they read and write whole sectors.
 //
 // Letters: B sequences, E inner width, R rank of dt, N states (16), W convolution width; macros, but B, as are CLUSTER
 // and SEQS.
@@ -235,7 +235,10 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
           float drive[2][4], readout[2][4];
           const float* matrices = &s.low[seq][R + quarter];
 #pragma unroll
-          for (int k = 0; k < 2; ++k) load_floats(matrices + 8 * k, drive[k]), load_floats(matrices + N + 8 * k, readout[k]);
+          for (int k = 0; k < 2; ++k) {
+            load_floats(matrices + 8 * k, drive[k]);
+            load_floats(matrices + N + 8 * k, readout[k]);
+          }
           u = one(&s.u[seq][own]);
           float size = softplus(s.dt[warp][lane / 2][seq] + bias), driven = size * u;
           float(&x)[8] = h[held][j];

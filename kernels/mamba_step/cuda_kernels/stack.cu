@@ -1,15 +1,15 @@
-// A token through a Mamba block for up to 64 sequences, in three kernels: enter (norm, in_proj), middle (middle.cu), leave
-// (out_proj, added to the stream); begin stands before the first block. Each begins before the last has ended, and asks
-// for its weights before it waits for that: see device.cu for what it may read then.
+// A token through a Mamba block for up to 64 sequences, in three kernels: enter (norm, in_proj), middle (middle.cu),
+// leave (out_proj, added to the stream); begin stands before the first block. Each begins before the last has ended,
+// and asks for its weights before it waits for that: see device.cu for what it may read then.
 //
 // The matrix units multiply 16 rows of a weight with 8 sequences' vectors. A thread block has one or two such bands of
 // 16 rows; its warps share out the width, and their sums are added up in shared memory in a fixed order. Which 32
 // elements of a row make which step of the matrix units is free, if it is the same for both: so a lane loads 8 that lie
-// side by side. Which channel is which row of a band is free, too: so that a lane ends up with channels that lie side by
+// side by side. Which channel is which row of a band is free, too: so a lane ends up with channels that lie side by
 // side. The norm (RMSNorm) is a factor of each sequence, put to in_proj's result.
 //
-// Letters: B sequences, M model width, E inner width; macros, but B, as are OCTETS (B / 8, rounded up), BLOCKS and WARPS
-// (of a block). A kernel has BLOCKS blocks, or as many as there is work for if that is less.
+// Letters: B sequences, M model width, E inner width; macros, but B, as are OCTETS (B / 8, rounded up), BLOCKS and
+// WARPS (of a block). A kernel has BLOCKS blocks, or as many as there is work for if that is less.
 
 constexpr int THREADS = 32 * WARPS, MOST = 8 * OCTETS;
 static_assert(M % 256 == 0 && E % 256 == 0 && THREADS >= 4 * MOST, "sizes not served");
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) begin(const GRID_CONSTA
 // in_proj and norm: uz.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, n_rows = int(p.n_rows);
-  constexpr int ROWS = 16 * 2, UNITS = 2 * E / ROWS, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, SQUARES = M / 64;  // of each of four lanes
+  constexpr int UNITS = 2 * E / 32, STEPS = (UNITS + BLOCKS - 1) / BLOCKS, SQUARES = M / 64;  // of each of four lanes
   auto& room = shared().enter;
   Enter band;
   int quarter = tid % 4, b = tid / 4;
@@ -164,14 +164,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTA
   for (int step = 0; step < STEPS; ++step) {
     int unit = step * BLOCKS + int(blockIdx.x);
     if (unit >= UNITS) return;
-    band.load(p.in_proj, unit * ROWS, 0, tid);
+    band.load(p.in_proj, unit * 32, 0, tid);
     if (step == 0) wait_for_kernel_before();
     float square[SQUARES];
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i)
       square[i] = b < n_rows ? fresh(p.squares + (quarter + 4 * i) * MOST + b) : 0.0f;
-    band.multiply(p.in_proj, unit * ROWS, p.scaled, M, 0, n_rows, room, tid);
-    float sum = 0.0f, out[ROWS / 4];
+    band.multiply(p.in_proj, unit * 32, p.scaled, M, 0, n_rows, room, tid);
+    float sum = 0.0f, out[8];
 #pragma unroll
     for (int i = 0; i < SQUARES; ++i) sum += square[i];
     sum = add_across(sum, 1);
@@ -180,10 +180,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTA
       float factor = inverse_root(sum / M + float(p.eps));
       Enter::total(room, quarter, b, out);
 #pragma unroll
-      for (int k = 0; k < ROWS / 4; ++k) out[k] *= factor;
-      Packed<bf16, ROWS / 4> packed;
+      for (int k = 0; k < 8; ++k) out[k] *= factor;
+      Packed<bf16, 8> packed;
       packed.set(out);
-      packed.store(p.uz + int64(b) * 2 * E + unit * ROWS + quarter * (ROWS / 4));
+      packed.store(p.uz + int64(b) * 2 * E + unit * 32 + quarter * 8);
     }
     if (step + 1 < STEPS) __syncthreads();
   }
