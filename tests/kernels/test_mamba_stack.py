@@ -1,6 +1,7 @@
 """The CUDA kernels of a step of Mamba blocks, emulated on the CPU: against float64, one block after another."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,13 @@ def test_middle(case, on_the_cpu, monkeypatch, assert_close):
         wanted = selective_scan_step(*scan, delta_bias=wide.dt_bias, delta_softplus=True)
     names = "y", "conv", "ssm"
     assert_close(dict(zip(names, (y, *actual), strict=True)), dict(zip(names, (wanted, *expected), strict=True)), 1e-2)
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(3, 1), (16, 2), (64, 5), (256, 18), (1000, 20)])
+def test_all_clusters_run_at_once(rows, at_once, monkeypatch):
+    """Where the device says that it takes 15."""
+    monkeypatch.setattr(cuda_middle, "_kernel", lambda E, R, W, n, device: SimpleNamespace(at_once=n, clusters=15))
+    assert cuda_middle._with_all_at_once.__wrapped__(rows, 1536, 48, 4, 0).at_once == at_once
 
 
 def both_steps(x, state, w, backend=None):
