@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..kernels import hand_over
 from .config import SamplingConfig
 from .lti import LTIMixer
 from .replayed import recording
@@ -38,7 +39,9 @@ class _StepGraph:
     ):
         self.state = model.init_state(batch, room) if room else model.init_state(batch)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # read by the step, and then its result
-        self.chosen = torch.zeros_like(self.tokens)  # the same, or -1 where there is nothing to choose from
+        # The same, or -1 where there is nothing to choose from, for each step in flight, where the host reads it.
+        self.chosen = torch.zeros(IN_FLIGHT, batch, dtype=torch.int64, pin_memory=True)
+        self.turn = torch.zeros(1, dtype=torch.int64, device=device)  # of `chosen`, for the step to come
         self.uniform = torch.zeros(BLOCK, batch, dtype=torch.float64, device=device)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)  # of `uniform`, for the step to come
         self.recent = None if recent is None else torch.empty_like(recent)
@@ -51,8 +54,7 @@ class _StepGraph:
             tokens, bad = choose(logits, config, self.recent, uniform)
             if self.recent is not None:
                 self.recent.copy_(with_token(self.recent, tokens, config))
-            self.tokens.copy_(tokens)
-            self.chosen.copy_(torch.where(bad, -1, tokens))
+            hand_over(tokens, bad, self.tokens, self.chosen, self.turn)
             if config.temperature:
                 self.row.add_(1).remainder_(BLOCK)
 
@@ -71,6 +73,7 @@ class _StepGraph:
         torch.cuda.current_stream(tokens.device).wait_event(self.left)
         self.tokens.copy_(tokens)
         self.row.zero_()
+        self.turn.zero_()
         if self.recent is not None and recent is not None:
             self.recent.copy_(recent)
         given = pytree.tree_leaves(state)
@@ -226,10 +229,8 @@ class GraphedDecoder:
             block = torch.stack([uniforms(g, BLOCK) for g in self.draws.generators], 1)
             self.graph.uniform.copy_(block.pin_memory(), non_blocking=True)
         self.graph.graph.replay()
-        buffer = torch.empty(self.graph.chosen.shape, dtype=torch.int64, pin_memory=True)
-        buffer.copy_(self.graph.chosen, non_blocking=True)
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.graph.chosen.device))
-        self.in_flight.append((buffer, event))
+        event.record(torch.cuda.current_stream(self.graph.tokens.device))
+        self.in_flight.append((self.graph.chosen[self.n_launched % IN_FLIGHT], event))
         self.n_left -= 1
         self.n_launched += 1

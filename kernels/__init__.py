@@ -4,7 +4,7 @@ from .backends import info, plain_operations
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_scan import cross_scan
 from .expert_rows import Order, combine, dispatch, route, sort_by_expert
-from .largest import largest
+from .largest import hand_over, largest
 from .linear_cross_entropy import linear_cross_entropy
 from .mamba_step import MambaWeights, mamba_stack_step, mamba_step
 from .norm import layer_norm, rms_norm
@@ -18,6 +18,7 @@ __all__ = [
     "combine",
     "cross_scan",
     "dispatch",
+    "hand_over",
     "info",
     "largest",
     "layer_norm",

@@ -1,3 +1,3 @@
-from .interface import largest
+from .interface import hand_over, largest
 
-__all__ = ["largest"]
+__all__ = ["hand_over", "largest"]

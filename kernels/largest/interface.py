@@ -1,4 +1,4 @@
-"""The place of the largest number in each row: the choice of the next token where nothing is drawn."""
+"""The place of the largest number in each row: the choice of the next token where nothing is drawn; and its way out."""
 
 from importlib import import_module
 
@@ -18,3 +18,21 @@ def largest(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
         return import_module(".triton", __package__).largest(x)
     found = x.max(-1)
     return found.indices, ~found.values.isfinite()
+
+
+@torch.no_grad()
+def hand_over(
+    tokens: Tensor, bad: Tensor, own: Tensor, ring: Tensor, turn: Tensor, *, backend: str | None = None
+) -> None:
+    """What a step of decoding has chosen, to where the next step and the host will read it: own and ring[turn].
+
+    tokens int64 (B,), bad bool (B,), own int64 (B,) and ring int64 (K, B), contiguous; turn int64 (1,) goes on by one,
+    from K - 1 to 0. Where bad, the ring gets -1. The ring may lie in pinned memory of the host while the others are on
+    a GPU: then no copy has to follow, which the GPU's next kernel would wait for.
+    """
+    if choose(backend, tokens.device, tokens.dtype) == "triton":
+        import_module(".triton", __package__).hand_over(tokens, bad, own, ring, turn)
+    else:
+        own.copy_(tokens)
+        ring[turn] = torch.where(bad, -1, tokens)[None].to(ring.device)
+        turn.add_(1).remainder_(len(ring))

@@ -1,4 +1,6 @@
-"""A program a row: a lane keeps the largest of its own columns, and the first place of it."""
+"""A program a row: a lane keeps the largest of its own columns, and the first place of it.
+
+And one program that hands over what was found."""
 
 import torch
 import triton
@@ -39,3 +41,20 @@ def largest(x: Tensor) -> tuple[Tensor, Tensor]:
             x, places, bad, x.stride(0), width, ceil_div(width, block), block, num_warps=min(max(block // 512, 1), 32)
         )
     return places, bad
+
+
+@triton.jit
+def _hand_over(tokens, bad, own, ring, turn, n, TURNS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.load(turn)
+    for first in range(0, n, BLOCK):
+        b = first + tl.arange(0, BLOCK)
+        token, none = tl.load(tokens + b, mask=b < n, other=0), tl.load(bad + b, mask=b < n, other=0)
+        tl.store(own + b, token, mask=b < n)
+        tl.store(ring + at * n + b, tl.where(none != 0, -1, token), mask=b < n)
+    tl.debug_barrier()  # all have read it
+    tl.store(turn, (at + 1) % TURNS)
+
+
+def hand_over(tokens: Tensor, bad: Tensor, own: Tensor, ring: Tensor, turn: Tensor) -> None:
+    with torch.cuda.device_of(tokens):
+        _hand_over[(1,)](tokens, bad, own, ring, turn, len(tokens), len(ring), 128, num_warps=4)

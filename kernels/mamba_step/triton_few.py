@@ -1,7 +1,9 @@
 """A Mamba block's step in Triton for a few sequences: each product of a matrix with a few vectors, row by row.
 
 Such a step is a chain of four small kernels, each bound by how fast its weights come. So a program asks for its tile of
-them before it waits for the kernel that makes its vectors (programmatic dependent launch: Hopper GPUs and later).
+them before it waits for the kernel that makes its vectors (programmatic dependent launch: Hopper GPUs and later). The
+first of the four lets the next begin only when its own wait is over, the others at once: so that from the first to the
+next block's first there is work for the memory as long as there is room for programs.
 
 Letters: B sequences, M model width, E inner width, R rank of dt, N states, W convolution width.
 """
@@ -15,16 +17,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..backends import interpreting
 from ..triton_runtime import LOG2E, ceil_div, load_float, sigmoid, softplus
 
-ELEMENTS = 4096  # of a matrix, a program has at most; more, or several such tiles one after another, gain nothing
+ELEMENTS, LANE = 4096, 64  # of a matrix, a program and a lane of it have at most
+WIDE = range(1025, 2048)  # model widths for which both are twice that: measured at 1,792 (at 768 it is slower)
 PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor of an H100
 
 
 @triton.jit
-def _after_the_kernel_before(EARLY: tl.constexpr):
+def after_the_kernel_before(EARLY: tl.constexpr):
     """Wait for the end of the kernel before; then let the next one begin.
 
-    What is read before this may not be written by the kernel before. It may by the one before that: that one has ended
-    when this kernel begins, since the kernel between lets it begin only after its own wait.
+    What is read before a kernel's wait has to be written by one that stands before the last kernel in front of it that
+    has come through here: the end of all those is what this has seen.
     """
     if EARLY:
         gdc_wait()
@@ -43,8 +46,15 @@ def _enter(
     tile = tl.load(weight + e[:, None] * M + m[None, :], mask=in_e[:, None] & in_m[None, :], other=0.0)
     norm_row, norm_shift = load_float(norm, m, in_m), load_float(norm_bias, m, in_m)
     shift = load_float(conv_bias, e, is_u)
-    _after_the_kernel_before(EARLY)
+    taps = ()
+    for k in tl.static_range(W):
+        taps += (load_float(conv, e * W + k, is_u),)
+    after_the_kernel_before(EARLY)
     for b in range(n_rows):
+        state_at = (b * E + e.to(tl.int64)) * (W - 1)
+        window = ()
+        for k in tl.static_range(W - 1):
+            window += (load_float(conv_state, state_at + k, is_u),)
         row = load_float(x, b * M + m, in_m) + load_float(stream, b * M + m, in_m)
         if stream is not None:
             if tl.program_id(0) == 0:
@@ -54,12 +64,9 @@ def _enter(
         normed = row * (1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / M + eps)) * norm_row + norm_shift
         out = tl.sum(tile.to(tl.float32) * normed[None, :], axis=1)
         # The convolution, of the half that it is for: the window moves on by one.
-        state_at = (b * E + e.to(tl.int64)) * (W - 1)
-        mixed = shift + out * load_float(conv, e * W + W - 1, is_u)
-        window = ()
+        mixed = shift + out * taps[W - 1]
         for k in tl.static_range(W - 1):
-            window += (load_float(conv_state, state_at + k, is_u),)
-            mixed += window[k] * load_float(conv, e * W + k, is_u)
+            mixed += window[k] * taps[k]
         for k in tl.static_range(1, W - 1):
             tl.store(conv_state + state_at + (k - 1), window[k], mask=is_u)
         if W > 1:
@@ -73,11 +80,14 @@ def _multiply(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """out (B, n_out) = x (B, WIDTH) weight^T."""
+    if EARLY:
+        gdc_launch_dependents()
     o, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     tile = tl.load(
         weight + o[:, None] * WIDTH + k[None, :], mask=(o < n_out)[:, None] & (k < WIDTH)[None, :], other=0.0
     )
-    _after_the_kernel_before(EARLY)
+    if EARLY:
+        gdc_wait()
     for b in range(n_rows):
         row = load_float(x, b * x_stride + k, k < WIDTH)
         tl.store(out + b * n_out + o, tl.sum(tile.to(tl.float32) * row[None, :], axis=1), mask=o < n_out)
@@ -90,6 +100,8 @@ def _scan(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """dt's wide projection, a step of the state, gate: y (B, E), a program for some channels of one sequence."""
+    if EARLY:
+        gdc_launch_dependents()
     e, r, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
     in_e, in_r, in_n = e < E, r < R, n < N
     inside = in_e[:, None] & in_n[None, :]
@@ -100,7 +112,8 @@ def _scan(
     h = tl.load(state + state_at, mask=inside, other=0.0)
     A2 = -tl.exp2(load_float(A_log, e[:, None] * N + n[None, :], inside) * LOG2E) * LOG2E
     bias, skip = load_float(dt_bias, e, in_e), load_float(D, e, in_e)
-    _after_the_kernel_before(EARLY)
+    if EARLY:
+        gdc_wait()
     at = projected + b * (R + 2 * N)
     low = load_float(at, r, in_r)
     drive, readout = load_float(at, R + n, in_n), load_float(at, R + N + n, in_n)
@@ -112,25 +125,25 @@ def _scan(
     tl.store(y + row, out * gate * sigmoid(gate), mask=in_e)
 
 
-def _early_launch(device: torch.device) -> dict[str, bool]:
+def early_launch(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that may begin before the one before it has ended."""
     early = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
 
-def _tile(n_out: int, width: int) -> dict[str, int]:
-    """Rows of a weight that a program has, and its warps: 64 elements a lane."""
-    block_k = triton.next_power_of_2(width)
-    block = max(1, min(ELEMENTS // block_k, triton.next_power_of_2(n_out)))
+def _tile(n_out: int, width: int, model_width: int) -> dict[str, int]:
+    """Rows of a weight that a program has, and its warps."""
+    times, block_k = 2 if model_width in WIDE else 1, triton.next_power_of_2(width)
+    block = max(1, min(times * ELEMENTS // block_k, triton.next_power_of_2(n_out)))
     while block > 1 and ceil_div(n_out, block) < PROGRAMS:
         block //= 2
-    return {"BLOCK": block, "num_warps": max(1, min(block * block_k // 2048, 16))}
+    return {"BLOCK": block, "num_warps": max(1, min(block * block_k // (32 * times * LANE), 16))}
 
 
-def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, early: dict[str, bool]) -> Tensor:
+def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, model_width: int, early: dict[str, bool]) -> Tensor:
     (n_out, width), n_rows = weight.shape, len(x)
     out = torch.empty(n_rows, n_out, dtype=dtype, device=x.device)
-    tile = _tile(n_out, width)
+    tile = _tile(n_out, width, model_width)
     _multiply[(ceil_div(n_out, tile["BLOCK"]),)](
         x, weight, out, x.stride(0), n_rows, n_out, WIDTH=width, BLOCK_K=triton.next_power_of_2(width), **tile, **early
     )
@@ -138,19 +151,19 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, early: dict[str, boo
 
 
 def step(x, stream, conv_state, ssm_state, w, eps, centred):
-    early = _early_launch(x.device)
+    early = early_launch(x.device)
     (n_rows, width), (n_channels, n_states) = x.shape, w.A_log.shape
     rank, dtype = w.dt_proj.shape[1], w.in_proj.dtype
     new_stream = x.float() if stream is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     uz = torch.empty(n_rows, 2 * n_channels, dtype=dtype, device=x.device)
-    tile = _tile(2 * n_channels, width)
+    tile = _tile(2 * n_channels, width, width)
     _enter[(ceil_div(2 * n_channels, tile["BLOCK"]),)](
         x, stream, w.norm, w.norm_bias, w.in_proj, conv_state, w.conv, w.conv_bias, new_stream, uz, eps, n_rows,
         M=width, E=n_channels, W=w.conv.shape[1], BLOCK_M=triton.next_power_of_2(width), CENTRED=centred,
         **tile, **early,
     )  # fmt: skip
     u, z = uz.chunk(2, dim=1)
-    projected = _product(u, w.x_proj, torch.float32, early)
+    projected = _product(u, w.x_proj, torch.float32, width, early)
     y = torch.empty(n_rows, n_channels, dtype=dtype, device=x.device)
     block = 16
     _scan[(ceil_div(n_channels, block), n_rows)](
@@ -158,4 +171,4 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
         E=n_channels, R=rank, N=n_states, BLOCK_R=triton.next_power_of_2(rank),
         BLOCK_N=triton.next_power_of_2(n_states), BLOCK=block, num_warps=1, **early,
     )  # fmt: skip
-    return _product(y, w.out_proj, dtype, early), new_stream
+    return _product(y, w.out_proj, dtype, width, early), new_stream

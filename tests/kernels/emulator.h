@@ -18,6 +18,7 @@
 #define __launch_bounds__(...)
 
 struct float4 { float x, y, z, w; };
+struct float2 { float x, y; };
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -29,7 +30,7 @@ alignas(16) float4 room[1 << 14];
 static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
 static std::vector<float> exchange;
-static unsigned running;
+static unsigned running, threads_of_block, blocks_of_cluster = 1;
 
 inline void give_way() { swapcontext(&fibers[running], &scheduler); }
 inline void __syncwarp() { give_way(); }
@@ -54,9 +55,9 @@ inline unsigned one_to_bf16(float x) {
 }
 inline unsigned floats_to_bf16(float low, float high) { return one_to_bf16(low) | one_to_bf16(high) << 16; }
 inline float across(float x, int mask) {
-  exchange[threadIdx.x] = x;
+  exchange[running] = x;
   give_way();
-  float other = exchange[threadIdx.x ^ mask];
+  float other = exchange[running ^ mask];
   give_way();
   return other;
 }
@@ -76,14 +77,34 @@ inline float4 fresh4(const float* from) { return *reinterpret_cast<const float4*
 inline uint4 fresh16(const void* from) { return *static_cast<const uint4*>(from); }
 inline unsigned fresh2(const void* from) { return *static_cast<const uint16_t*>(from); }
 inline uint4 once16(const void* from) { return fresh16(from); }
+inline void bring16(void* to, const void* from) { std::memcpy(to, from, 16); }
+inline void all_brought() {}
+inline void end_of_group() {}
+template <int n> inline void all_groups_brought_but() {}
 inline void wait_for_kernel_before() {}
+inline void wait_for_end_before() {}
+inline void let_next_begin() {}
+// A cluster's blocks run side by side, so that any barrier is one of all of them.
+#define CLUSTERED(n)
+static std::vector<float4> rooms;
+inline float4* room_of(unsigned rank) { return rooms.data() + (size_t(rank) << 14); }
+inline float4* own_room() { return room_of(running / threads_of_block); }
+typedef unsigned long long Gate;
+inline void expect(Gate*, int) {}
+inline void say_begun() {}
+inline void wait_for_others() { give_way(); }
+inline void wait_at(Gate*) { give_way(); }
+inline void push(float* at, Gate*, int rank, float x) {
+  float* there = reinterpret_cast<float*>(room_of(rank));
+  there[at - reinterpret_cast<float*>(own_room())] = x;
+}
 struct Operands { unsigned a[4], b[2]; };
-static std::vector<Operands> operands(1024);
+static std::vector<Operands> operands(4096);
 inline float bf16_of(unsigned pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }
 inline void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  operands[threadIdx.x] = {{a0, a1, a2, a3}, {b0, b1}};
+  operands[running] = {{a0, a1, a2, a3}, {b0, b1}};
   give_way();
-  unsigned warp = threadIdx.x & ~31u, lane = threadIdx.x % 32;
+  unsigned warp = running & ~31u, lane = running % 32;
   for (int i = 0; i < 4; ++i) {
     unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     for (unsigned k = 0; k < 16; ++k) {

@@ -1,12 +1,15 @@
 """The CUDA kernels of a step of Mamba blocks, emulated on the CPU: against float64, one block after another."""
 
+from importlib import import_module
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from polymamba.kernels import nvrtc
-from polymamba.kernels.mamba_step import MambaWeights, cuda, mamba_step_reference
+from polymamba.kernels import causal_conv1d_step, mamba_step, nvrtc, selective_scan_step
+from polymamba.kernels.mamba_step import MambaWeights, cuda, cuda_middle, mamba_step_reference
 
 CASES = {  # rows, width, inner width, rank, taps
     "few": (3, 256, 512, 48, 4),
@@ -21,9 +24,13 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
-    cuda._kernels.cache_clear()
+    monkeypatch.setattr(cuda_middle, "CLUSTER", 2)
+    made = cuda._kernels, cuda_middle._kernel, cuda_middle._with_all_at_once
+    for function in made:
+        function.cache_clear()
     yield
-    cuda._kernels.cache_clear()
+    for function in made:
+        function.cache_clear()
 
 
 def problem(rows, width, inner, rank, taps, n_layers=2):
@@ -95,6 +102,75 @@ def test_what_the_stack_does_not_serve(on_the_cpu):
     assert not cuda.serves(x[:2], [(c[:2], s[:2]) for c, s in states], weights, False)  # for those Triton is faster
     assert not cuda.serves(x, [(c, s.bfloat16()) for c, s in states], weights, False)
     assert not cuda.serves(x, states, [weights[0], weights[1]._replace(D=weights[1].D.float())], False)
+
+
+MIDDLES = {  # rows, sequences of a cluster, inner width, rank, taps
+    "one each": (3, 1, 256, 16, 4),
+    "some": (5, 3, 128, 48, 2),
+    "many": (18, 17, 512, 16, 3),
+}
+
+
+@pytest.mark.parametrize("case", MIDDLES)
+def test_middle(case, on_the_cpu, monkeypatch, assert_close):
+    """Two steps of what lies between the projections, against single operators in float64."""
+    rows, at_once, *sizes = MIDDLES[case]
+    monkeypatch.setattr(cuda_middle, "kernel_for", lambda *_: cuda_middle._kernel(*sizes, at_once, -1))
+    x, [state], [w] = problem(rows, 256, *sizes, n_layers=1)
+    uz = torch.randn(2, rows, 2 * sizes[0], generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert cuda_middle.serves(x, *state, w)
+    actual, expected = [t.clone() for t in state], [t.double() for t in state]
+    wide = MambaWeights(*(None if t is None else t.double() for t in w))
+    for each in uz:
+        y = cuda_middle.step(each, *actual, w)
+        u, z = each.double().chunk(2, dim=1)
+        u = causal_conv1d_step(expected[0], u, wide.conv, wide.conv_bias)
+        dt, B, C = (u @ wide.x_proj.T).split([sizes[1], 16, 16], dim=1)
+        scan = expected[1], u, dt @ wide.dt_proj.T, -wide.A_log.exp(), B[:, None], C[:, None], wide.D, z
+        wanted = selective_scan_step(*scan, delta_bias=wide.dt_bias, delta_softplus=True)
+    names = "y", "conv", "ssm"
+    assert_close(dict(zip(names, (y, *actual), strict=True)), dict(zip(names, (wanted, *expected), strict=True)), 1e-2)
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(3, 1), (16, 2), (64, 5), (256, 18), (1000, 20)])
+def test_all_clusters_run_at_once(rows, at_once, monkeypatch):
+    """Where the device says that it takes 15."""
+    monkeypatch.setattr(cuda_middle, "_kernel", lambda E, R, W, n, device: SimpleNamespace(at_once=n, clusters=15))
+    assert cuda_middle._with_all_at_once.__wrapped__(rows, 1536, 48, 4, 0).at_once == at_once
+
+
+def both_steps(x, state, w, backend=None):
+    """Two steps of one block: what it makes, and its states."""
+    state = [t.clone() for t in state]
+    for _ in range(2):
+        out, stream = mamba_step(x, None, *state, w, backend=backend)
+    return {"out": out, "stream": stream, "conv": state[0], "ssm": state[1]}
+
+
+def test_between_products(on_the_cpu, monkeypatch, device_of, assert_close):
+    """A step of many sequences, the rest of it in Triton."""
+    device_of("triton")
+    monkeypatch.setattr(import_module("polymamba.kernels.mamba_step.triton"), "FEW", 0)
+    x, [state], [w] = problem(3, 48, 128, 16, 4, n_layers=1)
+    taken, step = [], cuda_middle.step
+    monkeypatch.setattr(cuda_middle, "step", lambda *given: taken.append(1) or step(*given))
+    wide = MambaWeights(*(None if t is None else t.double() for t in w))
+    expected = both_steps(x.double(), [t.double() for t in state], wide, "reference")
+    assert_close(both_steps(x, state, w, "triton"), expected, 1e-2)
+    assert len(taken) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [65, 256, 301])
+def test_many_at_size(rows, assert_close):
+    """Against float64, and twice to the bit the same."""
+    x, [state], [w] = problem(rows, 768, 1536, 48, 4, n_layers=1)
+    wide = MambaWeights(*(None if t is None else t.double() for t in w))
+    expected = both_steps(x.double(), [t.double() for t in state], wide, "reference")
+    w, x, state = MambaWeights(*(None if t is None else t.cuda() for t in w)), x.cuda(), [t.cuda() for t in state]
+    first, again = both_steps(x, state, w), both_steps(x, state, w)
+    assert_close({name: t.cpu() for name, t in first.items()}, expected, 2e-2)
+    assert all(torch.equal(t, again[name]) for name, t in first.items())
 
 
 @pytest.mark.gpu

@@ -1,0 +1,89 @@
+"""What lies between the projections of a Mamba block, of one token, as one CUDA kernel: cuda_kernels/middle.cu.
+
+For bf16 weights and GPUs that have clusters of blocks (Hopper and later).
+
+Letters: B sequences, M model width, E inner width, R rank of dt, N states, W convolution width.
+"""
+
+import struct
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import nvrtc
+from .cuda_sources import addresses, capable, fits, give_up, source
+
+CLUSTER = 8  # blocks of a cluster, which have all channels of some sequences
+WIDEST = 2048  # E: measured, benchmarks/results/gpu_model.md
+MOST = 20  # sequences of a cluster
+
+
+def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
+    """Whether this takes these, x (B, M)."""
+    (n_channels, n_states), rank = w.A_log.shape, w.dt_proj.shape[1]
+    return (
+        n_channels <= WIDEST
+        and n_channels % (32 * CLUSTER) == rank % 16 == 0
+        and 2 * n_channels >= rank + 2 * n_states
+        and n_states == 16
+        and w.conv.shape[1] > 1
+        and capable(x)
+        and x.dtype == conv.dtype == torch.bfloat16
+        and ssm.dtype == torch.float32
+        and all(fits(t, x) for t in w[3:10])
+        and all(t.data_ptr() % 16 == 0 and t.device == x.device for t in (conv, ssm))
+    )
+
+
+def step(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
+    """uz (B, 2E), what in_proj makes -> y (B, E), what out_proj reads; states in place. None where NVRTC fails."""
+    device, y = uz.get_device(), uz.new_empty(len(uz), uz.shape[1] // 2)
+    with torch.cuda.device_of(uz):
+        try:
+            kernel = kernel_for(len(uz), w, device)
+        except nvrtc.Unavailable as error:
+            return give_up(device, error)
+        kernel(uz, conv, ssm, w, y)
+    return y
+
+
+class _Kernel:
+    """For clusters that have `at_once` sequences each."""
+
+    def __init__(self, E: int, R: int, W: int, at_once: int, device: int):
+        self.at_once, self.threads = at_once, 2 * E // CLUSTER
+        sizes = {"E": E, "R": R, "W": W, "CLUSTER": CLUSTER, "SEQS": at_once}
+        self.kernel = nvrtc.kernel(source("middle.cu", **sizes), "middle", device)
+        self.clusters = 16 if nvrtc.EMULATED else self.kernel.clusters_at_once(self.threads, CLUSTER)
+
+    def __call__(self, uz: Tensor, conv: Tensor, ssm: Tensor, w, y: Tensor) -> None:
+        tensors = w.conv, w.conv_bias, w.x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D, conv, ssm, uz, y
+        blocks = -(-len(y) // self.at_once) * CLUSTER
+        self.kernel(blocks, self.threads, struct.pack("12q", *addresses(*tensors), len(y)), early=True)
+
+
+def kernel_for(n_rows: int, w, device: int) -> _Kernel:
+    """Raises nvrtc.Unavailable."""
+    return _with_all_at_once(n_rows, *w.dt_proj.shape, w.conv.shape[1], device)
+
+
+@lru_cache(64)
+def _with_all_at_once(n_rows: int, E: int, R: int, W: int, device: int) -> _Kernel:
+    """With as many sequences a cluster as it takes for all clusters to run at once, if that is not too many.
+
+    How many clusters run at once is for the device to say: a GPU's processors stand in groups of unequal size.
+    """
+    most = min(MOST, 2 * E // (R + 32))  # a block adds up a value with each of its threads at most
+    at_once = min(-(-n_rows // 16), most)
+    while True:
+        kernel = _kernel(E, R, W, at_once, device)
+        wanted = min(-(-n_rows // kernel.clusters), most)
+        if wanted <= at_once:
+            return kernel
+        at_once = wanted
+
+
+@lru_cache(64)
+def _kernel(E: int, R: int, W: int, at_once: int, device: int) -> _Kernel:
+    return _Kernel(E, R, W, at_once, device)
