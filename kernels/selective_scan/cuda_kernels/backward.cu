@@ -16,12 +16,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   extern __shared__ float4 room[];
   Shared& block = *reinterpret_cast<Shared*>(room);
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  const Place a(p, blockIdx.x % n_tiles);
+  Place a(p, blockIdx.x % n_tiles);
+  a.turn = turn_of(a.lane / S);
   WarpShared& shared = block.warp[a.warp];
   const int64 number = blockIdx.x / n_tiles;
   const Piece span(p, number, pieces_of(p.length, SPAN), SPAN);
   const int length = span.length;
   const int end = span.begin + SPAN < length ? span.begin + SPAN : length;
+  const int mine_end = a.in_row ? end : 0;  // of the lane's channels in a row
   const int mine = a.lane / S * CL;  // the lane's first channel in a row, as holder of states
 
   Pairs A2, grad, sum_dA;  // grad: dL/dh after the step at hand
@@ -70,13 +72,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
   Elements next;
   auto load = [&](int step, int end) {
-    dy_rows.load(next.dy, a, step, end);
-    u_rows.load(next.u, a, step, end);
+    load_rows(next.dy, dy_rows, a, step, end);
+    load_rows(next.u, u_rows, a, step, end);
 #if GATE
-    z_rows.load(next.z, a, step, end);
+    load_rows(next.z, z_rows, a, step, end);
 #endif
   };
-  load(end > 0 ? (end - 1) / T * T : 0, end);
+  load(end > 0 ? (end - 1) / T * T : 0, mine_end);
+
+  Late late;
+  late.clear(end);
+  // What is done for each element of a tile once its sums over states are there, and the block's dB and dC.
+  auto finish = [&]() {
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      const int t = i * ROWS + a.row, step = late.first + t;
+      float total[KINDS][V], gradient[V];
+#pragma unroll
+      for (int kind = 0; kind < KINDS; ++kind) add_parts(shared.sums[kind][t], t, a.column, total[kind]);
+      const bool there = step < mine_end;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float x = late.u[i].get(v);
+        sum_dD[v] = __fmaf_rn(late.dout[i][v], x, sum_dD[v]);
+        gradient[v] = __fmaf_rn(total[1][v], LN2, total[0][v] * x);
+#if SOFTPLUS
+        gradient[v] *= late.slope[i][v];
+#endif
+        if (there) sum_dbias[v] += gradient[v];
+      }
+      Packed<DELTA, V> ddelta;
+      ddelta.set(gradient);
+      ddelta.store_if(there, ddelta_rows.at(step));
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        gradient[v] = __fmaf_rn(total[0][v], late.dt[i][v], late.dout[i][v] * skip[v]);
+      Packed<U, V> du;
+      du.set(gradient);
+      du.store_if(there, du_rows.at(step));
+#if GATE
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        gradient[v] = __fmaf_rn(skip[v], late.u[i].get(v), total[2][v]) * late.z_factor[i][v];
+      Packed<Z, V> dz;
+      dz.set(gradient);
+      dz.store_if(there, dz_rows.at(step));
+#endif
+    }
+#if !STATIC_B || !STATIC_C
+    add_over_block(block.summands[buffer ^ 1], share_B, share_C, p.share_stride, late.first, end);
+#endif
+  };
 
   // (channel, state) pairs of dt u B at step t of the piece, and its dt
   auto inputs = [&](int t, float(&dt)[CL], Pairs& drive) {
@@ -87,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b_static[j][i]);
 #else
     float b[NL];
-    load_floats(&block.B[t][a.n], b);
+    load_floats(&block.B[t][a.lane / S % ORDERS][a.n], b);
     EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b[i]);
 #endif
   };
@@ -113,15 +159,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       Packed<DELTA, V> delta[TILES][ITS];
 #pragma unroll
       for (int k = 0; k < TILES; ++k) {
-        u_rows.load(u[k], a, from + k * T, end);
-        delta_rows.load(delta[k], a, from + k * T, end);
+        load_rows(u[k], u_rows, a, from + k * T, mine_end);
+        load_rows(delta[k], delta_rows, a, from + k * T, mine_end);
       }
       __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
-      rows_B.put(&block.B[0][0], threadIdx.x);
+      put_in_orders(rows_B, block.B);
 #endif
 #if !STATIC_C
-      if (at_hand) rows_C.put(&block.C[0][0], threadIdx.x);
+      if (at_hand) put_in_orders(rows_C, block.C);
 #endif
 #pragma unroll
       for (int k = 0; k < TILES; ++k)
@@ -171,7 +217,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       // Loaded while the tile before was computed; now the next tile's are.
       const Elements now = next;
       const int before = k > 0 ? first + (k - 1) * T : first - T;
-      load(before, before < span.begin ? before : end);
+      load(before, before < span.begin ? before : mine_end);
+      finish();  // the tile before: the compiler mixes it with what follows
       Pairs states[T + 1], decays[T];
       EACH_PAIR states[0][j][i] = h[j][i];
 #pragma unroll
@@ -183,22 +230,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         advance(states[t + 1], decays[t], dt, drive, A2);
       }
 
-      float dout[ITS][V];
-#if GATE
-      float z_factor[ITS][V];  // of y in dz
-#endif
 #pragma unroll
       for (int i = 0; i < ITS; ++i) {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          dout[i][v] = now.dy[i].get(v);
+          late.dout[i][v] = now.dy[i].get(v);
 #if GATE
           const float gate = now.z[i].get(v), sig = sigmoid(gate);
-          z_factor[i][v] = dout[i][v] * sig * __fmaf_rn(gate, 1.0f - sig, 1.0f);
-          dout[i][v] *= gate * sig;
+          late.z_factor[i][v] = late.dout[i][v] * sig * __fmaf_rn(gate, 1.0f - sig, 1.0f);
+          late.dout[i][v] *= gate * sig;
 #endif
         }
-        store_floats(&shared.dout[i * ROWS + a.row][a.column], dout[i]);
+        store_floats(&shared.dout[i * ROWS + a.row][a.column], late.dout[i]);
       }
       __syncwarp();
 
@@ -250,20 +293,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #if GATE
         leave_parts(shared.sums[2][t], t, a.lane, y);
 #endif
-#pragma unroll
-        for (int v = 0; v < PARTS / 2; ++v) {
-          float mine[NV];
 #if !STATIC_B
-#pragma unroll
-          for (int i = 0; i < NV; ++i) mine[i] = dB[v * NV + i];
-          store_floats(shared.part[t * PARTS + v][a.lane], mine);
+        leave_summands(dB, block.summands[buffer][t][0], a);
 #endif
 #if !STATIC_C
-#pragma unroll
-          for (int i = 0; i < NV; ++i) mine[i] = dC[v * NV + i];
-          store_floats(shared.part[t * PARTS + PARTS / 2 + v][a.lane], mine);
+        leave_summands(dC, block.summands[buffer][t][1], a);
 #endif
-        }
       }
       if (k > 0) {
 #pragma unroll
@@ -276,56 +311,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             for (int i = 0; i < NV; ++i) h[j][v * NV + i] = x[i];
           }
       }
-      __syncwarp();
-
 #pragma unroll
       for (int i = 0; i < ITS; ++i) {
-        const int t = i * ROWS + a.row;
-        float total[KINDS][V], dt[V], slope[V], gradient[V];
-#pragma unroll
-        for (int kind = 0; kind < KINDS; ++kind) add_parts(shared.sums[kind][t], t, a.column, total[kind]);
-        load_floats(&shared.dt[k * T + t][a.column], dt);
+        late.u[i] = now.u[i];
+        const int t = k * T + i * ROWS + a.row;
+        load_floats(&shared.dt[t][a.column], late.dt[i]);
 #if SOFTPLUS
-        load_floats(&shared.slope[k * T + t][a.column], slope);
-#endif
-        const bool there = a.in_row && first + k * T + t < end;
-        const int step = first + k * T + t;
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const float x = now.u[i].get(v);
-          sum_dD[v] = __fmaf_rn(dout[i][v], x, sum_dD[v]);
-          gradient[v] = __fmaf_rn(total[1][v], LN2, total[0][v] * x);
-#if SOFTPLUS
-          gradient[v] *= slope[v];
-#endif
-          if (there) sum_dbias[v] += gradient[v];
-        }
-        Packed<DELTA, V> ddelta;
-        ddelta.set(gradient);
-        ddelta.store_if(there, ddelta_rows.at(step));
-#pragma unroll
-        for (int v = 0; v < V; ++v) gradient[v] = __fmaf_rn(total[0][v], dt[v], dout[i][v] * skip[v]);
-        Packed<U, V> du;
-        du.set(gradient);
-        du.store_if(there, du_rows.at(step));
-#if GATE
-#pragma unroll
-        for (int v = 0; v < V; ++v) gradient[v] = __fmaf_rn(skip[v], now.u[i].get(v), total[2][v]) * z_factor[i][v];
-        Packed<Z, V> dz;
-        dz.set(gradient);
-        dz.store_if(there, dz_rows.at(step));
+        load_floats(&shared.slope[t][a.column], late.slope[i]);
 #endif
       }
-
+      late.first = first + k * T;
 #if !STATIC_B || !STATIC_C
-      add_over_warp(shared, block.of_warp[buffer][a.warp], a.lane);
+      buffer ^= 1;
+#endif
+#if !STATIC_B || !STATIC_C
       __syncthreads();
-      add_over_block(block.of_warp[buffer], share_B, share_C, p.share_stride, first + k * T, end);
-      buffer ^= 1;  // so one barrier for each tile is enough
+#else
+      __syncwarp();
 #endif
     }
 
     if (first % UNIT == 0) {  // what the steps of a unit have in common
+      finish();
+      late.clear(end);
       const int64 unit = span.number_of(p, first, UNIT), of_unit = unit * N * p.n_channels;
       store_by_state(p.share_A + of_unit, sum_dA, p, a);
       zero(sum_dA);
