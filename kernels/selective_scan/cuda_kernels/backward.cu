@@ -24,7 +24,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const int length = span.length;
   const int end = span.begin + SPAN < length ? span.begin + SPAN : length;
   const int mine_end = a.in_row ? end : 0;  // of the lane's channels in a row
-  const int mine = a.lane / S * CL;  // the lane's first channel in a row, as holder of states
 
   Pairs A2, grad, sum_dA;  // grad: dL/dh after the step at hand
   load_by_channel(A2, p.A, a);
@@ -124,18 +123,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #endif
   };
 
-  // (channel, state) pairs of dt u B at step t of the piece, and its dt
-  auto inputs = [&](int t, float(&dt)[CL], Pairs& drive) {
-    float dtu[CL];
-    load_floats(&shared.dt[t][mine], dt);
-    load_floats(&shared.dtu[t][mine], dtu);
-#if STATIC_B
-    EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b_static[j][i]);
-#else
-    float b[NL];
-    load_floats(&block.B[t][a.lane / S % ORDERS][a.n], b);
-    EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b[i]);
-#endif
+  // One step of the state, of which x is known: its decays, too.
+  auto advance = [&](Pairs& h, Pairs& decay, const Step& x) {
+    EACH_PAIR {
+      decay[j][i] = exp2_fast(__fmul_rn(x.dt[j], A2[j][i]));
+      h[j][i] = __fmaf_rn(decay[j][i], h[j][i], __fmul_rn(x.dtu[j], B_AT(j, i)));
+    }
   };
 
   for (int first = (end - 1) / STRETCH * STRETCH; first >= span.begin && end > 0; first -= STRETCH) {
@@ -169,29 +162,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #if !STATIC_C
       if (at_hand) put_in_orders(rows_C, block.C);
 #endif
-#pragma unroll
-      for (int k = 0; k < TILES; ++k)
+      auto leave_steps = [&](int k) {  // the step sizes of a tile
 #pragma unroll
         for (int i = 0; i < ITS; ++i) {
           const int t = k * T + i * ROWS + a.row;
-          float dt[V], dtu[V], slope[V];
+          float steps[2 * V], slope[V];
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            dt[v] = step_size(delta[k][i].get(v) + bias[v], slope[v]);
-            if (from + t >= end) dt[v] = 0.0f;  // leaves the state, and its gradient, as they are
-            dtu[v] = dt[v] * u[k][i].get(v);
+            float& dt = steps[2 * v];
+            dt = step_size(delta[k][i].get(v) + bias[v], slope[v]);
+            if (from + t >= end) dt = 0.0f;  // leaves the state, and its gradient, as they are
+            steps[2 * v + 1] = dt * u[k][i].get(v);
           }
-          store_floats(&shared.dt[t][a.column], dt);
-          store_floats(&shared.dtu[t][a.column], dtu);
+          store_floats(&shared.steps[t][a.column][0], steps);
 #if SOFTPLUS
           store_floats(&shared.slope[t][a.column], slope);
 #endif
         }
+      };
+      leave_steps(0);
       __syncthreads();
 
+      // Through the tiles, for the states before each; mixed by the compiler with the next one's step sizes.
       const int tiles = at_hand ? last : TILES;
-      for (int k = 0; k < tiles; ++k) {
-        if (at_hand) {
+#pragma unroll
+      for (int k = 0; k < TILES; ++k) {
+        if (k >= tiles || (STRETCH == EVERY && k + 1 == TILES)) break;
+        if (k + 1 < TILES && at_hand) {
 #pragma unroll
           for (int j = 0; j < CL; ++j)
 #pragma unroll
@@ -204,11 +201,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
 #pragma unroll
         for (int t = 0; t < T; ++t) {
-          float dt[CL];
-          Pairs drive, decay;
-          inputs(k * T + t, dt, drive);
-          advance(h, decay, dt, drive, A2);
+          Step x;
+          Pairs decay;
+          x.read(block, shared, k * T + t, a);
+          advance(h, decay, x);
         }
+        if (k + 1 < TILES) leave_steps(k + 1);
+        __syncwarp();
       }
       if (STRETCH == EVERY) break;  // so that the compiler knows: it makes fewer instructions of all the rest
     }
@@ -221,13 +220,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       finish();  // the tile before: the compiler mixes it with what follows
       Pairs states[T + 1], decays[T];
       EACH_PAIR states[0][j][i] = h[j][i];
+      Step in[2];
 #pragma unroll
       for (int t = 0; t < T; ++t) {
-        float dt[CL];
-        Pairs drive;
-        inputs(k * T + t, dt, drive);
+        Step& x = in[t % 2];
+        x.read(block, shared, k * T + t, a);
         EACH_PAIR states[t + 1][j][i] = states[t][j][i];
-        advance(states[t + 1], decays[t], dt, drive, A2);
+        advance(states[t + 1], decays[t], x);
       }
 
 #pragma unroll
@@ -246,12 +245,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       __syncwarp();
 
       // A store to shared memory holds up all later loads from it: so a step is read before the last one's sums are left.
-      Step in[2];
-      in[(T - 1) % 2].read(block, shared, k * T, T - 1, a);
+      in[(T - 1) % 2].read_more(block, shared, k * T, T - 1, a);
 #pragma unroll
       for (int t = T - 1; t >= 0; --t) {
         const Step& x = in[t % 2];
-        if (t > 0) in[(t - 1) % 2].read(block, shared, k * T, t - 1, a);
+        if (t > 0) {
+          in[(t - 1) % 2].read(block, shared, k * T + t - 1, a);
+          in[(t - 1) % 2].read_more(block, shared, k * T, t - 1, a);
+        }
         float d_dtu[CL], d_dt[CL];
 #if GATE
         float y[CL];
@@ -315,7 +316,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       for (int i = 0; i < ITS; ++i) {
         late.u[i] = now.u[i];
         const int t = k * T + i * ROWS + a.row;
-        load_floats(&shared.dt[t][a.column], late.dt[i]);
+        float steps[2 * V];
+        load_floats(&shared.steps[t][a.column][0], steps);
+#pragma unroll
+        for (int v = 0; v < V; ++v) late.dt[i][v] = steps[2 * v];
 #if SOFTPLUS
         load_floats(&shared.slope[t][a.column], late.slope[i]);
 #endif

@@ -17,7 +17,7 @@ constexpr int READ = SUMS >= 4 * THREADS ? 4 : SUMS >= 2 * THREADS ? 2 : 1;  // 
 constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradients of dt u, of dt, and y
 
 struct WarpShared {
-  alignas(16) float dt[STRETCH][WC], dtu[STRETCH][WC];
+  alignas(16) float steps[STRETCH][WC][2];  // dt and dt u
 #if SOFTPLUS
   alignas(16) float slope[STRETCH][WC];
 #endif
@@ -130,26 +130,24 @@ struct Step {
   float c[NL];
 #endif
 
-  INLINE void read(const Shared& block, const WarpShared& shared, int first, int t, const Place& a) {
-    load_floats(&shared.dt[first + t][a.lane / S * CL], dt);
-    load_floats(&shared.dtu[first + t][a.lane / S * CL], dtu);
-    load_floats(&shared.dout[t][a.lane / S * CL], dout);
+  // Step t of the piece: what the state needs.
+  INLINE void read(const Shared& block, const WarpShared& shared, int t, const Place& a) {
+    float steps[2 * CL];
+    load_floats(&shared.steps[t][a.lane / S * CL][0], steps);
+#pragma unroll
+    for (int j = 0; j < CL; ++j) dt[j] = steps[2 * j], dtu[j] = steps[2 * j + 1];
 #if !STATIC_B
-    load_floats(&block.B[first + t][a.lane / S % ORDERS][a.n], b);
+    load_floats(&block.B[t][a.lane / S % ORDERS][a.n], b);
 #endif
+  }
+  // Step t of the tile that begins at `first`: what the way back needs besides.
+  INLINE void read_more(const Shared& block, const WarpShared& shared, int first, int t, const Place& a) {
+    load_floats(&shared.dout[t][a.lane / S * CL], dout);
 #if !STATIC_C
     load_floats(&block.C[first + t][a.lane / S % ORDERS][a.n], c);
 #endif
   }
 };
-
-// One step of the state: its decays, too.
-INLINE void advance(Pairs& h, Pairs& decay, const float (&dt)[CL], const Pairs& drive, const Pairs& A2) {
-  EACH_PAIR {
-    decay[j][i] = exp2_fast(__fmul_rn(dt[j], A2[j][i]));
-    h[j][i] = __fmaf_rn(decay[j][i], h[j][i], drive[j][i]);
-  }
-}
 
 #if !STATIC_B || !STATIC_C
 // A lane's part of a step's dB or dC, summed over ORDERS lanes, to the block's.
