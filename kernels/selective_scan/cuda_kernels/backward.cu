@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   Shared& block = *reinterpret_cast<Shared*>(room);
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
   Place a(p, blockIdx.x % n_tiles);
-  a.turn = turn_of(a.lane / S);
+  place_in_block(p, a);
   WarpShared& shared = block.warp[a.warp];
   const int64 number = blockIdx.x / n_tiles;
   const Piece span(p, number, pieces_of(p.length, SPAN), SPAN);
@@ -66,7 +66,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const int64 of_tile = int64(a.tile) * p.n_tokens * (p.n_channels / p.per_group) * N + a.group * N;
   float* share_B = first_row(p.share_B + of_tile, p.share_stride, p, span);
   float* share_C = first_row(p.share_C + of_tile, p.share_stride, p, span);
-  int buffer = 0;
 #endif
 
   Elements next;
@@ -88,7 +87,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       const int t = i * ROWS + a.row, step = late.first + t;
       float total[KINDS][V], gradient[V];
 #pragma unroll
-      for (int kind = 0; kind < KINDS; ++kind) add_parts(shared.sums[kind][t], t, a.column, total[kind]);
+      for (int kind = 0; kind < KINDS; ++kind)
+        add_parts(block.warp[a.column / WC].sums[kind][t], t, a.column % WC, total[kind]);
       const bool there = step < mine_end;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #endif
     }
 #if !STATIC_B || !STATIC_C
-    add_over_block(block.summands[buffer ^ 1], share_B, share_C, p.share_stride, late.first, end);
+    add_over_block(block.summands, share_B, share_C, p.share_stride, late.first, end);
 #endif
   };
 
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   for (int first = (end - 1) / STRETCH * STRETCH; first >= span.begin && end > 0; first -= STRETCH) {
     const int saved_at = STRETCH == EVERY ? first : first / EVERY * EVERY;
     Pairs h;
-    load_by_state(h, p.saved + (span.start / EVERY + span.s + saved_at / EVERY) * N * p.n_channels, p, a);
+    load_states(h, p.saved + (span.start / EVERY + span.s + saved_at / EVERY) * N * p.n_channels, p, a);
     const int last = ((end - first < STRETCH ? end - first : STRETCH) - 1) / T;  // tile of the piece
 
     for (int from = saved_at; from <= first; from += STRETCH) {
@@ -157,10 +157,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       }
       __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
-      put_in_orders(rows_B, block.B);
+      rows_B.put(&block.B[0][0], threadIdx.x);
 #endif
 #if !STATIC_C
-      if (at_hand) put_in_orders(rows_C, block.C);
+      if (at_hand) rows_C.put(&block.C[0][0], threadIdx.x);
 #endif
       auto leave_steps = [&](int k) {  // the step sizes of a tile
 #pragma unroll
@@ -174,9 +174,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             if (from + t >= end) dt = 0.0f;  // leaves the state, and its gradient, as they are
             steps[2 * v + 1] = dt * u[k][i].get(v);
           }
-          store_floats(&shared.steps[t][a.column][0], steps);
+          store_floats(&block.steps[t][a.column][0], steps);
 #if SOFTPLUS
-          store_floats(&shared.slope[t][a.column], slope);
+          store_floats(&block.slope[t][a.column], slope);
 #endif
         }
       };
@@ -190,24 +190,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (k >= tiles || (STRETCH == EVERY && k + 1 == TILES)) break;
         if (k + 1 < TILES && at_hand) {
 #pragma unroll
-          for (int j = 0; j < CL; ++j)
+          for (int v = 0; v < CL * NL / NV; ++v) {
+            float x[NV];
 #pragma unroll
-            for (int v = 0; v < NL / NV; ++v) {
-              float x[NV];
-#pragma unroll
-              for (int i = 0; i < NV; ++i) x[i] = h[j][v * NV + i];
-              store_floats(&shared.before[k][j][v][a.lane][0], x);
-            }
+            for (int i = 0; i < NV; ++i) x[i] = h[(v * NV + i) % CL][(v * NV + i) / CL];
+            store_floats(shared.before[k][v][a.lane], x);
+          }
         }
 #pragma unroll
         for (int t = 0; t < T; ++t) {
           Step x;
           Pairs decay;
-          x.read(block, shared, k * T + t, a);
+          x.read(block, k * T + t, a);
           advance(h, decay, x);
         }
         if (k + 1 < TILES) leave_steps(k + 1);
-        __syncwarp();
+        __syncthreads();
       }
       if (STRETCH == EVERY) break;  // so that the compiler knows: it makes fewer instructions of all the rest
     }
@@ -224,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
       for (int t = 0; t < T; ++t) {
         Step& x = in[t % 2];
-        x.read(block, shared, k * T + t, a);
+        x.read(block, k * T + t, a);
         EACH_PAIR states[t + 1][j][i] = states[t][j][i];
         advance(states[t + 1], decays[t], x);
       }
@@ -240,18 +238,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           late.dout[i][v] *= gate * sig;
 #endif
         }
-        store_floats(&shared.dout[i * ROWS + a.row][a.column], late.dout[i]);
+        store_floats(&block.dout[i * ROWS + a.row][a.column], late.dout[i]);
       }
-      __syncwarp();
+      __syncthreads();
 
       // A store to shared memory holds up all later loads from it: so a step is read before the last one's sums are left.
-      in[(T - 1) % 2].read_more(block, shared, k * T, T - 1, a);
+      in[(T - 1) % 2].read_more(block, k * T, T - 1, a);
 #pragma unroll
       for (int t = T - 1; t >= 0; --t) {
         const Step& x = in[t % 2];
         if (t > 0) {
-          in[(t - 1) % 2].read(block, shared, k * T + t - 1, a);
-          in[(t - 1) % 2].read_more(block, shared, k * T, t - 1, a);
+          in[(t - 1) % 2].read(block, k * T + t - 1, a);
+          in[(t - 1) % 2].read_more(block, k * T, t - 1, a);
         }
         float d_dtu[CL], d_dt[CL];
 #if GATE
@@ -295,44 +293,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         leave_parts(shared.sums[2][t], t, a.lane, y);
 #endif
 #if !STATIC_B
-        leave_summands(dB, block.summands[buffer][t][0], a);
+        store_floats(&block.summands[t][0][threadIdx.x / S * NP + a.n], dB);
 #endif
 #if !STATIC_C
-        leave_summands(dC, block.summands[buffer][t][1], a);
+        store_floats(&block.summands[t][1][threadIdx.x / S * NP + a.n], dC);
 #endif
       }
       if (k > 0) {
 #pragma unroll
-        for (int j = 0; j < CL; ++j)
+        for (int v = 0; v < CL * NL / NV; ++v) {
+          float x[NV];
+          load_floats(shared.before[k - 1][v][a.lane], x);
 #pragma unroll
-          for (int v = 0; v < NL / NV; ++v) {
-            float x[NV];
-            load_floats(&shared.before[k - 1][j][v][a.lane][0], x);
-#pragma unroll
-            for (int i = 0; i < NV; ++i) h[j][v * NV + i] = x[i];
-          }
+          for (int i = 0; i < NV; ++i) h[(v * NV + i) % CL][(v * NV + i) / CL] = x[i];
+        }
       }
 #pragma unroll
       for (int i = 0; i < ITS; ++i) {
         late.u[i] = now.u[i];
         const int t = k * T + i * ROWS + a.row;
         float steps[2 * V];
-        load_floats(&shared.steps[t][a.column][0], steps);
+        load_floats(&block.steps[t][a.column][0], steps);
 #pragma unroll
         for (int v = 0; v < V; ++v) late.dt[i][v] = steps[2 * v];
 #if SOFTPLUS
-        load_floats(&shared.slope[t][a.column], late.slope[i]);
+        load_floats(&block.slope[t][a.column], late.slope[i]);
 #endif
       }
       late.first = first + k * T;
-#if !STATIC_B || !STATIC_C
-      buffer ^= 1;
-#endif
-#if !STATIC_B || !STATIC_C
       __syncthreads();
-#else
-      __syncwarp();
-#endif
     }
 
     if (first % UNIT == 0) {  // what the steps of a unit have in common
@@ -349,12 +338,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       store_by_state(p.share_C + of_unit, sum_dC, p, a);
       zero(sum_dC);
 #endif
+      // Over the rows that the block takes at once, in order.
+      __syncthreads();
+      float(&of_rows)[2][ROWS][BC] = block.of_rows();
+      store_floats(&of_rows[0][a.row][a.column], sum_dD);
+      store_floats(&of_rows[1][a.row][a.column], sum_dbias);
+      __syncthreads();
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-#pragma unroll
-        for (int mask = ROW_LANES; mask < 32; mask *= 2) {
-          sum_dD[v] = add_across(sum_dD[v], mask);
-          sum_dbias[v] = add_across(sum_dbias[v], mask);
+        for (int row = 1; row < ROWS; ++row) {
+          sum_dD[v] += of_rows[0][row][a.column + v];
+          sum_dbias[v] += of_rows[1][row][a.column + v];
         }
         if (a.row == 0 && a.in_row) {
           if (p.share_D) p.share_D[unit * p.n_channels + a.e + v] = sum_dD[v];

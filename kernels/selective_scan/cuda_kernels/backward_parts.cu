@@ -6,61 +6,58 @@ constexpr int TILES = STRETCH / T;         // of a piece
 constexpr int NV = 4;                      // numbers moved at once
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
 static_assert(STRETCH % T == 0 && EVERY % STRETCH == 0, "pieces of time must nest");
-// Sums over channels: lanes with the same states halve what they have to sum, each pair of them by shuffles, until ORDERS
-// lanes have KEPT states each; GROUPS / ORDERS such sums are left in a warp, SUMMANDS in a block.
-constexpr int ORDERS = NL < GROUPS ? NL : GROUPS;
-constexpr int KEPT = NL / ORDERS;
-constexpr int SUMMANDS = WARPS * GROUPS / ORDERS;
+constexpr int SUMMANDS = WARPS * GROUPS;   // of a sum over a block's channels, for dB and dC: a lane adds up its own
 constexpr int SUMMAND_ROW = SUMMANDS * NP + NP % 32;  // rows of different sums on different banks
 constexpr int SUMS = T * 2 * NP;           // numbers that a tile's dB and dC have
 constexpr int READ = SUMS >= 4 * THREADS ? 4 : SUMS >= 2 * THREADS ? 2 : 1;  // of which a thread adds these up at once
 constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradients of dt u, of dt, and y
 
+constexpr int BC = WARPS * WC;             // channels of a block, which shares out rows among all its lanes
 struct WarpShared {
-  alignas(16) float steps[STRETCH][WC][2];  // dt and dt u
-#if SOFTPLUS
-  alignas(16) float slope[STRETCH][WC];
-#endif
-  alignas(16) float dout[T][WC];
   alignas(16) float sums[KINDS][T][PART_ROW];
-  alignas(16) float before[TILES > 1 ? TILES - 1 : 1][CL][NL / NV][32][NV];
+  alignas(16) float before[TILES > 1 ? TILES - 1 : 1][CL * NL / NV][32][NV];  // by state, then channel
 };
 struct Shared {
   WarpShared warp[WARPS];
+  alignas(16) float steps[STRETCH][BC][2];  // dt and dt u
+#if SOFTPLUS
+  alignas(16) float slope[STRETCH][BC];
+#endif
+  alignas(16) float dout[T][BC];
+
+  // Once no tile is at hand: of dD and dbias.
+  INLINE float (&of_rows())[2][ROWS][BC] { return reinterpret_cast<float(&)[2][ROWS][BC]>(steps); }
 #if !STATIC_B
-  alignas(16) float B[STRETCH][ORDERS][NP];
+  alignas(16) float B[STRETCH][NP];
 #endif
 #if !STATIC_C
-  alignas(16) float C[STRETCH][ORDERS][NP];
+  alignas(16) float C[STRETCH][NP];
 #endif
 #if !STATIC_B || !STATIC_C
-  alignas(16) float summands[2][T][2][SUMMAND_ROW];  // of dB and dC
+  alignas(16) float summands[T][2][SUMMAND_ROW];  // of dB and dC
 #endif
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
-// The order of states (Place::turn) of a group of lanes: so that of two lanes that share a sum, each keeps the lower half of
-// what it holds and sends the upper one, whoever it is.
-INLINE constexpr int turn_of(int group) {
-  int turn = 0;
-  for (int width = NL / 2, mask = 1; mask < ORDERS; width /= 2, mask *= 2)
-    if (group & mask) turn |= width;
-  return turn;
+// As one of those who share out rows: of the block's channels, so that a row is one piece of memory.
+INLINE void place_in_block(const Problem& p, Place& a) {
+  const int first = a.tile * BC;
+  a.row = threadIdx.x / (BC / V), a.column = threadIdx.x % (BC / V) * V;
+  a.e = a.group * p.per_group + int64(first) + a.column;
+  a.in_row = int64(first) + a.column < p.per_group;
 }
 
-// Rows of B or C to shared memory, in all orders of states.
-template <typename Rows> INLINE void put_in_orders(const Rows& rows, float (*to)[ORDERS][NP]) {
+// As load_by_state, a lane's two channels at once where their number is even.
+INLINE void load_states(Pairs& x, const float* from, const Problem& p, const Place& a) {
+  if constexpr (CL == 2 && V == 2) {
 #pragma unroll
-  for (int i = 0; i < Rows::ITS; ++i) {
-    const int k = i * THREADS + threadIdx.x, n = k % Rows::A_ROW * VB;
-#pragma unroll
-    for (int order = 0; order < ORDERS; ++order) {
-      const int turn = turn_of(order);
-      float values[VB];
-#pragma unroll
-      for (int j = 0; j < VB; ++j) values[j] = rows.x[i].get(j ^ (turn & (VB - 1)));
-      if (k < Rows::TOTAL) store_floats(&to[k / Rows::A_ROW][order][n ^ (turn & ~(VB - 1))], values);
+    for (int i = 0; i < NL; ++i) {
+      Packed<float, 2> both;
+      both.load_if(a.there > 0 && a.n + i < N, from + by_state(p, a, 0, i));
+      x[0][i] = both.get(0), x[1][i] = both.get(1);
     }
+  } else {
+    load_by_state(x, from, p, a);
   }
 }
 
@@ -131,38 +128,26 @@ struct Step {
 #endif
 
   // Step t of the piece: what the state needs.
-  INLINE void read(const Shared& block, const WarpShared& shared, int t, const Place& a) {
+  INLINE void read(const Shared& block, int t, const Place& a) {
     float steps[2 * CL];
-    load_floats(&shared.steps[t][a.lane / S * CL][0], steps);
+    load_floats(&block.steps[t][a.warp * WC + a.lane / S * CL][0], steps);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = steps[2 * j], dtu[j] = steps[2 * j + 1];
 #if !STATIC_B
-    load_floats(&block.B[t][a.lane / S % ORDERS][a.n], b);
+    load_floats(&block.B[t][a.n], b);
 #endif
   }
   // Step t of the tile that begins at `first`: what the way back needs besides.
-  INLINE void read_more(const Shared& block, const WarpShared& shared, int first, int t, const Place& a) {
-    load_floats(&shared.dout[t][a.lane / S * CL], dout);
+  INLINE void read_more(const Shared& block, int first, int t, const Place& a) {
+    load_floats(&block.dout[t][a.warp * WC + a.lane / S * CL], dout);
 #if !STATIC_C
-    load_floats(&block.C[first + t][a.lane / S % ORDERS][a.n], c);
+    load_floats(&block.C[first + t][a.n], c);
 #endif
   }
 };
 
 #if !STATIC_B || !STATIC_C
-// A lane's part of a step's dB or dC, summed over ORDERS lanes, to the block's.
-INLINE void leave_summands(float (&x)[NL], float* row, const Place& a) {
-#pragma unroll
-  for (int width = NL / 2, mask = S; width >= KEPT; width /= 2, mask *= 2)
-#pragma unroll
-    for (int i = 0; i < width; ++i) x[i] += across(x[i + width], mask);
-  float mine[KEPT];
-#pragma unroll
-  for (int i = 0; i < KEPT; ++i) mine[i] = x[i];
-  store_floats(row + (a.warp * (GROUPS / ORDERS) + a.lane / S / ORDERS) * NP + a.n + a.turn, mine);
-}
-
-// The sums of these over the block, to its share: that of the tile's steps from `first` on, short of `end`.
+// A tile's dB and dC over the lanes of the block, to its share: that of the steps from `first` on, short of `end`.
 INLINE void add_over_block(const float (&summands)[T][2][SUMMAND_ROW], float* share_B, float* share_C, int stride,
                            int first, int end) {
 #pragma unroll
@@ -177,7 +162,7 @@ INLINE void add_over_block(const float (&summands)[T][2][SUMMAND_ROW], float* sh
     for (int w = 1; w < SUMMANDS; ++w) {
       load_floats(row + w * NP, x);
 #pragma unroll
-      for (int i = 0; i < READ; ++i) sum[i] += x[i];
+      for (int k = 0; k < READ; ++k) sum[k] += x[k];
     }
     float* share = step_at((of_C ? share_C : share_B) + n, stride, first + t);
     if constexpr (N % READ == 0) {
@@ -185,10 +170,8 @@ INLINE void add_over_block(const float (&summands)[T][2][SUMMAND_ROW], float* sh
       out.set(sum);
       out.store_if(first + t < end && (of_C ? !STATIC_C : !STATIC_B) && n < N, share);
     } else if (first + t < end && (of_C ? !STATIC_C : !STATIC_B)) {
-      {
-        for (int i = 0; i < READ; ++i)
-          if (n + i < N) share[i] = sum[i];
-      }
+      for (int k = 0; k < READ; ++k)
+        if (n + k < N) share[k] = sum[k];
     }
   }
 }

@@ -86,7 +86,7 @@ INLINE float step_size(float x) { return SOFTPLUS ? softplus_of(x, exp_negative(
 INLINE float step_size(float x, float& slope) {
   if (!SOFTPLUS) return slope = 1.0f, x;
   float e = exp_negative(-fabsf(x)), root = reciprocal(1.0f + e);
-  slope = x < 0.0f ? e * root : root;  // a NaN is in dt, and in all gradients that dt is in
+  slope = x < 0.0f ? e * root : root;  // a NaN is in dt, and so in all that the slope is multiplied with
   return softplus_of(x, e);
 }
 
@@ -145,7 +145,7 @@ struct Place {
   int lane, warp, group, tile;
   int64 d;         // its first channel as holder of states
   int there;       // how many of its CL channels there are
-  int n, turn;     // its first state; the order of its states: the i-th is n + (i ^ turn), n + i if nobody says more
+  int n;           // its first state
   int row, column; // its first row in a tile, its first channel in a row of the warp's
   int64 e;         // its first channel there
   bool in_row;     // whether it is one
@@ -158,7 +158,7 @@ struct Place {
     d = group * p.per_group + first + mine;
     int64 left = p.per_group - first - mine;
     there = left < 0 ? 0 : left > CL ? CL : left;
-    n = lane % S * NL, turn = 0;
+    n = lane % S * NL;
     row = lane / ROW_LANES, column = lane % ROW_LANES * V;
     e = group * p.per_group + first + column;
     in_row = first + column < p.per_group;
@@ -222,14 +222,12 @@ template <typename X, int COUNT, int LANES> struct MatrixRows {
 };
 
 // A lane's (channel, state) pairs of a matrix: (D, N) or (N, D).
-INLINE int64 by_channel(const Place& a, int j, int i) { return (a.d + j) * N + a.n + (i ^ a.turn); }
-INLINE int64 by_state(const Problem& p, const Place& a, int j, int i) {
-  return (a.n + (i ^ a.turn)) * p.n_channels + a.d + j;
-}
+INLINE int64 by_channel(const Place& a, int j, int i) { return (a.d + j) * N + a.n + i; }
+INLINE int64 by_state(const Problem& p, const Place& a, int j, int i) { return (a.n + i) * p.n_channels + a.d + j; }
 
 #define EACH_PAIR                   \
   _Pragma("unroll") for (int j = 0; j < CL; ++j) _Pragma("unroll") for (int i = 0; i < NL; ++i)
-#define IF_THERE if (j < a.there && a.n + (i ^ a.turn) < N)
+#define IF_THERE if (j < a.there && a.n + i < N)
 
 typedef float Pairs[CL][NL];
 
