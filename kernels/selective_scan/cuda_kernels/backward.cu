@@ -9,8 +9,12 @@
 // state before each tile of T steps; then it takes the tiles from the last to the first: it runs one again, its states and
 // decays now kept in registers, and goes back through it.
 //
+// What is done once for each element (softplus, gates, the gradients themselves) all lanes of the block share out, so
+// that a row is one piece of memory. The end of a tile stands in one stretch with the second pass through the next one:
+// this waits for exp2, that for memory, and the compiler mixes them.
+//
 // Sums over states (for du and ddelta) and over channels (for dB and dC) go by way of shared memory: every lane leaves
-// its part, and another reads all parts of one sum. Shuffles would take twice the instructions.
+// its part, and another reads all parts of one sum. A shuffle takes as much of the way there as a store and a load.
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Problem p) {
   extern __shared__ float4 room[];
@@ -23,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const Piece span(p, number, pieces_of(p.length, SPAN), SPAN);
   const int length = span.length;
   const int end = span.begin + SPAN < length ? span.begin + SPAN : length;
-  const int mine_end = a.in_row ? end : 0;  // of the lane's channels in a row
+  const int mine_end = a.in_row ? end : 0;  // for the lane's channels in a row
 
   Pairs A2, grad, sum_dA;  // grad: dL/dh after the step at hand
   load_by_channel(A2, p.A, a);
@@ -80,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
   Late late;
   late.clear(end);
-  // What is done for each element of a tile once its sums over states are there, and the block's dB and dC.
+  // What is left to do of the tile before: for each element, whose sums over states are there, and dB and dC.
   auto finish = [&]() {
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
@@ -157,10 +161,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       }
       __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
-      rows_B.put(&block.B[0][0], threadIdx.x);
+      put_rows<MB>(rows_B, &block.B[0][0]);
 #endif
 #if !STATIC_C
-      if (at_hand) rows_C.put(&block.C[0][0], threadIdx.x);
+      if (at_hand) put_rows<MC>(rows_C, &block.C[0][0]);
 #endif
       auto leave_steps = [&](int k) {  // the step sizes of a tile
 #pragma unroll
@@ -180,15 +184,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #endif
         }
       };
-      leave_steps(0);
-      __syncthreads();
-
-      // Through the tiles, for the states before each; mixed by the compiler with the next one's step sizes.
-      const int tiles = at_hand ? last : TILES;
-#pragma unroll
-      for (int k = 0; k < TILES; ++k) {
-        if (k >= tiles || (STRETCH == EVERY && k + 1 == TILES)) break;
-        if (k + 1 < TILES && at_hand) {
+      auto pass = [&](int k) {  // through a tile, for the state after it
+        if (at_hand && (!WIDE || k + 1 < TILES)) {
 #pragma unroll
           for (int v = 0; v < CL * NL / NV; ++v) {
             float x[NV];
@@ -204,8 +201,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
           x.read(block, k * T + t, a);
           advance(h, decay, x);
         }
-        if (k + 1 < TILES) leave_steps(k + 1);
+      };
+      const int tiles = at_hand ? last : TILES;
+      if constexpr (WIDE) {
+        leave_steps(0);
         __syncthreads();
+#pragma unroll
+        for (int k = 0; k < TILES; ++k) {
+          if (k >= tiles) break;
+          pass(k);
+          if (k + 1 < TILES) leave_steps(k + 1);
+          __syncthreads();
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < TILES; ++k) leave_steps(k);
+        __syncthreads();
+        for (int k = 0; k < tiles; ++k) pass(k);
       }
       if (STRETCH == EVERY) break;  // so that the compiler knows: it makes fewer instructions of all the rest
     }
@@ -215,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       const Elements now = next;
       const int before = k > 0 ? first + (k - 1) * T : first - T;
       load(before, before < span.begin ? before : mine_end);
-      finish();  // the tile before: the compiler mixes it with what follows
+      finish();
       Pairs states[T + 1], decays[T];
       EACH_PAIR states[0][j][i] = h[j][i];
       Step in[2];

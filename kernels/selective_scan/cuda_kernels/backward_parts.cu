@@ -4,15 +4,20 @@
 constexpr int STRETCH = N > 32 ? EVERY / 2 : EVERY;
 constexpr int TILES = STRETCH / T;         // of a piece
 constexpr int NV = 4;                      // numbers moved at once
+// Above 32 states B and C lie in shared memory as they are, not as floats, and a tile's step sizes are in one stretch
+// with the first pass through the tile before: so hardly anything spills. Up to 32 either is slower.
+constexpr bool WIDE = N > 32;
+template <typename X, bool AS_IT_IS> struct Kept { typedef X type; };
+template <typename X> struct Kept<X, false> { typedef float type; };
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
 static_assert(STRETCH % T == 0 && EVERY % STRETCH == 0, "pieces of time must nest");
-constexpr int SUMMANDS = WARPS * GROUPS;   // of a sum over a block's channels, for dB and dC: a lane adds up its own
+constexpr int BC = WARPS * WC;             // channels of a block
+constexpr int SUMMANDS = WARPS * GROUPS;   // of a sum over them, for dB and dC: each lane has added up its own channels
 constexpr int SUMMAND_ROW = SUMMANDS * NP + NP % 32;  // rows of different sums on different banks
 constexpr int SUMS = T * 2 * NP;           // numbers that a tile's dB and dC have
 constexpr int READ = SUMS >= 4 * THREADS ? 4 : SUMS >= 2 * THREADS ? 2 : 1;  // of which a thread adds these up at once
 constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradients of dt u, of dt, and y
 
-constexpr int BC = WARPS * WC;             // channels of a block, which shares out rows among all its lanes
 struct WarpShared {
   alignas(16) float sums[KINDS][T][PART_ROW];
   alignas(16) float before[TILES > 1 ? TILES - 1 : 1][CL * NL / NV][32][NV];  // by state, then channel
@@ -28,10 +33,10 @@ struct Shared {
   // Once no tile is at hand: of dD and dbias.
   INLINE float (&of_rows())[2][ROWS][BC] { return reinterpret_cast<float(&)[2][ROWS][BC]>(steps); }
 #if !STATIC_B
-  alignas(16) float B[STRETCH][NP];
+  alignas(16) Kept<MB, WIDE>::type B[STRETCH][NP];
 #endif
 #if !STATIC_C
-  alignas(16) float C[STRETCH][NP];
+  alignas(16) Kept<MC, WIDE>::type C[STRETCH][NP];
 #endif
 #if !STATIC_B || !STATIC_C
   alignas(16) float summands[T][2][SUMMAND_ROW];  // of dB and dC
@@ -39,7 +44,7 @@ struct Shared {
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
-// As one of those who share out rows: of the block's channels, so that a row is one piece of memory.
+// A lane's place among those who share out rows: here they are rows of the block's channels.
 INLINE void place_in_block(const Problem& p, Place& a) {
   const int first = a.tile * BC;
   a.row = threadIdx.x / (BC / V), a.column = threadIdx.x % (BC / V) * V;
@@ -47,7 +52,7 @@ INLINE void place_in_block(const Problem& p, Place& a) {
   a.in_row = int64(first) + a.column < p.per_group;
 }
 
-// As load_by_state, a lane's two channels at once where their number is even.
+// As load_by_state; two channels at once where their number is even.
 INLINE void load_states(Pairs& x, const float* from, const Problem& p, const Place& a) {
   if constexpr (CL == 2 && V == 2) {
 #pragma unroll
@@ -62,11 +67,36 @@ INLINE void load_states(Pairs& x, const float* from, const Problem& p, const Pla
 }
 
 // A lane's part of the rows from `step` on, short of its own `end`: else zeros.
-template <typename X> INLINE void load_rows(Packed<X, V> (&x)[ITS], const Rows<X>& rows, const Place& a, int step, int end) {
+template <typename X>
+INLINE void load_rows(Packed<X, V> (&x)[ITS], const Rows<X>& rows, const Place& a, int step, int end) {
 #pragma unroll
   for (int i = 0; i < ITS; ++i) {
     const int t = step + i * ROWS + a.row;
     x[i].load_if(t < end, rows.at(t));
+  }
+}
+
+// Rows of B or C to shared memory: of X, as X or as floats.
+template <typename X, typename Y, typename Rows> INLINE void put_rows(const Rows& rows, Y* to) {
+  if constexpr (sizeof(X) != sizeof(Y)) {
+    rows.put(to, threadIdx.x);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Rows::ITS; ++i) {
+      const int k = i * THREADS + threadIdx.x;
+      if (k < Rows::TOTAL) rows.x[i].store(to + k * VB);
+    }
+  }
+}
+
+// A lane's states of a row.
+template <typename X> INLINE void read_states(const X* from, float (&x)[NL]) {
+#pragma unroll
+  for (int v = 0; v < NL / NV; ++v) {
+    Packed<X, NV> some;
+    some.load(from + v * NV);
+#pragma unroll
+    for (int i = 0; i < NV; ++i) x[v * NV + i] = some.get(i);
   }
 }
 
@@ -134,14 +164,14 @@ struct Step {
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = steps[2 * j], dtu[j] = steps[2 * j + 1];
 #if !STATIC_B
-    load_floats(&block.B[t][a.n], b);
+    read_states(&block.B[t][a.n], b);
 #endif
   }
   // Step t of the tile that begins at `first`: what the way back needs besides.
   INLINE void read_more(const Shared& block, int first, int t, const Place& a) {
     load_floats(&block.dout[t][a.warp * WC + a.lane / S * CL], dout);
 #if !STATIC_C
-    load_floats(&block.C[first + t][a.n], c);
+    read_states(&block.C[first + t][a.n], c);
 #endif
   }
 };

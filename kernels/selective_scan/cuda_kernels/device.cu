@@ -39,7 +39,7 @@ __device__ __forceinline__ unsigned floats_to_bf16(float low, float high) {
 __device__ __forceinline__ float across(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ float add_across(float x, int mask) { return x + across(x, mask); }
 
-// from + step * stride bytes, by one instruction: left to itself the compiler widens both factors outside of loops.
+// from + step * stride bytes. Left to itself, the compiler widens both factors outside of the backward's loops.
 __device__ __forceinline__ void* product_added(const void* from, int step, int stride) {
   long long y;
   asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(y) : "r"(step), "r"(stride), "l"(from));

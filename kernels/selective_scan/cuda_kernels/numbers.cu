@@ -1,10 +1,6 @@
 // Numbers of 16 and 32 bits and elementary functions, for all CUDA kernels: see common.cu and, of the 2-D scan,
 // ../../cross_scan/cuda_kernels/common.cu.
 
-#if VB > 4
-#undef VB
-#define VB 4
-#endif
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 typedef long long int64;
