@@ -7,10 +7,9 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from ..core.config import ComputeConfig, SamplingConfig, TrainConfig
+from ..core.flags import OptionalOutput, Output
 from ..core.inputs import require_files
 from .config import PRESETS, Codec, Dividing, Layout, Preset, UNetConfig
-
-Output = Annotated[Path, arg(aliases=["-o"])]
 
 # To make sound sample by sample: a long recurrence gains nothing by less than float32, and a whole block is one kernel
 # only outside autocast.
@@ -109,7 +108,7 @@ class Score(_OnFiles):
 
     chunk: int = 16384
     """Samples read at a time: the result is the same at any number, memory and speed are not."""
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """File to write the table to (.tsv); it is printed anyway."""
 
     def __post_init__(self) -> None:
@@ -129,7 +128,7 @@ class Eval(_OnFiles):
     """How long each is; if left out, the files' median."""
     guidance: float = 1.0
     """How much a label counts: see generate."""
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """Folder to make, for metrics.json with the protocol, table.tsv and made.png."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     compute: OmitArgPrefixes[ComputeConfig] = STEPWISE
@@ -146,7 +145,7 @@ class Eval(_OnFiles):
 class Classify(_OnFiles):
     """Print the label that a classifier gives to each sound file, with one probability a label."""
 
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """File to write the table to (.tsv) instead."""
 
 
@@ -156,7 +155,7 @@ class Generate:
 
     run: Positional[Path]
     """Run folder of the model."""
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """File to write, .wav, .flac, .ogg or .mp3; a picture of its spectrum is put beside it. With --n above 1 the files
     get numbers."""
     stdout: bool = False

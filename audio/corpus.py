@@ -2,36 +2,33 @@
 
     files -> `find_sounds` -> `divide`: which recording is of which part -> `open_corpus`: decoded once, then mapped
 
-FOLDER/<fingerprint>/           of the files, their contents and parts, the rate and the codec
+FOLDER/<fingerprint>/           of the files, their contents and parts, the rate and the codec (core/made_once.py)
     train.bin valid.bin test.bin    the recordings' codes, end to end, a byte each
     train.npy valid.npy test.npy    float32: the mean square of each BLOCK of these, for the silence gate
-    manifest.json                   recordings with their lengths, and checksums of the .bin files
+    lengths.npy                     int64: codes of each recording
 
 A recording is a file, or a channel of one with --channels split, or a stretch of either with --split-by time.
 """
 
 import hashlib
-import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import new_folder, save_tsv, sha256, write_json
+from ..core.files import save_tsv, sha256, written_whole
 from ..core.inputs import PARTS, find_files, named_part, part_called
-from ..core.processes import is_first
+from ..core.made_once import made_once
 from ..core.terminal import progress_bar, say
 from .codec import encode, values
 from .config import Dividing
 from .reading import FOREIGN, READABLE, Sound, inspect, samples
 
-MANIFEST = "manifest.json"
-LAYOUT = 1  # raised whenever the .bin files of the same recordings would be others
+LAYOUT = 2  # raised whenever the .bin files of the same recordings would be others
 BLOCK = 256  # codes
 
 
@@ -181,38 +178,31 @@ def _cut_each(recordings: list[Recording], wanted: dict[str, float], seed: int) 
 def open_corpus(folder: Path, recordings: Sequence[Recording], rate: int, codec: str) -> dict[str, Recordings]:
     """The parts of a corpus from the cache in `folder`; decoded there first if it is not.
 
-    A cache that was damaged is built anew, which is said. Of several processes the first looks at it, and the others
-    take what they find (`processes.first_alone`). Raises InputError for sound that cannot be read, and for a
-    file that changed meanwhile; OSError if the cache cannot be written.
+    A cache that was damaged is built anew, which is said: see `made_once`. Raises InputError for sound that cannot be
+    read, and for a file that changed meanwhile; OSError if the cache cannot be written.
     """
-    what = {"layout": LAYOUT, "rate": rate, "codec": codec, "recordings": [list(r) for r in recordings]}
-    cache = folder / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    if is_first() and cache.exists() and (problem := _damage(cache)):
-        say(f"{cache}: {problem}; building it anew")
-        shutil.rmtree(cache)
-    if not cache.exists():
-        _build(cache, recordings, what)
-    lengths = json.loads((cache / MANIFEST).read_text(encoding="utf-8"))["lengths"]
+    what = {"rate": rate, "codec": codec, "recordings": [r._asdict() for r in recordings]}
+    cache = made_once(folder, what, LAYOUT, lambda beside: _build(beside, recordings, rate, codec))
+    lengths = np.load(cache / "lengths.npy")
     return {part: _opened(cache, part, recordings, lengths) for part in PARTS}
 
 
-def _opened(cache: Path, part: str, recordings: Sequence[Recording], lengths: list[int]) -> Recordings:
+def _opened(cache: Path, part: str, recordings: Sequence[Recording], lengths: np.ndarray) -> Recordings:
     mine = [(r, n) for r, n in zip(recordings, lengths, strict=True) if r.part == part and n]
-    starts = np.concatenate([[0], np.cumsum([n for _, n in mine], dtype=np.int64)]).astype(np.int64)
+    starts = np.cumsum([0, *(n for _, n in mine)], dtype=np.int64)
     codes = np.memmap(cache / f"{part}.bin", np.uint8, "r") if starts[-1] else np.empty(0, np.uint8)
     return Recordings(
         codes, starts, [r.label for r, _ in mine], np.load(cache / f"{part}.npy"), [r.path for r, _ in mine]
     )
 
 
-def _build(cache: Path, recordings: Sequence[Recording], what: dict[str, Any]) -> None:
-    rate, codec, lengths = what["rate"], what["codec"], [0] * len(recordings)
-    checksums, n_clipped, n_samples = {}, 0, 0
+def _build(folder: Path, recordings: Sequence[Recording], rate: int, codec: str) -> None:
+    lengths, n_clipped = np.zeros(len(recordings), np.int64), 0
     sounds = {r.path: inspect(Path(r.path)) for r in recordings}
     seconds = sum(sounds[r.path].seconds * (r.end - r.start) for r in recordings)
-    with new_folder(cache) as beside, progress_bar("decoding", round(seconds), "s") as advance:
+    with progress_bar("decoding", round(seconds), "s") as advance:
         for part in PARTS:
-            with (beside / f"{part}.bin").open("wb") as file:
+            with written_whole(folder / f"{part}.bin") as unfinished, unfinished.open("wb") as file:
                 writer = _PartWriter(file, codec)
                 for i, r in enumerate(recordings):
                     if r.part != part:
@@ -222,17 +212,15 @@ def _build(cache: Path, recordings: Sequence[Recording], what: dict[str, Any]) -
                         writer.write(block)
                         lengths[i] += len(block)
                     advance(sounds[r.path].seconds * (r.end - r.start))
-            np.save(beside / f"{part}.npy", writer.power())
-            checksums[part] = writer.digest.hexdigest()
-        for r in recordings:
-            if sha256(r.path) != r.sha256:
-                raise InputError(f"{r.path}: changed while it was read; start again when it is no longer written to")
-        n_samples = sum(lengths)
-        if not sum(n for n, r in zip(lengths, recordings, strict=True) if r.part == "train"):
-            raise InputError("the train part has no samples; give longer recordings")
-        write_json(beside / MANIFEST, {**what, "lengths": lengths, "sha256": checksums})
-    if n_clipped > 1e-4 * n_samples:
-        say(f"{n_clipped / n_samples:.2%} of all samples are at full scale: these recordings are clipped")
+            np.save(folder / f"{part}.npy", writer.power())
+    np.save(folder / "lengths.npy", lengths)
+    for r in recordings:
+        if sha256(r.path) != r.sha256:
+            raise InputError(f"{r.path}: changed while it was read; start again when it is no longer written to")
+    if not any(n for n, r in zip(lengths, recordings, strict=True) if r.part == "train"):
+        raise InputError("the train part has no samples; give longer recordings")
+    if n_clipped > 1e-4 * lengths.sum():
+        say(f"{n_clipped / lengths.sum():.2%} of all samples are at full scale: these recordings are clipped")
 
 
 def _stretch(sound: Sound, r: Recording, rate: int):
@@ -259,12 +247,11 @@ class _PartWriter:
     def __init__(self, file: BinaryIO, codec: str):
         self.file, self.codec = file, codec
         self.squares = values(codec).numpy() ** 2
-        self.digest, self.sums, self.rest = hashlib.sha256(), [np.empty(0)], np.empty(0, np.uint8)
+        self.sums, self.rest = [np.empty(0)], np.empty(0, np.uint8)
 
     def write(self, block: np.ndarray) -> None:
         codes = encode(block, self.codec)
         self.file.write(codes.data)
-        self.digest.update(codes.data)
         self.rest = np.concatenate((self.rest, codes))
         self._sum(len(self.rest) // BLOCK * BLOCK)
 
@@ -277,19 +264,6 @@ class _PartWriter:
         if n:
             self.sums.append(self.squares[self.rest[:n]].reshape(-1, BLOCK).mean(1))
             self.rest = self.rest[n:]
-
-
-def _damage(cache: Path) -> str | None:
-    """What is wrong with a cache, or None."""
-    try:
-        manifest = json.loads((cache / MANIFEST).read_text(encoding="utf-8"))
-        for part in PARTS:
-            if sha256(cache / f"{part}.bin") != manifest["sha256"][part]:
-                return f"{part}.bin is damaged (its checksum is another one)"
-            np.load(cache / f"{part}.npy")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return f"damaged ({type(error).__name__})"
-    return None
 
 
 def describe(recordings: Sequence[Recording], parts: dict[str, Recordings], rate: int) -> str:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from scipy.signal import ShortTimeFFT
 from scipy.signal.windows import hann
 
-from ..core.files import written_whole
+from ..core.plots import plain, save_figure
 
 FLOOR = -90.0  # dB below full scale: black
 _COLUMNS = 1200  # of a spectrum: more cannot be seen
@@ -25,7 +25,7 @@ def plot_sounds(path: Path, waves: Sequence[np.ndarray], rates: Sequence[int], n
         row, column = divmod(i, n_columns)
         above, below = panels[2 * row, column], panels[2 * row + 1, column]
         draw_wave(above, wave, rate)
-        above.set_title(name.replace("$", r"\$"), fontsize=10)
+        above.set_title(plain(name), fontsize=10)
         draw_spectrum(below, wave, rate)
         if column == 0:
             below.set_ylabel("kHz")
@@ -33,8 +33,7 @@ def plot_sounds(path: Path, waves: Sequence[np.ndarray], rates: Sequence[int], n
         row, column = divmod(i, n_columns)
         panels[2 * row, column].set_axis_off()
         panels[2 * row + 1, column].set_axis_off()
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def draw_wave(axes: Axes, wave: np.ndarray, rate: int) -> None:

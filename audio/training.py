@@ -161,3 +161,8 @@ def classify(model: Any, recordings: list[np.ndarray], context: int, *, features
 
         found = np.concatenate(each_once(batches, run))
     return found[np.argsort(np.concatenate(batches))]
+
+
+def probabilities_of(logits: np.ndarray) -> np.ndarray:
+    """Softmax of logits (n, K), row by row."""
+    return np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))

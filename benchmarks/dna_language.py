@@ -8,7 +8,7 @@ training     bases a second and peak memory of a step of the 7m model (forward, 
 variants     5,000 substitutions of one base in a window of 512 by a 19m model, as a command from the shell, imports and
              all, of one strand the median of 3 runs; the first run, into an empty cache, compiles the kernels; in
              bf16 and in float32, and how far the LLRs of the one are from those of the other
-scoring      `genomics score` of generated FASTA files of 10 and 100 Mb (on a CPU 1 and 10): bases a second and memory;
+scoring      `genomics score` of generated FASTA files of 10 and 100 Mb (`tiny` on a CPU): bases a second and memory;
              and how far the bits of each base of a piece are from those of the piece in one shot
 
 Weights are random unless --run gives a run folder of `genomics pretrain` for variants and scoring.
@@ -174,7 +174,7 @@ def scoring(folder: Path, given: Path | None) -> Iterator[str]:
     model = given or model_folder(folder, "7m" if GPU else "tiny")
     yield f"{model.name}\n"
     yield "| Mb | seconds | bases/s | resident GiB | GPU GiB |\n|---|---|---|---|---|"
-    for n in (10, 100) if GPU else (1, 10):
+    for n in (10, 100):
         write_fasta(folder / "long.fa", random_bases(n * 1_000_000))
         seconds, memory = run("genomics", "score", model, folder / "long.fa", "-o", folder / "scores.tsv")
         rss, gpu = (memory[key] / 2**30 for key in ("rss", "gpu"))

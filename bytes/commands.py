@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, MoEConfig, SamplingConfig, SpeculationConfig, TrainConfig
+from ..core.flags import OptionalOutput, Output
 from ..core.inputs import require_at_least_1, require_files
 from .config import Dividing, Mixer, Preset, Windows, preset_config
-
-Output = Annotated[Path, arg(aliases=["-o"])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ class _OnFiles:
 class Eval(_OnFiles):
     """Measure a trained model on files: bits per byte and word perplexity, beside order-0 entropy and xz."""
 
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """Folder to make, for metrics.json and positions.png, bits per byte against the position in the document; of a
     mixture of experts also routing.tsv, routing_bytes.tsv and routing.png: which expert takes how much, and what."""
 
@@ -83,7 +82,7 @@ class Eval(_OnFiles):
 class Noise(_OnFiles):
     """Measure how a trained model bears spoiled text: dropped, repeated, swapped characters, other case, antspeak."""
 
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """File to write the table to (.tsv); it is printed anyway."""
 
 
@@ -132,7 +131,7 @@ class Bench:
     """Sequences that are written at once; a line of the table each."""
     repeats: int = 5
     """Times each thing is done; the median is shown."""
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """File to write the table to (.json or .md); it is printed anyway."""
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 

@@ -2,29 +2,24 @@
 
     files -> `divide`: which document is of which part -> `open_corpus`: a file for each part, made once
 
-FOLDER/<fingerprint>/           of the documents, their contents and their parts: another corpus gets another folder
+FOLDER/<fingerprint>/           of the documents, their contents and their parts (core/made_once.py)
     train.bin valid.bin test.bin    the documents of a part, end to end
-    manifest.json                   the layout's version, the documents, and checksums of the .bin files
 """
 
 import hashlib
-import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import InputError
-from ..core.files import new_folder, save_tsv, sha256, write_json, written_whole
+from ..core.files import save_tsv, sha256, written_whole
 from ..core.inputs import PARTS, named_part
-from ..core.processes import is_first
-from ..core.terminal import say
+from ..core.made_once import made_once
+from ..core.terminal import progress_bar, say
 from .config import Dividing
 from .documents import Document, Documents, whole_files
-from .terminal import progress_bar
 
-MANIFEST = "manifest.json"
-LAYOUT = 1  # raised whenever the .bin files of the same documents would be others
+LAYOUT = 2  # raised whenever the .bin files of the same documents would be others
 
 
 class Piece(NamedTuple):
@@ -49,7 +44,7 @@ def divide(files: Sequence[Path], dividing: Dividing, seed: int) -> list[Piece]:
     if len(documents) < len(files):
         say(f"{len(files) - len(documents)} empty files passed over")
     pieces = []
-    with progress_bar("checksums", sum(document.size for document in documents)) as advance:
+    with progress_bar("checksums", sum(document.size for document in documents), "bytes") as advance:
         for document in documents:
             pieces.append(
                 Piece(str(document.path), named_part(document.path) or "train", 0, document.size, sha256(document.path))
@@ -107,17 +102,11 @@ def _cut_each(pieces: list[Piece], wanted: dict[str, float], seed: int) -> list[
 def open_corpus(folder: Path, pieces: Sequence[Piece]) -> dict[str, Documents]:
     """The parts of a corpus, part -> documents, from the cache in `folder`; built there first if it is not.
 
-    A cache whose files were damaged (their checksums are compared) is built anew, which is said.
-    Of several processes the first looks at it, and the others take what they find (`processes.first_alone`).
+    A cache whose files were damaged is built anew, which is said: see `made_once`.
     Raises InputError if a document changed meanwhile, and OSError if the cache cannot be written.
     """
-    fingerprint = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16]
-    cache = folder / fingerprint
-    if is_first() and cache.exists() and (problem := _damage(cache, pieces)):
-        say(f"{cache}: {problem}; building it anew")
-        shutil.rmtree(cache)
-    if not cache.exists():
-        _build(cache, pieces)
+    what = {"documents": [piece._asdict() for piece in pieces]}
+    cache = made_once(folder, what, LAYOUT, lambda beside: _build(beside, pieces))
     return {part: Documents(_placed(cache / f"{part}.bin", pieces, part)) for part in PARTS}
 
 
@@ -149,44 +138,22 @@ def _placed(file: Path, pieces: Sequence[Piece], part: str) -> list[Document]:
     return placed
 
 
-def _build(cache: Path, pieces: Sequence[Piece]) -> None:
-    checksums = {}
-    with new_folder(cache) as beside, progress_bar("corpus", sum(piece.size for piece in pieces)) as advance:
+def _build(folder: Path, pieces: Sequence[Piece]) -> None:
+    with progress_bar("corpus", sum(piece.size for piece in pieces), "bytes") as advance:
         for part in PARTS:
-            with written_whole(beside / f"{part}.bin") as unfinished, unfinished.open("wb") as file:
-                whole = hashlib.sha256()
+            with written_whole(folder / f"{part}.bin") as unfinished, unfinished.open("wb") as file:
                 for piece in pieces:
                     if piece.part != part:
                         continue
                     document = hashlib.sha256()
                     for block in Document(Path(piece.path), piece.start, piece.size).blocks():
                         file.write(block.data)
-                        whole.update(block.data)
                         document.update(block.data)
                         advance(len(block))
                     _require_unchanged(piece, document.hexdigest())
-            checksums[part] = whole.hexdigest()
-        documents = [piece._asdict() for piece in pieces]
-        write_json(beside / MANIFEST, {"layout": LAYOUT, "documents": documents, "sha256": checksums})
 
 
 def _require_unchanged(piece: Piece, found: str) -> None:
     size = Path(piece.path).stat().st_size
     if (piece.size == size and found != piece.sha256) or piece.start + piece.size > size:
         raise InputError(f"{piece.path}: changed while it was read; start again when it is no longer written to")
-
-
-def _damage(cache: Path, pieces: Sequence[Piece]) -> str | None:
-    """What is wrong with a cache, or None."""
-    try:
-        manifest = json.loads((cache / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["layout"] != LAYOUT:
-            return f"has layout {manifest['layout']}, of another version of polymamba; this one's is {LAYOUT}"
-        if manifest["documents"] != [piece._asdict() for piece in pieces]:
-            return f"{MANIFEST} lists other documents"
-        for part in PARTS:
-            if sha256(cache / f"{part}.bin") != manifest["sha256"][part]:
-                return f"{part}.bin is damaged (its checksum is another one)"
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return f"damaged ({type(error).__name__})"
-    return None

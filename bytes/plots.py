@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..core.files import written_whole
+from ..core.plots import save_figure
 from .evaluation import Score
 
 
@@ -26,8 +26,7 @@ def plot_positions(path: Path, score: Score, order0: float, xz: float) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=130)
+    save_figure(figure, path)
 
 
 def size_name(n: int) -> str:

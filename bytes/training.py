@@ -23,10 +23,10 @@ from ..core.batching import pad_right, shuffled_batches, windows_of_each
 from ..core.config import TrainConfig
 from ..core.parallel import padded_piece
 from ..core.task import Task
+from ..core.terminal import progress_bar
 from .config import DOCUMENT, Windows
 from .documents import Documents
 from .evaluation import check_causality, score
-from .terminal import progress_bar
 
 MARKED = 0.05  # share of an epoch's windows that have a mark, at least
 PADDING = -100  # an id that is no target
@@ -82,7 +82,7 @@ class TrainBytes(Task):
 
     def evaluate(self, model: Any) -> dict[str, float]:
         check_causality(model)
-        with progress_bar("validation", self.valid.n_bytes) as advance:
+        with progress_bar("validation", self.valid.n_bytes, "bytes") as advance:
             return {"valid_bits_per_byte": score(model, self.valid, advance=advance).bits_per_byte}
 
     def score(self, metrics: dict[str, float]) -> float:

@@ -1,4 +1,7 @@
-"""Settings of the backbone, sampling and training, free of torch: the command line is parsed before torch loads."""
+"""Settings of the backbone, sampling and training, free of torch: the command line is parsed before torch loads.
+
+On the command line every field is a flag, and the text below it is its help.
+"""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +15,10 @@ MLPS = ("swiglu", "gelu")
 Expert = Literal["relu", "gelu", "swiglu"]
 
 
+# The formulas are in moe.py.
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Mixtures of experts, by default MoE-Mamba's; formulas in moe.py. On the command line every field is a flag."""
+    """Mixtures of experts, by default MoE-Mamba's."""
 
     n_experts: int = 42
     """Experts of each moe layer."""
@@ -187,9 +191,10 @@ class LanguageModelConfig:
     tie_embeddings: bool = True
 
 
+# Applied in the order that sampling.py gives.
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is chosen. On the command line every field is a flag; `sampling.py` gives their order."""
+    """How the next token is chosen."""
 
     temperature: float = 1.0
     """Divides the logits: below 1 favours the likely tokens; 0 always takes the likeliest (greedy)."""
@@ -219,9 +224,10 @@ class SamplingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 ({meaning}) or more")
 
 
+# The rules are in speculation.py.
 @dataclass(frozen=True, kw_only=True)
 class SpeculationConfig:
-    """How drafts are made and judged. On the command line every field is a flag; `speculation.py` gives the rules."""
+    """How drafts are made and judged."""
 
     draft_length: int = 8
     """With a draft: most tokens guessed for one forward of the model."""
@@ -239,7 +245,7 @@ SAME_RESULT = ("save_every", "workers", "fsdp", "context_parallel", "expert_para
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. On the command line every field is a flag."""
+    """How to train."""
 
     epochs: int = 20
     batch_size: int = 64

@@ -175,12 +175,6 @@ def padded_piece(x: Tensor, fill: float) -> Tensor:
     return own_piece(F.pad(x, (0, n), value=fill) if n else x)
 
 
-def all_pieces(x: Tensor, dim: int = 1) -> Tensor:
-    """The pieces x of all processes, end to end. Its gradient is the sum of what all processes make of it."""
-    context = _context
-    return x if context is None else torch.cat(list(gathered(x, context.group)), dim)
-
-
 def backwards(x: Tensor, dim: int = 1) -> Tensor:
     """x of which the whole is flipped along `dim`: its own piece is the flipped one of another process."""
     context = _context

@@ -34,7 +34,7 @@ def plot_confusion(path: str | Path, matrix: np.ndarray, classes: Sequence[str])
     from matplotlib.figure import Figure
 
     matrix = np.asarray(matrix)
-    classes = [_plain(name) for name in classes]
+    classes = [plain(name) for name in classes]
     totals = matrix.sum(axis=1, keepdims=True)
     share = np.divide(100.0 * matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
     n, longest = len(classes), max(map(len, classes))
@@ -52,7 +52,7 @@ def plot_confusion(path: str | Path, matrix: np.ndarray, classes: Sequence[str])
     else:
         axes.set_yticklabels(f"{name}\n(n = {total})" for name, total in zip(classes, totals[:, 0], strict=True))
         _write_cells(axes, matrix, share)
-    _save(figure, path)
+    save_figure(figure, path, tight=True)
 
 
 def _write_cells(axes: Axes, matrix: np.ndarray, share: np.ndarray) -> None:
@@ -90,7 +90,7 @@ def plot_curves(path: str | Path, log_records: Sequence[dict[str, Any]]) -> None
         axes.spines[["top", "right"]].set_visible(False)
         if axes.has_data():
             axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path, tight=True)
 
 
 def _points(log_records: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -130,7 +130,7 @@ def plot_roc(path: str | Path, truth: np.ndarray, probabilities: np.ndarray, cla
     _draw_against_rest(axes, truth, probabilities, classes, curve)
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, zorder=1, label="0.500  chance")
     _add_legend(axes, "AUROC", "lower right", max(map(len, classes)))
-    _save(figure, path)
+    save_figure(figure, path, tight=True)
 
 
 def plot_precision_recall(
@@ -152,7 +152,7 @@ def plot_precision_recall(
     label = f"{drawn[0][0]:.3f}  chance" if len(drawn) == 1 else "chance: share of the class"
     axes.plot([], [], color=_GREY, linestyle=":", label=label)
     _add_legend(axes, "AUPRC", "lower left", max(map(len, classes)))
-    _save(figure, path)
+    save_figure(figure, path, tight=True)
 
 
 def _draw_against_rest(
@@ -170,10 +170,10 @@ def _draw_against_rest(
         style = {"color": f"C{unit}", "linestyle": ("-", "--", "-.", ":")[tens % 4], **line}
         # the area comes first: figures in a column, and a label that began with "_" would not be shown
         if not 0 < flags[:, k].sum() < len(flags):
-            axes.plot([], [], label=f"    –    {_plain(name)}", linestyle="")
+            axes.plot([], [], label=f"    –    {plain(name)}", linestyle="")
             continue
         x, y, area = curve(flags[:, k], probabilities[:, k])
-        axes.plot(x, y, label=f"{area:.3f}  {_plain(name)}", linewidth=1.6, **style)
+        axes.plot(x, y, label=f"{area:.3f}  {plain(name)}", linewidth=1.6, **style)
         drawn.append((flags[:, k].mean(), style["color"]))
     return drawn
 
@@ -221,19 +221,22 @@ def plot_regression(path: str | Path, truth: np.ndarray, predictions: np.ndarray
         figure.colorbar(bins, ax=axes, shrink=0.8, label="records")
     axes.plot([low, high], [low, high], color=_VALID, linestyle="--", linewidth=1.2)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-    axes.set(xlabel=f"true {_plain(name)}", ylabel=f"predicted {_plain(name)}")
+    axes.set(xlabel=f"true {plain(name)}", ylabel=f"predicted {plain(name)}")
     axes.spines[["top", "right"]].set_visible(False)
     varies = np.ptp(truth) > 0 and np.ptp(predictions) > 0
     r = f"{np.corrcoef(truth, predictions)[0, 1]:.3f}" if varies else "–"
     frame = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
     axes.text(0.03, 0.97, f"r = {r}\nn = {len(truth):,}", transform=axes.transAxes, va="top", bbox=frame)
-    _save(figure, path)
+    save_figure(figure, path, tight=True)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name as matplotlib writes it as it is."""
     return name.replace("$", r"\$")  # a pair of them would begin a formula
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path, *, dpi: int = 130, tight: bool = False) -> None:
+    """As PNG, whole or not at all. tight: cut or widened to what is drawn."""
+    cut: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.15} if tight else {}
     with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15)
+        figure.savefig(beside, format="png", dpi=dpi, **cut)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .files import written_whole
+from .plots import plain, save_figure
 from .routing import LayerRouting
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def plot_routing(path: str | Path, layers: Sequence[LayerRouting], name_of: Call
         centre = (share * np.arange(len(frequent))[:, None]).sum(0) / np.maximum(share.sum(0), 1e-9)
         order = np.argsort(centre, kind="stable")
         image = axes.imshow(share[:, order], cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axes.set_yticks(range(len(frequent)), [_plain(name_of(int(token))) for token in frequent], fontsize=6)
+        axes.set_yticks(range(len(frequent)), [plain(name_of(int(token))) for token in frequent], fontsize=6)
         step = -(-len(order) // 24)
         axes.set_xticks(range(0, len(order), step), [str(e) for e in order[::step]], fontsize=6)
         axes.set_title(f"layer {routing.layer}: the token alone tells {routing.explained:.2f} bits", fontsize=9)
@@ -46,8 +46,7 @@ def plot_routing(path: str | Path, layers: Sequence[LayerRouting], name_of: Call
         panels.append(axes)
     assert image is not None
     figure.colorbar(image, ax=panels, shrink=0.6, label="share of the token's occurrences")
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=130)
+    save_figure(figure, path)
 
 
 def _draw_load(axes: Axes, layers: Sequence[LayerRouting]) -> None:
@@ -70,7 +69,3 @@ def _draw_load(axes: Axes, layers: Sequence[LayerRouting]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7, ncols=1 + len(layers) // 6)
-
-
-def _plain(name: str) -> str:
-    return name.replace("$", r"\$")  # a pair of them would begin a formula

@@ -20,6 +20,8 @@ from rich.text import Text
 
 T = TypeVar("T")
 
+TOO_MANY = 100_000  # units to be counted under a bar (12/34): of so many it tells the share (35%)
+
 
 def say(message: str) -> None:
     """Print a message on stderr: results alone go to stdout."""
@@ -40,7 +42,8 @@ class _Rate(ProgressColumn):
 def progress_bar(work: str, total: float, unit: str) -> Iterator[Callable[[float], object]]:
     """A bar over `total` units, with rate and time left, if stderr is a terminal. Yields what to call with progress."""
     console = Console(stderr=True)
-    columns = TextColumn(work), BarColumn(), TaskProgressColumn(), _Rate(unit), TimeRemainingColumn()
+    done = MofNCompleteColumn() if total < TOO_MANY else TaskProgressColumn()
+    columns = TextColumn(work), BarColumn(), done, _Rate(unit), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         yield lambda n: bar.advance(task, n)

@@ -137,6 +137,17 @@ def _call(program: str, command: Command, words: list[str]) -> int:
     return 0
 
 
+def _paragraphs(text: str) -> str:
+    """A text of several lines, those of each paragraph joined."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip()))
+
+
+# tyro's own keeps the end of each line of the source that an indented one follows, as in the texts of most flags. Its
+# module is private: where another version of tyro lacks it, help is broken into lines at odd places, no more.
+if (_strings := getattr(tyro, "_strings", None)) is not None:
+    _strings.remove_single_line_breaks = _paragraphs
+
+
 def _one_line(box: str) -> str:
     """What tyro says in a box of a value that a flag refuses, in one line; other boxes as they are."""
     found = re.search(r"Error parsing (.*?)[│|\s]*[─-]{5}", box, re.DOTALL)

@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional
 
 from ..core.config import ComputeConfig, TrainConfig
+from ..core.flags import Output
 from ..core.inputs import require_at_least_1, require_shares
 from .config import Preset, Target
 from .language_commands import GenomeDividing, require_sequence_files, require_start
-
-Output = Annotated[Path, arg(aliases=["-o"])]
 
 
 def _require_labels(labels: tuple[Path, ...]) -> None:

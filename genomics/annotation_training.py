@@ -18,13 +18,13 @@ from ..core.batching import pad_right
 from ..core.config import TrainConfig
 from ..core.processes import each_once
 from ..core.task import Task
+from ..core.terminal import progress_bar
 from .alphabet import PAD, N, reverse_complement
 from .annotation import Annotation
 from .config import DNAAnnotatorConfig
 from .overlapping import grouped
 from .pretraining import Windows, cut_stretches, plan_windows, spread
 from .reading.genome import Genome
-from .terminal import progress_bar
 
 _PIECE = 1 << 20  # bases whose labels are counted at a time
 
@@ -126,7 +126,7 @@ class TrainBases(Task):
         device = next(model.parameters()).device
         n_bases = int(self.valid_windows[:, 2].sum())
         groups = list(grouped(self.valid_windows, max(1, self.tokens // self.model.window)))
-        with progress_bar("validation", n_bases) as advance:
+        with progress_bar("validation", n_bases, "bases") as advance:
 
             def run(group: list[np.ndarray]) -> tuple[float, float]:
                 windows = np.stack(group)

@@ -11,12 +11,11 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from ..core.config import ComputeConfig, TrainConfig
+from ..core.flags import OptionalOutput, Output
 from ..core.inputs import require_at_least_1, require_shares
 from .annotation_commands import ANNOTATION_COMMANDS
 from .config import Preset, Target
 from .language_commands import LANGUAGE_COMMANDS, require_start
-
-Output = Annotated[Path, arg(aliases=["-o"])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +236,7 @@ class Eval(_Deciding):
 class Predict(_AlongRecords, _Deciding):
     """Predict for the records of sequence files, in their order: a TSV table, or BED or bedGraph along long records."""
 
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """File to write: .tsv, .bed (a line a window) or .bedgraph (a track a class); standard output if left out."""
 
 
@@ -290,7 +289,7 @@ class Split:
 class Stats:
     """Look at sequences: counts, lengths, composition, N, duplicates, and what the parts share."""
 
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """Folder to make, for stats.json and stats.png; the tables alone, on standard output, if left out."""
     source: OmitArgPrefixes[Source] = Source()
     target: Target = "multiclass"

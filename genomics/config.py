@@ -8,8 +8,7 @@ from ..core.config import BackboneConfig
 # Of genomics.alphabet, which gives them their ids.
 TOKEN_NAMES = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", "A", "C", "G", "T", "N")
 
-SPLITS = ("train", "valid", "test")
-# How files and folders call them, in lower case.
+# How files and folders call the parts, in lower case.
 PART_OF = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "val", "validation", "dev"), "valid")
 
 # What a language model learns: each base from those before it; hidden bases from both sides.

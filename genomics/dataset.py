@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import written_whole
+from ..core.files import save_tsv
+from ..core.inputs import PARTS
 from .alphabet import N
 from .config import Target
-from .splits import SPLITS, sequence_keys, straddling
+from .splits import sequence_keys, straddling
 
 _SPLIT_COLUMNS = ["id", "class", "split", "source"]
 NO_LABEL = "."  # of a sequence to which none of several labels applies
@@ -28,7 +29,7 @@ class LabelledRow(NamedTuple):
     name: str
     tokens: np.ndarray  # uint8 (L,)
     label: str
-    split: str  # one of SPLITS, or "" where the file does not say
+    split: str  # one of PARTS, or "" where the file does not say
     source: str  # path of its file
 
 
@@ -46,7 +47,7 @@ class LabelledSequences:
     tokens: list[np.ndarray]  # uint8 (L,) each
     labels: np.ndarray
     classes: tuple[str, ...]
-    split: np.ndarray  # str (n,), each one of SPLITS
+    split: np.ndarray  # str (n,), each one of PARTS
     sources: list[str]  # path of each record's file
     target: Target = "multiclass"
     records: np.ndarray | None = None
@@ -114,7 +115,7 @@ class LabelledSequences:
         """
         rows = [self._row(name, chosen) for name, chosen in self.members().items()]
         keys = sequence_keys(self.tokens)
-        pairs = combinations([part for part in SPLITS if np.any(self.split == part)], 2)
+        pairs = combinations([part for part in PARTS if np.any(self.split == part)], 2)
         return {
             "rows": [*rows, self._row("all", np.ones(len(self.labels), dtype=bool))],
             "distinct": len(set(keys)),
@@ -126,7 +127,7 @@ class LabelledSequences:
         lengths = [len(ids) for ids in tokens] or [0]
         return {
             "class": name,
-            **{part: int(np.sum(self.split[chosen] == part)) for part in SPLITS},
+            **{part: int(np.sum(self.split[chosen] == part)) for part in PARTS},
             "shortest": min(lengths),
             "median": int(np.median(lengths)),
             "longest": max(lengths),
@@ -136,7 +137,7 @@ class LabelledSequences:
     def describe(self) -> str:
         """`summary` as a table to print."""
         summary = self.summary()
-        table = [["class", *SPLITS, "shortest", "median", "longest", "with N"]]
+        table = [["class", *PARTS, "shortest", "median", "longest", "with N"]]
         table += [[str(value) for value in row.values()] for row in summary["rows"]]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
@@ -148,10 +149,8 @@ class LabelledSequences:
 
     def write_splits_tsv(self, path: str | Path) -> None:
         """Which record went to which part: columns id, class, split, source; id and source together are unique."""
-        with written_whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-            writer.writerow(_SPLIT_COLUMNS)
-            writer.writerows(zip(self.names, self.label_texts(), self.split.tolist(), self.sources, strict=True))
+        rows = zip(self.names, self.label_texts(), self.split.tolist(), self.sources, strict=True)
+        save_tsv(path, _SPLIT_COLUMNS, rows)
 
 
 class SplitRow(NamedTuple):
@@ -175,8 +174,8 @@ def read_splits(path: str | Path) -> list[SplitRow]:
         raise InputError(f"{path}, line 1: expected the columns {', '.join(_SPLIT_COLUMNS)}, separated by tabs")
     lines_of: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines[1:], start=2):
-        if len(line) != len(_SPLIT_COLUMNS) or line[2] not in SPLITS:
-            raise InputError(f"{path}, line {number}: expected id, class, one of {', '.join(SPLITS)}, and source")
+        if len(line) != len(_SPLIT_COLUMNS) or line[2] not in PARTS:
+            raise InputError(f"{path}, line {number}: expected id, class, one of {', '.join(PARTS)}, and source")
         first = lines_of.setdefault((line[0], line[3]), number)
         if first != number:
             raise InputError(f"{path}, line {number}: record {line[0]!r} of {line[3]} stands in line {first} too")

@@ -3,15 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional
 
 from ..core.config import ComputeConfig, SamplingConfig, TrainConfig
+from ..core.flags import OptionalOutput, Output
 from ..core.inputs import require_at_least_1, require_fractions, require_shares
 from .config import LanguagePreset, Objective, TokenizerName
-
-Output = Annotated[Path, arg(aliases=["-o"])]
 
 
 def require_sequence_files(words: tuple[str, ...]) -> None:
@@ -149,7 +148,7 @@ class Score(_WithLanguageModel):
 
     fasta: Positional[tuple[str, ...]]
     """Sequence files, folders or quoted globs; - is standard input."""
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """File to write the table to (.tsv); standard output if left out."""
     track: Path | None = None
     """Also write the bits of each base, a bedGraph file."""
@@ -213,7 +212,7 @@ class Generate(_WithLanguageModel):
     """Sequences to write for each prompt."""
     length: int = 1000
     """Bases to write after a prompt."""
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """FASTA file to write; standard output if left out."""
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
 
@@ -253,7 +252,7 @@ class Variants(_AtPlaces):
 
     vcf: Positional[Path]
     """VCF or BCF file, plain, gzip or bgzip; - is standard input."""
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """VCF file to write: .vcf, or .vcf.gz, which is bgzip and gets an index; standard output if left out."""
     tag: str = "PM"
     """What the names of the INFO entries begin with."""

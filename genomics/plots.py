@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.files import written_whole
+from ..core.plots import plain, save_figure
 
 _MODEL, _OTHER = "#4878a8", "#d1603d"
 
@@ -33,8 +33,7 @@ def plot_perplexity(path: Path, rows: Sequence[Sequence[Any]], window: int) -> N
     axes.grid(alpha=0.25)
     axes.spines[["top"]].set_visible(False)
     axes.legend(frameon=False)
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=130)
+    save_figure(figure, path)
 
 
 def plot_mutagenesis(path: Path, effects: np.ndarray, reference: str, first: int, name: str) -> None:
@@ -64,14 +63,11 @@ def plot_mutagenesis(path: Path, effects: np.ndarray, reference: str, first: int
     means[known] = np.nanmean(effects[known], axis=1)
     below.bar(first + np.arange(n), means, width=1.0, color=_MODEL)
     below.axhline(0, color="#888888", linewidth=0.8)
-    below.set(
-        xlabel=f"position on {name.replace('$', chr(92) + '$')}", ylabel="mean LLR", xlim=(first - 0.5, first + n - 0.5)
-    )
+    below.set(xlabel=f"position on {plain(name)}", ylabel="mean LLR", xlim=(first - 0.5, first + n - 0.5))
     below.ticklabel_format(axis="x", style="plain", useOffset=False)
     if n <= 120:
         for i, base in enumerate(reference):
             above.text(first + i, -0.75, base, ha="center", va="bottom", fontsize=7)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=130)
+    save_figure(figure, path)

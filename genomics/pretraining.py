@@ -24,13 +24,13 @@ from ..core.batching import pad_right, shuffled_batches
 from ..core.config import TrainConfig
 from ..core.parallel import padded_length, padded_piece
 from ..core.task import Task
+from ..core.terminal import progress_bar
 from .alphabet import BOS, MASK, PAD, VOCAB_SIZE, A, T, reverse_complement
 from .config import Objective
 from .evaluation import Reader, base_nats, score_windows
 from .n_runs import NRuns
 from .parts import Stretch
 from .reading.genome import Genome
-from .terminal import progress_bar
 from .tokenizers import Tokenizer, is_asked
 
 KEPT, REPLACED = 0.1, 0.1  # of the chosen bases: those that stay, and those that become any base; the rest is [MASK]
@@ -174,7 +174,7 @@ class TrainGenome(Task):
 
     def evaluate(self, model: Any) -> dict[str, float]:
         n_bases = int(self.valid_windows[:, 2].sum())
-        with progress_bar("validation", n_bases) as advance:
+        with progress_bar("validation", n_bases, "bases") as advance:
             windows = [(self.valid.stretches[i].contig, start, size) for i, start, size in self.valid_windows.tolist()]
             reader = Reader(model, self.tokenizer, self.objective)
             found = score_windows(reader, self.genome, windows, self.tokens, advance=advance)

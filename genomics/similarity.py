@@ -34,8 +34,9 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from ..core.errors import InputError
+from ..core.inputs import PARTS
 from .alphabet import VOCAB_SIZE, A, C, G, N, T
-from .splits import SPLITS, group_numbers, join_groups, sequence_keys
+from .splits import group_numbers, join_groups, sequence_keys
 
 K = 20
 THRESHOLD = 0.1
@@ -244,7 +245,7 @@ def leakage(
     """What two parts have in common, JSON-safe; a record counts once, for the closest kind of those it belongs to.
 
     tokens  (n) uint8 (L,) each
-    split   (n,) part of each record, each one of SPLITS
+    split   (n,) part of each record, each one of PARTS
     k, threshold, scaled, frequent_kmers, without_kmers: see `similarity`
 
     pairs   "train/test" -> kind -> `groups` that straddle the two parts, their `records` in these, and up to three
@@ -260,7 +261,7 @@ def leakage(
     levels: dict[str, np.ndarray] = dict(
         zip(_KINDS, (exact, group_numbers(sequence_keys(tokens)), found.groups), strict=True)
     )
-    parts = sorted(set(split.tolist()), key=SPLITS.index)
+    parts = sorted(set(split.tolist()), key=PARTS.index)
     return {
         "k": k,
         "threshold": threshold,

@@ -17,8 +17,6 @@ from scipy.sparse.csgraph import connected_components
 
 from ..core.errors import InputError
 from .alphabet import reverse_complement
-from .config import PART_OF as PART_OF
-from .config import SPLITS as SPLITS
 
 
 def sequence_keys(tokens: Sequence[np.ndarray]) -> list[bytes]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.files import written_whole
+from ..core.plots import plain, save_figure
 from .alphabet import VOCAB_SIZE, A, C, G, N, T
 from .dataset import LabelledSequences
 from .splits import group_numbers, sequence_keys
@@ -171,7 +171,7 @@ def plot_statistics(path: str | Path, data: LabelledSequences) -> None:
     groups = {name: tokens for name, tokens in groups.items() if tokens}
     if not 0 < len(groups) <= len(_CLASS_COLOURS):
         groups = {"all": data.tokens}
-    groups = {name.replace("$", r"\$"): tokens for name, tokens in groups.items()}  # a pair would begin a formula
+    groups = {plain(name): tokens for name, tokens in groups.items()}
 
     heights = (3.4, 0.3 + 1.9 * len(groups))  # inches
     figure = Figure(figsize=(10, sum(heights)), layout="constrained")
@@ -188,8 +188,7 @@ def plot_statistics(path: str | Path, data: LabelledSequences) -> None:
         fontsize=9,
     )
     _draw_positions(figure.add_subfigure(rows[1]), groups)
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15)
+    save_figure(figure, path, tight=True)
 
 
 def _draw_lengths(axes: Axes, lengths: Mapping[str, np.ndarray]) -> None:

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -34,6 +35,33 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _drafts():
+    """Pictures are drawn small and not laid out: else they are a third of the time of a command that trains a little.
+
+    Those of `in_full` are drawn as a user gets them.
+    """
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+
+    @functools.wraps(savefig)
+    def draft(self, path, **options):
+        self.set_layout_engine("none")
+        savefig(self, path, **{**options, "dpi": 20, "bbox_inches": None})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", draft)
+        yield
+
+
+@pytest.fixture
+def in_full(monkeypatch):
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", Figure.savefig.__wrapped__)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,13 @@ def test_help_does_not_load_torch(words):
     assert len(result.stdout) > 4
 
 
+def test_help_is_not_broken_where_its_source_is(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert cli.main(["bytes", "train", "--help"]) == 0
+    assert "moe-mamba-25m has 542 million" in capsys.readouterr().out
+    assert cli._paragraphs("one\n    two,\n    `three`\n\n    four ") == "one two, `three`\n\nfour"
+
+
 def test_importing_models_and_verbs_does_not_load_the_compiler():
     code = "import sys, polymamba.genomics.verbs.variants, polymamba.bytes; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional
 
 from ..core.config import ComputeConfig, TrainConfig
+from ..core.flags import OptionalOutput, Output
 from .config import RECIPES, Augmentation, Dividing, ModelName, RecipeName
-
-Output = Annotated[Path, arg(aliases=["-o"])]
 
 
 def _require_at_least(flags: Any, lowest: int, *names: str) -> None:
@@ -150,7 +149,7 @@ class Predict(_OnModel):
 
     images: Positional[tuple[Path, ...]]
     """Files, folders with images at any depth, globs, .parquet, or folders that `datasets.save_to_disk` wrote."""
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """File to write: .csv, .tsv or .json; a table on stdout if left out."""
     top_k: int = 5
     """How many of the likeliest classes to name."""
@@ -248,7 +247,7 @@ class Bench:
     """Measure under torch.compile, too: compiling takes minutes."""
     repeats: int = 5
     """Times each thing is done; the median is shown."""
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    output: OptionalOutput = None
     """File to write the table to (.json or .md); it is printed anyway."""
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
 

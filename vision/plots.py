@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.files import written_whole
+from ..core.plots import plain, save_figure
 
 if TYPE_CHECKING:
     from PIL import Image
 
 COLUMNS = 6  # of a contact sheet
+DPI = 120
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 15) -> tuple[float, list[dict]]:
@@ -52,7 +53,7 @@ def plot_calibration(path: str | Path, bins: Sequence[dict], error: float) -> No
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path, dpi=DPI)
 
 
 def contact_sheet(path: str | Path, images: Sequence[Image.Image], captions: Sequence[str], title: str) -> None:
@@ -65,15 +66,10 @@ def contact_sheet(path: str | Path, images: Sequence[Image.Image], captions: Seq
     figure.suptitle(title if images else f"{title}: none", fontsize=11)
     for axes, image, caption in zip(figure.subplots(rows, columns, squeeze=False).flat, images, captions, strict=False):
         axes.imshow(np.asarray(image), interpolation="nearest" if max(image.size) < 128 else "antialiased")
-        axes.set_title(caption.replace("$", r"\$"), fontsize=8)
+        axes.set_title(plain(caption), fontsize=8)
     for axes in figure.axes:
         axes.set_axis_off()
-    _save(figure, path)
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    save_figure(figure, path, dpi=DPI)
 
 
 def plot_gradcam(path: str | Path, rows: Sequence[tuple[Image.Image, np.ndarray, str]]) -> None:
@@ -89,10 +85,10 @@ def plot_gradcam(path: str | Path, rows: Sequence[tuple[Image.Image, np.ndarray,
         left.imshow(np.asarray(image), interpolation=smooth)
         right.imshow(np.asarray(image.convert("L")), cmap="gray", interpolation=smooth)
         right.imshow(cam, cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="bilinear")
-        left.set_title(caption.replace("$", r"\$"), fontsize=8, loc="left")
+        left.set_title(plain(caption), fontsize=8, loc="left")
     for one in figure.axes:
         one.set_axis_off()
-    _save(figure, path)
+    save_figure(figure, path, dpi=DPI)
 
 
 def plot_receptive_field(path: str | Path, field: np.ndarray, n_images: int) -> None:
@@ -107,7 +103,7 @@ def plot_receptive_field(path: str | Path, field: np.ndarray, n_images: int) -> 
     figure.colorbar(drawn, ax=axes, shrink=0.85, label="influence on the middle cell / largest")
     axes.set_title(f"effective receptive field, mean of {n_images} images", fontsize=10)
     axes.set(xlabel="pixel", ylabel="pixel")
-    _save(figure, path)
+    save_figure(figure, path, dpi=DPI)
 
 
 def plot_scan_order(path: str | Path, orders: Sequence[tuple[str, np.ndarray]]) -> None:
@@ -135,4 +131,4 @@ def plot_scan_order(path: str | Path, orders: Sequence[tuple[str, np.ndarray]]) 
         axes.set(xlim=(-0.7, top[1] + 0.7), ylim=(top[0] + 0.7, -0.7), aspect="equal", title=name)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path, dpi=DPI)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..core.config import TrainConfig
 from ..core.task import Task
+from ..core.terminal import progress_bar
 from .config import Augmentation
 from .dataset import ImageSet
 from .images import read_image
 from .inference import predict
-from .terminal import progress_bar
 from .transforms import seeded, train_transform
 
 
@@ -72,7 +72,7 @@ class TrainImages(Task):
         return F.cross_entropy(model(images).float(), target, label_smoothing=self.augment.smoothing)
 
     def evaluate(self, model: Any) -> dict[str, float]:
-        with progress_bar("validation", len(self.valid)) as advance:
+        with progress_bar("validation", len(self.valid), "images") as advance:
             found = predict(model, self.valid, self.config.batch_size, workers=self.config.workers, advance=advance)
         hit = found[np.arange(len(found)), self.valid.labels]
         accuracy = float((found.argmax(axis=1) == self.valid.labels).mean())

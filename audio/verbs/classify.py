@@ -2,13 +2,12 @@
 
 import sys
 
-import numpy as np
-
 from ...core.device import autocast
 from ...core.files import require_writable, save_tsv, write_tsv
 from ...core.terminal import say
 from ..commands import Classify
 from ..training import classify as logits_of
+from ..training import probabilities_of
 from .common import load_classifier, read_codes
 
 
@@ -20,7 +19,7 @@ def classify(args: Classify) -> None:
     sounds, codes, folders = read_codes(args.files, model.config)
     with autocast(args.compute):
         logits = logits_of(model, codes, model.config.window)
-    probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    probabilities = probabilities_of(logits)
     labels = model.config.labels
     rows = [["file", "label", *labels]]
     for sound, p in zip(sounds, probabilities, strict=True):

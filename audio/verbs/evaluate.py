@@ -26,7 +26,7 @@ from ..metrics import (
 from ..model import AudioClassifier, AudioModel, Guided
 from ..plots import plot_sounds
 from ..scoring import bits_of
-from ..training import classify
+from ..training import classify, probabilities_of
 from .common import load_causal_model, load_classifier, read_codes
 
 COLUMNS = ("sounds", "n", "FAD_mel", "FID", "IS", "mIS", "AM", "recognised")
@@ -147,7 +147,7 @@ def _figures(
     window = classifier.config.window
     features = [classify(classifier, some, window, features=True) for some in (sounds, reference)]
     logits = [classify(classifier, some, window) for some in (sounds, reference)]
-    p, p_reference = (np.exp(x - np.logaddexp.reduce(x, axis=1, keepdims=True)) for x in logits)
+    p, p_reference = map(probabilities_of, logits)
     figures |= {
         "FID": frechet(*features),
         "IS": inception_score(p),

@@ -22,7 +22,7 @@ from ..corpus import Recordings, describe, divide, find_sounds, open_corpus, wri
 from ..model import AudioClassifier, AudioModel
 from ..reading import Sound
 from ..scoring import order0_bits
-from ..training import TrainAudio, TrainClassifier, classify, label_ids, measure
+from ..training import TrainAudio, TrainClassifier, classify, label_ids, measure, probabilities_of
 from .common import load_causal_model, load_classifier
 
 
@@ -101,7 +101,7 @@ def _train_classifier(args: Train, config: ClassifierConfig, corpus: dict[str, R
     if not known.any():
         say("no test recording has a label that the model knows: nothing to measure")
         return
-    probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))[known]
+    probabilities = probabilities_of(logits)[known]
     truth = truth[known]
     figures = classification_metrics(truth, probabilities, list(config.labels))
     write_json(run / "metrics.json", figures)

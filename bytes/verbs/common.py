@@ -8,12 +8,12 @@ from ...core.device import autocast, pick_device
 from ...core.files import write_json
 from ...core.routing import LayerRouting, recorded_routing, write_routing
 from ...core.routing_plot import plot_routing
+from ...core.terminal import progress_bar
 from ..config import name_of
 from ..documents import Documents
 from ..evaluation import CHUNK, Score, check_causality, order0_bits_per_byte, score, xz_bits_per_byte
 from ..model import ByteLM
 from ..plots import plot_positions
-from ..terminal import progress_bar
 
 
 def load_model(run: Path, compute: ComputeConfig) -> ByteLM:
@@ -39,13 +39,13 @@ def measure_routing(
 
 def measure(model: ByteLM, documents: Documents, compute: ComputeConfig, work: str, chunk: int = CHUNK) -> Score:
     """`score` in the precision asked for, under a progress bar that `work` names."""
-    with autocast(compute), progress_bar(work, documents.n_bytes) as advance:
+    with autocast(compute), progress_bar(work, documents.n_bytes, "bytes") as advance:
         return score(model, documents, chunk=chunk, advance=advance)
 
 
 def report(folder: Path | None, result: Score, documents: Documents, routing: list[LayerRouting]) -> None:
     """Figures on stdout; with a folder also metrics.json and positions.png in it, and what became of `routing`."""
-    with progress_bar("xz", documents.n_bytes) as advance:
+    with progress_bar("xz", documents.n_bytes, "bytes") as advance:
         xz = xz_bits_per_byte(documents, advance=advance)
     order0 = order0_bits_per_byte(documents)
     metrics: dict[str, Any] = {

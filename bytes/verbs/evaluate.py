@@ -1,13 +1,10 @@
 """`polymamba bytes eval` and `noise`: how well does a model predict files, and what do noises make of that?"""
 
-import csv
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TextIO
 
-from ...core.files import new_folder, require_new_folder, require_writable, written_whole
+from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, written_whole
 from ...core.terminal import say
 from ..commands import Eval, Noise
 from ..documents import Documents, find_files, whole_files
@@ -40,10 +37,9 @@ def noise(args: Noise) -> None:
     rows: list[list[str]] = []
     for row in _noise_rows(model, documents, args):
         rows.append(row)
-        _write([row], sys.stdout)
+        print("\t".join(row), flush=True)
     if args.output is not None:
-        with written_whole(args.output) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-            _write(rows, file)
+        save_tsv(args.output, rows[0], rows[1:])
 
 
 def _noise_rows(model: ByteLM, documents: Documents, args: Noise) -> Iterator[list[str]]:
@@ -65,11 +61,6 @@ def _noise_rows(model: ByteLM, documents: Documents, args: Noise) -> Iterator[li
             *(kind.name, f"{kind.probability:g}", str(result.n_bytes), f"{result.bits_per_byte:.4f}"),
             *(f"{of_words:.4g}", f"{of_words - clean.word_perplexity:.4g}"),
         ]
-
-
-def _write(rows: list[list[str]], file: TextIO) -> None:
-    csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
-    file.flush()
 
 
 def _documents(words: tuple[Path, ...]) -> Documents:

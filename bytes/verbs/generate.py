@@ -15,12 +15,11 @@ from ...core.errors import InputError
 from ...core.generation import FinishReason, Step
 from ...core.generation import generate as continuations
 from ...core.speculation import Tally, speculate
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..commands import Generate
 from ..config import DOCUMENT
 from ..model import ByteLM
 from ..stream import write_stream
-from ..terminal import progress_bar
 from .common import load_model
 
 
@@ -53,7 +52,7 @@ def _steps(
     """Reads the prompt, and returns what follows it."""
     stop = [[DOCUMENT], *(os.fsencode(text) for text in args.stop)]
     n_read = len(prompt) * (2 if isinstance(drafter, ByteLM) else 1)
-    with progress_bar("prompt", n_read) as advance:
+    with progress_bar("prompt", n_read, "bytes") as advance:
         options: Any = {"seeds": [args.compute.seed], "stop": stop, "advance": advance}
         if drafter is None:
             return continuations(model, [prompt], args.max_new_bytes, args.sampling, **options)

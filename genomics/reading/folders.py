@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...core.errors import InputError
-from ..splits import PART_OF, SPLITS
+from ...core.inputs import PARTS
+from ..config import PART_OF
 from .files import SEQUENCE_ENDINGS, data_entries, files_in, stem_of
 
 
 class LabelledFile(NamedTuple):
     """A sequence file, and what its records are."""
 
-    split: str  # one of SPLITS
+    split: str  # one of PARTS
     label: str  # class name
     path: Path
 
@@ -37,7 +38,7 @@ def files_in_folder(path: str | Path) -> list[LabelledFile]:
     parts = _parts(path) or {"train": path}
     return [
         LabelledFile(part, label, file)
-        for part in SPLITS
+        for part in PARTS
         if part in parts
         for label, files in _classes(parts[part]).items()
         for file in files

@@ -26,8 +26,8 @@ from urllib.parse import unquote
 import numpy as np
 
 from ...core.errors import InputError
+from ...core.inputs import PARTS
 from ..alphabet import reverse_complement
-from ..config import SPLITS
 from .chromosomes import read_chromosomes
 from .tables import find_columns, part_at, read_table
 from .text import read_lines
@@ -62,7 +62,7 @@ class Region(NamedTuple):
     end: int  # > start
     strand: str  # one of STRANDS; "." is unknown, and read as "+"
     label: str  # as the file has it, a "." too; "" if the file has none
-    split: str  # one of splits.SPLITS; "" if the file has none
+    split: str  # one of PARTS; "" if the file has none
     path: Path  # the file that the region came from
     line: int  # in that file, from 1
 
@@ -115,7 +115,7 @@ def read_benchmark_folder(path: str | Path) -> list[Region]:
         folders[split] = entry
     if not folders:
         raise InputError(f"{path}: holds no folder train or test")
-    files = {split: _class_files(folders[split]) for split in SPLITS if split in folders}
+    files = {split: _class_files(folders[split]) for split in PARTS if split in folders}
     return [
         region
         for split, classes in files.items()

@@ -39,7 +39,7 @@ class LabelRow(NamedTuple):
 
     id: str  # unique in the table
     label: str
-    split: str  # one of SPLITS; "" if the table has no such column
+    split: str  # one of PARTS; "" if the table has no such column
     line: int  # in the table, from 1
 
 
@@ -50,7 +50,7 @@ class SequenceRow(NamedTuple):
     sequence: str  # as in the table, lower case kept
     tokens: np.ndarray  # uint8 (L,), read-only; the ids of alphabet.tokenize
     label: str
-    split: str  # one of SPLITS; "" if the table has no such column
+    split: str  # one of PARTS; "" if the table has no such column
     line: int  # in the table, from 1
 
 
@@ -111,7 +111,7 @@ def match_labels(names: Iterable[str], rows: Sequence[LabelRow], path: str | Pat
 
 
 def part_at(where: str, word: str) -> str:
-    """One of SPLITS, from a word for it in either case, which stands at `where` (file and line). Raises InputError."""
+    """One of PARTS, from a word for it in either case, which stands at `where` (file and line). Raises InputError."""
     if word.lower() not in PART_OF:
         raise InputError(f"{where}: split {word!r} is none of train, valid (or val, validation, dev) and test")
     return PART_OF[word.lower()]

@@ -21,7 +21,7 @@ from ...core.metrics import format_table, write_confusion_tsv
 from ...core.plots import plot_confusion
 from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder, checksums_of, write_manifest
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ...core.train import settings_of, train_model
 from ..along import Along, along
 from ..alphabet import N
@@ -39,7 +39,6 @@ from ..reading.files import files_of
 from ..reading.genome import Genome
 from ..runs_track import RunsTrack
 from ..stored import begin_with, read_start, require_run_folder
-from ..terminal import progress_bar
 from .genome import require_unlike_names, settings_of_genome, window_and_overlap, windows_of_parts
 
 UNIT = 4096  # bases that figures add up by, at most
@@ -163,7 +162,7 @@ def predict_bases(args: PredictBases) -> None:
         else:
             writer = RunsTrack(file, config)
         stack.enter_context(autocast(args.compute))
-        advance = stack.enter_context(progress_bar("predict", genome.n_bases))
+        advance = stack.enter_context(progress_bar("predict", genome.n_bases, "bases"))
         for i, contig in enumerate(genome.contigs):
             pieces = _predicted(model, genome, i, 0, contig.length, geometry, args.max_tokens)
             if args.one_shot:
@@ -254,7 +253,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Figures over the stretches' bases that are no N and, of a regression, have a value."""
     figures = BaseFigures(model.config.classes, model.config.target)
-    with autocast(compute), progress_bar("test", sum(s.n_bases for s in stretches)) as advance:
+    with autocast(compute), progress_bar("test", sum(s.n_bases for s in stretches), "bases") as advance:
         for stretch in stretches:
             for at, found in _predicted(
                 model, genome, stretch.contig, stretch.start, stretch.end, geometry, max_tokens
@@ -285,7 +284,7 @@ def _report(folder: Path, metrics: dict[str, Any]) -> None:
 def _counted(annotation: Annotation, train: Windows, stranded: bool) -> LabelCounts:
     """What the train part's bases are, which is said. Raises InputError if a class, or a value, is nowhere there."""
     n_bases = sum(s.n_bases for s in train.stretches)
-    with progress_bar("labels", n_bases) as advance:
+    with progress_bar("labels", n_bases, "bases") as advance:
         counts = from_first(lambda: count_labels(annotation, train, advance))
     if annotation.n_skipped:
         say(f"{annotation.n_skipped} regions left out: the genome has not their chromosomes")

@@ -3,10 +3,9 @@
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder
 from ...core.hub import CONFIG, WEIGHTS
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..commands import Eval
 from ..sources import read_source
-from ..terminal import progress_bar
 from ..windows import cut_windows, without_n_rich
 from .common import load_models, mean_predictions, passes, report, tuned_thresholds, write_inputs
 
@@ -27,7 +26,7 @@ def evaluate(args: Eval) -> None:
     if n_dropped:
         say(f"{n_dropped} left out: more than {args.max_n:.0%} of their bases are N")
     require_new_folder(args.output)
-    with progress_bar("eval", sum(map(len, data.tokens)) * passes(args)) as advance:
+    with progress_bar("eval", sum(map(len, data.tokens)) * passes(args), "bases") as advance:
         predictions = mean_predictions(models, data.tokens, args, advance)
     with new_folder(args.output) as folder:
         weights = [run / name for run in (args.run, *args.ensemble) for name in (CONFIG, WEIGHTS)]

@@ -13,11 +13,11 @@ from ...core.errors import InputError
 from ...core.files import require_writable, written_whole
 from ...core.generation import generate as continuations
 from ...core.language_model import LanguageModel
+from ...core.terminal import progress_bar
 from ..alphabet import BOS, LetterError, decode, tokenize
 from ..language_commands import Generate
 from ..reading.files import files_of
 from ..reading.records import read_records
-from ..terminal import progress_bar
 from ..tokenizers import Tokenizer, is_asked
 from .language import load_reader
 
@@ -84,7 +84,7 @@ def _write(
     file: TextIO, args: Generate, model: OnlyBases, tokenizer: Tokenizer, prompts: list[tuple[str, np.ndarray]]
 ) -> None:
     wanted = [(f"{name}_{i + 1}", ids) for name, ids in prompts for i in range(args.number)]
-    with progress_bar("generate", len(wanted) * args.length) as advance:
+    with progress_bar("generate", len(wanted) * args.length, "bases") as advance:
         for first in range(0, len(wanted), AT_ONCE):
             batch = wanted[first : first + AT_ONCE]
             given = [torch.from_numpy(np.append(BOS, tokenizer.encode(bases)[0])) for _, bases in batch]

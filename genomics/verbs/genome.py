@@ -6,17 +6,16 @@ from typing import Any
 
 from ...core.errors import InputError
 from ...core.processes import from_first
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..n_runs import find_n_runs
 from ..parts import Stretch
 from ..pretraining import Windows, cut_stretches
 from ..reading.genome import Genome
-from ..terminal import progress_bar
 
 
 def windows_of_parts(genome: Genome, stretches: Sequence[Stretch], length: int, max_n: float) -> dict[str, Windows]:
     """The windows of each part; how many are mostly N is said. Raises InputError if train or valid has none left."""
-    with progress_bar("letters", sum(s.n_bases for s in stretches)) as advance:
+    with progress_bar("letters", sum(s.n_bases for s in stretches), "bases") as advance:
         runs = from_first(lambda: find_n_runs(genome, stretches, advance=advance))
     parts, dropped = {}, []
     for part in ("train", "valid", "test"):

@@ -11,7 +11,7 @@ from ...core.device import autocast
 from ...core.embeddings import require_embeddings_file, write_embeddings
 from ...core.errors import InputError
 from ...core.files import require_writable, write_tsv, written_whole
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..commands import Embed, Predict
 from ..config import DNAClassifierConfig
 from ..inference import embed as embed_sequences
@@ -20,7 +20,6 @@ from ..model import DNAClassifier
 from ..pieces import Piece, Pieces, in_chunks
 from ..reading.files import files_of
 from ..reading.source import opened
-from ..terminal import progress_bar
 from ..tracks import Predicted, write_bed, write_bedgraph
 from .common import decisions, load_embedder, load_models, mean_predictions, passes, table_rows, tuned_thresholds
 
@@ -88,7 +87,7 @@ def _predicted(
     models: list[DNAClassifier], pieces: Pieces, args: Predict, thresholds: np.ndarray | None
 ) -> Iterator[Predicted]:
     config = models[0].config
-    with progress_bar("predict", pieces.n_bases * passes(args)) as advance:
+    with progress_bar("predict", pieces.n_bases * passes(args), "bases") as advance:
         for chunk in in_chunks(pieces, args.batch_size, args.max_tokens):
             predictions = mean_predictions(models, [piece.tokens for piece in chunk], args, advance)
             labels = decisions(predictions, config.classes, config.target, thresholds)
@@ -96,7 +95,7 @@ def _predicted(
 
 
 def _embedded(model: DNAClassifier, pieces: Pieces, args: Embed) -> Iterator[tuple[list[tuple], np.ndarray]]:
-    with progress_bar("embed", pieces.n_bases) as advance:
+    with progress_bar("embed", pieces.n_bases, "bases") as advance:
         for chunk in in_chunks(pieces, args.batch_size, args.max_tokens):
             tokens = [piece.tokens for piece in chunk]
             with autocast(args.compute):
@@ -111,7 +110,7 @@ def _embedded_in_records(model: DNAClassifier, pieces: Pieces, args: Embed) -> I
     if model.config.backbone.bidirectional:
         say(f"windows of {pieces.window} bases, with {overlap // 2} and {overlap - overlap // 2} more beside them")
     differences: list[float] = []
-    with progress_bar("embed", pieces.n_bases) as advance, autocast(args.compute):
+    with progress_bar("embed", pieces.n_bases, "bases") as advance, autocast(args.compute):
         for record, windows in pieces.by_record():
             if not windows:
                 continue

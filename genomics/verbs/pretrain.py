@@ -8,7 +8,7 @@ from ...core.device import autocast, pick_device
 from ...core.files import write_json
 from ...core.processes import first_alone, from_first, is_first
 from ...core.run_folder import RunFolder
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ...core.train import settings_of, train_model
 from ..baselines import order_bits
 from ..caduceus import Caduceus
@@ -20,7 +20,6 @@ from ..parts import describe_parts, divide_genome, write_splits_bed
 from ..pretraining import TrainGenome, Windows, cut_stretches, spread
 from ..reading.files import files_of
 from ..reading.genome import Genome
-from ..terminal import progress_bar
 from ..tokenizers import BPE_FILE, CHARACTERS, BytePairs, KMers, Tokenizer, save_tokenizer
 from .genome import settings_of_genome, windows_of_parts
 from .language import load_reader
@@ -104,7 +103,7 @@ def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], task: Train
     windows = [
         (test.stretches[i].contig, at, size) for i, at, size in cut_stretches(test, args.length, None)[0].tolist()
     ]
-    with autocast(args.compute), progress_bar("test", sum(size for _, _, size in windows)) as advance:
+    with autocast(args.compute), progress_bar("test", sum(size for _, _, size in windows), "bases") as advance:
         found = score_windows(reader, genome, windows, task.tokens, advance=advance)
     metrics: dict[str, Any] = {
         "bits_per_base": found.bits_per_base,
@@ -116,7 +115,7 @@ def _test(args: Pretrain, genome: Genome, parts: dict[str, Windows], task: Train
     if args.baselines:
         train = parts["train"].stretches
         n_bases = sum(s.n_bases for s in (*train, *test.stretches))
-        with progress_bar("baselines", n_bases) as advance:
+        with progress_bar("baselines", n_bases, "bases") as advance:
             orders = order_bits(genome, train, test.stretches, advance=advance)
         metrics["order_bits_per_base"] = orders
     write_json(run / "metrics.json", metrics)

@@ -10,7 +10,7 @@ import numpy as np
 from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, write_tsv, written_whole
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..binned_track import BinnedTracks
 from ..evaluation import Reader, bits_in_context, causal_bits, masked_bits
 from ..evaluation import Score as Cost
@@ -19,7 +19,6 @@ from ..parts import parts_given
 from ..plots import plot_perplexity
 from ..reading.files import files_of
 from ..reading.genome import Genome
-from ..terminal import progress_bar
 from .genome import require_unlike_names, window_and_overlap
 from .language import load_reader
 
@@ -61,7 +60,7 @@ def _rows(
     args: Score, reader: Reader, genome: Genome, geometry: tuple[int, int], track: BinnedTracks | None
 ) -> Iterator[list[Any]]:
     window, overlap = geometry
-    with progress_bar("score", genome.n_bases) as advance:
+    with progress_bar("score", genome.n_bases, "bases") as advance:
         for i, contig in enumerate(genome.contigs):
 
             def bits_by(window: int, overlap: int, i: int = i, length: int = contig.length):
@@ -120,7 +119,7 @@ def perplexity(args: Perplexity) -> None:
         places = [places[i] for i in chosen]
         sizes = [args.target + context for context in args.contexts]
         found = []
-        with autocast(args.compute), progress_bar("perplexity", sum(sizes) * len(places)) as advance:
+        with autocast(args.compute), progress_bar("perplexity", sum(sizes) * len(places), "bases") as advance:
             for context in args.contexts:
                 options: Any = {"advance": advance}
                 found.append(bits_in_context(reader, genome, places, args.target, context, CONTEXT_TOKENS, **options))

@@ -12,7 +12,7 @@ from ...core.errors import InputError
 from ...core.files import write_json
 from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ...core.thresholds import best_thresholds
 from ...core.train import settings_of, train_model
 from ..commands import Train
@@ -23,7 +23,6 @@ from ..inference import predict
 from ..model import DNAClassifier
 from ..sources import read_source
 from ..stored import begin_with, read_start
-from ..terminal import progress_bar
 from ..training import TrainDNA, value_scale
 from ..windows import cut_windows, moved, without_n_rich
 from .common import THRESHOLDS, input_files, report
@@ -81,7 +80,8 @@ def train(args: Train) -> None:
     if start is not None:
         lr = args.train.lr / 10 if args.backbone_lr is None else args.backbone_lr
         begin_with(model, start, None if args.freeze else lr / args.train.lr)
-    n_parameters, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or k) for k in (1, 0))
+    n_parameters = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = f"{n_parameters:,} parameters" + (f", {n_trained:,} of them learning" if args.freeze else "")
     say(f"model {args.init or args.preset}: {what}; training on {pick_device(args.compute)}")
     move = None
@@ -118,7 +118,7 @@ def _test(args: Train, data: LabelledSequences, run: RunFolder) -> None:
         if not len(test.names):
             say("no test part: nothing is held out to measure the model on")
             return
-        with progress_bar("test", sum(map(len, test.tokens)) * (1 + args.rc_average)) as advance:
+        with progress_bar("test", sum(map(len, test.tokens)) * (1 + args.rc_average), "bases") as advance:
             of_test = predict(model, test.tokens, **sizes, rc_average=args.rc_average, advance=advance)
     report(run.path, test, of_test, args.compute.seed)
 

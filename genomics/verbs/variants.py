@@ -15,7 +15,7 @@ from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, write_json, written_whole
 from ...core.language_model import LanguageModel
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..alphabet import A, N, T, decode
 from ..binned_track import BinnedTracks
 from ..labels import Labels, measure
@@ -26,7 +26,6 @@ from ..reading.files import files_of
 from ..reading.genome import Genome
 from ..reading.source import opened
 from ..reading.vcf import VariantFile, header_with, index_if_sorted
-from ..terminal import progress_bar
 from ..tokenizers import CHARACTERS
 from ..variant_effects import Site, flank, llrs
 from ..variants import Asker, Scored, header_lines, info_entries, score_variants
@@ -163,7 +162,7 @@ def mutagenesis(args: Mutagenesis) -> None:
         tokens, _ = genome.tokens(contig, first, min(length, end + n))
     effects = np.full((end - start, 4), np.nan)
     places = [at for at in range(end - start) if tokens[start - first + at] != N]
-    with autocast(args.compute), progress_bar("mutagenesis", len(places)) as advance:
+    with autocast(args.compute), progress_bar("mutagenesis", len(places), "bases") as advance:
         for k in range(0, len(places), AT_A_TIME):
             chunk = places[k : k + AT_A_TIME]
             sites = [_substitutions(tokens, start - first + at, n) for at in chunk]

@@ -137,7 +137,7 @@ def value_of(words: list[str]) -> tuple[int, list[str], int]:
 
 
 def test_listops():
-    tokens, lengths, answers = listops(300, seed=5, shortest=20, longest=200)
+    tokens, lengths, answers = listops(150, seed=5, shortest=20, longest=200)
     deepest = 0
     for row, n, answer in zip(tokens, lengths, answers, strict=True):
         assert 20 < n < 200
@@ -147,7 +147,7 @@ def test_listops():
         assert value == answer
         deepest = max(deepest, depth)
     assert deepest <= 10
-    again, other = listops(300, seed=5, shortest=20, longest=200), listops(300, seed=6, shortest=20, longest=200)
+    again, other = listops(150, seed=5, shortest=20, longest=200), listops(150, seed=6, shortest=20, longest=200)
     assert np.array_equal(again[0], tokens)
     assert not np.array_equal(other[0], tokens)
     assert len(set(answers.tolist())) == 10

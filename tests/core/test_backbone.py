@@ -209,7 +209,7 @@ def test_causal(pattern):
 )
 def test_compiles_in_one_graph(pattern):
     torch.compiler.reset()  # it compiles the same code for so many models only
-    model, x = backbone(pattern=pattern), inputs()
+    model, x = backbone(pattern=pattern, n_layer=len(pattern)), inputs()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     mask = mask_of(LENGTHS, "right")
     close(compiled(x, padding_mask=mask), model(x, padding_mask=mask))

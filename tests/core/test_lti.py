@@ -179,9 +179,11 @@ def test_transitions_square_and_transpose():
 PATTERNS = [("s4d",), ("s4", "mlp"), ("mamba", "s4d", "attention")]
 
 
-def backbone(pattern) -> Backbone:
+def backbone(pattern, n_layer: int = 3) -> Backbone:
     torch.manual_seed(0)
-    config = BackboneConfig(d_model=12, n_layer=3, pattern=pattern, d_state=5, s4_state=6, norm="layer", mlp_bias=True)
+    config = BackboneConfig(
+        d_model=12, n_layer=n_layer, pattern=pattern, d_state=5, s4_state=6, norm="layer", mlp_bias=True
+    )
     model = Backbone(config)
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:
@@ -233,7 +235,7 @@ def test_packed_pieces_steps_and_causality(pattern):
 
 def test_compiles_in_one_graph():
     torch.compiler.reset()
-    model, x = backbone(("s4d", "s4")), torch.randn(2, 19, 12)
+    model, x = backbone(("s4d", "s4"), n_layer=2), torch.randn(2, 19, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     mask = torch.arange(19) < torch.tensor([19, 4])[:, None]
     close(compiled(x, padding_mask=mask), model(x, padding_mask=mask))

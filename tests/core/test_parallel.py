@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from polymamba.core import Backbone, BackboneConfig
-from polymamba.core.parallel import all_pieces, context_parallel, own_piece
+from polymamba.core.parallel import context_parallel, gathered, own_piece
 
 LENGTH = 60
 PACK = (0, 7, 7, 30, 31, 47, LENGTH)  # of 4 pieces of 15 (2 of 30): ends at a border, empty, spans two, of one token
@@ -51,7 +51,7 @@ def in_pieces(backbone, x, options, target):
             options = {"padding_mask": own_piece(options["padding_mask"])}
         y = backbone(own_piece(x), **options)
         F.mse_loss(y, own_piece(target)).backward()
-        y = all_pieces(y.detach())
+        y = torch.cat(list(gathered(y.detach(), context.group)), 1)
     found = gradients(backbone, x, x.grad)
     for gradient in found.values():
         dist.all_reduce(gradient)

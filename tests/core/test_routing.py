@@ -10,6 +10,8 @@ from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, M
 from polymamba.core.routing import LayerRouting, Routing, recorded_routing, write_routing
 from polymamba.core.routing_plot import plot_routing
 
+pytestmark = pytest.mark.usefixtures("in_full")
+
 
 def language_model(pattern=("mamba", "moe"), top_k=2, n_layer=4) -> LanguageModel:
     torch.manual_seed(0)

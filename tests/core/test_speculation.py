@@ -123,7 +123,7 @@ FILTERED = SamplingConfig(temperature=0.8, top_k=2, repetition_penalty=1.4)
 @pytest.mark.parametrize("config", [SamplingConfig(), PENALISED, FILTERED], ids=["plain", "penalised", "filtered"])
 @pytest.mark.parametrize("drafter", ["ngram", Table(8), Table(9, scale=2.5)], ids=["ngram", "smaller", "surer"])
 def test_exact_has_the_distribution_of_the_model(drafter, config, draft_length):
-    model, prompt, n_rows, length = Table(7), [1, 0, 1, 2, 1, 1, 1, 1, 1, 0, 1, 2, 1, 1], 6000, 4
+    model, prompt, n_rows, length = Table(7), [1, 0, 1, 2, 1, 1, 1, 1, 1, 0, 1, 2, 1, 1], 4000, 4
     tally = Tally()
     speculated = texts(
         *(model, drafter, [torch.tensor(prompt)] * n_rows, length, config, drafting(draft_length)),

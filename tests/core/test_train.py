@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -80,27 +81,36 @@ def test_learns_and_explains_itself(tmp_path):
     assert manifest["settings"] == {"a": 1}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run's folder, to be read only, and what it returned."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, run(folder, CountUp(), CONFIG)
+
+
+def assert_same_as(undisturbed, folder, metrics) -> None:
+    """To the bit."""
+    whole, expected = undisturbed
+    assert metrics == expected
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert logged(folder) == logged(whole)
+
+
 # In the first epoch before any checkpoint, after one, in an evaluation, and between checkpoints of a later epoch.
 @pytest.mark.parametrize("broken_at", [3, 6, 7, 17])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_resumes_to_the_same_bits(tmp_path, broken_at, workers):
+def test_resumes_to_the_same_bits(undisturbed, tmp_path, broken_at, workers):
     config = replace(CONFIG, workers=workers)
-    undisturbed = run(tmp_path / "whole", CountUp(), config)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken", CountUp(broken_at=broken_at), config)
-    assert run(tmp_path / "broken", CountUp(), config, resume=True) == undisturbed
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
-    assert weights[0] == weights[1]
-    assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
+    assert_same_as(undisturbed, tmp_path / "broken", run(tmp_path / "broken", CountUp(), config, resume=True))
 
 
-def test_resumes_with_other_workers_to_the_same_bits(tmp_path):
-    undisturbed = run(tmp_path / "whole", CountUp(), CONFIG)
+def test_resumes_with_other_workers_to_the_same_bits(undisturbed, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken", CountUp(broken_at=7), CONFIG)
-    assert run(tmp_path / "broken", CountUp(), replace(CONFIG, workers=2), resume=True) == undisturbed
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
-    assert weights[0] == weights[1]
+    metrics = run(tmp_path / "broken", CountUp(), replace(CONFIG, workers=2), resume=True)
+    assert_same_as(undisturbed, tmp_path / "broken", metrics)
 
 
 def logged(folder) -> list[dict]:
@@ -109,9 +119,8 @@ def logged(folder) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-def test_the_end_of_an_epoch_is_logged_once(tmp_path, monkeypatch):
+def test_the_end_of_an_epoch_is_logged_once(undisturbed, tmp_path, monkeypatch):
     """Broken off when an epoch's figures are logged and its checkpoint is not there, but one of the same step (6)."""
-    run(tmp_path / "whole", CountUp(), CONFIG)
     save, calls = LanguageModel.save_pretrained, itertools.count(1)
 
     def breaks(*args):
@@ -125,8 +134,7 @@ def test_the_end_of_an_epoch_is_logged_once(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert (tmp_path / "broken" / "checkpoints" / "step-00000006").is_dir()
     assert logged(tmp_path / "broken")[-1]["step"] == 6
-    run(tmp_path / "broken", CountUp(), CONFIG, resume=True)
-    assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
+    assert_same_as(undisturbed, tmp_path / "broken", run(tmp_path / "broken", CountUp(), CONFIG, resume=True))
 
 
 def test_auxiliary_losses_are_trained_on_and_logged_by_themselves(tmp_path):
@@ -146,10 +154,10 @@ def test_auxiliary_losses_are_trained_on_and_logged_by_themselves(tmp_path):
     assert all(record["train_loss"] < 3 for record in log if "train_loss" in record)
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    metrics = run(tmp_path / "run", CountUp(), CONFIG)
+def test_resuming_a_finished_run_changes_nothing(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
     before = (tmp_path / "run" / "log.jsonl").read_text()
-    assert run(tmp_path / "run", CountUp(), CONFIG, resume=True) == metrics
+    assert_same_as(undisturbed, tmp_path / "run", run(tmp_path / "run", CountUp(), CONFIG, resume=True))
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
 
 

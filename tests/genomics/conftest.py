@@ -1,5 +1,6 @@
 """For the tests of the command line: two classes of DNA, a run trained on them, and the check of one clear error."""
 
+import csv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,34 @@ import numpy as np
 import pytest
 
 from polymamba.cli import main
+
+
+@pytest.fixture(scope="session")
+def genomics():
+    """Run `polymamba genomics ...`, which must succeed."""
+
+    def run_main(*words: object) -> None:
+        assert main(["genomics", *map(str, words)]) == 0
+
+    return run_main
+
+
+@pytest.fixture(scope="session")
+def write_fasta():
+    def write(path: Path, records: list[tuple[str, str]]) -> Path:
+        path.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in records))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def read_tsv():
+    def read(path: Path) -> list[list[str]]:
+        with path.open(newline="") as file:
+            return list(csv.reader(file, delimiter="\t"))
+
+    return read
 
 
 def random_records(rng: np.random.Generator, prefix: str, motif: str, n: int) -> str:

@@ -34,17 +34,13 @@ def folder(tmp_path_factory) -> Path:
     return at
 
 
-def genomics(*words: object) -> None:
-    assert main(["genomics", *map(str, words)]) == 0
-
-
 def flags(folder: Path, *words: object) -> list[object]:
     parts = ["--valid-chromosomes", "2", "--test-chromosomes", "3", "--window", "128", "--batch-size", "8"]
     return [folder / "g.fa", *parts, "--lr", "3e-2", *CPU, *words]
 
 
 @pytest.fixture(scope="module")
-def run(folder, tmp_path_factory) -> Path:
+def run(folder, tmp_path_factory, genomics) -> Path:
     output = tmp_path_factory.mktemp("runs") / "sites"
     words = ["--labels", folder / "sites.bed", "--stranded", "--rc-augment", "--epochs", "16", "--balance", "loss"]
     genomics("train-bases", *flags(folder, *words), "-o", output)
@@ -59,7 +55,7 @@ def test_it_learns(run):
     assert (run / "confusion.tsv").is_file()
 
 
-def test_eval_says_the_same(run, folder, tmp_path):
+def test_eval_says_the_same(run, folder, tmp_path, genomics):
     genomics(
         "eval-bases", run, folder / "g.fa", "--labels", folder / "sites.bed", "--regions", run / "splits.bed",
         "--part", "test", "-o", tmp_path / "e", *CPU,
@@ -82,7 +78,7 @@ def expected(run: Path, folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def test_tracks(run, folder, tmp_path, capsys):
+def test_tracks(run, folder, tmp_path, capsys, genomics):
     output = tmp_path / "p.bedgraph"
     genomics("predict-bases", run, folder / "g.fa", "-o", output, "--window", "8000", "--overlap", "0", *CPU)
     truth = expected(run, folder)
@@ -107,7 +103,7 @@ def test_tracks(run, folder, tmp_path, capsys):
     assert len(exact) > 0.7 * len(sites)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path, at_step):
+def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path, at_step, genomics):
     words = ["--labels", folder / "sites.bed", "--target", "multilabel", "--rc-augment", "--steps-per-epoch", "3"]
     words = ["train-bases", *flags(folder, *words, "--epochs", "2", "--save-every", "2"), "-o"]
     genomics(*words, tmp_path / "whole")
@@ -122,7 +118,7 @@ def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path, at_step):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
 
 
-def test_values_by_a_causal_model(folder, tmp_path):
+def test_values_by_a_causal_model(folder, tmp_path, genomics):
     fasta, bedgraph = folder / "g.fa", folder / "values.bedgraph"
     parts = ["--valid-chromosomes", "2", "--test-chromosomes", "3", *CPU]
     short = ["--length", "64", "--epochs", "1", "--steps-per-epoch", "2", "--no-baselines"]

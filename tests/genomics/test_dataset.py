@@ -11,12 +11,12 @@ from Bio import SeqIO
 from Bio.Seq import Seq
 
 from polymamba.core.errors import InputError
+from polymamba.core.inputs import PARTS
 from polymamba.genomics.alphabet import decode
 from polymamba.genomics.commands import Dividing, Source
 from polymamba.genomics.dataset import LabelledSequences, SplitRow, read_splits
 from polymamba.genomics.dividing import divide
 from polymamba.genomics.sources import read_source
-from polymamba.genomics.splits import SPLITS
 
 SPLICE = Path(str(package_files("polymamba.genomics") / "examples" / "splice"))
 
@@ -77,7 +77,7 @@ def test_class_files_keep_the_order_given(tmp_path):
     read = dict(zip(zip(data.sources, data.names, strict=True), map(decode, data.tokens), strict=True))
     for twin in twins[:20]:
         assert read[str(tmp_path / "z1.fa"), twin.id] == str(twin.seq)
-    assert {part: int((data.split == part).sum()) for part in SPLITS} == {"train": 48, "valid": 6, "test": 6}
+    assert {part: int((data.split == part).sum()) for part in PARTS} == {"train": 48, "valid": 6, "test": 6}
 
 
 def test_order_of_classes_and_files_does_not_change_who_is_in_which_part(tmp_path):
@@ -96,7 +96,7 @@ def test_nothing_is_set_aside_without_split(tmp_path):
 def test_shares(tmp_path):
     files = {name: [write_fasta(tmp_path / f"{name}.fa", 40, i)] for i, name in enumerate("ab")}
     data = from_class_files(files, valid_fraction=0.25, test_fraction=0)
-    assert {part: int((data.split == part).sum()) for part in SPLITS} == {"train": 60, "valid": 20, "test": 0}
+    assert {part: int((data.split == part).sum()) for part in PARTS} == {"train": 60, "valid": 20, "test": 0}
     for bad in (
         {"valid_fraction": -0.1},
         {"valid_fraction": 0.5, "test_fraction": 0.5},
@@ -151,7 +151,7 @@ def test_given_parts_stay_as_they_are(tmp_path, valid):
     (tmp_path / "test" / "b" / "1.fa").unlink()
     (tmp_path / "test" / "b").rmdir()  # a class may be missing from another part than train
     data = from_folder(tmp_path)
-    counts = {part: np.bincount(data.subset(part).labels, minlength=2).tolist() for part in SPLITS}
+    counts = {part: np.bincount(data.subset(part).labels, minlength=2).tolist() for part in PARTS}
     assert counts == {"train": [9, 9], "valid": [4, 4], "test": [5, 0]}
     for source, part in zip(data.sources, data.split, strict=True):
         assert (
@@ -210,11 +210,11 @@ def test_folders_refused(tmp_path):
 
 def test_subset_keeps_records_together(tmp_path):
     data = from_class_files({name: [write_fasta(tmp_path / f"{name}.fa", 30, i)] for i, name in enumerate("ab")})
-    parts = [data.subset(part) for part in SPLITS]
+    parts = [data.subset(part) for part in PARTS]
     assert set.union(*map(records_of, parts)) == records_of(data)
     assert sum(len(part.names) for part in parts) == len(data.names)
     assert all(
-        part.classes == data.classes and set(part.split) == {name} for part, name in zip(parts, SPLITS, strict=True)
+        part.classes == data.classes and set(part.split) == {name} for part, name in zip(parts, PARTS, strict=True)
     )
 
 

@@ -1,5 +1,6 @@
 """Groups of similar sequences and what leaks, against a twin by brute force on strings and sets."""
 
+import functools
 import json
 from fractions import Fraction
 from importlib.resources import files as package_files
@@ -31,6 +32,7 @@ def flipped(sequence: str) -> str:
     return str(Seq(sequence).reverse_complement())
 
 
+@functools.cache
 def kmers_of(sequence: str, k: int) -> set[str]:
     windows = [sequence[i : i + k] for i in range(len(sequence) - k + 1)]
     return {min(window, flipped(window)) for window in windows if "N" not in window}

@@ -18,6 +18,8 @@ from polymamba.genomics.alphabet import tokenize
 from polymamba.genomics.dataset import LabelledSequences
 from polymamba.genomics.stats import describe_statistics, plot_statistics, statistics
 
+pytestmark = pytest.mark.usefixtures("in_full")
+
 
 def labelled(records: list[tuple[str, str]], classes: tuple[str, ...]) -> LabelledSequences:
     """From (sequence, class)."""

@@ -52,6 +52,11 @@ def results(tensors, weights, centred, backend, dtype, device="cpu"):
     return {"out": out, "stream": stream, "conv": conv, "ssm": ssm}
 
 
+def wide_programs(monkeypatch):
+    """Let a program of Triton's have several rows of a weight, as at size: here it would have one, and take long."""
+    monkeypatch.setattr(import_module("polymamba.kernels.mamba_step.triton_few"), "PROGRAMS", 4)
+
+
 @pytest.mark.parametrize("products", ["fused", "PyTorch's"])
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("case", CASES)
@@ -59,6 +64,8 @@ def test_against_float64(case, backend, products, monkeypatch, device_of, assert
     device = device_of(backend)
     module = import_module(f"polymamba.kernels.mamba_step.{'cpu' if backend == 'numba' else backend}")
     limit = 10**9 if products == "fused" else 0
+    if backend == "triton" and case != "one":
+        wide_programs(monkeypatch)
     monkeypatch.setattr(module, *(("ALONE", limit) if backend == "numba" else ("FEW", limit)))
     args = problem(*CASES[case])
     expected = results(*args, "reference", torch.float64)
@@ -71,8 +78,10 @@ def test_against_float64(case, backend, products, monkeypatch, device_of, assert
 def test_bf16(backend, n_rows, monkeypatch, device_of, assert_close):
     """Weights in bf16, states and sums in float32: as far from float64 as the rounding of what is stored."""
     device = device_of(backend)
-    if backend == "triton" and n_rows > 8:  # not row by row
-        monkeypatch.setattr(import_module("polymamba.kernels.mamba_step.triton"), "FEW", 0)
+    if backend == "triton":
+        wide_programs(monkeypatch)
+        if n_rows > 8:  # not row by row
+            monkeypatch.setattr(import_module("polymamba.kernels.mamba_step.triton"), "FEW", 0)
     tensors, weights, centred = problem(n_rows, *CASES["layer norm"][1:])
     tensors, weights = ([None if t is None else t.bfloat16().double() for t in ts] for ts in (tensors, weights))
     weights = MambaWeights(*weights)

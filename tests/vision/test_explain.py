@@ -101,7 +101,7 @@ def test_scan_orders():
     assert np.array_equal(orders["by rows, backwards"][0], [1, 2])
 
 
-def test_explain_draws(run, pictures, tmp_path, capsys):
+def test_explain_draws(run, pictures, tmp_path, capsys, in_full):
     words = ["vision", "explain", str(run), str(pictures / "red"), "--most", "5", "--device", "cpu"]
     assert main([*words, "-o", str(tmp_path / "e"), "--class-name", "red"]) == 0
     assert "the first 5 of 12" in capsys.readouterr().err

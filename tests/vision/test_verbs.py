@@ -52,7 +52,7 @@ def test_train_leaves_a_run_that_explains_itself(run):
     assert model.pretrained_cfg["label_names"] == ["blue", "green", "red"]
     assert data_config(model)["input_size"] == (3, 16, 16)
     for name in ("confusion.png", "calibration.png", "mistakes.png", "curves.png"):
-        assert Image.open(run / name).size[0] > 200
+        assert Image.open(run / name).size[0] > 50
 
 
 def test_a_run_is_a_model_of_timms(run):

@@ -1,6 +1,5 @@
 """What the verbs share: the model of a folder with its class names, and the report on labelled images."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,15 @@ import numpy as np
 from ...core.config import ComputeConfig
 from ...core.device import autocast, pick_device
 from ...core.errors import InputError
-from ...core.files import write_json, written_whole
+from ...core.files import save_tsv, write_json
 from ...core.metrics import classification_metrics, format_table, write_confusion_tsv
 from ...core.plots import plot_confusion
+from ...core.terminal import progress_bar
 from ..dataset import ImageSet
 from ..images import read_image
 from ..inference import predict
 from ..model import ImageModel, load_image_model
 from ..plots import calibration_error, contact_sheet, plot_calibration
-from ..terminal import progress_bar
 from ..transforms import centre_view, data_config
 
 WORST = 24  # mistakes on the contact sheet
@@ -47,7 +46,7 @@ def class_names(model: ImageModel) -> tuple[str, ...]:
 
 def measure(model: ImageModel, images: ImageSet, batch_size: int, workers: int, compute: ComputeConfig) -> np.ndarray:
     """Probabilities (n, K) in the precision asked for, under a progress bar."""
-    with autocast(compute), progress_bar("test", len(images)) as advance:
+    with autocast(compute), progress_bar("test", len(images), "images") as advance:
         return predict(model, images, batch_size, workers=workers, advance=advance)
 
 
@@ -76,13 +75,10 @@ def report(folder: Path, model: ImageModel, images: ImageSet, found: np.ndarray,
 
 
 def _write_predictions(path: Path, images: ImageSet, found: np.ndarray, order: np.ndarray) -> None:
-    with written_whole(path) as beside, beside.open("w", encoding="utf-8", errors="replace", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(["image", "true", "predicted", "probability", "of_true"])
-        for i, (name, label) in enumerate(zip(images.names, images.labels, strict=True)):
-            chosen = order[i, 0]
-            probabilities = (f"{found[i, chosen]:.6f}", f"{found[i, label]:.6f}")
-            writer.writerow([name, images.classes[label], images.classes[chosen], *probabilities])
+    rows = []
+    for name, label, chosen, p in zip(images.names, images.labels, order[:, 0], found, strict=True):
+        rows.append([name, images.classes[label], images.classes[chosen], f"{p[chosen]:.6f}", f"{p[label]:.6f}"])
+    save_tsv(path, ["image", "true", "predicted", "probability", "of_true"], rows, errors="replace")
 
 
 def _draw_mistakes(path: Path, model: ImageModel, images: ImageSet, found: np.ndarray) -> None:

@@ -7,13 +7,12 @@ import torch
 from ...core.config import ComputeConfig
 from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..commands import Explain
 from ..explain import grad_cam, receptive_field, scan_order
 from ..images import read_image
 from ..plots import plot_gradcam, plot_receptive_field, plot_scan_order
 from ..sources import find_images
-from ..terminal import progress_bar
 from ..transforms import centre_view, data_config, eval_transform
 from .common import load_model
 
@@ -31,7 +30,7 @@ def explain(args: Explain) -> None:
     wanted = None if args.class_name is None else torch.tensor([classes.index(args.class_name)])
     view, device = data_config(model), next(model.parameters()).device
     transform, rows, field = eval_transform(view), [], torch.zeros(view["input_size"][1:], dtype=torch.float64)
-    with progress_bar("explain", len(names)) as advance:
+    with progress_bar("explain", len(names), "images") as advance:
         for i, name in enumerate(names):
             image = read_image(items[i], name)
             x = transform(image)[None].to(device)

@@ -6,12 +6,12 @@ import torch
 from ...core.device import autocast, pick_device
 from ...core.embeddings import require_embeddings_file, write_embeddings
 from ...core.errors import InputError
+from ...core.terminal import progress_bar
 from ..commands import Features
 from ..dataset import ImageSet
 from ..inference import batches, for_batches
 from ..model import load_image_model
 from ..sources import find_images, read_source
-from ..terminal import progress_bar
 from ..transforms import data_config
 
 NEIGHBOURS = 10
@@ -27,7 +27,7 @@ def features(args: Features) -> None:
     model = load_image_model(args.run).to(pick_device(args.compute))
     embed = for_batches(model, lambda x: model.forward_head(model.forward_features(x), pre_logits=True))
     found = []
-    with progress_bar("features", len(names)) as advance, torch.no_grad(), autocast(args.compute):
+    with progress_bar("features", len(names), "images") as advance, torch.no_grad(), autocast(args.compute):
         for x, _ in batches(items, names, data_config(model), args.batch_size, workers=args.workers):
             found.append(embed(x).float().cpu().numpy())
             advance(len(x))

@@ -11,13 +11,12 @@ import torch
 from ...core.device import autocast
 from ...core.errors import InputError
 from ...core.files import require_writable, write_json, written_whole
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ..commands import Predict
 from ..images import Item
 from ..inference import batches, for_batches, probabilities
 from ..model import ImageModel
 from ..sources import find_images
-from ..terminal import progress_bar
 from ..transforms import data_config
 from .common import load_model
 
@@ -61,7 +60,7 @@ def _rows(
 ) -> Iterator[Row]:
     call, done = for_batches(model, model), 0
     options: Any = {"workers": args.workers, "bear_unreadable": True}
-    with progress_bar("predict", len(names)) as advance:
+    with progress_bar("predict", len(names), "images") as advance:
         for x, problems in batches(items, names, data_config(model), args.batch_size, **options):
             with torch.no_grad(), autocast(args.compute):
                 found = probabilities(call(x))

@@ -13,7 +13,7 @@ from ...core.files import write_json
 from ...core.inputs import PARTS
 from ...core.processes import from_first, is_first
 from ...core.run_folder import RunFolder
-from ...core.terminal import say
+from ...core.terminal import progress_bar, say
 from ...core.train import settings_of, train_model
 from ..commands import Train
 from ..config import INPUT_SIZES, VimConfig, preset_config
@@ -21,7 +21,6 @@ from ..dataset import ImageSet, divide
 from ..images import read_image
 from ..model import ImageModel, load_image_model
 from ..sources import read_source
-from ..terminal import progress_bar
 from ..training import TrainImages
 from ..transforms import data_config
 from ..vim import Vim
@@ -94,7 +93,7 @@ def _problems(images: ImageSet) -> dict[int, str]:
         except InputError as error:
             problems[i] = str(error)
 
-    with progress_bar("checking", len(images)) as advance, ThreadPoolExecutor(8) as pool:
+    with progress_bar("checking", len(images), "images") as advance, ThreadPoolExecutor(8) as pool:
         for _ in pool.map(check, range(len(images))):
             advance(1)
     return problems

@@ -1,17 +1,12 @@
 """`polymamba genomics generate`."""
 
-from polymamba.cli import main
 from polymamba.genomics.alphabet import BOS, TOKEN_NAMES, A, T, tokenize
 from polymamba.genomics.language_model import DNALanguageModel
 
 CPU = ("--device", "cpu")
 
 
-def genomics(*words: object) -> None:
-    assert main(["genomics", *map(str, words)]) == 0
-
-
-def test_generate(run, tmp_path, capsys):
+def test_generate(run, tmp_path, capsys, genomics):
     genomics("generate", run, "--prompt", "ACGTN", "--length", 70, "--number", 3, "--seed", 5, *CPU)
     text = capsys.readouterr().out
     records = dict(line.split("\n", 1) for line in text.split(">")[1:])
@@ -29,7 +24,7 @@ def test_generate(run, tmp_path, capsys):
     assert again[1].startswith("two_1 70 bases after 2\n")
 
 
-def test_greedy_writing_is_what_the_model_finds_likeliest(run, capsys, log_p):
+def test_greedy_writing_is_what_the_model_finds_likeliest(run, capsys, log_p, genomics):
     genomics("generate", run, "--prompt", "ACG", "--length", 20, "--temperature", 0, *CPU)
     written = "".join(capsys.readouterr().out.splitlines()[1:])
     model = DNALanguageModel.from_pretrained(run)

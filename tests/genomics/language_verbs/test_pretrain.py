@@ -13,10 +13,6 @@ from polymamba.genomics.language_model import DNALanguageModel
 CPU = ("--device", "cpu")
 
 
-def genomics(*words: object) -> None:
-    assert main(["genomics", *map(str, words)]) == 0
-
-
 def table(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines(), delimiter="\t"))
 
@@ -50,7 +46,7 @@ def test_test_figure_against_a_plain_loop(run, sequences, log_p):
     assert json.loads((run / "metrics.json").read_text())["bits_per_base"] == pytest.approx(bits / len(text), rel=1e-4)
 
 
-def test_what_is_said(flags, tmp_path, capsys):
+def test_what_is_said(flags, tmp_path, capsys, genomics):
     genomics("pretrain", *flags, "--no-baselines", "--max-n", "0.9", "--epochs", "1", "-o", tmp_path / "run")
     out, err = capsys.readouterr()
     assert "windows left out, more than 90% of their bases being N: 2 of 47 train, 0 of 22 valid, 0 of 16 test" in err
@@ -59,7 +55,7 @@ def test_what_is_said(flags, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_a_resumed_run_ends_with_the_same_bits(objective, flags, run, masked_run, tmp_path, at_step):
+def test_a_resumed_run_ends_with_the_same_bits(objective, flags, run, masked_run, tmp_path, at_step, genomics):
     more = ["--objective", objective, "--no-baselines", "--rc-augment"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     genomics("pretrain", *flags, *more, "-o", whole)
@@ -97,7 +93,7 @@ def test_refusals_of_tokens(genome, tmp_path, error):
 
 
 @pytest.mark.gpu
-def test_a_gpu_pretrains_to_the_same_bits_by_graph(flags, tmp_path):
+def test_a_gpu_pretrains_to_the_same_bits_by_graph(flags, tmp_path, genomics):
     for name, more in (("plain", []), ("graph", ["--cuda-graph"])):
         genomics("pretrain", *flags[:-1], "cuda", "--epochs", 4, *more, "-o", tmp_path / name)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "graph")]

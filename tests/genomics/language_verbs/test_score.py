@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from polymamba.cli import main
 from polymamba.genomics.alphabet import BOS, MASK, TOKEN_NAMES, A, T, tokenize
 from polymamba.genomics.caduceus import Caduceus
 from polymamba.genomics.evaluation import STRIDE
 from polymamba.genomics.language_model import DNALanguageModel
 
 CPU = ("--device", "cpu")
-
-
-def genomics(*words: object) -> None:
-    assert main(["genomics", *map(str, words)]) == 0
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -33,7 +28,7 @@ def bits_along(log_p, model, text: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("chunk", [50, 1000])
-def test_score_is_that_of_one_shot(chunk, run, genome, sequences, tmp_path, capsys, log_p):
+def test_score_is_that_of_one_shot(chunk, run, genome, sequences, tmp_path, capsys, log_p, genomics):
     model = DNALanguageModel.from_pretrained(run)
     genomics("score", run, genome, "--chunk", chunk, "--track", tmp_path / "t.bedgraph", *CPU)
     rows = table(capsys.readouterr().out)
@@ -56,7 +51,7 @@ def test_score_is_that_of_one_shot(chunk, run, genome, sequences, tmp_path, caps
         np.testing.assert_allclose(found[name], bits, atol=2e-3)
 
 
-def test_a_binned_track_of_packed_records(run, sequences, tmp_path, log_p):
+def test_a_binned_track_of_packed_records(run, sequences, tmp_path, log_p, genomics):
     (tmp_path / "x.fa.gz").write_bytes(gzip.compress(f">chr1\n{sequences['chr1']}\n".encode()))
     words = ["score", run, tmp_path / "x.fa.gz", "-o", tmp_path / "s.tsv", "--track", tmp_path / "t.bedgraph", *CPU]
     genomics(*words, "--bin", 64, "--chunk", 100)
@@ -69,7 +64,7 @@ def test_a_binned_track_of_packed_records(run, sequences, tmp_path, log_p):
     assert len(table((tmp_path / "s.tsv").read_text())) == 1
 
 
-def test_score_by_a_masked_model(masked_run, genome, sequences, capsys, log_p):
+def test_score_by_a_masked_model(masked_run, genome, sequences, capsys, log_p, genomics):
     genomics("score", masked_run, genome, "--window", 1500, "--overlap", 0, *CPU)
     model = Caduceus.from_pretrained(masked_run)
     rows = table(capsys.readouterr().out)
@@ -84,7 +79,7 @@ def test_score_by_a_masked_model(masked_run, genome, sequences, capsys, log_p):
         assert float(row["bits_per_base"]) == pytest.approx(bits.sum() / known.sum(), abs=1e-3)
 
 
-def test_how_far_windows_are_from_one_shot(masked_run, genome, capsys):
+def test_how_far_windows_are_from_one_shot(masked_run, genome, capsys, genomics):
     differences = []
     for overlap in (0, 24):
         genomics("score", masked_run, genome, "--window", 32, "--overlap", overlap, "--one-shot", *CPU)
@@ -131,7 +126,7 @@ def test_n_is_read_as_an_official_model_learned_it(tmp_path):
 
 @pytest.mark.parametrize("words", [["kmer", "--k", "3"], ["bpe", "--vocab-size", "40"]])
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_longer_tokens(words, objective, genome, sequences, tmp_path, capsys, error, flags):
+def test_longer_tokens(words, objective, genome, sequences, tmp_path, capsys, error, flags, genomics):
     output, few = tmp_path / "run", ["--no-baselines", "--epochs", 1, "--objective", objective]
     genomics("pretrain", *flags, *few, "--tokenizer", *words, "-o", output)
     assert json.loads((output / "config.json").read_text())["tokenizer"] == words[0]
@@ -160,7 +155,9 @@ def test_longer_tokens(words, objective, genome, sequences, tmp_path, capsys, er
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
-def test_perplexity_against_context(kind, run, masked_run, genome, sequences, tmp_path, capsys, log_p):
+def test_perplexity_against_context(
+    kind, run, masked_run, genome, sequences, tmp_path, capsys, log_p, genomics, in_full
+):
     model_run = run if kind == "causal" else masked_run
     words = [
         "--contexts",

@@ -7,15 +7,10 @@ import numpy as np
 import pysam
 import pytest
 
-from polymamba.cli import main
 from polymamba.genomics.alphabet import BOS, A, T, tokenize
 from polymamba.genomics.language_model import DNALanguageModel
 
 CPU = ("--device", "cpu")
-
-
-def genomics(*words: object) -> None:
-    assert main(["genomics", *map(str, words)]) == 0
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -68,7 +63,7 @@ def split_record(line: str) -> tuple[str, dict[str, str]]:
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 @pytest.mark.parametrize("packing", ["plain", "bgzip"])
-def test_variants(kind, packing, run, masked_run, genome, sequences, tmp_path, capsys):
+def test_variants(kind, packing, run, masked_run, genome, sequences, tmp_path, capsys, genomics):
     lines, reasons = vcf_of(sequences)
     path = tmp_path / "x.vcf"
     path.write_text("\n".join(lines) + "\n")
@@ -101,7 +96,7 @@ def test_variants(kind, packing, run, masked_run, genome, sequences, tmp_path, c
     assert [len(x) for x in read] == [len(d) if not all(d) else 0 for d in reasons]
 
 
-def test_variants_against_brute_force(run, genome, sequences, tmp_path, capsys, log_p):
+def test_variants_against_brute_force(run, genome, sequences, tmp_path, capsys, log_p, genomics):
     """The whole way, from the files' text, written out anew for each strand."""
     model = DNALanguageModel.from_pretrained(run)
 
@@ -137,7 +132,7 @@ def test_variants_against_brute_force(run, genome, sequences, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("by", ["field", "table"])
-def test_variants_against_labels(by, run, genome, sequences, tmp_path, capsys):
+def test_variants_against_labels(by, run, genome, sequences, tmp_path, capsys, genomics):
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     rng, text = np.random.default_rng(0), sequences["chr2"]
@@ -166,7 +161,9 @@ def test_variants_against_labels(by, run, genome, sequences, tmp_path, capsys):
     assert f"AUROC of -LLR: {metrics['auroc']['value']:.4f}" in capsys.readouterr().err
 
 
-def test_an_equivariant_model_says_the_same_of_either_strand(genome, sequences, tmp_path, capsys, error, flags):
+def test_an_equivariant_model_says_the_same_of_either_strand(
+    genome, sequences, tmp_path, capsys, error, flags, genomics
+):
     run = tmp_path / "run"
     genomics("pretrain", *flags, "--no-baselines", "--epochs", 1, "--objective", "masked", "--rcps", "-o", run)
     assert json.loads((run / "config.json").read_text())["rcps"]
@@ -202,7 +199,7 @@ def test_refusals_of_variants(run, genome, sequences, tmp_path, error):
 # Every change
 
 
-def test_mutagenesis(run, genome, sequences, tmp_path):
+def test_mutagenesis(run, genome, sequences, tmp_path, genomics, in_full):
     region = ["chr1:1-20", "--genome", genome, "--window", 16]
     genomics("mutagenesis", run, *region, "-o", tmp_path / "m", *CPU)
     rows = table((tmp_path / "m" / "effects.tsv").read_text())
@@ -225,7 +222,7 @@ def test_mutagenesis(run, genome, sequences, tmp_path):
     assert (tmp_path / "m" / "effects.png").stat().st_size > 10_000
 
 
-def test_mutagenesis_where_nothing_is_known(run, genome, tmp_path):
+def test_mutagenesis_where_nothing_is_known(run, genome, tmp_path, genomics):
     genomics("mutagenesis", run, "chr1:1,005-1,010", "--genome", genome, "--window", 16, "-o", tmp_path / "m", *CPU)
     rows = table((tmp_path / "m" / "effects.tsv").read_text())
     assert {row[base] for row in rows for base in "ACGT"} == {"."}
