@@ -7,6 +7,7 @@ from .backbone import Backbone, State
 from .batching import at_places
 from .config import LanguageModelConfig
 from .graphed import SHORTEST
+from .head_loss import head_loss
 from .hub import PretrainedModel
 
 
@@ -33,15 +34,22 @@ class LanguageModel(PretrainedModel):
         cu_seqlens: Tensor | None = None,
         padding_mask: Tensor | None = None,
         logits_at: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, State]:
         """tokens int (B, L) -> logits, or (logits, state) iff return_state. Other options as of `Backbone.forward`.
 
         logits_at  int64 (B,): only the logits (B, vocab_size) at that place of each row, which saves the others' time
+        targets    int64 (B, L): in place of the logits, the mean cross-entropy of these, in nats; -100 is none. The
+                   logits then never exist all at once.
         """
         out = self.backbone(
             self.embedding(tokens), state, return_state=return_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask
         )
         y = out[0] if isinstance(out, tuple) else out
+        if targets is not None:
+            if return_state or logits_at is not None:
+                raise ValueError("with targets there is a loss alone: give neither return_state nor logits_at")
+            return head_loss(self.lm_head, y, targets)
         logits = self.lm_head(y if logits_at is None else at_places(y, logits_at))
         return (logits, out[1]) if isinstance(out, tuple) else logits
 

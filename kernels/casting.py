@@ -1,5 +1,6 @@
 """Several tensors converted in one launch: a block's weights, one by one, take a GPU's host longer than the GPU."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,3 +21,8 @@ def cast_all(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     torch._foreach_copy_(made, others)
     found = iter(made)
     return [x if x is None or x.dtype == dtype else next(found) for x in tensors]
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """In which products are in the dtype of their operands. To leave autocast takes time, even where it is not on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Found = TypeVar("Found")
+_ASIDE = 0  # the number of its branch; those side by side have 1, 2, ..
 
 
 def side_by_side(work: Callable[[int], Tensor], n: int, x: Tensor, may_branch: bool) -> list[Tensor]:
@@ -25,6 +29,27 @@ def side_by_side(work: Callable[[int], Tensor], n: int, x: Tensor, may_branch: b
             results.append(work(i))
         current.wait_stream(branch)  # so memory of a branch is free for the next one to begin in it
     return results
+
+
+def aside(work: Callable[[], Found], x: Tensor, may_branch: bool) -> Callable[[], Found]:
+    """A function that returns work()'s result, to be called once, where that is first read; x: where it runs.
+
+    While a CUDA graph is recorded the work is a branch of it, which that call ends: small kernels cost nothing beside
+    large ones. The work's inputs and its result must live until then and until they were read, respectively.
+    """
+    if not may_branch or not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+        found = work()
+        return lambda: found
+    branch = _branch(x.device, _ASIDE)
+    branch.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(branch):
+        result = work()
+
+    def joined() -> Found:
+        torch.cuda.current_stream(x.device).wait_stream(branch)
+        return result
+
+    return joined
 
 
 @cache

@@ -151,6 +151,8 @@ def piece_of(cu_seqlens, n_seqs, length, number, PIECE: tl.constexpr):
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_kernels: dict[int, tuple[Any, list[str], int]] = {}
+_INTERPRETING = interpreting()  # asked once: it takes a launch's time
 
 
 def launch(kernel: Any, blocks: int, *given: Any, **named: Any) -> None:
@@ -159,32 +161,36 @@ def launch(kernel: Any, blocks: int, *given: Any, **named: Any) -> None:
     Triton asks at each call what of the arguments it is to compile for. Here that is asked in short, and the compiled
     kernel remembered. The kernel's constants stand last among its parameters.
     """
-    if interpreting():
+    if _INTERPRETING:
         kernel[(blocks,)](*given, **named)
         return
-    names, device, kinds, values = kernel.arg_names, torch.cuda.current_device(), [], []
-    arguments = [*given, *[named[name] for name in names[len(given) :]]]
-    first_constant = len(names) - len(kernel.constexprs)
-    for x in arguments[:first_constant]:
-        if isinstance(x, Tensor):
-            address = x.data_ptr()
-            kinds.append((x.dtype, address % 16 == 0))
-            x = address
+    number = id(kernel)  # Triton's own hash of a kernel takes a microsecond
+    _, names, first_constant = _kernels.get(number) or _met(kernel)
+    device, values = torch._C._cuda_getDevice(), [*given, *[named[name] for name in names[len(given) :]]]
+    key = [number, device, named.get("num_warps"), named.get("num_stages"), *values[first_constant:]]
+    for i, x in enumerate(values[:first_constant]):
+        if x is None:
+            key.append(None)
+        elif isinstance(x, Tensor):
+            values[i] = address = x.data_ptr()
+            key += x.dtype, address % 16 == 0
         elif isinstance(x, int):
-            kinds.append((x == 1, x % 16 == 0, -(2**31) <= x < 2**31))
+            key.append((x == 1) + 2 * (x % 16 == 0) + 4 * (-(2**31) <= x < 2**31))
         else:
-            kinds.append(type(x))
-        values.append(x)
-    constants = arguments[first_constant:]
-    key = kernel, device, *kinds, *constants, named.get("num_warps"), named.get("num_stages")
-    compiled = _compiled.get(key)
+            key.append(type(x))
+    compiled = _compiled.get(tuple(key))
     if compiled is None:
-        _compiled[key] = kernel[(blocks,)](*given, **named)
+        _compiled[tuple(key)] = kernel[(blocks,)](*given, **named)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(
-        *(blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None), *values, *constants
-    )
+    compiled.run(blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+
+
+def _met(kernel: Any) -> tuple[Any, list[str], int]:
+    """The kernel, which is kept so that no other has its id, its parameters' names, the place of its first constant."""
+    names = kernel.arg_names
+    _kernels[id(kernel)] = found = kernel, names, len(names) - len(kernel.constexprs)
+    return found
 
 
 SUM_TILE = tl.constexpr(2048)  # numbers that a program loads at once

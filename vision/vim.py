@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.mamba import BiMamba
 from ..core.mamba_at_once import as_made
 from ..core.norm import AddRMSNorm
+from ..kernels.patches import embed_patches, serves
 from .config import VimConfig
 from .model import ImageModel, drop_path_rates, feature_layout
 
@@ -81,12 +82,16 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.step)
 
+    def side_by_side(self, x: Tensor) -> bool:
+        """Whether there are patches, that do not overlap, of a convolution that is as it was made."""
+        size = self.proj.kernel_size[0]
+        return self.proj.stride[0] == size and min(x.shape[2:]) >= size and as_made(self.proj, kinds=(nn.Conv2d,))
+
     def forward(self, x: Tensor) -> Tensor:
         proj, size = self.proj, self.proj.kernel_size[0]
-        height, width = x.shape[2] // size, x.shape[3] // size
-        side_by_side = proj.stride[0] == size and height and width
-        if not x.is_cuda or not side_by_side or not as_made(proj, kinds=(nn.Conv2d,)):
+        if not x.is_cuda or not self.side_by_side(x):
             return proj(x)
+        height, width = x.shape[2] // size, x.shape[3] // size
         x = x[:, :, : height * size, : width * size]
         patches = rearrange(x, "b c (h i) (w j) -> b h w (c i j)", i=size, j=size)
         return F.linear(patches, proj.weight.flatten(1), proj.bias).permute(0, 3, 1, 2)
@@ -161,21 +166,50 @@ class Vim(ImageModel):
 
     # Forward
 
-    def forward(self, x: Tensor) -> Tensor:  # here, so that torch.fx looks for functions to leave whole in this file
-        return super().forward(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """`forward_head(forward_features(x))`; where the head sees class tokens alone, no other is normed."""
+        if self.config.global_pool != "token" or not as_made(self.norm_f, kinds=(Norm,)):
+            return super().forward(x)
+        x, stream = self.residual_stream(x)
+        x, _ = self.norm_f(*(class_tokens(part, self.config.class_token) for part in (x, stream)))
+        return self.forward_head(x)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, L, D): patches and class tokens in the order of the scan, with their positions."""
         token = self.config.class_token
+        if self._embeds_at_once(x):
+            proj, positions = self.patch_embed.proj, self.pos_embed[0]
+            at = math.prod(self.grid_size) // 2 if token == "middle" else 0
+            y = embed_patches(x, proj.weight, proj.bias, positions, at)  # pyright: ignore[reportArgumentType]
+            if self.cls_token is not None:
+                y[:, at] = self.cls_token[0, 0] + positions[at]
+            return y
         return with_positions(self.patch_embed(x), self.cls_token, self.pos_embed, self.grid_size, token)
+
+    def _embeds_at_once(self, x: Tensor) -> bool:
+        """Whether patches and positions may come of one kernel: in inference on a GPU, at the model's own size."""
+        patches = self.patch_embed
+        return (
+            isinstance(x, Tensor)
+            and self.config.class_token != "double"
+            and patches.side_by_side(x)
+            and self.config.grid(*x.shape[-2:]) == self.grid_size
+            and as_made(patches, kinds=(PatchEmbed,))
+            and serves(x, patches.proj.weight, patches.proj.bias, self.pos_embed)
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, T + M, D), normed: class tokens first, then the patches row by row."""
+        x, _ = self.norm_f(*self.residual_stream(x))
+        return tokens_first(x, self.config.class_token)
+
+    def residual_stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> what the last block made and the stream before it, (B, L, D), to be added up."""
         x, stream = self.embed(x), None
         for block in self.layers:
             x, stream = self._run(block, x, stream)
-        x, _ = self.norm_f(x, stream)
-        return tokens_first(x, self.config.class_token)
+        assert stream is not None  # there is a block
+        return x, stream
 
     def _run(self, block: Block, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -282,16 +316,25 @@ class Vim(ImageModel):
 # Where class tokens stand in the sequence
 
 
-def split_tokens(x: Tensor, token: str) -> tuple[Tensor, Tensor]:
-    """A sequence (B, L, D) in the order of the scan -> class tokens (B, T, D), patches (B, M, D)."""
-    length = x.shape[1]
-    if token == "middle":
-        at = (length - 1) // 2
-        return x[:, at : at + 1], torch.cat((x[:, :at], x[:, at + 1 :]), dim=1)
+@register_notrace_function
+def class_tokens(x: Tensor, token: str) -> Tensor:
+    """A sequence (B, L, D) in the order of the scan -> (B, T, D)."""
     if token == "double":
-        return torch.cat((x[:, :1], x[:, -1:]), dim=1), x[:, 1:-1]
-    n = 1 if token == "head" else 0
-    return x[:, :n], x[:, n:]
+        return torch.cat((x[:, :1], x[:, -1:]), dim=1)
+    at = (x.shape[1] - 1) // 2 if token == "middle" else 0
+    return x[:, at : at + (token != "none")]
+
+
+def split_tokens(x: Tensor, token: str) -> tuple[Tensor, Tensor]:
+    """The same -> class tokens (B, T, D), patches (B, M, D)."""
+    if token == "middle":
+        at = (x.shape[1] - 1) // 2
+        patches = torch.cat((x[:, :at], x[:, at + 1 :]), dim=1)
+    elif token == "double":
+        patches = x[:, 1:-1]
+    else:
+        patches = x[:, 1:] if token == "head" else x
+    return class_tokens(x, token), patches
 
 
 def join_tokens(tokens: Tensor, patches: Tensor, token: str) -> Tensor:

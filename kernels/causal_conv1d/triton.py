@@ -29,6 +29,7 @@ PIECE = 64  # steps of a program of the backward: it fixes the order of sums
 FORWARD_PIECE = 32  # of the forward
 BLOCK_D = 128  # channels of a program, 4 a lane
 UNROLL = 8  # steps whose rows are loaded at once
+BACKWARD_UNROLL = 4  # by the backward, a group ahead
 
 
 @triton.jit
@@ -146,10 +147,15 @@ def _backward(
     end = tl.minimum(begin + PIECE, length)
     # An empty sequence has a first piece too: there the gradient of its state is written.
     last = tl.where((begin < length) | (begin == 0), end + (W - 1), begin)
+    read = tl.minimum(last, length)
+    token = token_of(start, length, begin, REVERSE)
+    next_rows = load_rows(x, token, x_stride, d, in_d, begin, read, K, REVERSE)
+    next_dys = load_rows(dy, token, dy_stride, d, in_d, begin, read, K, REVERSE)
     for step in range(begin, last, K):
-        token = token_of(start, length, step, REVERSE)
-        rows = load_rows(x, token, x_stride, d, in_d, step, length, K, REVERSE)
-        dys = load_rows(dy, token, dy_stride, d, in_d, step, length, K, REVERSE)
+        rows, dys = next_rows, next_dys
+        token = token_of(start, length, step + K, REVERSE)
+        next_rows = load_rows(x, token, x_stride, d, in_d, step + K, read, K, REVERSE)
+        next_dys = load_rows(dy, token, dy_stride, d, in_d, step + K, read, K, REVERSE)
         for i in tl.static_range(K):
             window += (rows[i].to(tl.float32),)
             grad = dys[i].to(tl.float32)
@@ -250,7 +256,7 @@ def backward(dy, x, weight, bias, initial_state, cu_seqlens, batch, silu, revers
     n_weights = weight.numel()
     shares = torch.empty(n_pieces, n_weights + (0 if bias is None else len(bias)), device=x.device)  # of dweight, dbias
     dstate = None if initial_state is None else torch.empty(initial_state.shape, device=x.device)
-    dy = with_rows(dy)
+    dy, arguments["K"] = with_rows(dy), BACKWARD_UNROLL
     with torch.cuda.device_of(x):
         launch(
             _backward,

@@ -296,4 +296,6 @@ def backward_projected(dy, x, low, A_log, D, dt_weight, dt_bias, saved, dtype: t
     dlow.view(-1, 4, rank + 2)[..., rank:].copy_(sum_BC.permute(2, 1, 0))
     d_dt_weight = _of_diagonal(torch.mm(ddelta.T, low), beside=2)
     dA, dbias, dD = shares.to(dtype)
-    return dx, dlow, dA.view(A_log.shape), dD.view(D.shape), d_dt_weight.to(dtype), dbias
+    # Laid out as the parameter is, or autograd would copy it once more.
+    d_dt_weight = d_dt_weight.to(dtype, memory_format=torch.contiguous_format)
+    return dx, dlow, dA.view(A_log.shape), dD.view(D.shape), d_dt_weight, dbias

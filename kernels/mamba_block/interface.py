@@ -22,8 +22,11 @@ where a line that more than one scan has a share in is the sum of these:
     dx                                                  the convolution's own backward, of du
     dhidden     = (dx, dz) W_in                         dW_in = (dx, dz)' hidden
 
-dx and dz are written to the two halves of one matrix. Either projection may be left out: what comes in is then (x, z),
-what comes out y. Where the sequences are pieces of longer ones, a Border brings the states at their beginnings, and the
+dx and dz are written to the two halves of one matrix. What was saved is released when it has been read for the last
+time, unless the graph is retained. In CUDA C++ du takes dy's memory; delta, and then ddelta, that of dx: so at its most
+the backward has (x, z), the checkpoints, dy, u, (delta, dz) and the scan's shares (benchmarks/SCAN_NOTES.md counts).
+Nothing is written over what was saved or given. Either projection may be left out: what comes in is then (x, z), what
+comes out y. Where the sequences are pieces of longer ones, a Border brings the states at their beginnings, and the
 gradients of those at their ends.
 """
 
@@ -38,7 +41,7 @@ from ..casting import cast_all
 from ..causal_conv1d import interface as conv_interface
 from ..operators import module, of_first_order
 from ..selective_scan import interface as scan_interface
-from ..streams import side_by_side
+from ..streams import aside, side_by_side
 
 
 class ScanWeights(NamedTuple):
@@ -108,15 +111,9 @@ def mamba_block(
     are deterministic; there are none of second order. Ask `serves` first: no tracer may see this, and it has no
     implementation in PyTorch's own operations (ValueError).
     """
-    n_channels, rank = weights.scans[0].dt_proj.shape
-    scan = choose(backend, hidden.device, dtype, in_cuda=True)
-    conv = "triton" if scan == "cuda" else scan
-    if conv in IN_PYTORCH:
-        raise ValueError(f"mamba_block runs on numba, triton or cuda, which do not serve {dtype}; got backend={scan!r}")
     flat = _flat(weights)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, *flat))
-    shape = n_channels, rank, weights.scans[0].A_log.shape[1], hidden.shape[0]
-    settings = _Settings(dtype, *shape, reverse, scale, border, trained, conv, scan)
+    settings = _settings(hidden, weights, dtype, backend, reverse=reverse, scale=scale, border=border, save=trained)
     if trained:
         return _Block.apply(settings, cu_seqlens, hidden, *flat)
     return _forward(settings, cu_seqlens, hidden, *flat)[0]
@@ -131,16 +128,23 @@ def mamba_block_onwards(
 
     conv_state (B, E, W - 1), ssm_state (B, E, N): None at the beginning; they are not changed.
     """
-    scan = choose(backend, hidden.device, dtype, in_cuda=True)
-    conv = "triton" if scan == "cuda" else scan
-    if conv in IN_PYTORCH:
-        raise ValueError(f"mamba_block_onwards has no implementation for backend={scan!r} and {dtype}")
-    n_channels, rank = weights.scans[0].dt_proj.shape
-    shape = n_channels, rank, weights.scans[0].A_log.shape[1], hidden.shape[0]
-    settings = _Settings(dtype, *shape, (False,), 1.0, None, False, conv, scan)
+    settings = _settings(hidden, weights, dtype, backend)
     states: list[tuple[Tensor, Tensor]] = []
     out, _ = _forward(settings, None, hidden, *_flat(weights), before=(conv_state, ssm_state), after=states)
     return out, *states[0]
+
+
+def _settings(
+    hidden: Tensor, weights: BlockWeights, dtype: torch.dtype, backend: str | None, *,
+    reverse: tuple[bool, ...] = (False,), scale: float = 1.0, border: Border | None = None, save: bool = False,
+) -> "_Settings":  # fmt: skip
+    scan = choose(backend, hidden.device, dtype, in_cuda=True)
+    conv = "triton" if scan == "cuda" else scan
+    if conv in IN_PYTORCH:
+        raise ValueError(f"mamba_block runs on numba, triton or cuda, which do not serve {dtype}; got backend={scan!r}")
+    n_channels, rank = weights.scans[0].dt_proj.shape
+    shape = n_channels, rank, weights.scans[0].A_log.shape[1], hidden.shape[0]
+    return _Settings(dtype, *shape, reverse, scale, border, save, conv, scan)
 
 
 def _flat(weights: BlockWeights) -> list[Tensor | None]:
@@ -220,20 +224,25 @@ def _forward(
         in_proj, out_proj, *low_rank = cast_all(
             *(s.dtype, in_proj, out_proj), *(w for scan in scans for w in (scan.x_proj, scan.dt_proj))
         )
-        own = cast_all(torch.float32, *(w for scan in scans for w in (scan.A_log, scan.D, scan.dt_bias)))
-        A_of = torch._foreach_exp(own[::3])
-        torch._foreach_neg_(A_of)
-        if out_proj is not None and s.scale != 1:
-            out_proj = out_proj * s.scale
         # Where nothing is kept the last product adds up the results of several scans, which lie side by side.
         wide = None
         if len(scans) > 1 and out_proj is not None and not s.save and s.scan_backend == "cuda":
             wide = hidden.new_empty(hidden.shape[0] * hidden.shape[1], len(scans), s.n_channels, dtype=s.dtype)
+
+        def of_weights_alone() -> tuple[list[Any], Any, Tensor | None]:
+            own = cast_all(torch.float32, *(w for scan in scans for w in (scan.A_log, scan.D, scan.dt_bias)))
+            A_of = torch._foreach_exp(own[::3])
+            torch._foreach_neg_(A_of)
+            scaled = out_proj if out_proj is None or s.scale == 1 else out_proj * s.scale
+            return own, A_of, scaled if wide is None or scaled is None else scaled.repeat(1, len(scans))
+
+        weights_ready = aside(of_weights_alone, hidden, wide is not None)
         rows = hidden.to(s.dtype).flatten(0, 1)
         xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
         x, z = s.halves(xz)
         kept: list[Any] = []
         convolved = s.convolved(x, scans, cu_seqlens)
+        own, A_of, out_proj = weights_ready()
 
         def scanned(i: int) -> Tensor:
             """The result of a scan; adds to `kept` what its backward needs."""
@@ -264,7 +273,7 @@ def _forward(
 
         y, *others = side_by_side(scanned, len(scans), hidden, s.border is None)
         if wide is not None and out_proj is not None:
-            out = torch.mm(wide.flatten(1), out_proj.repeat(1, len(scans)).t())
+            out = torch.mm(wide.flatten(1), out_proj.t())
         else:
             for other in others:
                 y.add_(other)
@@ -289,7 +298,10 @@ class _Block(torch.autograd.Function):
 @of_first_order
 def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     s, saved_tensors = ctx.settings, ctx.saved_tensors
+    ctx.maybe_clear_saved_tensors()  # not if the graph is retained; else these here are all that keeps them
     cu_seqlens, rows, xz, y, in_proj, out_proj = saved_tensors[:6]
+    of_scans = [saved_tensors[i : i + 12] for i in range(6, len(saved_tensors), 12)]
+    del saved_tensors
     of_hidden, of_in_proj, of_out_proj = ctx.needs_input_grad[2:5]
     d_in_proj = d_out_proj = dhidden = None
     found: list[list[Tensor | None]] = []  # of each scan, in the order of ScanWeights
@@ -299,30 +311,34 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
             d_out_proj = torch.mm(dy.t(), y) if of_out_proj else None
             if d_out_proj is not None and s.scale != 1:
                 d_out_proj.mul_(s.scale)
+            del y
             dy = torch.mm(dy, out_proj)
         xz = rows if xz is None else xz
         x, z = s.halves(xz)
-        for i, (wanted, reverse) in enumerate(zip(_scans(ctx.needs_input_grad[5:]), s.reverse, strict=True)):
-            low, saved, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed = saved_tensors[
-                6 + 12 * i : 18 + 12 * i
-            ]
+        for wanted, reverse in zip(_scans(ctx.needs_input_grad[5:]), s.reverse, strict=True):
+            low, saved, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed = of_scans.pop(0)
             u = s.convolution("forward", reverse, x, taps, conv_bias, halo, cu_seqlens)
             t, B, C = s.parts(low)
-            delta = torch.mm(t, dt_proj.t())
             dxz = torch.empty_like(xz)
             dx, dz = s.halves(dxz)
+            in_place = s.scan_backend == "cuda"
+            delta = torch.mm(t, dt_proj.t(), out=dx if in_place else None)
             dstate = None
             if s.border is not None:
                 dy_, delta_, z_, C_ = s.by_sequence(dy, delta, z, C)
                 dstate = s.border.gradient_after(dy_, delta_, z_, dt_bias, A, C_, passed, reverse=reverse)
+            room = {"ddelta": delta, "du": None if of_scans or out_proj is None else dy} if in_place else {}
             du, ddelta, dA, dB, dC, dD, _, dbias, _ = s.scan(
                 *("backward", dy, dstate, u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, saved, True),
                 *(reverse, dz),
+                **room,
             )
+            del saved, delta
             du, ddelta = du.to(s.dtype), ddelta.to(s.dtype)
             dlow = torch.cat((torch.mm(ddelta, dt_proj), dB[:, 0].to(s.dtype), dC[:, 0].to(s.dtype)), 1)
             d_dt_proj = torch.mm(ddelta.t(), t) if wanted.dt_proj else None
             d_x_proj = torch.mm(dlow.t(), u) if wanted.x_proj else None
+            del u, ddelta
             du.addmm_(dlow, x_proj)
             _, dconv, dconv_bias, dhalo = s.convolution(
                 "backward", reverse, du, x, taps, conv_bias, halo, cu_seqlens, dx=dx

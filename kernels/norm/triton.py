@@ -121,20 +121,33 @@ def backward(dy, dstream, stream, weight, bias, eps, centred, x_dtype, factors=N
 
     factors: as of `forward`.
     """
+    width, n_columns = len(weight), 1 if bias is None else 2
+    shares = new_shares(stream, n_columns * width)
+    dresidual, dx = backward_with_shares(dy, dstream, stream, weight, bias, eps, centred, x_dtype, shares, factors)
+    with torch.cuda.device_of(stream):
+        sums = sum_first_axis(shares)
+    return dresidual, dx, sums[:width], None if bias is None else sums[width:]
+
+
+def new_shares(stream, n_sums):
+    """Room for what pieces of the rows share of so many sums over all."""
+    return torch.empty(ceil_div(len(stream), PIECE), n_sums, device=stream.device)
+
+
+def backward_with_shares(dy, dstream, stream, weight, bias, eps, centred, x_dtype, shares, factors=None):
+    """Of `backward` the first two; what the others are sums of (weight's, then the bias's) is left in `shares`, columns
+    of a matrix perhaps: so sums of several norms can be added up together."""
     n_rows, width = stream.shape
-    n_pieces = ceil_div(n_rows, PIECE)
     dresidual = torch.empty(stream.shape, dtype=torch.float32, device=stream.device)
     same = x_dtype == torch.float32 and factors is None
     dx = None if same else torch.empty(stream.shape, dtype=x_dtype, device=stream.device)
-    shares = torch.empty(n_pieces, 1 if bias is None else 2, width, device=stream.device)  # of dweight, dbias
     dy, stream, dstream = with_rows(dy), with_rows(stream), None if dstream is None else with_rows(dstream)
     strides = dy.stride(0), 0 if dstream is None else dstream.stride(0), stream.stride(0), shares.stride(0)
-    share_bias, shape = None if bias is None else shares[:, 1], _shape(width)
+    share_bias, shape = None if bias is None else shares[:, width:], _shape(width)
     with torch.cuda.device_of(stream):
         launch(
-            _backward, n_pieces, dy, dstream, stream, weight.contiguous(), dresidual, dx, shares, share_bias, factors,
-            eps, *strides, n_rows, _rows_a_factor(n_rows, factors), width,
+            _backward, len(shares), dy, dstream, stream, weight.contiguous(), dresidual, dx, shares, share_bias,
+            factors, eps, *strides, n_rows, _rows_a_factor(n_rows, factors), width,
             **shape, PIECE=PIECE, CENTRED=centred,
         )  # fmt: skip
-        sums = sum_first_axis(shares)
-    return dresidual, dx, sums[0], None if bias is None else sums[1]
+    return dresidual, dx

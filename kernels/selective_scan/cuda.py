@@ -224,7 +224,8 @@ class _Layout(NamedTuple):
     types: tuple[torch.dtype, ...]
     strides: tuple[int, ...]  # from token to token, in bytes
     y_stride: int  # of y, likewise, and of u's gradient
-    dz_stride: int  # of z's gradient
+    ddelta_stride: int  # of delta's gradient
+    dz_stride: int  # of z's
     group_strides: tuple[int, int]  # of B and C, in elements
     softplus: bool
     reverse: bool
@@ -252,7 +253,7 @@ def _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, rev
         _device(u), u.shape[0], n_channels, n_states, n_seqs, batch, cu_seqlens is not None, groups, vector,
         _widest(min(most, n_states & -n_states), *matrices), static, tuple([x.dtype for x in rows]),
         tuple([x.stride(0) * x.element_size() for x in rows]), n_channels * u.element_size(),
-        n_channels * rows[2].element_size(),
+        n_channels * delta.element_size(), n_channels * rows[2].element_size(),
         (B.stride(1), C.stride(1)), softplus, reverse, z is not None,
     )  # fmt: skip
     tensors = {
@@ -325,8 +326,7 @@ class _Plan:
             ("STATIC_B", int(on.static[0])), ("STATIC_C", int(on.static[1])), *types,
             *zip(self.tile._fields, self.tile, strict=True), *macros,
         )  # fmt: skip
-        of_ddelta = on.n_channels * on.types[1].itemsize
-        strides = (*on.strides, on.y_stride, of_ddelta, on.dz_stride, 4 * on.groups * on.n_states)
+        strides = (*on.strides, on.y_stride, on.ddelta_stride, on.dz_stride, 4 * on.groups * on.n_states)
         numbers = _pack_numbers(
             *on.group_strides, self.length, on.n_tokens, on.n_seqs, on.n_channels, on.n_channels // on.groups,
             self.tiles_of_group, self.n_units, int(on.reverse), int(backwards),
@@ -350,14 +350,18 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batc
 
 def backward(
     dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse,
-    dz=None,
+    dz=None, du=None, ddelta=None,
 ):  # fmt: skip
-    """dz: room for z's gradient, which may be some columns of a wider matrix."""
+    """dz: room for z's gradient, which may be some columns of a wider matrix.
+
+    du, ddelta: room that those gradients may take: dy's and delta's own will do. In `scan_backward` one lane alone
+    reads an element of these, before it writes the gradient there.
+    """
     arguments = (dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved)
     if _serves(u, delta, B, C, z, dy, n_states=A.shape[1]):
         with torch.cuda.device_of(u):
             try:
-                return _backward(*arguments, softplus, reverse, dz)
+                return _backward(*arguments, softplus, reverse, dz, du, ddelta)
             except nvrtc.Unavailable as error:
                 _give_up(_device(u), error)
     return fallback.backward(*arguments, softplus, reverse, dz)
@@ -444,12 +448,16 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
 
 
 def _backward(
-    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse, room
-):
+    dy, dfinal, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, saved, softplus, reverse, room,
+    du, ddelta,
+):  # fmt: skip
     tensors, layout = _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy)
-    dz = None if room is None or _widest(layout.vector, room) < layout.vector else room
-    if dz is not None:
-        layout = layout._replace(dz_stride=dz.stride(0) * dz.element_size())
+    dz, du, ddelta = (
+        None if x is None or x.dtype != of.dtype or _widest(layout.vector, x) < layout.vector else x
+        for x, of in ((room, z), (du, u), (ddelta, delta))
+    )
+    strides = {"dz_stride": dz, "y_stride": du, "ddelta_stride": ddelta}
+    layout = layout._replace(**{name: x.stride(0) * x.element_size() for name, x in strides.items() if x is not None})
     several = u.shape[0] // max(batch, 1) > _chunk_and_unit(layout.n_channels, layout.n_states)[0]
     from_zero = dfinal is None and not several
     p = _backward_plan(layout, from_zero, D is not None, delta_bias is not None)
@@ -458,7 +466,8 @@ def _backward(
         return None if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
     gradients = {
-        "du": like(u), "ddelta": like(delta), "dz": like(z) if dz is None else dz,
+        "du": like(u) if du is None else du, "ddelta": like(delta) if ddelta is None else ddelta,
+        "dz": like(z) if dz is None else dz,
         "dh0": like(initial_state, torch.float32),
         "dA": like(A, torch.float32), "dD": like(D, torch.float32), "dbias": like(delta_bias, torch.float32),
         "dB": like(B, torch.float32 if layout.static[0] else None),

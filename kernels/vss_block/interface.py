@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import choose, traced
-from ..casting import cast_all
+from ..casting import cast_all, without_autocast
 from ..operators import Operator, module, of_first_order
 
 
@@ -86,13 +86,13 @@ def vss_block(
 
 
 @cache
-def _parts() -> tuple[Any, Any, Any]:
-    """The kernels, which import Triton: of the norm, the convolution and the scan."""
+def _parts() -> tuple[Any, Any, Any, Any]:
+    """The kernels, which import Triton: of the norm, the convolution, the scan and GELU."""
     from ..cross_scan import cuda
     from ..norm import triton
-    from . import triton_conv
+    from . import triton_conv, triton_mlp
 
-    return triton, triton_conv, cuda
+    return triton, triton_conv, cuda, triton_mlp
 
 
 def _run(x: Tensor, weights: list[Tensor | None], dtype: torch.dtype, eps: float) -> Tensor:
@@ -133,9 +133,9 @@ def _forward(
     x: Tensor, w: VSSWeights, dtype: torch.dtype, eps: float, factors: Tensor | None, save: bool
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """(the result, what a backward needs)."""
-    norm, conv, scan = _parts()
+    norm, conv, scan, _ = _parts()
     _, height, width, _ = x.shape
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+    with without_autocast(x.device.type), torch.cuda.device_of(x):
         in_proj, x_proj, out_proj, fc1, fc1_bias, fc2, fc2_bias = cast_all(
             dtype, w.in_proj, w.x_proj, w.out_proj, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias
         )
@@ -190,34 +190,48 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, n_1, a, u, low, y, states, n_2, x_1, n_3, h, factors, *rest = ctx.saved_tensors
     in_proj, x_proj, out_proj, fc1, fc2 = rest[:5]
     w, eps, of, dtype = VSSWeights(*rest[5:]), ctx.eps, x.dtype, n_1.dtype
-    norm, conv, scan = _parts()
+    norm, conv, scan, mlp = _parts()
     _, height, width, _ = x.shape
     f_1, f_2 = (None, None) if factors is None else factors
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+    with without_autocast(x.device.type), torch.cuda.device_of(x):
         rows = x.reshape(x_1.shape)
         dout = dout.reshape(rows.shape)
+        # Of the norms' weights, all in one: (weight, bias) of the first, of the third, of the second.
+        n, inner = 2 * rows.shape[1], 2 * y.shape[1]
+        shares = norm.new_shares(rows, 2 * n + inner)
+        # The same of the convolution's weights and bias, and of the MLP's first bias.
+        of_conv = w.conv.numel(), 0 if w.conv_bias is None else len(w.conv_bias), h.shape[1]
+        n_pieces, piece = conv.pieces_of(len(rows))
+        other_shares = torch.empty(n_pieces, sum(of_conv), device=x.device)
         dz = dout.to(dtype) if f_2 is None else _scaled(dout, f_2, dtype)
-        d_fc2, d_fc2_bias = _product(dz.t(), F.gelu(h), of), dz.sum(0, dtype=of)
-        dh = torch.ops.aten.gelu_backward(torch.mm(dz, fc2), h)
-        d_fc1, d_fc1_bias = _product(dh.t(), n_3, of), dh.sum(0, dtype=of)
+        g, dh = mlp.gelu_backward(torch.mm(dz, fc2), h, other_shares[:, of_conv[0] + of_conv[1] :], piece)
+        d_fc2, d_fc2_bias = _product(dz.t(), g, of), dz.sum(0, dtype=of)
+        del g
+        d_fc1 = _product(dh.t(), n_3, of)
         dn = torch.mm(dh, fc1)
-        dx_1, dz, *d_norm_3 = norm.backward(dn, dout, x_1, w.norm_3, w.norm_3_bias, eps, True, dtype, f_1)
+        of_norm, of_norm_3, of_norm_2 = shares.split((n, n, inner), 1)
+        dx_1, dz = norm.backward_with_shares(dn, dout, x_1, w.norm_3, w.norm_3_bias, eps, True, dtype, of_norm_3, f_1)
         dz = dx_1 if dz is None else dz
         d_out_proj, dn = _product(dz.t(), n_2, of), torch.mm(dz, out_proj)
-        dy, _, *d_norm_2 = norm.backward(dn, None, y, w.norm_2, w.norm_2_bias, eps, True, torch.float32)
+        dy, _ = norm.backward_with_shares(dn, None, y, w.norm_2, w.norm_2_bias, eps, True, torch.float32, of_norm_2)
         du, dlow, dA_log, dD, d_dt_proj, d_dt_bias = scan.backward_projected(
             dy, u.view(-1, height, width, u.shape[1]), low, w.A_log, w.D, w.dt_proj, w.dt_bias, states, of
         )
         du = du.view(u.shape).addmm_(dlow, x_proj)
         d_x_proj = _product(dlow.t(), u, of).view(w.x_proj.shape)
-        da, d_conv, d_conv_bias = conv.backward(du, a, w.conv, w.conv_bias, height, width)
+        da = conv.backward_with_shares(du, a, w.conv, w.conv_bias, height, width, other_shares)
+        d_conv, d_conv_bias, d_fc1_bias = norm.sum_first_axis(other_shares).split(of_conv)
+        d_conv, d_conv_bias = d_conv.view(w.conv.shape), None if w.conv_bias is None else d_conv_bias
         d_in_proj, dn = _product(da.t(), n_1, of), torch.mm(da, in_proj)
-        dx, in_its_dtype, *d_norm = norm.backward(dn, dx_1, rows, w.norm, w.norm_bias, eps, True, of)
+        dx, in_its_dtype = norm.backward_with_shares(dn, dx_1, rows, w.norm, w.norm_bias, eps, True, of, of_norm)
+        sums = norm.sum_first_axis(shares).split((*[n // 2] * 4, inner // 2, inner // 2))
+        d_norm, d_norm_bias, d_norm_3, d_norm_3_bias, d_norm_2, d_norm_2_bias = sums
     dx = (dx if in_its_dtype is None else in_its_dtype).view(x.shape)
     # What is still in another dtype than its input the engine converts.
     return (
-        *(None, None, None, dx, *d_norm, d_in_proj, d_conv, d_conv_bias, d_x_proj, d_dt_proj, d_dt_bias),
-        *(dA_log, dD, *d_norm_2, d_out_proj, *d_norm_3, d_fc1, d_fc1_bias, d_fc2, d_fc2_bias),
+        *(None, None, None, dx, d_norm, d_norm_bias, d_in_proj, d_conv, d_conv_bias, d_x_proj, d_dt_proj, d_dt_bias),
+        *(dA_log, dD, d_norm_2, d_norm_2_bias, d_out_proj, d_norm_3, d_norm_3_bias),
+        *(d_fc1, d_fc1_bias, d_fc2, d_fc2_bias),
     )
 
 

@@ -150,17 +150,29 @@ def _run(x, weight, bias, height, width, silu, flip) -> Tensor:
     return y
 
 
+def pieces_of(n_tokens: int) -> tuple[int, int]:
+    """(how many programs share out the tokens, how many tokens each has): of kernels that leave shares of sums."""
+    piece = max(PIECE, triton.next_power_of_2(ceil_div(n_tokens, PIECES)))
+    return ceil_div(n_tokens, piece), piece
+
+
 def backward(dy, x, weight, bias, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of (x, weight, bias), the last two in float32. dy (T, E), contiguous."""
+    n_columns = weight.numel() + (0 if bias is None else len(bias))
+    shares = torch.empty(pieces_of(len(x))[0], n_columns, device=x.device)
+    dx = backward_with_shares(dy, x, weight, bias, height, width, shares)
+    sums, n_weights = sum_first_axis(shares), weight.numel()
+    return dx, sums[:n_weights].view(weight.shape), None if bias is None else sums[n_weights:]
+
+
+def backward_with_shares(dy, x, weight, bias, height: int, width: int, shares: Tensor) -> Tensor:
+    """Of `backward` the first; what the others are sums of (weight's, then the bias's) is left in `shares`, columns of
+    a matrix perhaps, with a row for each of `pieces_of`."""
     n_tokens, n_channels = x.shape
-    piece = max(PIECE, triton.next_power_of_2(ceil_div(n_tokens, PIECES)))
-    n_pieces, n_weights, block = ceil_div(n_tokens, piece), 9 * n_channels, _block(n_channels)
-    grad, weight = torch.empty_like(x), weight.contiguous()
-    shares = torch.empty(n_pieces, n_weights if bias is None else n_weights + n_channels, device=x.device)
+    n_pieces, piece = pieces_of(n_tokens)
+    block, grad, weight = _block(n_channels), torch.empty_like(x), weight.contiguous()
     launch(
         _conv_backward, n_pieces * ceil_div(n_channels, block), dy, x, weight, bias, grad, shares, height, width,
-        n_tokens, n_channels, shares.shape[1], piece, TOKENS=TILE // block, BLOCK=block, num_warps=4,
+        n_tokens, n_channels, shares.stride(0), piece, TOKENS=TILE // block, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    sums = sum_first_axis(shares)
-    dx = _run(grad, weight, None, height, width, silu=False, flip=True)
-    return dx, sums[:n_weights].view(weight.shape), None if bias is None else sums[n_weights:]
+    return _run(grad, weight, None, height, width, silu=False, flip=True)

@@ -137,6 +137,28 @@ def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize(("channels", "states"), [(10, 5), (7, 64), (12, 1)])
+def test_emulated_in_the_memory_of_inputs(channels, states, on_the_cpu, cast):
+    """u's gradient takes dy's memory, that of delta delta's, which is some columns of a wider matrix."""
+    tensors = cast(inputs(70, channels, states, 1, 1), torch.float32)
+    u, delta, A, B, C, D, z = (
+        x.flatten(0, 1) if x.dim() > 2 else x for x in (tensors[name] for name in ("u", "delta", *"ABCDz"))
+    )
+    dy, bias = torch.randn(70, channels), tensors["delta_bias"]
+    for reverse in (False, True):
+        _, _, saved = cuda.forward(u, delta, A, B, C, D, z, bias, None, None, 1, True, reverse, True)
+        others = A, B, C, D, z, bias, None, None, 1, saved, True, reverse
+        expected = cuda.backward(dy, None, u, delta, *others)
+        wide, room = torch.full((70, 2 * channels), torch.nan), dy.clone()
+        wide[:, :channels] = delta
+        found = cuda.backward(room, None, u, wide[:, :channels], *others, du=room, ddelta=wide[:, :channels])
+        assert all(map(torch.equal, found[:8], expected[:8]))
+        assert torch.equal(room, expected[0])
+        assert torch.equal(wide[:, :channels], expected[1])
+        assert wide[:, channels:].isnan().all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 @pytest.mark.parametrize("channels", [10, 7])
 def test_emulated_with_room_for_the_result(channels, on_the_cpu, cast):
     tensors = cast(inputs(70, channels, 3, 1, 1), torch.float32)
@@ -165,6 +187,31 @@ def test_block_emulated_in_inference(channels, on_the_cpu):
     options = {"dtype": torch.float32, "reverse": (False, True), "scale": 0.5, "backend": "cuda"}
     trained = mamba_block(hidden.clone().requires_grad_(), weights, **options)
     torch.testing.assert_close(mamba_block(hidden, weights, **options), trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize(("runs", "projected"), [("cuda", True), ("cuda", False), ("triton in its place", True)])
+def test_block_emulated_in_training(runs, projected, on_the_cpu, monkeypatch, assert_close):
+    """Gradients take the memory of what they are made of, and of no more: the graph may be gone through twice."""
+    if runs != "cuda":
+        monkeypatch.setattr(cuda, "usable", lambda device: False)
+    channels, states, rank, width = 10, 3, 2, 6
+    shapes = (channels, 1, 4), (channels,), (rank + 2 * states, channels), (channels, rank), (channels,)
+    shapes = *shapes, (channels, states), (channels,)
+    scans = tuple(ScanWeights(*((torch.randn(shape) / 2).requires_grad_() for shape in shapes)) for _ in range(2))
+    outer = [torch.randn(shape).requires_grad_() for shape in ((2 * channels, width), (width, channels))]
+    weights = BlockWeights(*(outer if projected else (None, None)), scans)
+    hidden = torch.randn(2, 9, width if projected else 2 * channels, requires_grad=True)
+    leaves = [hidden, *(outer if projected else []), *(w for scan in scans for w in scan)]
+    dout = torch.randn(2, 9, width if projected else channels)
+    given, found = dout.clone(), {}
+    for backend in ("cuda", "numba"):
+        y = mamba_block(hidden, weights, dtype=torch.float32, reverse=(False, True), backend=backend)
+        found[backend] = torch.autograd.grad(y, leaves, dout, retain_graph=True)
+        assert all(map(torch.equal, found[backend], torch.autograd.grad(y, leaves, dout)))
+    ours, numba_s = ({str(i): x for i, x in enumerate(gradients)} for gradients in found.values())
+    assert_close(ours, numba_s, 1e-5)
+    assert torch.equal(dout, given)
 
 
 def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from polymamba.kernels import causal_conv1d, selective_scan
 from polymamba.kernels.mamba_block import BlockWeights, ScanWeights, mamba_block, serves
@@ -194,6 +195,33 @@ def test_repeats_to_the_bit(backend, results_of, cast):
     first, again = (results_of(run, tensors, backend) for _ in range(2))
     for name, x in first.items():
         assert torch.equal(x, again[name]), name
+
+
+@pytest.mark.parametrize("retained", [False, True])
+def test_what_was_saved_is_released_in_the_backward(retained, cast, monkeypatch):
+    """Unless the graph is retained: then it may be gone through again, to the same bits."""
+    tensors = {name: x.requires_grad_() for name, x in cast(problem(), torch.float32).items()}
+    read, alive, scan = [], [], import_module("polymamba.kernels.selective_scan.cpu")
+    run_backward = scan.backward
+
+    def backward(*args, **options):
+        alive.append([not x.expired() for x in read])
+        return run_backward(*args, **options)
+
+    def unpack(x: list[Tensor]) -> Tensor:
+        read.append(StorageWeakRef(x[0].untyped_storage()))
+        return x[0]
+
+    monkeypatch.setattr(scan, "backward", backward)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: [x.clone()], unpack):
+        y = run(**tensors, backend="numba")
+    first = torch.autograd.grad(y.sum(), list(tensors.values()), retain_graph=retained)
+    assert alive[0][:3] == [True, True, retained]  # hidden, (x, z), y: in the order in which they were saved
+    if retained:
+        again = torch.autograd.grad(y.sum(), list(tensors.values()))
+        assert all(map(torch.equal, first, again))
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.sum().backward()
 
 
 def test_what_it_does_not_do(cast):

@@ -109,8 +109,8 @@ class Kernel:
 
 
 def test_a_compiled_kernel_is_remembered_for_arguments_of_the_same_kinds(monkeypatch):
-    monkeypatch.setattr(triton_runtime, "interpreting", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton_runtime, "_INTERPRETING", False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     kernel, x = Kernel(), torch.zeros(64)
     call = {"y": None, "n": 5, "scale": 0.5, "WIDTH": 8, "num_warps": 2}

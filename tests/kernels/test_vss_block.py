@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from polymamba.kernels.vss_block import conv_norm_gelu, triton_conv
+from polymamba.kernels.vss_block import conv_norm_gelu, triton_conv, triton_mlp
 
 
 def convolve(x, weight, bias=None, *, backend):
@@ -55,3 +55,17 @@ def test_stem(shape, last, device_of, assert_close):
     truth = F.conv2d(x.double(), weight.double(), bias.double(), 2, 1).permute(0, 2, 3, 1)
     truth = F.gelu(F.layer_norm(truth, (12,), norm.double(), norm_bias.double()))
     assert_close({"y": y.cpu()}, {"y": truth.cpu()}, 1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "channels", "piece"), [(5, 7, 128), (150, 130, 64), (33, 128, 32)])
+def test_gelu_backward(tokens, channels, piece, device_of, assert_close):
+    torch.manual_seed(1)
+    device = device_of("triton")
+    h = (3 * torch.randn(tokens, channels, device=device)).requires_grad_()
+    dy = torch.randn(tokens, channels, device=device)
+    shares = torch.full((-(-tokens // piece), channels + 3), torch.nan, device=device)
+    y, dh = triton_mlp.gelu_backward(dy, h.detach(), shares[:, 3:], piece)
+    exact = F.gelu(h.double())
+    (expected,) = torch.autograd.grad(exact, h, dy.double())
+    actual = {"y": y, "dh": dh, "sum": shares[:, 3:].sum(0)}
+    assert_close(actual, {"y": exact, "dh": expected.double(), "sum": expected.double().sum(0)}, 3e-6)

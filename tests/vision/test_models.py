@@ -16,6 +16,7 @@ from polymamba.vision.config import PRESETS, V0, VIM_PRESETS
 from polymamba.vision.vim import join_tokens, resized_positions, split_tokens, tokens_first
 from polymamba.vision.vmamba import Norm
 
+vim_module = import_module("polymamba.vision.vim")
 vmamba_module = import_module("polymamba.vision.vmamba")
 
 # Published parameter counts: hustvl/Vim's and MzeroMiko/VMamba's models, counted from their code.
@@ -166,6 +167,33 @@ def naive_block(block, x):
 def on_a_gpu(monkeypatch):
     """VMamba's norms as on a GPU, by whatever kernel there is."""
     monkeypatch.setattr(vmamba_module, "has_kernel", lambda x: True)
+
+
+@pytest.mark.parametrize("token", ["middle", "head", "none"])
+def test_patches_and_positions_at_once(token, monkeypatch):
+    """By the kernel that a GPU has for inference, at odd sizes, with pixels beyond the last patch."""
+    pool = "avg" if token == "none" else "token"
+    model = Vim(VimConfig(**TINY, img_size=(23, 14), class_token=token, global_pool=pool)).eval()
+    torch.nn.init.normal_(model.patch_embed.proj.bias)
+    x = torch.randn(2, 3, 23, 14)
+    with torch.no_grad():
+        expected = model.embed(x)
+        monkeypatch.setattr(vim_module, "serves", lambda *tensors: True)
+        monkeypatch.setattr(vim_module, "with_positions", None)  # not asked
+        found = model.embed(x)
+    assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
+
+
+@pytest.mark.parametrize("token", ["middle", "double"])
+def test_where_the_head_sees_tokens_alone(token):
+    """No other token is normed, unless somebody looks at the norm."""
+    model = Vim(VimConfig(**TINY, img_size=(20, 12), class_token=token)).eval()
+    x, seen = torch.randn(2, 3, 20, 12), []
+    expected = model.forward_head(model.forward_features(x))
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    model.norm_f.register_forward_hook(lambda module, given, made: seen.append(made[0].shape[1]))
+    assert torch.equal(model(x), expected)
+    assert seen == [15 + model.num_prefix_tokens]
 
 
 def test_norms_of_a_gpu_are_pytorchs(monkeypatch):

@@ -1,0 +1,60 @@
+"""The language model's loss without all logits: that of the logits, and by the head's own forward where it has one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, head_loss
+
+
+def model_and_tokens(dtype: torch.dtype = torch.float32, **options):
+    config = LanguageModelConfig(backbone=BackboneConfig(d_model=12, n_layer=2), vocab_size=37, **options)
+    tokens = torch.randint(37, (2, 10))
+    targets = tokens[:, 1:].clone()
+    targets[0, 5:] = -100
+    return LanguageModel(config).to(dtype), tokens[:, :-1], targets
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_is_that_of_the_logits(tied):
+    model, tokens, targets = model_and_tokens(tie_embeddings=tied)
+    ours = gradients(model, model(tokens, targets=targets))
+    theirs = gradients(model, F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()))
+    for name, x in theirs.items():
+        torch.testing.assert_close(ours[name], x, msg=name)
+
+
+def test_loss_under_autocast():
+    """Products in bfloat16, sums in float32."""
+    model, tokens, targets = model_and_tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, targets=targets)
+        logits = model(tokens)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()))
+    found = gradients(model, loss)
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in found.values())
+
+
+def test_a_special_head_is_called(monkeypatch):
+    model, tokens, targets = model_and_tokens()
+    plain, calls = model(tokens, targets=targets), []
+    with monkeypatch.context() as patch:
+        patch.setattr(head_loss, "linear_cross_entropy", None)
+        model.lm_head.register_forward_hook(lambda head, inputs, logits: calls.append(logits))
+        loss = model(tokens, targets=targets)
+    assert len(calls) == 1
+    torch.testing.assert_close(loss, plain)
+
+
+def test_a_loss_and_nothing_else():
+    model, tokens, targets = model_and_tokens()
+    with pytest.raises(ValueError, match="give neither return_state nor logits_at"):
+        model(tokens, targets=targets, return_state=True)
