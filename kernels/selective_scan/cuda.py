@@ -141,6 +141,7 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
+    macros = (*macros, ("BACKWARDS", int(kernel in ("backward", "chunk_gradients"))))
     parts = [f"#define {name} {value}" for name, value in macros]
     files = ("device", "numbers", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
     parts += [(_FOLDER / f"{name}.cu").read_text() for name in files]
@@ -322,8 +323,11 @@ class _Plan:
     ) -> None:
         on = self.layout
         types = zip(("U", "DELTA", "Z", "DY", "MB", "MC"), (_TYPES[t] for t in on.types), strict=True)
+        # Rows that the backward turns into floats: 4 elements at a time meet each bank of shared memory once.
+        floats = source in ("backward", "chunk_gradients") and on.n_states <= 32
+        matrix_vector = min(on.matrix_vector, 4) if floats else on.matrix_vector
         all_macros = (
-            ("N", on.n_states), ("VB", on.matrix_vector), ("CHUNK", self.chunk), ("UNIT", self.unit),
+            ("N", on.n_states), ("VB", matrix_vector), ("CHUNK", self.chunk), ("UNIT", self.unit),
             ("SPAN", self.span), ("EVERY", self.every), ("SOFTPLUS", int(on.softplus)), ("GATE", int(on.gate)),
             ("STATIC_B", int(on.static[0])), ("STATIC_C", int(on.static[1])), *types,
             *zip(self.tile._fields, self.tile, strict=True), *macros,
@@ -432,7 +436,8 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
         p.carry(backwards=True)
     if p.unit < min(p.length, p.chunk) and p.n_chunks * p.n_tiles <= _BLOCKS_A_PROCESSOR * p.processors:
         p.span = p.unit
-        p.lay_out(_fitting(tile.NL, tile.S, 1, 16, tile.V, 1))
+        # A chunk is walked step by step, so by as many warps as can be: half as many states to a lane.
+        p.lay_out(_fitting(tile.NL // 2, 2 * tile.S, 1, 16, tile.V, 1))
         p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32, ("SPANS", 1))
         p.lay_out(tile)
     n_spans = p.pieces(p.span)

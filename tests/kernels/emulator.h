@@ -62,6 +62,7 @@ inline float across(float x, int mask) {
   return other;
 }
 inline float add_across(float x, int mask) { return x + across(x, mask); }
+inline void* product_added(const void* from, int step, int stride) { return (char*)from + int64_t(step) * stride; }
 template <typename X, unsigned long K> inline void load_if(bool wanted, unsigned (&x)[K], const X* from) {
   std::memset(x, 0, sizeof x);
   if (wanted) std::memcpy(x, from, sizeof(X));

@@ -9,20 +9,25 @@
 // state before each tile of T steps; then it takes the tiles from the last to the first: it runs one again, its states and
 // decays now kept in registers, and goes back through it.
 //
+// What is done once for each element (softplus, gates, the gradients themselves) all lanes of the block share out, so
+// that a row is one piece of memory. The end of a tile stands in one stretch with the second pass through the next one:
+// this waits for exp2, that for memory, and the compiler mixes them.
+//
 // Sums over states (for du and ddelta) and over channels (for dB and dC) go by way of shared memory: every lane leaves
-// its part, and another reads all parts of one sum. Shuffles would take twice the instructions.
+// its part, and another reads all parts of one sum. A shuffle takes as much of the way there as a store and a load.
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Problem p) {
   extern __shared__ float4 room[];
   Shared& block = *reinterpret_cast<Shared*>(room);
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  const Place a(p, blockIdx.x % n_tiles);
+  Place a(p, blockIdx.x % n_tiles);
+  place_in_block(p, a);
   WarpShared& shared = block.warp[a.warp];
   const int64 number = blockIdx.x / n_tiles;
   const Piece span(p, number, pieces_of(p.length, SPAN), SPAN);
   const int length = span.length;
   const int end = span.begin + SPAN < length ? span.begin + SPAN : length;
-  const int mine = a.lane / S * CL;  // the lane's first channel in a row, as holder of states
+  const int mine_end = a.in_row ? end : 0;  // for the lane's channels in a row
 
   Pairs A2, grad, sum_dA;  // grad: dL/dh after the step at hand
   load_by_channel(A2, p.A, a);
@@ -65,37 +70,75 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const int64 of_tile = int64(a.tile) * p.n_tokens * (p.n_channels / p.per_group) * N + a.group * N;
   float* share_B = first_row(p.share_B + of_tile, p.share_stride, p, span);
   float* share_C = first_row(p.share_C + of_tile, p.share_stride, p, span);
-  int buffer = 0;
 #endif
 
   Elements next;
   auto load = [&](int step, int end) {
-    dy_rows.load(next.dy, a, step, end);
-    u_rows.load(next.u, a, step, end);
+    load_rows(next.dy, dy_rows, a, step, end);
+    load_rows(next.u, u_rows, a, step, end);
 #if GATE
-    z_rows.load(next.z, a, step, end);
+    load_rows(next.z, z_rows, a, step, end);
 #endif
   };
-  load(end > 0 ? (end - 1) / T * T : 0, end);
+  load(end > 0 ? (end - 1) / T * T : 0, mine_end);
 
-  // (channel, state) pairs of dt u B at step t of the piece, and its dt
-  auto inputs = [&](int t, float(&dt)[CL], Pairs& drive) {
-    float dtu[CL];
-    load_floats(&shared.dt[t][mine], dt);
-    load_floats(&shared.dtu[t][mine], dtu);
-#if STATIC_B
-    EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b_static[j][i]);
-#else
-    float b[NL];
-    load_floats(&block.B[t][a.n], b);
-    EACH_PAIR drive[j][i] = __fmul_rn(dtu[j], b[i]);
+  Late late;
+  late.clear(end);
+  // What is left to do of the tile before: for each element, whose sums over states are there, and dB and dC.
+  auto finish = [&]() {
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      const int t = i * ROWS + a.row, step = late.first + t;
+      float total[KINDS][V], gradient[V];
+#pragma unroll
+      for (int kind = 0; kind < KINDS; ++kind)
+        add_parts(block.warp[a.column / WC].sums[kind][t], t, a.column % WC, total[kind]);
+      const bool there = step < mine_end;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float x = late.u[i].get(v);
+        sum_dD[v] = __fmaf_rn(late.dout[i][v], x, sum_dD[v]);
+        gradient[v] = __fmaf_rn(total[1][v], LN2, total[0][v] * x);
+#if SOFTPLUS
+        gradient[v] *= late.slope[i][v];
 #endif
+        if (there) sum_dbias[v] += gradient[v];
+      }
+      Packed<DELTA, V> ddelta;
+      ddelta.set(gradient);
+      ddelta.store_if(there, ddelta_rows.at(step));
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        gradient[v] = __fmaf_rn(total[0][v], late.dt[i][v], late.dout[i][v] * skip[v]);
+      Packed<U, V> du;
+      du.set(gradient);
+      du.store_if(there, du_rows.at(step));
+#if GATE
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        gradient[v] = __fmaf_rn(skip[v], late.u[i].get(v), total[2][v]) * late.z_factor[i][v];
+      Packed<Z, V> dz;
+      dz.set(gradient);
+      dz.store_if(there, dz_rows.at(step));
+#endif
+    }
+#if !STATIC_B || !STATIC_C
+    add_over_block(block.summands, share_B, share_C, p.share_stride, late.first, end);
+#endif
+  };
+
+  // One step of the state, of which x is known: its decays, too.
+  auto advance = [&](Pairs& h, Pairs& decay, const Step& x) {
+    EACH_PAIR {
+      decay[j][i] = exp2_fast(__fmul_rn(x.dt[j], A2[j][i]));
+      h[j][i] = __fmaf_rn(decay[j][i], h[j][i], __fmul_rn(x.dtu[j], B_AT(j, i)));
+    }
   };
 
   for (int first = (end - 1) / STRETCH * STRETCH; first >= span.begin && end > 0; first -= STRETCH) {
     const int saved_at = STRETCH == EVERY ? first : first / EVERY * EVERY;
     Pairs h;
-    load_by_state(h, p.saved + (span.start / EVERY + span.s + saved_at / EVERY) * N * p.n_channels, p, a);
+    load_states(h, p.saved + (span.start / EVERY + span.s + saved_at / EVERY) * N * p.n_channels, p, a);
     const int last = ((end - first < STRETCH ? end - first : STRETCH) - 1) / T;  // tile of the piece
 
     for (int from = saved_at; from <= first; from += STRETCH) {
@@ -113,56 +156,68 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       Packed<DELTA, V> delta[TILES][ITS];
 #pragma unroll
       for (int k = 0; k < TILES; ++k) {
-        u_rows.load(u[k], a, from + k * T, end);
-        delta_rows.load(delta[k], a, from + k * T, end);
+        load_rows(u[k], u_rows, a, from + k * T, mine_end);
+        load_rows(delta[k], delta_rows, a, from + k * T, mine_end);
       }
       __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
-      rows_B.put(&block.B[0][0], threadIdx.x);
+      put_rows<MB>(rows_B, &block.B[0][0]);
 #endif
 #if !STATIC_C
-      if (at_hand) rows_C.put(&block.C[0][0], threadIdx.x);
+      if (at_hand) put_rows<MC>(rows_C, &block.C[0][0]);
 #endif
-#pragma unroll
-      for (int k = 0; k < TILES; ++k)
+      auto leave_steps = [&](int k) {  // the step sizes of a tile
 #pragma unroll
         for (int i = 0; i < ITS; ++i) {
           const int t = k * T + i * ROWS + a.row;
-          float dt[V], dtu[V], slope[V];
+          float steps[2 * V], slope[V];
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            dt[v] = step_size(delta[k][i].get(v) + bias[v], slope[v]);
-            if (from + t >= end) dt[v] = 0.0f;  // leaves the state, and its gradient, as they are
-            dtu[v] = dt[v] * u[k][i].get(v);
+            float& dt = steps[2 * v];
+            dt = step_size(delta[k][i].get(v) + bias[v], slope[v]);
+            if (from + t >= end) dt = 0.0f;  // leaves the state, and its gradient, as they are
+            steps[2 * v + 1] = dt * u[k][i].get(v);
           }
-          store_floats(&shared.dt[t][a.column], dt);
-          store_floats(&shared.dtu[t][a.column], dtu);
+          store_floats(&block.steps[t][a.column][0], steps);
 #if SOFTPLUS
-          store_floats(&shared.slope[t][a.column], slope);
+          store_floats(&block.slope[t][a.column], slope);
 #endif
         }
-      __syncthreads();
-
-      const int tiles = at_hand ? last : TILES;
-      for (int k = 0; k < tiles; ++k) {
-        if (at_hand) {
+      };
+      auto pass = [&](int k) {  // through a tile, for the state after it
+        if (at_hand && (!WIDE || k + 1 < TILES)) {
 #pragma unroll
-          for (int j = 0; j < CL; ++j)
+          for (int v = 0; v < CL * NL / NV; ++v) {
+            float x[NV];
 #pragma unroll
-            for (int v = 0; v < NL / NV; ++v) {
-              float x[NV];
-#pragma unroll
-              for (int i = 0; i < NV; ++i) x[i] = h[j][v * NV + i];
-              store_floats(&shared.before[k][j][v][a.lane][0], x);
-            }
+            for (int i = 0; i < NV; ++i) x[i] = h[(v * NV + i) % CL][(v * NV + i) / CL];
+            store_floats(shared.before[k][v][a.lane], x);
+          }
         }
 #pragma unroll
         for (int t = 0; t < T; ++t) {
-          float dt[CL];
-          Pairs drive, decay;
-          inputs(k * T + t, dt, drive);
-          advance(h, decay, dt, drive, A2);
+          Step x;
+          Pairs decay;
+          x.read(block, k * T + t, a);
+          advance(h, decay, x);
         }
+      };
+      const int tiles = at_hand ? last : TILES;
+      if constexpr (WIDE) {
+        leave_steps(0);
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < TILES; ++k) {
+          if (k >= tiles) break;
+          pass(k);
+          if (k + 1 < TILES) leave_steps(k + 1);
+          __syncthreads();
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < TILES; ++k) leave_steps(k);
+        __syncthreads();
+        for (int k = 0; k < tiles; ++k) pass(k);
       }
       if (STRETCH == EVERY) break;  // so that the compiler knows: it makes fewer instructions of all the rest
     }
@@ -171,44 +226,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       // Loaded while the tile before was computed; now the next tile's are.
       const Elements now = next;
       const int before = k > 0 ? first + (k - 1) * T : first - T;
-      load(before, before < span.begin ? before : end);
+      load(before, before < span.begin ? before : mine_end);
+      finish();
       Pairs states[T + 1], decays[T];
       EACH_PAIR states[0][j][i] = h[j][i];
+      Step in[2];
 #pragma unroll
       for (int t = 0; t < T; ++t) {
-        float dt[CL];
-        Pairs drive;
-        inputs(k * T + t, dt, drive);
+        Step& x = in[t % 2];
+        x.read(block, k * T + t, a);
         EACH_PAIR states[t + 1][j][i] = states[t][j][i];
-        advance(states[t + 1], decays[t], dt, drive, A2);
+        advance(states[t + 1], decays[t], x);
       }
 
-      float dout[ITS][V];
-#if GATE
-      float z_factor[ITS][V];  // of y in dz
-#endif
 #pragma unroll
       for (int i = 0; i < ITS; ++i) {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          dout[i][v] = now.dy[i].get(v);
+          late.dout[i][v] = now.dy[i].get(v);
 #if GATE
           const float gate = now.z[i].get(v), sig = sigmoid(gate);
-          z_factor[i][v] = dout[i][v] * sig * __fmaf_rn(gate, 1.0f - sig, 1.0f);
-          dout[i][v] *= gate * sig;
+          late.z_factor[i][v] = late.dout[i][v] * sig * __fmaf_rn(gate, 1.0f - sig, 1.0f);
+          late.dout[i][v] *= gate * sig;
 #endif
         }
-        store_floats(&shared.dout[i * ROWS + a.row][a.column], dout[i]);
+        store_floats(&block.dout[i * ROWS + a.row][a.column], late.dout[i]);
       }
-      __syncwarp();
+      __syncthreads();
 
       // A store to shared memory holds up all later loads from it: so a step is read before the last one's sums are left.
-      Step in[2];
-      in[(T - 1) % 2].read(block, shared, k * T, T - 1, a);
+      in[(T - 1) % 2].read_more(block, k * T, T - 1, a);
 #pragma unroll
       for (int t = T - 1; t >= 0; --t) {
         const Step& x = in[t % 2];
-        if (t > 0) in[(t - 1) % 2].read(block, shared, k * T, t - 1, a);
+        if (t > 0) {
+          in[(t - 1) % 2].read(block, k * T + t - 1, a);
+          in[(t - 1) % 2].read_more(block, k * T, t - 1, a);
+        }
         float d_dtu[CL], d_dt[CL];
 #if GATE
         float y[CL];
@@ -250,82 +304,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #if GATE
         leave_parts(shared.sums[2][t], t, a.lane, y);
 #endif
-#pragma unroll
-        for (int v = 0; v < PARTS / 2; ++v) {
-          float mine[NV];
 #if !STATIC_B
-#pragma unroll
-          for (int i = 0; i < NV; ++i) mine[i] = dB[v * NV + i];
-          store_floats(shared.part[t * PARTS + v][a.lane], mine);
+        store_floats(&block.summands[t][0][threadIdx.x / S * NP + a.n], dB);
 #endif
 #if !STATIC_C
-#pragma unroll
-          for (int i = 0; i < NV; ++i) mine[i] = dC[v * NV + i];
-          store_floats(shared.part[t * PARTS + PARTS / 2 + v][a.lane], mine);
+        store_floats(&block.summands[t][1][threadIdx.x / S * NP + a.n], dC);
 #endif
-        }
       }
       if (k > 0) {
 #pragma unroll
-        for (int j = 0; j < CL; ++j)
+        for (int v = 0; v < CL * NL / NV; ++v) {
+          float x[NV];
+          load_floats(shared.before[k - 1][v][a.lane], x);
 #pragma unroll
-          for (int v = 0; v < NL / NV; ++v) {
-            float x[NV];
-            load_floats(&shared.before[k - 1][j][v][a.lane][0], x);
-#pragma unroll
-            for (int i = 0; i < NV; ++i) h[j][v * NV + i] = x[i];
-          }
+          for (int i = 0; i < NV; ++i) h[(v * NV + i) % CL][(v * NV + i) / CL] = x[i];
+        }
       }
-      __syncwarp();
-
 #pragma unroll
       for (int i = 0; i < ITS; ++i) {
-        const int t = i * ROWS + a.row;
-        float total[KINDS][V], dt[V], slope[V], gradient[V];
+        late.u[i] = now.u[i];
+        const int t = k * T + i * ROWS + a.row;
+        float steps[2 * V];
+        load_floats(&block.steps[t][a.column][0], steps);
 #pragma unroll
-        for (int kind = 0; kind < KINDS; ++kind) add_parts(shared.sums[kind][t], t, a.column, total[kind]);
-        load_floats(&shared.dt[k * T + t][a.column], dt);
+        for (int v = 0; v < V; ++v) late.dt[i][v] = steps[2 * v];
 #if SOFTPLUS
-        load_floats(&shared.slope[k * T + t][a.column], slope);
-#endif
-        const bool there = a.in_row && first + k * T + t < end;
-        const int step = first + k * T + t;
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const float x = now.u[i].get(v);
-          sum_dD[v] = __fmaf_rn(dout[i][v], x, sum_dD[v]);
-          gradient[v] = __fmaf_rn(total[1][v], LN2, total[0][v] * x);
-#if SOFTPLUS
-          gradient[v] *= slope[v];
-#endif
-          if (there) sum_dbias[v] += gradient[v];
-        }
-        Packed<DELTA, V> ddelta;
-        ddelta.set(gradient);
-        ddelta.store_if(there, ddelta_rows.at(step));
-#pragma unroll
-        for (int v = 0; v < V; ++v) gradient[v] = __fmaf_rn(total[0][v], dt[v], dout[i][v] * skip[v]);
-        Packed<U, V> du;
-        du.set(gradient);
-        du.store_if(there, du_rows.at(step));
-#if GATE
-#pragma unroll
-        for (int v = 0; v < V; ++v) gradient[v] = __fmaf_rn(skip[v], now.u[i].get(v), total[2][v]) * z_factor[i][v];
-        Packed<Z, V> dz;
-        dz.set(gradient);
-        dz.store_if(there, dz_rows.at(step));
+        load_floats(&block.slope[t][a.column], late.slope[i]);
 #endif
       }
-
-#if !STATIC_B || !STATIC_C
-      add_over_warp(shared, block.of_warp[buffer][a.warp], a.lane);
+      late.first = first + k * T;
       __syncthreads();
-      add_over_block(block.of_warp[buffer], share_B, share_C, p.share_stride, first + k * T, end);
-      buffer ^= 1;  // so one barrier for each tile is enough
-#endif
     }
 
     if (first % UNIT == 0) {  // what the steps of a unit have in common
+      finish();
+      late.clear(end);
       const int64 unit = span.number_of(p, first, UNIT), of_unit = unit * N * p.n_channels;
       store_by_state(p.share_A + of_unit, sum_dA, p, a);
       zero(sum_dA);
@@ -337,12 +350,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       store_by_state(p.share_C + of_unit, sum_dC, p, a);
       zero(sum_dC);
 #endif
+      // Over the rows that the block takes at once, in order.
+      __syncthreads();
+      float(&of_rows)[2][ROWS][BC] = block.of_rows();
+      store_floats(&of_rows[0][a.row][a.column], sum_dD);
+      store_floats(&of_rows[1][a.row][a.column], sum_dbias);
+      __syncthreads();
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-#pragma unroll
-        for (int mask = ROW_LANES; mask < 32; mask *= 2) {
-          sum_dD[v] = add_across(sum_dD[v], mask);
-          sum_dbias[v] = add_across(sum_dbias[v], mask);
+        for (int row = 1; row < ROWS; ++row) {
+          sum_dD[v] += of_rows[0][row][a.column + v];
+          sum_dbias[v] += of_rows[1][row][a.column + v];
         }
         if (a.row == 0 && a.in_row) {
           if (p.share_D) p.share_D[unit * p.n_channels + a.e + v] = sum_dD[v];

@@ -4,38 +4,101 @@
 constexpr int STRETCH = N > 32 ? EVERY / 2 : EVERY;
 constexpr int TILES = STRETCH / T;         // of a piece
 constexpr int NV = 4;                      // numbers moved at once
+// Above 32 states B and C lie in shared memory as they are, not as floats, and a tile's step sizes are in one stretch
+// with the first pass through the tile before: so hardly anything spills. Up to 32 either is slower.
+constexpr bool WIDE = N > 32;
+template <typename X, bool AS_IT_IS> struct Kept { typedef X type; };
+template <typename X> struct Kept<X, false> { typedef float type; };
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
 static_assert(STRETCH % T == 0 && EVERY % STRETCH == 0, "pieces of time must nest");
-constexpr int PARTS = 2 * NL / NV;         // vectors of a lane: what it adds to dB and to dC at a step
-constexpr int LANES_ROW = 32 + S % 8;      // rows of different sums on different banks
-constexpr int SUMS = T * PARTS * S;        // vectors that a tile's dB and dC have
+constexpr int BC = WARPS * WC;             // channels of a block
+constexpr int SUMMANDS = WARPS * GROUPS;   // of a sum over them, for dB and dC: each lane has added up its own channels
+constexpr int SUMMAND_ROW = SUMMANDS * NP + NP % 32;  // rows of different sums on different banks
+constexpr int SUMS = T * 2 * NP;           // numbers that a tile's dB and dC have
+constexpr int READ = SUMS >= 4 * THREADS ? 4 : SUMS >= 2 * THREADS ? 2 : 1;  // of which a thread adds these up at once
 constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradients of dt u, of dt, and y
 
 struct WarpShared {
-  alignas(16) float dt[STRETCH][WC], dtu[STRETCH][WC];
-#if SOFTPLUS
-  alignas(16) float slope[STRETCH][WC];
-#endif
-  alignas(16) float dout[T][WC];
   alignas(16) float sums[KINDS][T][PART_ROW];
-#if !STATIC_B || !STATIC_C
-  alignas(16) float part[T * PARTS][LANES_ROW][NV];
-#endif
-  alignas(16) float before[TILES > 1 ? TILES - 1 : 1][CL][NL / NV][32][NV];
+  alignas(16) float before[TILES > 1 ? TILES - 1 : 1][CL * NL / NV][32][NV];  // by state, then channel
 };
 struct Shared {
   WarpShared warp[WARPS];
+  alignas(16) float steps[STRETCH][BC][2];  // dt and dt u
+#if SOFTPLUS
+  alignas(16) float slope[STRETCH][BC];
+#endif
+  alignas(16) float dout[T][BC];
+
+  // Once no tile is at hand: of dD and dbias.
+  INLINE float (&of_rows())[2][ROWS][BC] { return reinterpret_cast<float(&)[2][ROWS][BC]>(steps); }
 #if !STATIC_B
-  alignas(16) float B[STRETCH][NP];
+  alignas(16) Kept<MB, WIDE>::type B[STRETCH][NP];
 #endif
 #if !STATIC_C
-  alignas(16) float C[STRETCH][NP];
+  alignas(16) Kept<MC, WIDE>::type C[STRETCH][NP];
 #endif
 #if !STATIC_B || !STATIC_C
-  alignas(16) float of_warp[2][WARPS][SUMS][NV];
+  alignas(16) float summands[T][2][SUMMAND_ROW];  // of dB and dC
 #endif
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
+
+// A lane's place among those who share out rows: here they are rows of the block's channels.
+INLINE void place_in_block(const Problem& p, Place& a) {
+  const int first = a.tile * BC;
+  a.row = threadIdx.x / (BC / V), a.column = threadIdx.x % (BC / V) * V;
+  a.e = a.group * p.per_group + int64(first) + a.column;
+  a.in_row = int64(first) + a.column < p.per_group;
+}
+
+// As load_by_state; two channels at once where their number is even.
+INLINE void load_states(Pairs& x, const float* from, const Problem& p, const Place& a) {
+  if constexpr (CL == 2 && V == 2) {
+#pragma unroll
+    for (int i = 0; i < NL; ++i) {
+      Packed<float, 2> both;
+      both.load_if(a.there > 0 && a.n + i < N, from + by_state(p, a, 0, i));
+      x[0][i] = both.get(0), x[1][i] = both.get(1);
+    }
+  } else {
+    load_by_state(x, from, p, a);
+  }
+}
+
+// A lane's part of the rows from `step` on, short of its own `end`: else zeros.
+template <typename X>
+INLINE void load_rows(Packed<X, V> (&x)[ITS], const Rows<X>& rows, const Place& a, int step, int end) {
+#pragma unroll
+  for (int i = 0; i < ITS; ++i) {
+    const int t = step + i * ROWS + a.row;
+    x[i].load_if(t < end, rows.at(t));
+  }
+}
+
+// Rows of B or C to shared memory: of X, as X or as floats.
+template <typename X, typename Y, typename Rows> INLINE void put_rows(const Rows& rows, Y* to) {
+  if constexpr (sizeof(X) != sizeof(Y)) {
+    rows.put(to, threadIdx.x);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Rows::ITS; ++i) {
+      const int k = i * THREADS + threadIdx.x;
+      if (k < Rows::TOTAL) rows.x[i].store(to + k * VB);
+    }
+  }
+}
+
+// A lane's states of a row.
+template <typename X> INLINE void read_states(const X* from, float (&x)[NL]) {
+#pragma unroll
+  for (int v = 0; v < NL / NV; ++v) {
+    Packed<X, NV> some;
+    some.load(from + v * NV);
+#pragma unroll
+    for (int i = 0; i < NV; ++i) x[v * NV + i] = some.get(i);
+  }
+}
 
 // What a lane loads of a tile for the way back.
 struct Elements {
@@ -44,6 +107,38 @@ struct Elements {
 #if GATE
   Packed<Z, V> z[ITS];
 #endif
+};
+
+// What is left to do of a tile when the way back through it is done.
+struct Late {
+  int first;  // its first step
+  Packed<U, V> u[ITS];
+  float dout[ITS][V], dt[ITS][V];
+#if GATE
+  float z_factor[ITS][V];  // of y in dz
+#endif
+#if SOFTPLUS
+  float slope[ITS][V];
+#endif
+
+  // Nothing: as of a tile at the end.
+  INLINE void clear(int end) {
+    first = end;
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      u[i].clear();
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        dout[i][v] = dt[i][v] = 0.0f;
+#if GATE
+        z_factor[i][v] = 0.0f;
+#endif
+#if SOFTPLUS
+        slope[i][v] = 0.0f;
+#endif
+      }
+    }
+  }
 };
 
 // What a lane needs of a step on the way back.
@@ -62,68 +157,51 @@ struct Step {
   float c[NL];
 #endif
 
-  INLINE void read(const Shared& block, const WarpShared& shared, int first, int t, const Place& a) {
-    load_floats(&shared.dt[first + t][a.lane / S * CL], dt);
-    load_floats(&shared.dtu[first + t][a.lane / S * CL], dtu);
-    load_floats(&shared.dout[t][a.lane / S * CL], dout);
+  // Step t of the piece: what the state needs.
+  INLINE void read(const Shared& block, int t, const Place& a) {
+    float steps[2 * CL];
+    load_floats(&block.steps[t][a.warp * WC + a.lane / S * CL][0], steps);
+#pragma unroll
+    for (int j = 0; j < CL; ++j) dt[j] = steps[2 * j], dtu[j] = steps[2 * j + 1];
 #if !STATIC_B
-    load_floats(&block.B[first + t][a.n], b);
+    read_states(&block.B[t][a.n], b);
 #endif
+  }
+  // Step t of the tile that begins at `first`: what the way back needs besides.
+  INLINE void read_more(const Shared& block, int first, int t, const Place& a) {
+    load_floats(&block.dout[t][a.warp * WC + a.lane / S * CL], dout);
 #if !STATIC_C
-    load_floats(&block.C[first + t][a.n], c);
+    read_states(&block.C[first + t][a.n], c);
 #endif
   }
 };
 
-// One step of the state: its decays, too.
-INLINE void advance(Pairs& h, Pairs& decay, const float (&dt)[CL], const Pairs& drive, const Pairs& A2) {
-  EACH_PAIR {
-    decay[j][i] = exp2_fast(__fmul_rn(dt[j], A2[j][i]));
-    h[j][i] = __fmaf_rn(decay[j][i], h[j][i], drive[j][i]);
-  }
-}
-
 #if !STATIC_B || !STATIC_C
-// A tile's dB and dC over the lanes of a warp.
-INLINE void add_over_warp(const WarpShared& shared, float (&sums)[SUMS][NV], int lane) {
+// A tile's dB and dC over the lanes of the block, to its share: that of the steps from `first` on, short of `end`.
+INLINE void add_over_block(const float (&summands)[T][2][SUMMAND_ROW], float* share_B, float* share_C, int stride,
+                           int first, int end) {
 #pragma unroll
-  for (int o = lane; o < SUMS; o += 32) {
-    const int q = o % S, row = o / S;
-    float sum[NV], x[NV];
-    load_floats(shared.part[row][q], sum);
+  for (int i = 0; i < (SUMS + THREADS * READ - 1) / (THREADS * READ); ++i) {
+    const int o = (i * THREADS + threadIdx.x) * READ;
+    if (SUMS % (THREADS * READ) && o >= SUMS) break;
+    const int n = o % NP, of_C = o / NP % 2, t = o / NP / 2;
+    const float* row = &summands[t][of_C][n];
+    float sum[READ], x[READ];
+    load_floats(row, sum);
 #pragma unroll
-    for (int g = 1; g < GROUPS; ++g) {
-      load_floats(shared.part[row][g * S + q], x);
+    for (int w = 1; w < SUMMANDS; ++w) {
+      load_floats(row + w * NP, x);
 #pragma unroll
-      for (int i = 0; i < NV; ++i) sum[i] += x[i];
+      for (int k = 0; k < READ; ++k) sum[k] += x[k];
     }
-    store_floats(sums[o], sum);
-  }
-}
-
-// The same over the warps of the block, to the block's share: that of the tile's steps from `first` on, short of `end`.
-INLINE void add_over_block(const float (&sums)[WARPS][SUMS][NV], float* share_B, float* share_C, int stride, int first,
-                           int end) {
-  for (int o = threadIdx.x; o < SUMS; o += THREADS) {
-    const int q = o % S, v = o / S % PARTS, step = first + o / S / PARTS;
-    const bool of_B = v < PARTS / 2;
-    const int n = q * NL + v % (PARTS / 2) * NV;
-    float sum[NV], x[NV];
-    load_floats(sums[0][o], sum);
-#pragma unroll
-    for (int w = 1; w < WARPS; ++w) {
-      load_floats(sums[w][o], x);
-#pragma unroll
-      for (int i = 0; i < NV; ++i) sum[i] += x[i];
-    }
-    float* share = step_at((of_B ? share_B : share_C) + n, stride, step);
-    if (step < end && (of_B ? !STATIC_B : !STATIC_C)) {
-      if constexpr (N % NV == 0) {
-        if (n < N) store_floats(share, sum);
-      } else {
-        for (int i = 0; i < NV; ++i)
-          if (n + i < N) share[i] = sum[i];
-      }
+    float* share = step_at((of_C ? share_C : share_B) + n, stride, first + t);
+    if constexpr (N % READ == 0) {
+      Packed<float, READ> out;
+      out.set(sum);
+      out.store_if(first + t < end && (of_C ? !STATIC_C : !STATIC_B) && n < N, share);
+    } else if (first + t < end && (of_C ? !STATIC_C : !STATIC_B)) {
+      for (int k = 0; k < READ; ++k)
+        if (n + k < N) share[k] = sum[k];
     }
   }
 }

@@ -10,7 +10,8 @@
 //
 // Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, EVERY (steps between saved
 // states), CHUNK, UNIT and SPAN (steps of the backward: those of a share of dA, dD and dbias, and those that a block
-// walks), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, and the types U, DELTA, Z, DY, MB, MC of the tensors.
+// walks), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, BACKWARDS (whether it is one of the backward's
+// kernels), and the types U, DELTA, Z, DY, MB, MC of the tensors.
 //
 // Letters: N states, D channels, G groups; T tokens of all sequences laid end to end where a shape names them.
 
@@ -86,7 +87,7 @@ INLINE float step_size(float x) { return SOFTPLUS ? softplus_of(x, exp_negative(
 INLINE float step_size(float x, float& slope) {
   if (!SOFTPLUS) return slope = 1.0f, x;
   float e = exp_negative(-fabsf(x)), root = reciprocal(1.0f + e);
-  slope = x < 0.0f ? e * root : x == x ? root : x;
+  slope = x < 0.0f ? e * root : root;  // a NaN is in dt, and so in all that the slope is multiplied with
   return softplus_of(x, e);
 }
 
@@ -171,7 +172,11 @@ INLINE int64 token_of(const Problem& p, int64 start, int length, int step) {
 
 // The number of a step's row of a tensor whose rows are tokens, and the address of any row.
 template <typename X> INLINE X* step_at(X* first, int stride, int step) {
+#if BACKWARDS
+  return reinterpret_cast<X*>(product_added(first, step, stride));
+#else
   return reinterpret_cast<X*>((char*)first + int64(step) * stride);
+#endif
 }
 template <typename X> INLINE X* first_row(X* x, int stride, const Problem& p, const Piece& piece) {
   return reinterpret_cast<X*>((char*)x + token_of(p, piece.start, piece.length, 0) * (p.reverse ? -stride : stride));
