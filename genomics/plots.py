@@ -28,6 +28,7 @@ def plot_perplexity(path: Path, rows: Sequence[Sequence[Any]], window: int) -> N
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [f"{int(c):,}" for c in contexts], rotation=45)
     axes.set(xlabel="bases of context", ylabel="bits per base")
+    axes.ticklabel_format(axis="y", useOffset=False)  # contexts may differ in the fourth digit
     right = axes.secondary_yaxis("right", functions=(np.exp2, lambda y: np.log2(np.maximum(y, 1e-9))))
     right.set_ylabel("perplexity")
     axes.grid(alpha=0.25)
