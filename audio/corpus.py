@@ -28,7 +28,7 @@ from .codec import encode, values
 from .config import Dividing
 from .reading import FOREIGN, READABLE, Sound, inspect, samples
 
-LAYOUT = 2  # raised whenever the .bin files of the same recordings would be others
+LAYOUT = 2  # raised whenever what is made of the same recordings would be other files
 BLOCK = 256  # codes
 
 
@@ -181,8 +181,8 @@ def open_corpus(folder: Path, recordings: Sequence[Recording], rate: int, codec:
     A cache that was damaged is built anew, which is said: see `made_once`. Raises InputError for sound that cannot be
     read, and for a file that changed meanwhile; OSError if the cache cannot be written.
     """
-    what = {"rate": rate, "codec": codec, "recordings": [r._asdict() for r in recordings]}
-    cache = made_once(folder, what, LAYOUT, lambda beside: _build(beside, recordings, rate, codec))
+    what = {"layout": LAYOUT, "rate": rate, "codec": codec, "recordings": [r._asdict() for r in recordings]}
+    cache = made_once(folder, what, lambda beside: _build(beside, recordings, rate, codec))
     lengths = np.load(cache / "lengths.npy")
     return {part: _opened(cache, part, recordings, lengths) for part in PARTS}
 

@@ -19,7 +19,7 @@ from ..core.terminal import progress_bar, say
 from .config import Dividing
 from .documents import Document, Documents, whole_files
 
-LAYOUT = 2  # raised whenever the .bin files of the same documents would be others
+LAYOUT = 2  # raised whenever what is made of the same documents would be other files
 
 
 class Piece(NamedTuple):
@@ -105,8 +105,8 @@ def open_corpus(folder: Path, pieces: Sequence[Piece]) -> dict[str, Documents]:
     A cache whose files were damaged is built anew, which is said: see `made_once`.
     Raises InputError if a document changed meanwhile, and OSError if the cache cannot be written.
     """
-    what = {"documents": [piece._asdict() for piece in pieces]}
-    cache = made_once(folder, what, LAYOUT, lambda beside: _build(beside, pieces))
+    what = {"layout": LAYOUT, "documents": [piece._asdict() for piece in pieces]}
+    cache = made_once(folder, what, lambda beside: _build(beside, pieces))
     return {part: Documents(_placed(cache / f"{part}.bin", pieces, part)) for part in PARTS}
 
 

@@ -81,6 +81,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     `path` is free, or an empty folder: see `require_new_folder`.
     """
     beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process of this number that was killed
     try:
         beside.mkdir(parents=True)
     except OSError as error:

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from .config import SamplingConfig
 from .errors import InputError
 from .files import written_whole
-from .graphed import GraphedDecoder, read_by_graph
+from .graphed import GraphedDecoder, read_by_graph, serves
 from .sampling import Draws, recent_tokens
 
 CHUNK = 2048  # tokens of each prompt in one forward: enough to fill a GPU, few enough for any memory
@@ -126,7 +126,7 @@ def generate(
     logits, state = prefill(model, prompts, state, chunk=chunk, advance=advance)
     draws = Draws(config, generators, recent_tokens(prompts, max_new_tokens, config, logits))
     one_graph = getattr(model, "step_is_one_graph", True)
-    if logits.is_cuda and max_new_tokens >= GRAPHED and isinstance(model, torch.nn.Module) and one_graph:
+    if one_graph and max_new_tokens >= GRAPHED and isinstance(model, torch.nn.Module) and serves(logits.device):
         decoder: Decoder = GraphedDecoder(model, logits, state, draws, max_new_tokens)
     else:
         decoder = _OneByOne(model, logits, state, draws)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..kernels import hand_over
+from ..kernels import backends, hand_over
 from .config import SamplingConfig
 from .lti import LTIMixer
 from .replayed import recording
@@ -29,6 +29,11 @@ WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set
 # many together at most: more keep a GPU busy for longer than it takes to launch the kernels. The states of so many
 # sequences at most are kept.
 SHORTEST, MOST_TOKENS, MOST_SEQUENCES = 16, 8192, 64
+
+
+def serves(device: torch.device) -> bool:
+    """Whether steps are decoded by graph there: on a GPU with Triton, where a kernel writes what the host reads."""
+    return device.type == "cuda" and backends.choose(None, device, torch.int64) == "triton"
 
 
 class _StepGraph:
@@ -203,6 +208,8 @@ class GraphedDecoder:
 
         Not under autocast: the graph reads autocast's own copies of the weights, which end with it.
         """
+        if self.in_flight:  # these still write to the host's memory, which may be freed from now on
+            self.in_flight[-1][1].synchronize()
         if self.graph is not None and not self.autocast and _is_ours(self.model):
             self.graph.left.record(torch.cuda.current_stream(self.graph.tokens.device))
             _graphs[self.model] = (self.key, self.graph)

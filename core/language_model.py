@@ -39,8 +39,9 @@ class LanguageModel(PretrainedModel):
         """tokens int (B, L) -> logits, or (logits, state) iff return_state. Other options as of `Backbone.forward`.
 
         logits_at  int64 (B,): only the logits (B, vocab_size) at that place of each row, which saves the others' time
-        targets    int64 (B, L): in place of the logits, the mean cross-entropy of these, in nats; -100 is none. The
-                   logits then never exist all at once.
+        targets    int64 (B, L): in place of the logits, the mean cross-entropy of these, in nats; -100 is none. Of
+                   logits 2^28 at most then exist at once, but where a tracer or a hook would miss them (head_loss.py).
+                   ValueError with return_state or logits_at
         """
         out = self.backbone(
             self.embedding(tokens), state, return_state=return_state, cu_seqlens=cu_seqlens, padding_mask=padding_mask

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from .processes import is_first
+
 T = TypeVar("T")
 
 TOO_MANY = 100_000  # units to be counted under a bar (12/34): of so many it tells the share (35%)
@@ -40,11 +42,14 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar(work: str, total: float, unit: str) -> Iterator[Callable[[float], object]]:
-    """A bar over `total` units, with rate and time left, if stderr is a terminal. Yields what to call with progress."""
+    """A bar over `total` units, with rate and time left, if stderr is a terminal. Yields what to call with progress.
+
+    Of several processes the first one shows its own.
+    """
     console = Console(stderr=True)
     done = MofNCompleteColumn() if total < TOO_MANY else TaskProgressColumn()
     columns = TextColumn(work), BarColumn(), done, _Rate(unit), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (is_first() and console.is_terminal)) as bar:
         task = bar.add_task("", total=total)
         yield lambda n: bar.advance(task, n)
 

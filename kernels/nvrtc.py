@@ -212,12 +212,14 @@ class Kernel:
             raise RuntimeError(f"launching a CUDA kernel failed with code {code}")
 
     def clusters_at_once(self, threads: int, blocks: int) -> int:
-        """How many clusters of so many blocks the device runs at once."""
+        """How many clusters of so many blocks the device runs at once. Raises Unavailable if it runs none."""
         n, attribute = ctypes.c_int(), _LaunchAttribute(4, (ctypes.c_int * 17)(0, blocks, 1, 1))  # CLUSTER_DIMENSION
         config = _LaunchConfig(blocks, 1, 1, threads, 1, 1, self.shared, None, ctypes.pointer(attribute), 1)
         found = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(n), self._function, ctypes.byref(config))
         _check(found, "asking how many clusters run at once")
-        return max(n.value, 1)
+        if not n.value:
+            raise Unavailable(f"the device runs no cluster of {blocks} blocks")
+        return n.value
 
 
 _thread = threading.local()

@@ -168,7 +168,13 @@ class Vim(ImageModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """`forward_head(forward_features(x))`; where the head sees class tokens alone, no other is normed."""
-        if self.config.global_pool != "token" or not as_made(self.norm_f, kinds=(Norm,)):
+        short = (
+            self.config.global_pool == "token"
+            and type(self).forward_features is Vim.forward_features
+            and isinstance(x, Tensor)  # a tracer finds all tokens normed
+            and as_made(self.norm_f, kinds=(Norm,))
+        )
+        if not short:
             return super().forward(x)
         x, stream = self.residual_stream(x)
         x, _ = self.norm_f(*(class_tokens(part, self.config.class_token) for part in (x, stream)))

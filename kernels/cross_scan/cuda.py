@@ -297,5 +297,5 @@ def backward_projected(dy, x, low, A_log, D, dt_weight, dt_bias, saved, dtype: t
     d_dt_weight = _of_diagonal(torch.mm(ddelta.T, low), beside=2)
     dA, dbias, dD = shares.to(dtype)
     # Laid out as the parameter is, or autograd would copy it once more.
-    d_dt_weight = d_dt_weight.to(dtype, memory_format=torch.contiguous_format)
+    d_dt_weight = d_dt_weight.to(dtype).contiguous()
     return dx, dlow, dA.view(A_log.shape), dD.view(D.shape), d_dt_weight, dbias

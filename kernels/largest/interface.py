@@ -28,8 +28,11 @@ def hand_over(
 
     tokens int64 (B,), bad bool (B,), own int64 (B,) and ring int64 (K, B), contiguous; turn int64 (1,) goes on by one,
     from K - 1 to 0. Where bad, the ring gets -1. The ring may lie in pinned memory of the host while the others are on
-    a GPU: then no copy has to follow, which the GPU's next kernel would wait for.
+    a GPU, for the backend "triton": then no copy has to follow, which the GPU's next kernel would wait for. ValueError
+    for a ring of other rows.
     """
+    if ring.shape[1:] != tokens.shape or not ring.is_contiguous():
+        raise ValueError(f"ring must be contiguous, (steps, {len(tokens)}); got {tuple(ring.shape)}")
     if choose(backend, tokens.device, tokens.dtype) == "triton":
         import_module(".triton", __package__).hand_over(tokens, bad, own, ring, turn)
     else:

@@ -27,7 +27,8 @@ def linear_cross_entropy(
 
     Shapes: x (T, D), weight (V, D), targets int64 (T,). dtype: that of the matrix products, by default x's; all sums
     are in float32 at least, and so is the loss. NaN where nothing counts, as PyTorch's own. A target that is no word
-    makes it NaN on a GPU and raises IndexError or RuntimeError elsewhere. No gradients of second order.
+    makes it NaN on a GPU and raises IndexError or RuntimeError elsewhere; ValueError for other shapes. No gradients of
+    second order.
     """
     if x.dim() != 2 or targets.shape != x.shape[:1] or weight.shape[1:] != x.shape[1:]:
         raise ValueError(
@@ -52,7 +53,7 @@ class _Loss(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         nats = torch.empty(len(rows), dtype=wide, device=x.device)
         dx = torch.empty_like(rows) if of_x else None
-        dweight = torch.zeros(0, dtype=wide, device=x.device)
+        dweight = torch.zeros(0 if len(rows) else words.shape, dtype=wide, device=x.device)
         into_gradients = module(__package__ or "", "triton").into_gradients if backend == "triton" else _into_gradients
         piece = 1 << max(LOGITS // max(len(words), 1), 1).bit_length() - 1
         for first in range(0, len(rows), piece):
@@ -81,7 +82,8 @@ def _gradients(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
     def scaled(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if gradient is None:
             return None
-        return (gradient.to(torch.promote_types(gradient.dtype, dtype)) * factor).to(dtype)
+        # In factor's dtype: else it would be rounded to the gradient's.
+        return (gradient.to(factor.dtype) * factor).to(dtype)
 
     return *map(scaled, found, ctx.dtypes), None, None, None, None, None
 

@@ -319,7 +319,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
             low, saved, taps, conv_bias, x_proj, dt_proj, dt_bias, A, D, halo, state, passed = of_scans.pop(0)
             u = s.convolution("forward", reverse, x, taps, conv_bias, halo, cu_seqlens)
             t, B, C = s.parts(low)
-            dxz = torch.empty_like(xz)
+            dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
             dx, dz = s.halves(dxz)
             in_place = s.scan_backend == "cuda"
             delta = torch.mm(t, dt_proj.t(), out=dx if in_place else None)
@@ -353,6 +353,7 @@ def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
                 dhidden = torch.mm(dxz, in_proj) if dhidden is None else dhidden.addmm_(dxz, in_proj)
             biases = dconv_bias if conv_bias is not None else None, dbias if dt_bias is not None else None
             found.append([dconv[:, None], biases[0], d_x_proj, d_dt_proj, biases[1], dA * A, dD])
+            del dxz, dx, dz, du, dlow, room  # before another scan's are made
         products = d_in_proj, d_out_proj, *(product for scan in found for product in scan[2:4])
         d_in_proj, d_out_proj, *low_rank = cast_all(ctx.weight_dtype, *products)
         for i, scan in enumerate(found):

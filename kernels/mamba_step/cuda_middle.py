@@ -23,7 +23,8 @@ def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
     """Whether this takes these, x (B, M)."""
     (n_channels, n_states), rank = w.A_log.shape, w.dt_proj.shape[1]
     return (
-        n_channels <= WIDEST
+        len(x) > 0
+        and n_channels <= WIDEST
         and n_channels % (32 * CLUSTER) == rank % 16 == 0
         and 2 * n_channels >= rank + 2 * n_states
         and n_states == 16

@@ -104,3 +104,22 @@ def test_at_size(results_of, cast, assert_close):
 def test_a_target_that_is_no_word_makes_it_nan():
     x, weight = torch.randn(3, 8, device="cuda"), torch.randn(5, 8, device="cuda")
     assert linear_cross_entropy(x, weight, torch.tensor([0, 5, 1], device="cuda")).isnan()
+
+
+def test_gradients_in_bfloat16_have_no_common_error(results_of, cast):
+    """1 / count is not rounded to x's dtype: 1 / 900 would be off by 0.25 %, over all of the gradient alike."""
+    tensors, targets = problem(900, 7)
+    tensors = {"x": tensors["x"].bfloat16(), "weight": tensors["weight"].bfloat16().float()}
+    actual = results_of(run, tensors, "torch", targets=targets)["grad_x"].double()
+    expected = results_of(run, cast(tensors, torch.float64), "reference", targets=targets)["grad_x"]
+    assert ((actual * expected).sum() / expected.square().sum()).item() == pytest.approx(1, abs=5e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens(backend, device_of):
+    device = device_of(backend)
+    x, weight = (torch.ones(n, 3, device=device, requires_grad=True) for n in (0, 5))
+    loss = linear_cross_entropy(x, weight, torch.ones(0, dtype=torch.int64, device=device), backend=backend)
+    loss.backward()
+    assert loss.isnan()
+    assert (x.grad.shape, weight.grad.shape) == (x.shape, weight.shape)
