@@ -30,6 +30,11 @@ def say(message: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
 
 
+def _watched(console: Console) -> bool:
+    """Whether a bar is for somebody: of several processes the first one shows its own, on a terminal."""
+    return is_first() and console.is_terminal
+
+
 class _Rate(ProgressColumn):
     def __init__(self, unit: str):
         super().__init__()
@@ -49,16 +54,16 @@ def progress_bar(work: str, total: float, unit: str) -> Iterator[Callable[[float
     console = Console(stderr=True)
     done = MofNCompleteColumn() if total < TOO_MANY else TaskProgressColumn()
     columns = TextColumn(work), BarColumn(), done, _Rate(unit), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not (is_first() and console.is_terminal)) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not _watched(console)) as bar:
         task = bar.add_task("", total=total)
         yield lambda n: bar.advance(task, n)
 
 
-def under_bar(items: Iterable[T], work: str, unit: str, done: int, total: int, *, hidden: bool = False) -> Iterator[T]:
-    """The items, under a bar that begins at `done` of `total`, if stderr is a terminal. Its rate is of these items."""
+def under_bar(items: Iterable[T], work: str, unit: str, done: int, total: int) -> Iterator[T]:
+    """The items, under a bar that begins at `done` of `total`, where `progress_bar` shows one. Its rate is of these."""
     console = Console(stderr=True)
     columns = TextColumn(work), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-    disable = hidden or not console.is_terminal
+    disable = not _watched(console)
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=disable) as bar:
         task = bar.add_task("", total=total, completed=done, rate="")
         began = time.monotonic()

@@ -214,7 +214,7 @@ class _Trainer:
         loader = DataLoader(todo, batch_size=None, num_workers=config.workers, generator=torch.Generator())
         recent: list[Tensor] = []
         named = f"epoch {position.epoch + 1}/{config.epochs}"
-        for step in under_bar(loader, named, "steps", position.step_in_epoch, len(steps), hidden=not self.main):
+        for step in under_bar(loader, named, "steps", position.step_in_epoch, len(steps)):
             processes.moved(position.step + 1)
             progress = (position.epoch + position.step_in_epoch / len(steps)) / config.epochs
             recent.append(self.step(step, progress))
