@@ -143,7 +143,8 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
     macros = (*macros, ("BACKWARDS", int(kernel in ("backward", "chunk_gradients"))))
     parts = [f"#define {name} {value}" for name, value in macros]
-    files = ("device", "numbers", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
+    parts_of = {"backward": "backward_parts", "forward": "forward_parts", "forward_pairs": "forward_parts"}
+    files = ("device", "numbers", "common", *([parts_of[kernel]] if kernel in parts_of else []), kernel)
     parts += [(_FOLDER / f"{name}.cu").read_text() for name in files]
     return "\n".join(parts) + "\n"
 
@@ -323,8 +324,8 @@ class _Plan:
     ) -> None:
         on = self.layout
         types = zip(("U", "DELTA", "Z", "DY", "MB", "MC"), (_TYPES[t] for t in on.types), strict=True)
-        # Rows that the backward turns into floats: 4 elements at a time meet each bank of shared memory once.
-        floats = source in ("backward", "chunk_gradients") and on.n_states <= 32
+        # Rows that are turned into floats: 4 elements at a time meet each bank of shared memory once.
+        floats = source.startswith("forward") or source in ("backward", "chunk_gradients") and on.n_states <= 32
         matrix_vector = min(on.matrix_vector, 4) if floats else on.matrix_vector
         all_macros = (
             ("N", on.n_states), ("VB", matrix_vector), ("CHUNK", self.chunk), ("UNIT", self.unit),

@@ -39,8 +39,10 @@ __device__ __forceinline__ unsigned floats_to_bf16(float low, float high) {
 __device__ __forceinline__ float across(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ float add_across(float x, int mask) { return x + across(x, mask); }
 
-// Where the two warps of a pair of a block, by its number below 15, wait for each other.
-__device__ __forceinline__ void meet(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+// Where so many threads of a block wait for each other; which: a number below 15.
+__device__ __forceinline__ void meet(int which, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(which + 1), "r"(threads) : "memory");
+}
 
 // The warp's place among those of its multiprocessor.
 __device__ __forceinline__ int warp_slot() {

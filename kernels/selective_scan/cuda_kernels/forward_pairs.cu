@@ -9,23 +9,32 @@
 // A macro besides those of common.cu: OWN, whether a sequence may have several chunks that one pair walks one after
 // another.
 
+#ifndef EAGER
+#define EAGER 1
+#endif
+
 // What a tile's states need.
 struct Inputs {
 #if !STATIC_B
-  alignas(16) float B[T][NP];
+  alignas(16) Kept<MB, KEEP>::type B[T][NP];
 #endif
 #if !STATIC_C
-  alignas(16) float C[T][NP];
+  alignas(16) Kept<MC, KEEP>::type C[T][NP];
 #endif
-  alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
+  alignas(16) float sizes[TEAM][T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
 };
 constexpr int AHEAD = 3;  // tiles of which there are inputs: the one that runs, the next one, the one that is made
-struct PairShared {
+struct TeamShared {
   Inputs in[AHEAD];
-  alignas(16) float y[2][T][PART_ROW];  // of S lanes each
+  alignas(16) float y[2][TEAM][T][PART_ROW];  // of S lanes each
 };
-struct Shared { PairShared pair[WARPS]; };
+struct Shared { TeamShared team[WARPS / TEAM]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
+
+// Where the pairs of a team wait for each other.
+INLINE void meet_team(const Place& a) {
+  meet(a.warp / TEAM, 2 * MEMBERS);
+}
 
 constexpr int GROUPS_OF_STEPS = T / AT_ONCE;
 static_assert(GROUPS_OF_STEPS % 4 == 0, "a tile does not fit the registers that go round");
@@ -42,20 +51,20 @@ struct Step {
 
   INLINE void read(const Inputs& in, int t, const Place& a) {
     float sizes[2 * CL];
-    load_floats(&in.sizes[t][a.lane / S * 2 * CL], sizes);
+    load_floats(&in.sizes[a.warp % TEAM][t][a.lane / S * 2 * CL], sizes);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
-    load_floats(&in.B[t][a.n], b);
+    read_states(&in.B[t][a.n], b);
 #endif
 #if !STATIC_C
-    load_floats(&in.C[t][a.n], c);
+    read_states(&in.C[t][a.n], c);
 #endif
   }
 };
 
 // The states of all steps up to `stop`. number: of the chunk or the sequence.
-INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int64 number, int stop, PairShared& shared) {
+INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int64 number, int stop, TeamShared& shared) {
   Pairs A2, h;
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
@@ -89,7 +98,7 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   float total[CL];    // of dt over the chunk
 #pragma unroll
   for (int j = 0; j < CL; ++j) total[j] = 0.0f;
-  meet(a.warp);
+  meet_team(a);
   read(shared.in[0], 0);
   decay(0);
   read(shared.in[0], 1);
@@ -134,39 +143,20 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
       }
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        leave_parts(shared.y[half][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
+        leave_parts(shared.y[half][a.warp % TEAM][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
     }
     half ^= 1;
     // What enters the next chunk, by the arithmetic of chunks that are run all at once (carry.cu).
     if (OWN && (step + T) % CHUNK == 0 && step + T < piece.length)
       EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
-    meet(a.warp);
+    meet_team(a);
   }
 
   if (stop == piece.length) store_by_channel(p.final_state + piece.s * N * p.n_channels, h, a);
 }
 
-// A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer instructions
-// than one made of a step's number.
-template <typename X> struct Moving {
-  X* next;
-  int stride;
-
-  INLINE Moving(X* x, int stride, const Problem& p, const Piece& piece, const Place& a) : stride(stride) {
-    next = step_at(first_row(x, stride, p, piece) + a.e, stride, piece.begin + a.row);
-  }
-  INLINE X* at(int row) const { return step_at(next, stride, row); }
-  INLINE void go_on() { next = at(T); }
-  // left: steps from the lane's first row on that there are; zeros for others.
-  INLINE void load(Packed<X, V> (&x)[ITS], int left) {
-#pragma unroll
-    for (int i = 0; i < ITS; ++i) x[i].load_if(i * ROWS < left, at(i * ROWS));
-    go_on();
-  }
-};
-
 // Step sizes before, and results after.
-INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, int stop, PairShared& shared) {
+INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, int stop, TeamShared& shared) {
   float bias[V], skip[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -184,59 +174,35 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   Packed<U, V> u[ITS];
   Packed<DELTA, V> delta[ITS];
 #if !STATIC_B
-  MB* next_B = step_at(first_row(p.B, p.B_stride, p, piece) + a.group * p.B_group, p.B_stride, piece.begin);
-  MatrixRows<MB, T, 32> B;
+  MovingMatrix<MB> B(p.B, p.B_stride, p.B_group, p, piece, a);
 #endif
 #if !STATIC_C
-  MC* next_C = step_at(first_row(p.C, p.C_stride, p, piece) + a.group * p.C_group, p.C_stride, piece.begin);
-  MatrixRows<MC, T, 32> C;
+  MovingMatrix<MC> C(p.C, p.C_stride, p.C_group, p, piece, a);
 #endif
   const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
   auto load = [&](int left) {
     u_rows.load(u, left - row);
     delta_rows.load(delta, left - row);
 #if !STATIC_B
-    B.load(next_B, p.B_stride, a.lane, 0, left);
-    next_B = step_at(next_B, p.B_stride, T);
+    B.load(left);
 #endif
 #if !STATIC_C
-    C.load(next_C, p.C_stride, a.lane, 0, left);
-    next_C = step_at(next_C, p.C_stride, T);
+    C.load(left);
 #endif
   };
+  const int of = a.column / WC, column = a.column % WC;  // the warp that a lane's channels are of, and its place there
   int slot = 0;
   auto make = [&](int left) {
     Inputs& in = shared.in[slot];
     slot = slot == AHEAD - 1 ? 0 : slot + 1;
 #if !STATIC_B
-    B.put(&in.B[0][0], a.lane);
+    put_rows<MB>(B.rows, &in.B[0][0]);
 #endif
 #if !STATIC_C
-    C.put(&in.C[0][0], a.lane);
+    put_rows<MC>(C.rows, &in.C[0][0]);
 #endif
 #pragma unroll
-    for (int i = 0; i < ITS; ++i) {
-      const int t = i * ROWS + a.row;
-      constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
-      float sizes[2 * V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
-        // one step size wait for the other
-        const float size = step_size(delta[i].get(v) + bias[v]);
-        const float dt = t < left ? size : 0.0f;
-        sizes[v / R * 2 * R + v % R] = dt;
-        sizes[v / R * 2 * R + R + v % R] = dt * u[i].get(v);
-      }
-      float* to = &in.sizes[t][a.column / CL * 2 * CL + a.column % CL];
-      if constexpr (V >= CL) {
-        store_floats(to, sizes);
-      } else {
-        const auto& [dt, dtu] = reinterpret_cast<const float (&)[2][V]>(sizes);
-        store_floats(to, dt);
-        store_floats(to + CL, dtu);
-      }
-    }
+    for (int i = 0; i < ITS; ++i) leave_sizes(in.sizes[of], i * ROWS + a.row, left, column, delta[i], u[i], bias);
   };
 
   int left = stop - piece.begin;  // steps
@@ -249,34 +215,35 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 #if GATE
   Packed<Z, V> z[ITS];
 #endif
-  int half = 0;
-  meet(a.warp);
-  for (; left > 0; left -= T) {
+  auto load_again = [&](int left) {
     u_again_rows.load(u_again, left - row);
 #if GATE
     z_rows.load(z, left - row);
 #endif
+  };
+  if (EAGER) load_again(left);
+  int half = 0;
+  meet_team(a);
+  for (; left > 0; left -= T) {
+    if (!EAGER) load_again(left);
     make(left - 2 * T);
     load(left - 3 * T);
-    meet(a.warp);
+    meet_team(a);
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       const int t = i * ROWS + a.row;
       float y[V];
-      add_parts(shared.y[half][t], t, a.column, y);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        y[v] = __fmaf_rn(skip[v], u_again[i].get(v), y[v]);
+      add_parts(shared.y[half][of][t], t, column, y);
+      finish(y, u_again[i], skip);
 #if GATE
-        const float gate = z[i].get(v);
-        y[v] *= gate * sigmoid(gate);
+      gate(y, z[i]);
 #endif
-      }
       Packed<U, V> out;
       out.set(y);
       out.store_if(i * ROWS < left - row, y_rows.at(i * ROWS));
     }
     y_rows.go_on();
+    if (EAGER) load_again(left - T);
     half ^= 1;
   }
 }
@@ -284,9 +251,10 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 extern "C" __global__ void __launch_bounds__(2 * THREADS, MIN_BLOCKS) scan_forward(const Problem p) {
   extern __shared__ float4 room[];
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  const Place a(p, blockIdx.x % n_tiles);
-  if (a.e - a.column >= (a.group + 1) * p.per_group) return;  // a pair without channels
-  PairShared& shared = reinterpret_cast<Shared*>(room)->pair[a.warp];
+  Place a(p, blockIdx.x % n_tiles);
+  place_in_team(p, a);
+  if (TEAM < WARPS && a.e - a.column >= (a.group + 1) * p.per_group) return;  // a team without channels
+  TeamShared& shared = reinterpret_cast<Shared*>(room)->team[a.warp / TEAM];
 
   // p.own is what enters each chunk; without it one pair walks a whole sequence.
   const int64 number = blockIdx.x / n_tiles;

@@ -1,0 +1,121 @@
+// What the kernels of the forward share. The warps of a block share out rows together, so that one is a long piece of
+// memory, and B and C lie in shared memory once.
+
+#ifndef TEAM
+#define TEAM WARPS
+#endif
+#ifndef KEEP
+#define KEEP 0
+#endif
+constexpr int MEMBERS = 32 * TEAM;
+static_assert(TEAM == 1 || TEAM == WARPS, "a team is a warp or a block");
+
+template <typename X, bool AS_IT_IS> struct Kept { typedef X type; };
+template <typename X> struct Kept<X, false> { typedef float type; };
+
+// A lane's place among those who share out rows: those of the channels of its team.
+INLINE void place_in_team(const Problem& p, Place& a) {
+  constexpr int LANES = TEAM * WC / V;
+  const int member = threadIdx.x % MEMBERS;
+  const int64 first = (int64(a.tile) * WARPS + a.warp / TEAM * TEAM) * WC;
+  a.row = member / LANES, a.column = member % LANES * V;
+  a.e = a.group * p.per_group + first + a.column;
+  a.in_row = first + a.column < p.per_group;
+}
+
+// A lane's states of a row.
+template <typename X> INLINE void read_states(const X* from, float (&x)[NL]) {
+  if constexpr (sizeof(X) == 4) {
+    load_floats(from, x);
+  } else {
+    Packed<X, NL> states;
+    states.load(from);
+#pragma unroll
+    for (int i = 0; i < NL; ++i) x[i] = states.get(i);
+  }
+}
+
+// Rows of B or C to shared memory: of X, as X or as floats.
+template <typename X, typename Y, typename Rows> INLINE void put_rows(const Rows& rows, Y* to) {
+  const int member = threadIdx.x % MEMBERS;
+  if constexpr (sizeof(X) != sizeof(Y)) {
+    rows.put(to, member);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Rows::ITS; ++i) {
+      const int k = i * MEMBERS + member;
+      if (k < Rows::TOTAL) rows.x[i].store(to + k * VB);
+    }
+  }
+}
+
+// A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer instructions
+// than one made of a step's number.
+template <typename X> struct Moving {
+  X* next;
+  int stride;
+
+  INLINE Moving(X* x, int stride, const Problem& p, const Piece& piece, const Place& a) : stride(stride) {
+    next = step_at(first_row(x, stride, p, piece) + a.e, stride, piece.begin + a.row);
+  }
+  INLINE X* at(int row) const { return step_at(next, stride, row); }
+  INLINE void go_on() { next = at(T); }
+  // left: steps from the lane's first row on that there are; zeros for others.
+  INLINE void load(Packed<X, V> (&x)[ITS], int left) {
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) x[i].load_if(i * ROWS < left, at(i * ROWS));
+    go_on();
+  }
+};
+
+// Rows of B or C, tile by tile.
+template <typename X> struct MovingMatrix {
+  X* next;
+  int stride;
+  MatrixRows<X, T, MEMBERS> rows;
+
+  INLINE MovingMatrix(X* x, int stride, int64 of_group, const Problem& p, const Piece& piece, const Place& a) : stride(stride) {
+    next = step_at(first_row(x, stride, p, piece) + a.group * of_group, stride, piece.begin);
+  }
+  INLINE void load(int left) {
+    rows.load(next, stride, threadIdx.x % MEMBERS, 0, left);
+    next = step_at(next, stride, T);
+  }
+};
+
+// Step sizes and these times u of V channels of step t, as those who hold states read them; `left` steps there are.
+INLINE void leave_sizes(float (&of_warp)[T][2 * WC], int t, int left, int column, const Packed<DELTA, V>& delta,
+                        const Packed<U, V>& u, const float (&bias)[V]) {
+  constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
+  float sizes[2 * V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have one
+    // step size wait for the other
+    const float size = step_size(delta.get(v) + bias[v]);
+    const float dt = t < left ? size : 0.0f;
+    sizes[v / R * 2 * R + v % R] = dt;
+    sizes[v / R * 2 * R + R + v % R] = dt * u.get(v);
+  }
+  float* to = &of_warp[t][column / CL * 2 * CL + column % CL];
+  if constexpr (V >= CL) {
+    store_floats(to, sizes);
+  } else {
+    const auto& [dt, dtu] = reinterpret_cast<const float (&)[2][V]>(sizes);
+    store_floats(to, dt);
+    store_floats(to + CL, dtu);
+  }
+}
+
+// y of V channels, given the sums over states.
+INLINE void finish(float (&y)[V], const Packed<U, V>& u, const float (&skip)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) y[v] = __fmaf_rn(skip[v], u.get(v), y[v]);
+}
+template <typename X> INLINE void gate(float (&y)[V], const Packed<X, V>& z) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const float gate = z.get(v);
+    y[v] *= gate * sigmoid(gate);
+  }
+}
