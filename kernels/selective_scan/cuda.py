@@ -325,7 +325,7 @@ class _Plan:
         on = self.layout
         types = zip(("U", "DELTA", "Z", "DY", "MB", "MC"), (_TYPES[t] for t in on.types), strict=True)
         # Rows that are turned into floats: 4 elements at a time meet each bank of shared memory once.
-        floats = source.startswith("forward") or source in ("backward", "chunk_gradients") and on.n_states <= 32
+        floats = source.startswith("forward") or (source in ("backward", "chunk_gradients") and on.n_states <= 32)
         matrix_vector = min(on.matrix_vector, 4) if floats else on.matrix_vector
         all_macros = (
             ("N", on.n_states), ("VB", matrix_vector), ("CHUNK", self.chunk), ("UNIT", self.unit),
