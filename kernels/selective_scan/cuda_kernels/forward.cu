@@ -1,6 +1,9 @@
 // The scan forwards. Macros besides those of common.cu: OWN, whether a sequence may have several chunks that one warp
 // walks one after another; ENDS, whether only the chunks' ends from 0 are wanted (own and sums), and not y.
 
+#ifndef SAVES_FIRST
+#define SAVES_FIRST 0
+#endif
 #ifndef HALF
 #define HALF 1
 #endif
@@ -136,6 +139,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     constexpr int HALF_ITS = (ITS + 1) / 2;  // rows of a lane
     const int groups = (whole ? T : T / 2) / AT_ONCE;
     const int left = stop - step;
+    auto save = [&]() {
+    if (!ENDS && p.saved && step % EVERY == 0) {
+      const int64 slot = piece.start / EVERY + piece.s + step / EVERY;
+      store_by_state(p.saved + slot * N * p.n_channels, h, p, a);
+    }
+    };
+    if (SAVES_FIRST) save();
 #if !STATIC_B
     put_rows<MB>(B.rows, &shared.B[0][0]);
 #endif
@@ -161,10 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     }
     sync();
     if (whole) load(left - T);
-    if (!ENDS && p.saved && step % EVERY == 0) {
-      const int64 slot = piece.start / EVERY + piece.s + step / EVERY;
-      store_by_state(p.saved + slot * N * p.n_channels, h, p, a);
-    }
+    if (!SAVES_FIRST) save();
 
     // AT_ONCE steps at a time; those two groups ahead are read, and the decays of the next one computed, before the
     // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.

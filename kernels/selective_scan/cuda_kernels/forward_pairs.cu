@@ -102,17 +102,21 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   read(shared.in[0], 0);
   decay(0);
   read(shared.in[0], 1);
+  float* saved = p.saved ? p.saved + (piece.start / EVERY + piece.s + piece.begin / EVERY) * N * p.n_channels : nullptr;
   int slot = 0, half = 0;
   for (int step = piece.begin; step < stop; step += T) {
+    // Branches stand where a tile begins: elsewhere they would keep the compiler from mixing what is around them.
     if (OWN && step % CHUNK == 0) {
+      // What enters a chunk, by the arithmetic of chunks that are run all at once (carry.cu).
+      if (step > piece.begin)
+        EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
       EACH_PAIR before[j][i] = h[j][i], own[j][i] = 0.0f;
 #pragma unroll
       for (int j = 0; j < CL; ++j) total[j] = 0.0f;
     }
-    if (p.saved && step % EVERY == 0) {
-      const int64 at = piece.start / EVERY + piece.s + step / EVERY;
-      store_by_state(p.saved + at * N * p.n_channels, h, p, a);
-    }
+    const bool saves = saved && (T == EVERY || step % EVERY == 0);
+    EACH_PAIR store_if(saves && j < a.there && a.n + i < N, saved + by_state(p, a, j, i), __float_as_uint(h[j][i]));
+    if (saves) saved += N * p.n_channels;
     const Inputs& now = shared.in[slot];
     slot = slot == AHEAD - 1 ? 0 : slot + 1;
     const Inputs& then = shared.in[slot];
@@ -146,9 +150,6 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
         leave_parts(shared.y[half][a.warp % TEAM][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
     }
     half ^= 1;
-    // What enters the next chunk, by the arithmetic of chunks that are run all at once (carry.cu).
-    if (OWN && (step + T) % CHUNK == 0 && step + T < piece.length)
-      EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
     meet_team(a);
   }
 
