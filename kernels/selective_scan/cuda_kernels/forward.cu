@@ -118,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
   auto load = [&](int left) {
     u_rows.load(next_u, left - row);
-    delta_rows.load(next_delta, left - row);
+    delta_rows.load(next_delta, left - row, NO_STEP);
 #if GATE && !ENDS
     z_rows.load(next_z, left - row);
 #endif
@@ -171,33 +171,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     }
     sync();
     if (whole) load(left - T);
+    pin();
     if (!SAVES_FIRST) save();
 
     // AT_ONCE steps at a time; those two groups ahead are read, and the decays of the next one computed, before the
     // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.
-    Step in[3][AT_ONCE];
-    Pairs decays[2][AT_ONCE];
+    constexpr int IN = DA + RA + 1;
+    Step in[IN][AT_ONCE];
+    Pairs decays[DA + 1][AT_ONCE];
     auto read = [&](int g) {
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) in[g % 3][k].read(shared, g * AT_ONCE + k, a);
+      for (int k = 0; k < AT_ONCE; ++k) in[g % IN][k].read(shared, g * AT_ONCE + k, a);
     };
     auto decay = [&](int g) {
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        EACH_PAIR decays[g % 2][k][j][i] = exp2_fast(__fmul_rn(in[g % 3][k].dt[j], A2[j][i]));
+        EACH_PAIR decays[g % (DA + 1)][k][j][i] = exp2_fast(__fmul_rn(in[g % IN][k].dt[j], A2[j][i]));
     };
-    read(0);
-    decay(0);
-    if (groups > 1) read(1);
+#pragma unroll
+    for (int g = 0; g < DA + RA; ++g) {
+      if (g < groups) read(g);
+      if (g < DA && g < groups) decay(g);
+    }
 #pragma unroll
     for (int g = 0; g < T / AT_ONCE; ++g) {
       if (g == groups) break;
-      if (g + 1 < groups) decay(g + 1);
-      if (g + 2 < groups) read(g + 2);
+      if (g + DA < groups) decay(g + DA);
+      if (g + DA + RA < groups) read(g + DA + RA);
       float y[AT_ONCE][CL];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
-        const Step& x = in[g % 3][k];
+        const Step& x = in[g % IN][k];
 #pragma unroll
         for (int j = 0; j < CL; ++j) y[k][j] = 0.0f, total[j] += x.dt[j];
         EACH_PAIR {
@@ -206,8 +210,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #else
           const float drive = __fmul_rn(x.dtu[j], x.b[i]);
 #endif
-          h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive);
-          if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive);
+          h[j][i] = __fmaf_rn(decays[g % (DA + 1)][k][j][i], h[j][i], drive);
+          if (OWN) own[j][i] = __fmaf_rn(decays[g % (DA + 1)][k][j][i], own[j][i], drive);
 #if STATIC_C && !ENDS
           y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
 #elif !ENDS

@@ -7,6 +7,20 @@
 #ifndef KEEP
 #define KEEP 0
 #endif
+#ifndef FILL
+#define FILL 0
+#endif
+#ifndef DA
+#define DA 1
+#endif
+#ifndef RA
+#define RA 1
+#endif
+// A step size of 0, before softplus: the bits of minus infinity, of as many numbers as fill 32 bits.
+template <typename X> struct Nothing { static constexpr unsigned BITS = 0xff800000u; };
+template <> struct Nothing<bf16> { static constexpr unsigned BITS = 0xff80ff80u; };
+template <> struct Nothing<f16> { static constexpr unsigned BITS = 0xfc00fc00u; };
+constexpr unsigned NO_STEP = FILL && SOFTPLUS ? Nothing<DELTA>::BITS : 0;
 constexpr int MEMBERS = 32 * TEAM;
 static_assert(TEAM == 1 || TEAM == WARPS, "a team is a warp or a block");
 
@@ -61,9 +75,9 @@ template <typename X> struct Moving {
   INLINE X* at(int row) const { return step_at(next, stride, row); }
   INLINE void go_on() { next = at(T); }
   // left: steps from the lane's first row on that there are; zeros for others.
-  INLINE void load(Packed<X, V> (&x)[ITS], int left) {
+  INLINE void load(Packed<X, V> (&x)[ITS], int left, unsigned fill = 0) {
 #pragma unroll
-    for (int i = 0; i < ITS; ++i) x[i].load_if(i * ROWS < left, at(i * ROWS));
+    for (int i = 0; i < ITS; ++i) x[i].load_if(i * ROWS < left, at(i * ROWS), fill);
     go_on();
   }
 };
@@ -93,7 +107,7 @@ INLINE void leave_sizes(float (&of_warp)[T][2 * WC], int t, int left, int column
     // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have one
     // step size wait for the other
     const float size = step_size(delta.get(v) + bias[v]);
-    const float dt = t < left ? size : 0.0f;
+    const float dt = FILL && SOFTPLUS || t < left ? size : 0.0f;
     sizes[v / R * 2 * R + v % R] = dt;
     sizes[v / R * 2 * R + R + v % R] = dt * u.get(v);
   }
