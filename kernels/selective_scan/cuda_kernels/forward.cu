@@ -4,6 +4,9 @@
 #ifndef SAVES_FIRST
 #define SAVES_FIRST 0
 #endif
+#ifndef KO
+#define KO 0
+#endif
 #ifndef HALF
 #define HALF 1
 #endif
@@ -43,14 +46,17 @@ struct Step {
 
   INLINE void read(const TeamShared& shared, int t, const Place& a) {
     float sizes[2 * CL];
-    load_floats(&shared.warp[a.warp % TEAM].sizes[t][a.lane / S * 2 * CL], sizes);
+    if (KO == 3) for (int j = 0; j < 2 * CL; ++j) sizes[j] = __uint_as_float(t + j);
+    else load_floats(&shared.warp[a.warp % TEAM].sizes[t][a.lane / S * 2 * CL], sizes);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
-    read_states(&shared.B[t][a.n], b);
+    if (KO == 2) for (int i = 0; i < NL; ++i) b[i] = dt[i % CL];
+    else read_states(&shared.B[t][a.n], b);
 #endif
 #if !STATIC_C && !ENDS
-    read_states(&shared.C[t][a.n], c);
+    if (KO == 2) for (int i = 0; i < NL; ++i) c[i] = dtu[i % CL];
+    else read_states(&shared.C[t][a.n], c);
 #endif
   }
 };
@@ -139,6 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     constexpr int HALF_ITS = (ITS + 1) / 2;  // rows of a lane
     const int groups = (whole ? T : T / 2) / AT_ONCE;
     const int left = stop - step;
+    float ko = 0.0f;
     auto save = [&]() {
     if (!ENDS && p.saved && step % EVERY == 0) {
       const int64 slot = piece.start / EVERY + piece.s + step / EVERY;
@@ -186,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     auto decay = [&](int g) {
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        EACH_PAIR decays[g % (DA + 1)][k][j][i] = exp2_fast(__fmul_rn(in[g % IN][k].dt[j], A2[j][i]));
+        EACH_PAIR decays[g % (DA + 1)][k][j][i] = KO == 1 ? __fmul_rn(in[g % IN][k].dt[j], A2[j][i]) : exp2_fast(__fmul_rn(in[g % IN][k].dt[j], A2[j][i]));
     };
 #pragma unroll
     for (int g = 0; g < DA + RA; ++g) {
@@ -222,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #if !ENDS
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
+        if (KO == 4) for (int j = 0; j < CL; ++j) ko += y[k][j]; else
         leave_parts(mine.y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
 #endif
     }
@@ -233,10 +241,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       if (!whole && i == HALF_ITS) break;
       const int t = i * ROWS + a.row;
       float y[V];
+      if (KO == 4) for (int v = 0; v < V; ++v) y[v] = ko; else
       add_parts(of_column.y[t], t, column, y);
       finish(y, u[i], skip);
 #if GATE
-      gate(y, z[i]);
+      if (KO != 5) gate(y, z[i]);
 #endif
       Packed<U, V> out;
       out.set(y);

@@ -106,7 +106,11 @@ INLINE void leave_sizes(float (&of_warp)[T][2 * WC], int t, int left, int column
   for (int v = 0; v < V; ++v) {
     // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have one
     // step size wait for the other
+    #if KO == 5
+    const float size = delta.get(v) + bias[v];
+#else
     const float size = step_size(delta.get(v) + bias[v]);
+#endif
     const float dt = FILL && SOFTPLUS || t < left ? size : 0.0f;
     sizes[v / R * 2 * R + v % R] = dt;
     sizes[v / R * 2 * R + R + v % R] = dt * u.get(v);
