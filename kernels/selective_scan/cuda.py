@@ -90,9 +90,8 @@ def _lanes(n_states: int) -> tuple[int, int]:
     return 8, 8
 
 
-def _forward_tile(n_states: int, rows: int, vector: int, processors: int, pairs: bool) -> Tile:
-    """rows: sequences (or chunks) times channels; pairs: whether of warps (forward_pairs.cu). What follows from them
-    changes no bit of a result.
+def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Tile:
+    """rows: sequences (or chunks) times channels. What follows from them changes no bit of a result.
 
     Two channels to a lane read B and C half as often as one; one makes more warps where rows are few. Registers are
     kept to 128 where there are warps enough to use the room. Measured: benchmarks/SCAN_NOTES.md.
@@ -102,13 +101,28 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int, pairs:
         return _narrow(vector, 4 if rows >= 1024 * processors else 2)
     if states == 8:
         return _fitting(states, lanes, 4, 8, vector, 4)
-    few = rows * lanes < 256 * processors
-    if pairs:
-        channels, warps, blocks = (1, 1, 8) if few else (2, 4, 2)
-        return _fitting(states, lanes, channels, 16, vector, warps)._replace(MIN_BLOCKS=blocks)
-    if few:
+    if rows * lanes < 256 * processors:
         return _fitting(states, lanes, 1, 16, vector, 1)
     return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
+
+
+def _pairs_tile(n_states: int, n_seqs: int, groups: int, per_group: int, vector: int, processors: int) -> Tile:
+    """Of the forward in pairs of warps. per_group: channels of a group.
+
+    Where rows are few, a lane has one channel, and a block as many pairs as leave the fullest multiprocessor with the
+    fewest: the more there are in a block, the longer are the pieces of memory that it moves.
+    """
+    states, lanes = _lanes(n_states)
+    if n_seqs * groups * per_group * lanes >= 256 * processors:
+        return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=2)
+
+    def fullest(warps: int) -> int:
+        """Pairs of a multiprocessor."""
+        blocks = n_seqs * groups * -(-per_group // (32 // lanes * warps))
+        return -(-blocks // processors) * warps
+
+    warps = min(range(_MOST_PAIRS, 0, -1), key=fullest)
+    return _fitting(states, lanes, 1, 32, vector, warps)._replace(MIN_BLOCKS=8 // warps)
 
 
 def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room: int, gate: bool) -> Tile:
@@ -380,22 +394,29 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
 
 
 _BLOCKS_A_PROCESSOR = 1.25  # up to these of the backward, each walks a unit, not a chunk, which takes one pass more
-_ROWS_A_PROCESSOR = 40  # below these (sequence, channel) rows, chunks are run all at once: it takes each exp twice
+# Below these (sequence, channel) rows, chunks are run all at once, which takes each exp twice; below half as many where
+# pairs of warps may walk them.
+_ROWS_A_PROCESSOR = 40
+_MOST_PAIRS = 6  # of a block: 96 KiB of shared memory
 
 
 @lru_cache(maxsize=1024)
 def _forward_plan(layout: _Layout) -> _Plan:
     p = _Plan(layout)
-    p.at_once = p.several and layout.n_seqs * layout.n_channels < _ROWS_A_PROCESSOR * p.processors
+    rows = layout.n_seqs * layout.n_channels
+    in_pairs = 8 < layout.n_states <= 16  # of as many states as have been measured: benchmarks/SCAN_NOTES.md
+    p.at_once = p.several and rows < _ROWS_A_PROCESSOR * p.processors // (2 if in_pairs else 1)
     runs = p.n_chunks if p.at_once else layout.n_seqs
-    rows = runs * layout.n_channels
-    # Where chunks are walked or rows are few, and so many states as have been measured: benchmarks/SCAN_NOTES.md.
-    pairs = 8 < layout.n_states <= 16 and not p.at_once and (p.several or rows < 64 * p.processors)
-    p.lay_out(_forward_tile(layout.n_states, rows, layout.vector, p.processors, pairs))
+    if in_pairs and not p.at_once and (p.several or rows < 64 * p.processors):
+        per_group = layout.n_channels // layout.groups
+        p.lay_out(_pairs_tile(layout.n_states, runs, layout.groups, per_group, layout.vector, p.processors))
+        p.scan("forward", runs * p.n_tiles, ("OWN", int(p.several)), pairs=True)
+        return p
+    p.lay_out(_forward_tile(layout.n_states, runs * layout.n_channels, layout.vector, p.processors))
     if p.at_once:
         p.scan("forward", p.n_chunks * p.n_tiles, ("OWN", 0), ("ENDS", 1))
         p.carry(backwards=False)
-    p.scan("forward", runs * p.n_tiles, ("OWN", int(p.several and not p.at_once)), ("ENDS", 0), pairs=pairs)
+    p.scan("forward", runs * p.n_tiles, ("OWN", int(p.several and not p.at_once)), ("ENDS", 0))
     return p
 
 

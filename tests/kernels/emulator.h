@@ -37,7 +37,6 @@ inline void __syncwarp() { give_way(); }
 inline void __syncthreads() { give_way(); }
 inline void meet(int, int) { give_way(); }
 inline int warp_slot() { return 0; }
-inline void pin() {}
 
 inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }

@@ -59,38 +59,24 @@ __device__ __forceinline__ void* product_added(const void* from, int step, int s
 }
 
 // What is at `from` where it is wanted, else `fill`; without a branch, as below.
-#ifndef PIN
-#define PIN 0
-#endif
-#if PIN
-#define LOAD_ASM asm volatile
-#else
-#define LOAD_ASM asm
-#endif
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned short* from, unsigned fill = 0) {
   unsigned short y;
-  LOAD_ASM("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u16 %0, %3; @p ld.global.u16 %0, [%2];}" : "=h"(y) : "r"(int(wanted)), "l"(from), "h"((unsigned short)fill));
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u16 %0, %3; @p ld.global.u16 %0, [%2];}" : "=h"(y) : "r"(int(wanted)), "l"(from), "h"((unsigned short)fill));
   x[0] = y;
 }
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned* from, unsigned fill = 0) {
-  LOAD_ASM("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u32 %0, %3; @p ld.global.u32 %0, [%2];}"
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u32 %0, %3; @p ld.global.u32 %0, [%2];}"
       : "=r"(x[0]) : "r"(int(wanted)), "l"(from), "r"(fill));
 }
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[2], const uint2* from, unsigned fill = 0) {
-  LOAD_ASM("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, %4; mov.u32 %1, %4; @p ld.global.v2.u32 {%0, %1}, [%3];}"
+  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, %4; mov.u32 %1, %4; @p ld.global.v2.u32 {%0, %1}, [%3];}"
       : "=r"(x[0]), "=r"(x[1]) : "r"(int(wanted)), "l"(from), "r"(fill));
 }
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[4], const uint4* from, unsigned fill = 0) {
-  LOAD_ASM("{.reg .pred p; setp.ne.s32 p, %4, 0; mov.u32 %0, %6; mov.u32 %1, %6; mov.u32 %2, %6; mov.u32 %3, %6;"
+  asm("{.reg .pred p; setp.ne.s32 p, %4, 0; mov.u32 %0, %6; mov.u32 %1, %6; mov.u32 %2, %6; mov.u32 %3, %6;"
       "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%5];}"
       : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(int(wanted)), "l"(from), "r"(fill));
 }
-__device__ __forceinline__ void pin() {
-#if PIN
-  asm volatile("" ::: "memory");
-#endif
-}
-
 // A store under a condition, without a branch: one would keep the compiler from mixing what stands before with what
 // stands behind it.
 __device__ __forceinline__ void store_if(bool wanted, void* to, unsigned short x) {

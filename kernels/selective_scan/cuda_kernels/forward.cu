@@ -1,16 +1,6 @@
 // The scan forwards. Macros besides those of common.cu: OWN, whether a sequence may have several chunks that one warp
 // walks one after another; ENDS, whether only the chunks' ends from 0 are wanted (own and sums), and not y.
 
-#ifndef SAVES_FIRST
-#define SAVES_FIRST 0
-#endif
-#ifndef KO
-#define KO 0
-#endif
-#ifndef HALF
-#define HALF 1
-#endif
-
 struct WarpShared {
   alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
 #if !ENDS
@@ -20,17 +10,20 @@ struct WarpShared {
 struct TeamShared {
   WarpShared warp[TEAM];
 #if !STATIC_B
-  alignas(16) Kept<MB, KEEP>::type B[T][NP];
+  alignas(16) float B[T][NP];
 #endif
 #if !STATIC_C && !ENDS
-  alignas(16) Kept<MC, KEEP>::type C[T][NP];
+  alignas(16) float C[T][NP];
 #endif
 };
 struct Shared { TeamShared team[WARPS / TEAM]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
 INLINE void sync() {
-  if constexpr (TEAM == 1) __syncwarp();
+#ifndef BAR
+#define BAR 1
+#endif
+  if constexpr (TEAM == 1 && !(BAR && WARPS == 1)) __syncwarp();
   else __syncthreads();
 }
 
@@ -46,17 +39,14 @@ struct Step {
 
   INLINE void read(const TeamShared& shared, int t, const Place& a) {
     float sizes[2 * CL];
-    if (KO == 3) for (int j = 0; j < 2 * CL; ++j) sizes[j] = __uint_as_float(t + j);
-    else load_floats(&shared.warp[a.warp % TEAM].sizes[t][a.lane / S * 2 * CL], sizes);
+    load_floats(&shared.warp[a.warp % TEAM].sizes[t][a.lane / S * 2 * CL], sizes);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
-    if (KO == 2) for (int i = 0; i < NL; ++i) b[i] = dt[i % CL];
-    else read_states(&shared.B[t][a.n], b);
+    load_floats(&shared.B[t][a.n], b);
 #endif
 #if !STATIC_C && !ENDS
-    if (KO == 2) for (int i = 0; i < NL; ++i) c[i] = dtu[i % CL];
-    else read_states(&shared.C[t][a.n], c);
+    load_floats(&shared.C[t][a.n], c);
 #endif
   }
 };
@@ -124,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
   auto load = [&](int left) {
     u_rows.load(next_u, left - row);
-    delta_rows.load(next_delta, left - row, NO_STEP);
+    delta_rows.load(next_delta, left - row);
 #if GATE && !ENDS
     z_rows.load(next_z, left - row);
 #endif
@@ -145,19 +135,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     constexpr int HALF_ITS = (ITS + 1) / 2;  // rows of a lane
     const int groups = (whole ? T : T / 2) / AT_ONCE;
     const int left = stop - step;
-    float ko = 0.0f;
-    auto save = [&]() {
-    if (!ENDS && p.saved && step % EVERY == 0) {
-      const int64 slot = piece.start / EVERY + piece.s + step / EVERY;
-      store_by_state(p.saved + slot * N * p.n_channels, h, p, a);
-    }
-    };
-    if (SAVES_FIRST) save();
 #if !STATIC_B
-    put_rows<MB>(B.rows, &shared.B[0][0]);
+    B.put(&shared.B[0][0]);
 #endif
 #if !STATIC_C && !ENDS
-    put_rows<MC>(C.rows, &shared.C[0][0]);
+    C.put(&shared.C[0][0]);
 #endif
 #if !ENDS
     Packed<U, V> u[ITS];
@@ -178,37 +160,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     }
     sync();
     if (whole) load(left - T);
-    pin();
-    if (!SAVES_FIRST) save();
+    // Its branch keeps the loads above where they are: the compiler would put them off.
+    if (!ENDS && p.saved && step % EVERY == 0) {
+      const int64 slot = piece.start / EVERY + piece.s + step / EVERY;
+      store_by_state(p.saved + slot * N * p.n_channels, h, p, a);
+    }
 
+#ifdef PINNED
+    asm volatile("" ::: "memory");
+#endif
     // AT_ONCE steps at a time; those two groups ahead are read, and the decays of the next one computed, before the
     // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.
-    constexpr int IN = DA + RA + 1;
-    Step in[IN][AT_ONCE];
-    Pairs decays[DA + 1][AT_ONCE];
+    Step in[3][AT_ONCE];
+    Pairs decays[2][AT_ONCE];
     auto read = [&](int g) {
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; ++k) in[g % IN][k].read(shared, g * AT_ONCE + k, a);
+      for (int k = 0; k < AT_ONCE; ++k) in[g % 3][k].read(shared, g * AT_ONCE + k, a);
     };
     auto decay = [&](int g) {
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        EACH_PAIR decays[g % (DA + 1)][k][j][i] = KO == 1 ? __fmul_rn(in[g % IN][k].dt[j], A2[j][i]) : exp2_fast(__fmul_rn(in[g % IN][k].dt[j], A2[j][i]));
+        EACH_PAIR decays[g % 2][k][j][i] = exp2_fast(__fmul_rn(in[g % 3][k].dt[j], A2[j][i]));
     };
-#pragma unroll
-    for (int g = 0; g < DA + RA; ++g) {
-      if (g < groups) read(g);
-      if (g < DA && g < groups) decay(g);
-    }
+    read(0);
+    decay(0);
+    if (groups > 1) read(1);
 #pragma unroll
     for (int g = 0; g < T / AT_ONCE; ++g) {
       if (g == groups) break;
-      if (g + DA < groups) decay(g + DA);
-      if (g + DA + RA < groups) read(g + DA + RA);
+      if (g + 1 < groups) decay(g + 1);
+      if (g + 2 < groups) read(g + 2);
       float y[AT_ONCE][CL];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
-        const Step& x = in[g % IN][k];
+        const Step& x = in[g % 3][k];
 #pragma unroll
         for (int j = 0; j < CL; ++j) y[k][j] = 0.0f, total[j] += x.dt[j];
         EACH_PAIR {
@@ -217,8 +202,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #else
           const float drive = __fmul_rn(x.dtu[j], x.b[i]);
 #endif
-          h[j][i] = __fmaf_rn(decays[g % (DA + 1)][k][j][i], h[j][i], drive);
-          if (OWN) own[j][i] = __fmaf_rn(decays[g % (DA + 1)][k][j][i], own[j][i], drive);
+          h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive);
+          if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive);
 #if STATIC_C && !ENDS
           y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
 #elif !ENDS
@@ -229,7 +214,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #if !ENDS
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        if (KO == 4) for (int j = 0; j < CL; ++j) ko += y[k][j]; else
         leave_parts(mine.y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
 #endif
     }
@@ -241,11 +225,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       if (!whole && i == HALF_ITS) break;
       const int t = i * ROWS + a.row;
       float y[V];
-      if (KO == 4) for (int v = 0; v < V; ++v) y[v] = ko; else
       add_parts(of_column.y[t], t, column, y);
       finish(y, u[i], skip);
 #if GATE
-      if (KO != 5) gate(y, z[i]);
+      gate(y, z[i]);
 #endif
       Packed<U, V> out;
       out.set(y);
@@ -261,8 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #pragma unroll
     for (int j = 0; j < CL; ++j) total[j] = 0.0f;
     int step = chunk;
-    for (; step + (HALF ? T / 2 : 0) < end; step += T) run(step, true);
-    if (HALF && step < end) run(step, false);
+    for (; step + T / 2 < end; step += T) run(step, true);
+    if (step < end) run(step, false);
     // What enters the next chunk, by the arithmetic of chunks that are run all at once (carry.cu).
     if (OWN && end < length) EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
   }

@@ -9,17 +9,13 @@
 // A macro besides those of common.cu: OWN, whether a sequence may have several chunks that one pair walks one after
 // another.
 
-#ifndef EAGER
-#define EAGER 1
-#endif
-
 // What a tile's states need.
 struct Inputs {
 #if !STATIC_B
-  alignas(16) Kept<MB, KEEP>::type B[T][NP];
+  alignas(16) float B[T][NP];
 #endif
 #if !STATIC_C
-  alignas(16) Kept<MC, KEEP>::type C[T][NP];
+  alignas(16) float C[T][NP];
 #endif
   alignas(16) float sizes[TEAM][T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
 };
@@ -55,10 +51,10 @@ struct Step {
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
-    read_states(&in.B[t][a.n], b);
+    load_floats(&in.B[t][a.n], b);
 #endif
 #if !STATIC_C
-    read_states(&in.C[t][a.n], c);
+    load_floats(&in.C[t][a.n], c);
 #endif
   }
 };
@@ -83,8 +79,7 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   // AT_ONCE steps at a time; those two groups ahead are read, and the decays of the next one computed, before the
   // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.
   Step in[4][AT_ONCE];
-  constexpr int KEPT_DECAYS = DA > 1 ? 4 : 2;
-  Pairs decays[KEPT_DECAYS][AT_ONCE];
+  Pairs decays[2][AT_ONCE];
   auto read = [&](const Inputs& from, int g) {
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k) in[g % 4][k].read(from, g % GROUPS_OF_STEPS * AT_ONCE + k, a);
@@ -92,7 +87,7 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   auto decay = [&](int g) {
 #pragma unroll
     for (int k = 0; k < AT_ONCE; ++k)
-      EACH_PAIR decays[g % KEPT_DECAYS][k][j][i] = exp2_fast(__fmul_rn(in[g % 4][k].dt[j], A2[j][i]));
+      EACH_PAIR decays[g % 2][k][j][i] = exp2_fast(__fmul_rn(in[g % 4][k].dt[j], A2[j][i]));
   };
 
   Pairs own, before;  // the state that starts each chunk from 0; the state before the chunk
@@ -100,16 +95,10 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 #pragma unroll
   for (int j = 0; j < CL; ++j) total[j] = 0.0f;
   meet_team(a);
-#pragma unroll
-  for (int g = 0; g < DA + RA; ++g) {
-    read(shared.in[0], g);
-    if (g < DA) decay(g);
-  }
+  read(shared.in[0], 0);
+  decay(0);
+  read(shared.in[0], 1);
   float* saved = p.saved ? p.saved + (piece.start / EVERY + piece.s + piece.begin / EVERY) * N * p.n_channels : nullptr;
-#ifdef PROFILE
-  const long long began = clock64();
-  long long waited = 0;
-#endif
   int slot = 0, half = 0;
   for (int step = piece.begin; step < stop; step += T) {
     // Branches stand where a tile begins: elsewhere they would keep the compiler from mixing what is around them.
@@ -129,8 +118,8 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
     const Inputs& then = shared.in[slot];
 #pragma unroll
     for (int g = 0; g < GROUPS_OF_STEPS; ++g) {
-      decay(g + DA);
-      read(g + DA + RA < GROUPS_OF_STEPS ? now : then, g + DA + RA);
+      decay(g + 1);
+      read(g + 2 < GROUPS_OF_STEPS ? now : then, g + 2);
       float y[AT_ONCE][CL];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
@@ -143,8 +132,8 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 #else
           const float drive = __fmul_rn(x.dtu[j], x.b[i]);
 #endif
-          h[j][i] = __fmaf_rn(decays[g % KEPT_DECAYS][k][j][i], h[j][i], drive);
-          if (OWN) own[j][i] = __fmaf_rn(decays[g % KEPT_DECAYS][k][j][i], own[j][i], drive);
+          h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive);
+          if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive);
 #if STATIC_C
           y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
 #else
@@ -157,18 +146,8 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
         leave_parts(shared.y[half][a.warp % TEAM][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
     }
     half ^= 1;
-#ifdef PROFILE
-    const long long at = clock64();
-#endif
     meet_team(a);
-#ifdef PROFILE
-    waited += clock64() - at;
-#endif
   }
-#ifdef PROFILE
-  if (blockIdx.x == 0 && threadIdx.x % 32 == 0 && a.warp == 0) p.final_state[0] = float(clock64() - began) / stop, p.final_state[1] = float(waited) / stop;
-  return;
-#endif
 
   if (stop == piece.length) store_by_channel(p.final_state + piece.s * N * p.n_channels, h, a);
 }
@@ -214,10 +193,10 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
     Inputs& in = shared.in[slot];
     slot = slot == AHEAD - 1 ? 0 : slot + 1;
 #if !STATIC_B
-    put_rows<MB>(B.rows, &in.B[0][0]);
+    B.put(&in.B[0][0]);
 #endif
 #if !STATIC_C
-    put_rows<MC>(C.rows, &in.C[0][0]);
+    C.put(&in.C[0][0]);
 #endif
 #pragma unroll
     for (int i = 0; i < ITS; ++i) leave_sizes(in.sizes[of], i * ROWS + a.row, left, column, delta[i], u[i], bias);
@@ -233,30 +212,16 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 #if GATE
   Packed<Z, V> z[ITS];
 #endif
-  auto load_again = [&](int left) {
+  int half = 0;
+  meet_team(a);
+  for (; left > 0; left -= T) {
     u_again_rows.load(u_again, left - row);
 #if GATE
     z_rows.load(z, left - row);
 #endif
-  };
-  if (EAGER) load_again(left);
-  int half = 0;
-  meet_team(a);
-#ifdef PROFILE
-  const long long began = clock64();
-  long long waited = 0;
-#endif
-  for (; left > 0; left -= T) {
-    if (!EAGER) load_again(left);
     make(left - 2 * T);
     load(left - 3 * T);
-#ifdef PROFILE
-    const long long at = clock64();
-#endif
     meet_team(a);
-#ifdef PROFILE
-    waited += clock64() - at;
-#endif
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       const int t = i * ROWS + a.row;
@@ -271,12 +236,8 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
       out.store_if(i * ROWS < left - row, y_rows.at(i * ROWS));
     }
     y_rows.go_on();
-    if (EAGER) load_again(left - T);
     half ^= 1;
   }
-#ifdef PROFILE
-  if (blockIdx.x == 0 && threadIdx.x % 32 == 0 && a.warp == 0) p.final_state[2] = float(clock64() - began) / stop, p.final_state[3] = float(waited) / stop;
-#endif
 }
 
 extern "C" __global__ void __launch_bounds__(2 * THREADS, MIN_BLOCKS) scan_forward(const Problem p) {

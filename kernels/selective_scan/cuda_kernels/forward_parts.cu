@@ -4,17 +4,8 @@
 #ifndef TEAM
 #define TEAM WARPS
 #endif
-#ifndef KEEP
-#define KEEP 0
-#endif
 #ifndef FILL
 #define FILL 0
-#endif
-#ifndef DA
-#define DA 1
-#endif
-#ifndef RA
-#define RA 1
 #endif
 // A step size of 0, before softplus: the bits of minus infinity, of as many numbers as fill 32 bits.
 template <typename X> struct Nothing { static constexpr unsigned BITS = 0xff800000u; };
@@ -24,9 +15,6 @@ constexpr unsigned NO_STEP = FILL && SOFTPLUS ? Nothing<DELTA>::BITS : 0;
 constexpr int MEMBERS = 32 * TEAM;
 static_assert(TEAM == 1 || TEAM == WARPS, "a team is a warp or a block");
 
-template <typename X, bool AS_IT_IS> struct Kept { typedef X type; };
-template <typename X> struct Kept<X, false> { typedef float type; };
-
 // A lane's place among those who share out rows: those of the channels of its team.
 INLINE void place_in_team(const Problem& p, Place& a) {
   constexpr int LANES = TEAM * WC / V;
@@ -35,32 +23,6 @@ INLINE void place_in_team(const Problem& p, Place& a) {
   a.row = member / LANES, a.column = member % LANES * V;
   a.e = a.group * p.per_group + first + a.column;
   a.in_row = first + a.column < p.per_group;
-}
-
-// A lane's states of a row.
-template <typename X> INLINE void read_states(const X* from, float (&x)[NL]) {
-  if constexpr (sizeof(X) == 4) {
-    load_floats(from, x);
-  } else {
-    Packed<X, NL> states;
-    states.load(from);
-#pragma unroll
-    for (int i = 0; i < NL; ++i) x[i] = states.get(i);
-  }
-}
-
-// Rows of B or C to shared memory: of X, as X or as floats.
-template <typename X, typename Y, typename Rows> INLINE void put_rows(const Rows& rows, Y* to) {
-  const int member = threadIdx.x % MEMBERS;
-  if constexpr (sizeof(X) != sizeof(Y)) {
-    rows.put(to, member);
-  } else {
-#pragma unroll
-    for (int i = 0; i < Rows::ITS; ++i) {
-      const int k = i * MEMBERS + member;
-      if (k < Rows::TOTAL) rows.x[i].store(to + k * VB);
-    }
-  }
 }
 
 // A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer instructions
@@ -95,6 +57,7 @@ template <typename X> struct MovingMatrix {
     rows.load(next, stride, threadIdx.x % MEMBERS, 0, left);
     next = step_at(next, stride, T);
   }
+  INLINE void put(float* to) const { rows.put(to, threadIdx.x % MEMBERS); }
 };
 
 // Step sizes and these times u of V channels of step t, as those who hold states read them; `left` steps there are.
@@ -106,11 +69,7 @@ INLINE void leave_sizes(float (&of_warp)[T][2 * WC], int t, int left, int column
   for (int v = 0; v < V; ++v) {
     // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have one
     // step size wait for the other
-    #if KO == 5
-    const float size = delta.get(v) + bias[v];
-#else
     const float size = step_size(delta.get(v) + bias[v]);
-#endif
     const float dt = FILL && SOFTPLUS || t < left ? size : 0.0f;
     sizes[v / R * 2 * R + v % R] = dt;
     sizes[v / R * 2 * R + R + v % R] = dt * u.get(v);
