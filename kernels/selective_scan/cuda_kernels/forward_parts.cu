@@ -11,7 +11,7 @@
 template <typename X> struct Nothing { static constexpr unsigned BITS = 0xff800000u; };
 template <> struct Nothing<bf16> { static constexpr unsigned BITS = 0xff80ff80u; };
 template <> struct Nothing<f16> { static constexpr unsigned BITS = 0xfc00fc00u; };
-constexpr unsigned NO_STEP = FILL && SOFTPLUS ? Nothing<DELTA>::BITS : 0;
+constexpr unsigned NO_STEP = FILL == 1 && SOFTPLUS ? Nothing<DELTA>::BITS : 0;
 constexpr int MEMBERS = 32 * TEAM;
 static_assert(TEAM == 1 || TEAM == WARPS, "a team is a warp or a block");
 
@@ -63,13 +63,17 @@ template <typename X> struct MovingMatrix {
 // Step sizes and these times u of V channels of step t, as those who hold states read them; `left` steps there are.
 INLINE void leave_sizes(float (&of_warp)[T][2 * WC], int t, int left, int column, const Packed<DELTA, V>& delta,
                         const Packed<U, V>& u, const float (&bias)[V]) {
+  Packed<DELTA, V> there = delta;
+  if (FILL == 2 && SOFTPLUS)
+#pragma unroll
+    for (int w = 0; w < there.WORDS; ++w) there.word[w] = t < left ? there.word[w] : Nothing<DELTA>::BITS;
   constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
   float sizes[2 * V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have one
     // step size wait for the other
-    const float size = step_size(delta.get(v) + bias[v]);
+    const float size = step_size(there.get(v) + bias[v]);
     const float dt = FILL && SOFTPLUS || t < left ? size : 0.0f;
     sizes[v / R * 2 * R + v % R] = dt;
     sizes[v / R * 2 * R + R + v % R] = dt * u.get(v);
