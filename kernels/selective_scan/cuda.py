@@ -100,29 +100,29 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Til
     if states == 1:
         return _narrow(vector, 4 if rows >= 1024 * processors else 2)
     if states == 8:
-        return _fitting(states, lanes, 4, 8, vector, 4)
+        return _fitting(states, lanes, 4, 8, vector, 1)._replace(MIN_BLOCKS=8)
     if rows * lanes < 256 * processors:
-        return _fitting(states, lanes, 1, 16, vector, 1)
+        return _fitting(states, lanes, 1, 16, vector, 2)
     return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
 
 
-def _pairs_tile(n_states: int, n_seqs: int, groups: int, per_group: int, vector: int, processors: int) -> Tile:
-    """Of the forward in pairs of warps. per_group: channels of a group.
+def _pairs_tile(layout: "_Layout", runs: int, processors: int) -> Tile:
+    """Of the forward in pairs of warps (forward_pairs.cu). runs: sequences or chunks.
 
     Where rows are few, a lane has one channel, and a block as many pairs as leave the fullest multiprocessor with the
-    fewest: the more there are in a block, the longer are the pieces of memory that it moves.
+    fewest: the more a block has, the longer are the pieces of memory that it moves.
     """
-    states, lanes = _lanes(n_states)
-    if n_seqs * groups * per_group * lanes >= 256 * processors:
-        return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=2)
+    states, lanes = _lanes(layout.n_states)
+    if runs * layout.n_channels * lanes >= 256 * processors:
+        return _fitting(states, lanes, 2, 16, layout.vector, 4)._replace(MIN_BLOCKS=2)
 
-    def fullest(warps: int) -> int:
+    def fullest(pairs: int) -> int:
         """Pairs of a multiprocessor."""
-        blocks = n_seqs * groups * -(-per_group // (32 // lanes * warps))
-        return -(-blocks // processors) * warps
+        blocks = runs * layout.groups * -(-layout.n_channels // layout.groups // (32 // lanes * pairs))
+        return -(-blocks // processors) * pairs
 
-    warps = min(range(_MOST_PAIRS, 0, -1), key=fullest)
-    return _fitting(states, lanes, 1, 32, vector, warps)._replace(MIN_BLOCKS=8 // warps)
+    pairs = min(range(_MOST_PAIRS, 0, -1), key=fullest)
+    return _fitting(states, lanes, 1, 32, layout.vector, pairs)._replace(MIN_BLOCKS=8 // pairs)
 
 
 def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room: int, gate: bool) -> Tile:
@@ -403,20 +403,22 @@ _MOST_PAIRS = 6  # of a block: 96 KiB of shared memory
 @lru_cache(maxsize=1024)
 def _forward_plan(layout: _Layout) -> _Plan:
     p = _Plan(layout)
-    rows = layout.n_seqs * layout.n_channels
     in_pairs = 8 < layout.n_states <= 16  # of as many states as have been measured: benchmarks/SCAN_NOTES.md
-    p.at_once = p.several and rows < _ROWS_A_PROCESSOR * p.processors // (2 if in_pairs else 1)
+    limit = _ROWS_A_PROCESSOR * p.processors // (2 if in_pairs else 1)
+    p.at_once = p.several and layout.n_seqs * layout.n_channels < limit
     runs = p.n_chunks if p.at_once else layout.n_seqs
-    if in_pairs and not p.at_once and (p.several or rows < 64 * p.processors):
-        per_group = layout.n_channels // layout.groups
-        p.lay_out(_pairs_tile(layout.n_states, runs, layout.groups, per_group, layout.vector, p.processors))
-        p.scan("forward", runs * p.n_tiles, ("OWN", int(p.several)), pairs=True)
-        return p
-    p.lay_out(_forward_tile(layout.n_states, runs * layout.n_channels, layout.vector, p.processors))
+    rows = runs * layout.n_channels
+    tile = _forward_tile(layout.n_states, rows, layout.vector, p.processors)
     if p.at_once:
+        p.lay_out(tile)
         p.scan("forward", p.n_chunks * p.n_tiles, ("OWN", 0), ("ENDS", 1))
         p.carry(backwards=False)
-    p.scan("forward", runs * p.n_tiles, ("OWN", int(p.several and not p.at_once)), ("ENDS", 0))
+    walked = p.several and not p.at_once
+    pairs = in_pairs and (walked or rows < 64 * p.processors)
+    if pairs:
+        tile = _pairs_tile(layout, runs, p.processors)
+    p.lay_out(tile)
+    p.scan("forward", runs * p.n_tiles, ("OWN", int(walked)), ("ENDS", 0), pairs=pairs)
     return p
 
 

@@ -35,7 +35,7 @@ static unsigned running, threads_of_block, blocks_of_cluster = 1;
 inline void give_way() { swapcontext(&fibers[running], &scheduler); }
 inline void __syncwarp() { give_way(); }
 inline void __syncthreads() { give_way(); }
-inline void meet(int, int) { give_way(); }
+inline void meet() { give_way(); }
 inline int warp_slot() { return 0; }
 
 inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
@@ -63,8 +63,8 @@ inline float across(float x, int mask) {
 }
 inline float add_across(float x, int mask) { return x + across(x, mask); }
 inline void* product_added(const void* from, int step, int stride) { return (char*)from + int64_t(step) * stride; }
-template <typename X, unsigned long K> inline void load_if(bool wanted, unsigned (&x)[K], const X* from, unsigned fill = 0) {
-  for (unsigned& word : x) word = sizeof(X) < 4 ? fill & 0xffff : fill;
+template <typename X, unsigned long K> inline void load_if(bool wanted, unsigned (&x)[K], const X* from) {
+  std::memset(x, 0, sizeof x);
   if (wanted) std::memcpy(x, from, sizeof(X));
 }
 template <typename X> inline void store_if(bool wanted, void* to, X x) {

@@ -39,10 +39,8 @@ __device__ __forceinline__ unsigned floats_to_bf16(float low, float high) {
 __device__ __forceinline__ float across(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ float add_across(float x, int mask) { return x + across(x, mask); }
 
-// Where so many threads of a block wait for each other; which: a number below 15.
-__device__ __forceinline__ void meet(int which, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(which + 1), "r"(threads) : "memory");
-}
+// Where all threads of a block wait for each other, its warps at places of their own.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
 
 // The warp's place among those of its multiprocessor.
 __device__ __forceinline__ int warp_slot() {
@@ -58,25 +56,26 @@ __device__ __forceinline__ void* product_added(const void* from, int step, int s
   return (void*)y;
 }
 
-// What is at `from` where it is wanted, else `fill`; without a branch, as below.
-__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned short* from, unsigned fill = 0) {
+// What is at `from` where it is wanted, else zeros; without a branch, as below.
+__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned short* from) {
   unsigned short y;
-  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u16 %0, %3; @p ld.global.u16 %0, [%2];}" : "=h"(y) : "r"(int(wanted)), "l"(from), "h"((unsigned short)fill));
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u16 %0, 0; @p ld.global.u16 %0, [%2];}" : "=h"(y) : "r"(int(wanted)), "l"(from));
   x[0] = y;
 }
-__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned* from, unsigned fill = 0) {
-  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u32 %0, %3; @p ld.global.u32 %0, [%2];}"
-      : "=r"(x[0]) : "r"(int(wanted)), "l"(from), "r"(fill));
+__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned* from) {
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%2];}"
+      : "=r"(x[0]) : "r"(int(wanted)), "l"(from));
 }
-__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[2], const uint2* from, unsigned fill = 0) {
-  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, %4; mov.u32 %1, %4; @p ld.global.v2.u32 {%0, %1}, [%3];}"
-      : "=r"(x[0]), "=r"(x[1]) : "r"(int(wanted)), "l"(from), "r"(fill));
+__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[2], const uint2* from) {
+  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p ld.global.v2.u32 {%0, %1}, [%3];}"
+      : "=r"(x[0]), "=r"(x[1]) : "r"(int(wanted)), "l"(from));
 }
-__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[4], const uint4* from, unsigned fill = 0) {
-  asm("{.reg .pred p; setp.ne.s32 p, %4, 0; mov.u32 %0, %6; mov.u32 %1, %6; mov.u32 %2, %6; mov.u32 %3, %6;"
+__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[4], const uint4* from) {
+  asm("{.reg .pred p; setp.ne.s32 p, %4, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
       "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%5];}"
-      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(int(wanted)), "l"(from), "r"(fill));
+      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(int(wanted)), "l"(from));
 }
+
 // A store under a condition, without a branch: one would keep the compiler from mixing what stands before with what
 // stands behind it.
 __device__ __forceinline__ void store_if(bool wanted, void* to, unsigned short x) {

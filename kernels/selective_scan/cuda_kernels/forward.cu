@@ -7,8 +7,8 @@ struct WarpShared {
   alignas(16) float y[T][PART_ROW];  // of S lanes each
 #endif
 };
-struct TeamShared {
-  WarpShared warp[TEAM];
+struct Shared {
+  WarpShared warp[WARPS];
 #if !STATIC_B
   alignas(16) float B[T][NP];
 #endif
@@ -16,16 +16,7 @@ struct TeamShared {
   alignas(16) float C[T][NP];
 #endif
 };
-struct Shared { TeamShared team[WARPS / TEAM]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
-
-INLINE void sync() {
-#ifndef BAR
-#define BAR 1
-#endif
-  if constexpr (TEAM == 1 && !(BAR && WARPS == 1)) __syncwarp();
-  else __syncthreads();
-}
 
 // What a lane needs of a step.
 struct Step {
@@ -37,9 +28,9 @@ struct Step {
   float c[NL];
 #endif
 
-  INLINE void read(const TeamShared& shared, int t, const Place& a) {
+  INLINE void read(const Shared& shared, int t, const Place& a) {
     float sizes[2 * CL];
-    load_floats(&shared.warp[a.warp % TEAM].sizes[t][a.lane / S * 2 * CL], sizes);
+    load_floats(&shared.warp[a.warp].sizes[t][a.lane / S * 2 * CL], sizes);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
@@ -55,10 +46,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   extern __shared__ float4 room[];
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
   Place a(p, blockIdx.x % n_tiles);
-  place_in_team(p, a);
-  if (TEAM < WARPS && a.e - a.column >= (a.group + 1) * p.per_group) return;  // a team without channels
-  TeamShared& shared = reinterpret_cast<Shared*>(room)->team[a.warp / TEAM];
-  WarpShared &mine = shared.warp[a.warp % TEAM], &of_column = shared.warp[a.column / WC];
+  share_rows(p, a);
+  Shared& shared = *reinterpret_cast<Shared*>(room);
+  WarpShared& of_column = shared.warp[a.column / WC];  // the warp that has the lane's channels of a row
   const int column = a.column % WC;
 
   // p.own is what enters each chunk, or (ENDS) where their ends go; without it one warp walks a whole sequence.
@@ -158,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       z[i] = next_z[i];
 #endif
     }
-    sync();
+    __syncthreads();
     if (whole) load(left - T);
     // Its branch keeps the loads above where they are: the compiler would put them off.
     if (!ENDS && p.saved && step % EVERY == 0) {
@@ -166,9 +156,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       store_by_state(p.saved + slot * N * p.n_channels, h, p, a);
     }
 
-#ifdef PINNED
-    asm volatile("" ::: "memory");
-#endif
     // AT_ONCE steps at a time; those two groups ahead are read, and the decays of the next one computed, before the
     // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.
     Step in[3][AT_ONCE];
@@ -214,10 +201,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #if !ENDS
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        leave_parts(mine.y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
+        leave_parts(shared.warp[a.warp].y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
 #endif
     }
-    sync();
+    __syncthreads();
 
 #if !ENDS
 #pragma unroll

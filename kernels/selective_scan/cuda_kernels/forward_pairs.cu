@@ -1,7 +1,7 @@
 // The scan forwards. A pair of warps takes WC channels: one runs their states, and the other, which shares out rows, does
 // what there is to do once for a (step, channel): two tiles ahead it makes step sizes of delta, and a tile behind it
 // makes y of the parts that the first has left. So exp2, of which the first warp's time is made, and all other
-// instructions go on side by side. The two meet once a tile.
+// instructions go on side by side. The pairs of a block meet once a tile.
 //
 // For sequences of several chunks that are walked, and for few rows; forward.cu has more warps where those are many.
 // Both take the same numbers together in the same order: not a bit differs.
@@ -17,20 +17,14 @@ struct Inputs {
 #if !STATIC_C
   alignas(16) float C[T][NP];
 #endif
-  alignas(16) float sizes[TEAM][T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
+  alignas(16) float sizes[WARPS][T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
 };
 constexpr int AHEAD = 3;  // tiles of which there are inputs: the one that runs, the next one, the one that is made
-struct TeamShared {
+struct Shared {
   Inputs in[AHEAD];
-  alignas(16) float y[2][TEAM][T][PART_ROW];  // of S lanes each
+  alignas(16) float y[2][WARPS][T][PART_ROW];  // of S lanes each
 };
-struct Shared { TeamShared team[WARPS / TEAM]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
-
-// Where the pairs of a team wait for each other.
-INLINE void meet_team(const Place& a) {
-  meet(a.warp / TEAM, 2 * MEMBERS);
-}
 
 constexpr int GROUPS_OF_STEPS = T / AT_ONCE;
 static_assert(GROUPS_OF_STEPS % 4 == 0, "a tile does not fit the registers that go round");
@@ -47,7 +41,7 @@ struct Step {
 
   INLINE void read(const Inputs& in, int t, const Place& a) {
     float sizes[2 * CL];
-    load_floats(&in.sizes[a.warp % TEAM][t][a.lane / S * 2 * CL], sizes);
+    load_floats(&in.sizes[a.warp][t][a.lane / S * 2 * CL], sizes);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
@@ -60,7 +54,7 @@ struct Step {
 };
 
 // The states of all steps up to `stop`. number: of the chunk or the sequence.
-INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int64 number, int stop, TeamShared& shared) {
+INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int64 number, int stop, Shared& shared) {
   Pairs A2, h;
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
@@ -94,7 +88,7 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   float total[CL];    // of dt over the chunk
 #pragma unroll
   for (int j = 0; j < CL; ++j) total[j] = 0.0f;
-  meet_team(a);
+  meet();
   read(shared.in[0], 0);
   decay(0);
   read(shared.in[0], 1);
@@ -143,17 +137,17 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
       }
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        leave_parts(shared.y[half][a.warp % TEAM][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
+        leave_parts(shared.y[half][a.warp][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
     }
     half ^= 1;
-    meet_team(a);
+    meet();
   }
 
   if (stop == piece.length) store_by_channel(p.final_state + piece.s * N * p.n_channels, h, a);
 }
 
 // Step sizes before, and results after.
-INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, int stop, TeamShared& shared) {
+INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, int stop, Shared& shared) {
   float bias[V], skip[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -179,7 +173,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
   auto load = [&](int left) {
     u_rows.load(u, left - row);
-    delta_rows.load(delta, left - row, NO_STEP);
+    delta_rows.load(delta, left - row);
 #if !STATIC_B
     B.load(left);
 #endif
@@ -213,7 +207,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   Packed<Z, V> z[ITS];
 #endif
   int half = 0;
-  meet_team(a);
+  meet();
   for (; left > 0; left -= T) {
     u_again_rows.load(u_again, left - row);
 #if GATE
@@ -221,7 +215,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 #endif
     make(left - 2 * T);
     load(left - 3 * T);
-    meet_team(a);
+    meet();
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       const int t = i * ROWS + a.row;
@@ -244,9 +238,8 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, MIN_BLOCKS) scan_forwa
   extern __shared__ float4 room[];
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
   Place a(p, blockIdx.x % n_tiles);
-  place_in_team(p, a);
-  if (TEAM < WARPS && a.e - a.column >= (a.group + 1) * p.per_group) return;  // a team without channels
-  TeamShared& shared = reinterpret_cast<Shared*>(room)->team[a.warp / TEAM];
+  share_rows(p, a);
+  Shared& shared = *reinterpret_cast<Shared*>(room);
 
   // p.own is what enters each chunk; without it one pair walks a whole sequence.
   const int64 number = blockIdx.x / n_tiles;

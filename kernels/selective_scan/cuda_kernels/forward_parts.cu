@@ -1,26 +1,12 @@
 // What the kernels of the forward share. The warps of a block share out rows together, so that one is a long piece of
 // memory, and B and C lie in shared memory once.
 
-#ifndef TEAM
-#define TEAM WARPS
-#endif
-#ifndef FILL
-#define FILL 0
-#endif
-// A step size of 0, before softplus: the bits of minus infinity, of as many numbers as fill 32 bits.
-template <typename X> struct Nothing { static constexpr unsigned BITS = 0xff800000u; };
-template <> struct Nothing<bf16> { static constexpr unsigned BITS = 0xff80ff80u; };
-template <> struct Nothing<f16> { static constexpr unsigned BITS = 0xfc00fc00u; };
-constexpr unsigned NO_STEP = FILL == 1 && SOFTPLUS ? Nothing<DELTA>::BITS : 0;
-constexpr int MEMBERS = 32 * TEAM;
-static_assert(TEAM == 1 || TEAM == WARPS, "a team is a warp or a block");
-
-// A lane's place among those who share out rows: those of the channels of its team.
-INLINE void place_in_team(const Problem& p, Place& a) {
-  constexpr int LANES = TEAM * WC / V;
-  const int member = threadIdx.x % MEMBERS;
-  const int64 first = (int64(a.tile) * WARPS + a.warp / TEAM * TEAM) * WC;
-  a.row = member / LANES, a.column = member % LANES * V;
+// A lane's place among those who share out rows: they are those of the block's channels.
+INLINE void share_rows(const Problem& p, Place& a) {
+  constexpr int LANES = WARPS * WC / V;  // that share a row
+  const int thread = threadIdx.x % THREADS;
+  const int64 first = int64(a.tile) * WARPS * WC;
+  a.row = thread / LANES, a.column = thread % LANES * V;
   a.e = a.group * p.per_group + first + a.column;
   a.in_row = first + a.column < p.per_group;
 }
@@ -37,9 +23,9 @@ template <typename X> struct Moving {
   INLINE X* at(int row) const { return step_at(next, stride, row); }
   INLINE void go_on() { next = at(T); }
   // left: steps from the lane's first row on that there are; zeros for others.
-  INLINE void load(Packed<X, V> (&x)[ITS], int left, unsigned fill = 0) {
+  INLINE void load(Packed<X, V> (&x)[ITS], int left) {
 #pragma unroll
-    for (int i = 0; i < ITS; ++i) x[i].load_if(i * ROWS < left, at(i * ROWS), fill);
+    for (int i = 0; i < ITS; ++i) x[i].load_if(i * ROWS < left, at(i * ROWS));
     go_on();
   }
 };
@@ -48,33 +34,38 @@ template <typename X> struct Moving {
 template <typename X> struct MovingMatrix {
   X* next;
   int stride;
-  MatrixRows<X, T, MEMBERS> rows;
+  MatrixRows<X, T, THREADS> rows;
 
   INLINE MovingMatrix(X* x, int stride, int64 of_group, const Problem& p, const Piece& piece, const Place& a) : stride(stride) {
     next = step_at(first_row(x, stride, p, piece) + a.group * of_group, stride, piece.begin);
   }
   INLINE void load(int left) {
-    rows.load(next, stride, threadIdx.x % MEMBERS, 0, left);
+    rows.load(next, stride, threadIdx.x % THREADS, 0, left);
     next = step_at(next, stride, T);
   }
-  INLINE void put(float* to) const { rows.put(to, threadIdx.x % MEMBERS); }
+  INLINE void put(float* to) const { rows.put(to, threadIdx.x % THREADS); }
 };
 
-// Step sizes and these times u of V channels of step t, as those who hold states read them; `left` steps there are.
+// The bits of minus infinity, of as many numbers as there are in 32 bits.
+INLINE unsigned minus_infinity(float) { return 0xff800000u; }
+INLINE unsigned minus_infinity(bf16) { return 0xff80ff80u; }
+INLINE unsigned minus_infinity(f16) { return 0xfc00fc00u; }
+
+// Step sizes and these times u of V channels of step t, as those who hold states read them. left: steps that there are.
 INLINE void leave_sizes(float (&of_warp)[T][2 * WC], int t, int left, int column, const Packed<DELTA, V>& delta,
                         const Packed<U, V>& u, const float (&bias)[V]) {
+  // Beyond the last step dt is 0, which leaves the state as it is: softplus of minus infinity, by the bits of as many
+  // channels as share 32. Chosen without a branch, which would have one step size wait for the other.
   Packed<DELTA, V> there = delta;
-  if (FILL == 2 && SOFTPLUS)
+  if (SOFTPLUS)
 #pragma unroll
-    for (int w = 0; w < there.WORDS; ++w) there.word[w] = t < left ? there.word[w] : Nothing<DELTA>::BITS;
+    for (int w = 0; w < there.WORDS; ++w) there.word[w] = t < left ? there.word[w] : minus_infinity(DELTA());
   constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
   float sizes[2 * V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have one
-    // step size wait for the other
     const float size = step_size(there.get(v) + bias[v]);
-    const float dt = FILL && SOFTPLUS || t < left ? size : 0.0f;
+    const float dt = SOFTPLUS || t < left ? size : 0.0f;
     sizes[v / R * 2 * R + v % R] = dt;
     sizes[v / R * 2 * R + R + v % R] = dt * u.get(v);
   }
