@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -295,6 +296,35 @@ def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
     source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
     path = tmp_path / "size.cpp"
     path.write_text(emulation(source) + f'\nstatic_assert(sizeof(Shared) <= {limit}, "too much");\n')
+    done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    ("runs", "channels", "groups", "pairs"),
+    [(1, 5120, 1, 5), (2, 2048, 1, 4), (8, 768, 1, 6), (4, 2048, 1, 4), (1, 64, 1, 1), (4, 768, 4, 3)],
+)
+def test_pairs_of_a_block_fill_the_multiprocessors_evenly(runs, channels, groups, pairs):
+    """132 of them."""
+    layout = SimpleNamespace(n_states=16, n_channels=channels, groups=groups, vector=2)
+    tile = cuda._pairs_tile(layout, runs, 132)
+    assert tile.WARPS == pairs
+
+
+@pytest.mark.slow
+def test_shared_memory_of_pairs_fits(emulation, tmp_path):
+    """Of as many as a block may have, on a GPU for a desk: 99 KiB."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    layout = SimpleNamespace(n_states=16, n_channels=8 * cuda._MOST_PAIRS, groups=1, vector=2)
+    tile = cuda._pairs_tile(layout, 1, 1)
+    assert tile.WARPS == cuda._MOST_PAIRS
+    macros = {"N": 16, "VB": 4, "CHUNK": 2048, "PART": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1}
+    macros |= {"GATE": 1, "STATIC_B": 0, "STATIC_C": 0, "OWN": 1, "ENDS": 0}
+    types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
+    source = cuda._source("forward_pairs", tuple({**macros, **types, **tile._asdict()}.items()))
+    path = tmp_path / "size.cpp"
+    path.write_text(emulation(source) + '\nstatic_assert(sizeof(Shared) <= 99 * 1024, "too much");\n')
     done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
 

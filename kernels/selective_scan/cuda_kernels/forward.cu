@@ -120,9 +120,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   Pairs own, before;  // the state that starts each chunk from 0; the state before the chunk
   float total[CL];    // of dt over the chunk
 
-  // A tile, or what there is of one at the end of a sequence; left: steps from its first on.
+  // A tile, or its first half, which may be all that there is of it where a sequence ends.
   auto run = [&](int step, bool whole) __attribute__((always_inline)) {
-    constexpr int HALF_ITS = (ITS + 1) / 2;  // rows of a lane
+    constexpr int HALF_ITS = (ITS + 1) / 2;
+    static_assert(T % (2 * AT_ONCE) == 0, "half a tile is some groups of steps");
     const int groups = (whole ? T : T / 2) / AT_ONCE;
     const int left = stop - step;
 #if !STATIC_B

@@ -1,5 +1,5 @@
-// What the kernels of the forward share. The warps of a block share out rows together, so that one is a long piece of
-// memory, and B and C lie in shared memory once.
+// What scan_forward of forward.cu and that of forward_pairs.cu have in common. The warps of a block share out rows
+// together, so that each is a long piece of memory, and B and C lie in shared memory once.
 
 // A lane's place among those who share out rows: they are those of the block's channels.
 INLINE void share_rows(const Problem& p, Place& a) {
@@ -11,8 +11,8 @@ INLINE void share_rows(const Problem& p, Place& a) {
   a.in_row = first + a.column < p.per_group;
 }
 
-// A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer instructions
-// than one made of a step's number.
+// A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer
+// instructions than one made of a step's number.
 template <typename X> struct Moving {
   X* next;
   int stride;
@@ -36,7 +36,8 @@ template <typename X> struct MovingMatrix {
   int stride;
   MatrixRows<X, T, THREADS> rows;
 
-  INLINE MovingMatrix(X* x, int stride, int64 of_group, const Problem& p, const Piece& piece, const Place& a) : stride(stride) {
+  INLINE MovingMatrix(X* x, int stride, int64 of_group, const Problem& p, const Piece& piece, const Place& a)
+      : stride(stride) {
     next = step_at(first_row(x, stride, p, piece) + a.group * of_group, stride, piece.begin);
   }
   INLINE void load(int left) {
@@ -79,7 +80,7 @@ INLINE void leave_sizes(float (&of_warp)[T][2 * WC], int t, int left, int column
   }
 }
 
-// y of V channels, given the sums over states.
+// What is left to do for y of V channels when the sums over states are there; and what a z adds to that.
 INLINE void finish(float (&y)[V], const Packed<U, V>& u, const float (&skip)[V]) {
 #pragma unroll
   for (int v = 0; v < V; ++v) y[v] = __fmaf_rn(skip[v], u.get(v), y[v]);
