@@ -308,7 +308,7 @@ def test_pairs_of_a_block_fill_the_multiprocessors_evenly(runs, channels, groups
     """132 of them."""
     layout = SimpleNamespace(n_states=16, n_channels=channels, groups=groups, vector=2)
     tile = cuda._pairs_tile(layout, runs, 132)
-    assert tile.WARPS == pairs
+    assert pairs == tile.WARPS
 
 
 @pytest.mark.slow
