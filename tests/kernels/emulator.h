@@ -37,6 +37,8 @@ inline void __syncwarp() { give_way(); }
 inline void __syncthreads() { give_way(); }
 inline void meet(int) { give_way(); }
 inline int warp_slot() { return 0; }
+template <int n> inline void give_registers() {}
+template <int n> inline void take_registers() {}
 
 inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
@@ -71,7 +73,11 @@ template <typename X> inline void store_if(bool wanted, void* to, X x) {
   if (wanted) *static_cast<X*>(to) = x;
 }
 
-// Of kernels/mamba_step: a kernel is run after another, so none waits.
+// A kernel is run after another, so none waits.
+inline void wait_for_end_before() {}
+inline void let_next_begin() {}
+
+// Of kernels/mamba_step.
 #define GRID_CONSTANT
 inline float fresh(const float* from) { return *from; }
 inline float4 fresh4(const float* from) { return *reinterpret_cast<const float4*>(from); }
@@ -83,8 +89,6 @@ inline void all_brought() {}
 inline void end_of_group() {}
 template <int n> inline void all_groups_brought_but() {}
 inline void wait_for_kernel_before() {}
-inline void wait_for_end_before() {}
-inline void let_next_begin() {}
 // A cluster's blocks run side by side, so that any barrier is one of all of them.
 #define CLUSTERED(n)
 static std::vector<float4> rooms;

@@ -5,9 +5,10 @@
 // (chunk_gradients.cu), and so are the shares, which are of units.
 //
 // A warp takes its channels of a span in pieces of STRETCH steps, from the last to the first, each from the last state that
-// the forward saved, which may be that before an earlier piece: it is run first, then. It runs the piece once to find the
-// state before each tile of T steps; then it takes the tiles from the last to the first: it runs one again, its states and
-// decays now kept in registers, and goes back through it.
+// the forward saved. It runs the piece once to find the state before each tile of T steps; then it takes the tiles from the
+// last to the first: it runs one again, its states and decays now kept in registers, and goes back through it. The saved
+// state may be that before an earlier piece: that is run first, then, and the states before its tiles are kept in memory,
+// each lane's where it alone finds them, for when its turn comes.
 //
 // What is done once for each element (softplus, gates, the gradients themselves) all lanes of the block share out, so
 // that a row is one piece of memory. The end of a tile stands in one stretch with the second pass through the next one:
@@ -34,7 +35,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
   zero(sum_dA);
-  if (p.entering) load_by_state(grad, p.entering + number * N * p.n_channels, p, a);
+  let_next_begin();
+  wait_for_end_before();
+  if (p.entering)
+    load_by_state(grad, p.entering + span.number_of(p, end > 0 ? end - 1 : 0, ENTERING) * N * p.n_channels, p, a);
 #if STATIC_B
   Pairs b_static, sum_dB;
   load_by_channel(b_static, p.B, a);
@@ -123,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #endif
     }
 #if !STATIC_B || !STATIC_C
-    add_over_block(block.summands, share_B, share_C, p.share_stride, late.first, end);
+    add_over_block(block.summands, share_B, share_C, p.share_stride, late.first, end, threadIdx.x);
 #endif
   };
 
@@ -133,6 +137,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       decay[j][i] = exp2_fast(__fmul_rn(x.dt[j], A2[j][i]));
       h[j][i] = __fmaf_rn(decay[j][i], h[j][i], __fmul_rn(x.dtu[j], B_AT(j, i)));
     }
+  };
+
+  // Of the state before tile k + 1 of an earlier piece, NV numbers of the lane.
+  auto kept = [&](int k, int v) {
+    return p.kept + (((int64(blockIdx.x) * KEPT + k) * OF_LANE + v) * THREADS + threadIdx.x) * NV;
   };
 
   for (int first = (end - 1) / STRETCH * STRETCH; first >= span.begin && end > 0; first -= STRETCH) {
@@ -158,6 +167,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       for (int k = 0; k < TILES; ++k) {
         load_rows(u[k], u_rows, a, from + k * T, mine_end);
         load_rows(delta[k], delta_rows, a, from + k * T, mine_end);
+      }
+      // The piece was run before the one after it, if that was there.
+      const bool known = WIDE && from == first && first == saved_at && first + STRETCH < end;
+      float states_kept[KEPT][OF_LANE][NV];
+      if (known) {
+#pragma unroll
+        for (int k = 0; k < KEPT; ++k)
+#pragma unroll
+          for (int v = 0; v < OF_LANE; ++v) load_floats(kept(k, v), states_kept[k][v]);
       }
       __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
@@ -187,12 +205,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       auto pass = [&](int k) {  // through a tile, for the state after it
         if (at_hand && (!WIDE || k + 1 < TILES)) {
 #pragma unroll
-          for (int v = 0; v < CL * NL / NV; ++v) {
-            float x[NV];
+          for (int v = 0; v < OF_LANE; ++v) store_some(shared.before[k][v][a.lane], h, v);
+        }
+        if (WIDE && !at_hand && k > 0) {
 #pragma unroll
-            for (int i = 0; i < NV; ++i) x[i] = h[(v * NV + i) % CL][(v * NV + i) / CL];
-            store_floats(shared.before[k][v][a.lane], x);
-          }
+          for (int v = 0; v < OF_LANE; ++v) store_some(kept(k - 1, v), h, v);
         }
 #pragma unroll
         for (int t = 0; t < T; ++t) {
@@ -204,14 +221,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       };
       const int tiles = at_hand ? last : TILES;
       if constexpr (WIDE) {
-        leave_steps(0);
-        __syncthreads();
+        if (known) {
 #pragma unroll
-        for (int k = 0; k < TILES; ++k) {
-          if (k >= tiles) break;
-          pass(k);
-          if (k + 1 < TILES) leave_steps(k + 1);
+          for (int k = 0; k < TILES; ++k) leave_steps(k);
+#pragma unroll
+          for (int v = 0; v < OF_LANE; ++v) {
+            store_some(shared.before[0][v][a.lane], h, v);
+#pragma unroll
+            for (int k = 0; k + 1 < KEPT; ++k) store_floats(shared.before[k + 1][v][a.lane], states_kept[k][v]);
+            set_some(h, v, states_kept[KEPT - 1][v]);
+          }
           __syncthreads();
+        } else {
+          leave_steps(0);
+          __syncthreads();
+#pragma unroll
+          for (int k = 0; k < TILES; ++k) {
+            if (k >= tiles) break;
+            pass(k);
+            if (k + 1 < TILES) leave_steps(k + 1);
+            __syncthreads();
+          }
         }
       } else {
 #pragma unroll
@@ -313,11 +343,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       }
       if (k > 0) {
 #pragma unroll
-        for (int v = 0; v < CL * NL / NV; ++v) {
+        for (int v = 0; v < OF_LANE; ++v) {
           float x[NV];
           load_floats(shared.before[k - 1][v][a.lane], x);
-#pragma unroll
-          for (int i = 0; i < NV; ++i) h[(v * NV + i) % CL][(v * NV + i) / CL] = x[i];
+          set_some(h, v, x);
         }
       }
 #pragma unroll

@@ -3,7 +3,10 @@
 // Steps of a piece: above 32 states half of those between saved states, so that two blocks fit a multiprocessor.
 constexpr int STRETCH = N > 32 ? EVERY / 2 : EVERY;
 constexpr int TILES = STRETCH / T;         // of a piece
+constexpr int RING = ELEMENTS ? STRETCH + T : STRETCH;  // steps that there is room for
 constexpr int NV = 4;                      // numbers moved at once
+constexpr int OF_LANE = CL * NL / NV;      // times that this is done for all of a lane's states: by state, then channel
+constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those before its tiles but the first
 // Above 32 states B and C lie in shared memory as they are, not as floats, and a tile's step sizes are in one stretch
 // with the first pass through the tile before: so hardly anything spills. Up to 32 either is slower.
 constexpr bool WIDE = N > 32;
@@ -20,23 +23,28 @@ constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradient
 
 struct WarpShared {
   alignas(16) float sums[KINDS][T][PART_ROW];
-  alignas(16) float before[TILES > 1 ? TILES - 1 : 1][CL * NL / NV][32][NV];  // by state, then channel
+  alignas(16) float before[KEPT][OF_LANE][32][NV];  // those before its tiles but the last
 };
 struct Shared {
   WarpShared warp[WARPS];
-  alignas(16) float steps[STRETCH][BC][2];  // dt and dt u
+  alignas(16) float steps[RING][BC][2];  // dt and dt u
 #if SOFTPLUS
-  alignas(16) float slope[STRETCH][BC];
+  alignas(16) float slope[RING][BC];
 #endif
   alignas(16) float dout[T][BC];
 
-  // Once no tile is at hand: of dD and dbias.
+  // Of dD and dbias: where there is a ring in memory of their own, else once no tile is at hand.
+#if ELEMENTS
+  alignas(16) float rows[2][ROWS][BC];
+  INLINE float (&of_rows())[2][ROWS][BC] { return rows; }
+#else
   INLINE float (&of_rows())[2][ROWS][BC] { return reinterpret_cast<float(&)[2][ROWS][BC]>(steps); }
+#endif
 #if !STATIC_B
-  alignas(16) Kept<MB, WIDE>::type B[STRETCH][NP];
+  alignas(16) Kept<MB, WIDE>::type B[RING][NP];
 #endif
 #if !STATIC_C
-  alignas(16) Kept<MC, WIDE>::type C[STRETCH][NP];
+  alignas(16) Kept<MC, WIDE>::type C[RING][NP];
 #endif
 #if !STATIC_B || !STATIC_C
   alignas(16) float summands[T][2][SUMMAND_ROW];  // of dB and dC
@@ -47,7 +55,7 @@ extern "C" __constant__ int shared_bytes = sizeof(Shared);
 // A lane's place among those who share out rows: here they are rows of the block's channels.
 INLINE void place_in_block(const Problem& p, Place& a) {
   const int first = a.tile * BC;
-  a.row = threadIdx.x / (BC / V), a.column = threadIdx.x % (BC / V) * V;
+  a.row = threadIdx.x % THREADS / (BC / V), a.column = threadIdx.x % (BC / V) * V;
   a.e = a.group * p.per_group + int64(first) + a.column;
   a.in_row = int64(first) + a.column < p.per_group;
 }
@@ -64,6 +72,18 @@ INLINE void load_states(Pairs& x, const float* from, const Problem& p, const Pla
   } else {
     load_by_state(x, from, p, a);
   }
+}
+
+// The v-th NV numbers of a lane's states.
+INLINE void store_some(float* to, const Pairs& h, int v) {
+  float x[NV];
+#pragma unroll
+  for (int i = 0; i < NV; ++i) x[i] = h[(v * NV + i) % CL][(v * NV + i) / CL];
+  store_floats(to, x);
+}
+INLINE void set_some(Pairs& h, int v, const float (&x)[NV]) {
+#pragma unroll
+  for (int i = 0; i < NV; ++i) h[(v * NV + i) % CL][(v * NV + i) / CL] = x[i];
 }
 
 // A lane's part of the rows from `step` on, short of its own `end`: else zeros.
@@ -179,10 +199,10 @@ struct Step {
 #if !STATIC_B || !STATIC_C
 // A tile's dB and dC over the lanes of the block, to its share: that of the steps from `first` on, short of `end`.
 INLINE void add_over_block(const float (&summands)[T][2][SUMMAND_ROW], float* share_B, float* share_C, int stride,
-                           int first, int end) {
+                           int first, int end, int thread) {
 #pragma unroll
   for (int i = 0; i < (SUMS + THREADS * READ - 1) / (THREADS * READ); ++i) {
-    const int o = (i * THREADS + threadIdx.x) * READ;
+    const int o = (i * THREADS + thread) * READ;
     if (SUMS % (THREADS * READ) && o >= SUMS) break;
     const int n = o % NP, of_C = o / NP % 2, t = o / NP / 2;
     const float* row = &summands[t][of_C][n];

@@ -49,6 +49,31 @@ __device__ __forceinline__ int warp_slot() {
   return x;
 }
 
+// A kernel that lets the next one begin before it has ended, and one that waits for the end of those before it: ahead of
+// what it reads of theirs, and of all that it writes. From Hopper on; elsewhere none is launched so early.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_end_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The calling group of four warps keeps `n` registers a thread, or waits for as many that others gave.
+template <int n> __device__ __forceinline__ void give_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
+#endif
+}
+template <int n> __device__ __forceinline__ void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
+#endif
+}
+
 // from + step * stride bytes. Left to itself, the compiler widens both factors outside of the backward's loops.
 __device__ __forceinline__ void* product_added(const void* from, int step, int stride) {
   long long y;
