@@ -490,7 +490,8 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     kept = 32 * tile.WARPS * tile.CL * tile.NL * (p.every // 2 // tile.T - 1) if states > 32 else 0  # of a block
     parts = (
         0 if from_zero else of_parts * states, of_parts, n_spans * width * states if p.span < p.chunk else 0,
-        n_spans * p.n_tiles * kept, of_units * states, of_units, of_units, *(n * of for n, of in zip(terms, of_matrix, strict=True)),
+        n_spans * p.n_tiles * kept, of_units * states, of_units, of_units,
+        *(n * of for n, of in zip(terms, of_matrix, strict=True)),
     )  # fmt: skip
     p.offsets = [0, *accumulate(-(-n // 4) * 4 for n in parts)]
     return p
