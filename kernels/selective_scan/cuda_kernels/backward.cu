@@ -171,12 +171,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       // The piece was run before the one after it, if that was there.
       const bool known = WIDE && from == first && first == saved_at && first + STRETCH < end;
       float states_kept[KEPT][OF_LANE][NV];
-      if (known) {
-#pragma unroll
-        for (int k = 0; k < KEPT; ++k)
-#pragma unroll
-          for (int v = 0; v < OF_LANE; ++v) load_floats(kept(k, v), states_kept[k][v]);
-      }
       __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
       put_rows<MB>(rows_B, &block.B[0][0]);
@@ -222,6 +216,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       const int tiles = at_hand ? last : TILES;
       if constexpr (WIDE) {
         if (known) {
+#pragma unroll
+          for (int k = 0; k < KEPT; ++k)
+#pragma unroll
+            for (int v = 0; v < OF_LANE; ++v) load_floats(kept(k, v), states_kept[k][v]);
 #pragma unroll
           for (int k = 0; k < TILES; ++k) leave_steps(k);
 #pragma unroll
