@@ -244,5 +244,4 @@ def _make_context_current() -> None:
 def kernel(source: str, name: str, device: int) -> Kernel:
     """The function `name` of a source on a device, which is the current one. Raises Unavailable."""
     major, minor = torch.cuda.get_device_capability(device)
-    special = "a" if major == 9 else ""  # with what only this architecture has
-    return Kernel(_compile_or_recall(source, f"sm_{major}{minor}{special}"), name)
+    return Kernel(_compile_or_recall(source, f"sm_{major}{minor}"), name)

@@ -33,7 +33,7 @@ _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _POINTERS = (
     *("u", "delta", "z", "dy", "B", "C", "A", "D", "bias", "cu_seqlens", "first", "own", "sums", "entering", "share_A"),
-    "kept",
+    *("kept", "walked"),
     *("y", "final_state", "saved", "du", "ddelta", "dz", "dh0", "share_B", "share_C", "share_D", "share_bias"),
     *("dA", "dB", "dC", "dD", "dbias"),
 )
@@ -142,11 +142,9 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
-    backward = kernel in ("backward", "backward_pairs")
-    macros = (*macros, ("BACKWARDS", int(backward or kernel == "chunk_gradients")))
-    macros = (*macros, ("ELEMENTS", int(kernel == "backward_pairs")))
+    macros = (*macros, ("BACKWARDS", int(kernel in ("backward", "chunk_gradients"))))
     parts = [f"#define {name} {value}" for name, value in macros]
-    files = ("device", "numbers", "common", *(("backward_parts",) if backward else ()), kernel)
+    files = ("device", "numbers", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
     parts += [(_FOLDER / f"{name}.cu").read_text() for name in files]
     return "\n".join(parts) + "\n"
 
@@ -160,12 +158,6 @@ def _function(kernel: str, name: str, device: int, macros: tuple[tuple[str, Any]
 def _early(device: int) -> bool:
     """Whether a kernel may begin before the one before it has ended."""
     return not nvrtc.EMULATED and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@cache
-def _shifts_registers(device: int) -> bool:
-    """Whether warps of a block can have more registers than others: Hopper."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache
@@ -311,6 +303,7 @@ class _Plan:
         self.launches: list[_Launch] = []
         self.early = False  # whether each but the first may begin before the one before has ended
         self.at_once = False  # whether the forward runs the chunks of a sequence at once
+        self.n_walked = 0  # words by which those who walk chunks say how far they are
         self.offsets: list[int] = []  # of the parts of the backward's scratch memory, and its size: floats
 
     def pieces(self, steps: int) -> int:
@@ -328,7 +321,7 @@ class _Plan:
     def scan(self, direction: str, blocks: int, *macros: tuple[str, int], pairs: bool = False) -> None:
         """The forward or the backward: for one state a kernel of its own. pairs: the forward in pairs of warps."""
         narrow = self.layout.n_states == 1
-        source = f"narrow_{direction}" if narrow else f"{direction}_pairs" if pairs else direction
+        source = f"narrow_{direction}" if narrow else "forward_pairs" if pairs else direction
         warps = self.every // self.tile.T if narrow else self.tile.WARPS * (1 + pairs)
         self.add(source, f"scan_{direction}", blocks, 32 * warps, *macros)
 
@@ -342,7 +335,7 @@ class _Plan:
         on = self.layout
         types = zip(("U", "DELTA", "Z", "DY", "MB", "MC"), (_TYPES[t] for t in on.types), strict=True)
         # Rows that the backward turns into floats: 4 elements at a time meet each bank of shared memory once.
-        floats = source in ("backward", "backward_pairs", "chunk_gradients") and on.n_states <= 32
+        floats = source in ("backward", "chunk_gradients") and on.n_states <= 32
         matrix_vector = min(on.matrix_vector, 4) if floats else on.matrix_vector
         all_macros = (
             ("N", on.n_states), ("VB", matrix_vector), ("CHUNK", self.chunk), ("UNIT", self.unit),
@@ -399,10 +392,8 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
     warnings.warn(f"selective_scan runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=2)
 
 
-_PAIRS = True
 _PART = 512  # most steps of a chunk that are run from 0 at once, to find the gradients that enter chunks
-_FEW_TERMS = 8  # of dB and dC: up to these one thread adds up all of them
-_SPAN_WARPS = 4  # of a block that walks a chunk to find what enters its units
+_FEW_TERMS = 8  # of a sum of shares: up to these one thread adds up all of them
 _BLOCKS_A_PROCESSOR = 1.25  # up to these of the backward, each walks a unit, not a chunk, which takes one pass more
 _ROWS_A_PROCESSOR = 40  # below these (sequence, channel) rows, chunks are run all at once: it takes each exp twice
 
@@ -456,6 +447,7 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     if states > 1:
         p.part = min(p.chunk, _PART)
     n_parts = p.pieces(p.part)
+    walked = 1  # channels of a warp that walks a chunk
     tile = _backward_tile(states, p.n_chunks * width, layout.vector, p.processors, _room(layout.device), layout.gate)
     if p.several:
         p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS))
@@ -466,23 +458,20 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     if p.unit < min(p.length, p.chunk) and p.n_chunks * p.n_tiles <= _BLOCKS_A_PROCESSOR * p.processors:
         p.span = p.unit
         # A chunk is walked step by step, so by as many warps as can be: half as many states to a lane.
-        p.lay_out(_fitting(tile.NL // 2, 2 * tile.S, 1, 16, tile.V, _SPAN_WARPS))
-        p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32 * _SPAN_WARPS, ("SPANS", 1))
+        p.lay_out(_fitting(tile.NL // 2, 2 * tile.S, 1, 16, tile.V, 1))
+        p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32, ("SPANS", 1))
+        walked, p.n_walked = p.tile.channels, p.pieces(p.span) * p.n_tiles
         p.lay_out(tile)
     n_spans = p.pieces(p.span)
-    pairs = _PAIRS and 8 < states <= 32 and tile.WARPS == 4 and not any(layout.static)
-    pairs = pairs and _shifts_registers(layout.device)
-    p.scan("backward", n_spans * p.n_tiles, pairs=pairs)
+    p.scan("backward", n_spans * p.n_tiles, ("WALKED", walked))
     of_matrix = [width * states if static else layout.n_tokens * layout.groups * states for static in layout.static]
-    # Numbers that a block of sum_shares adds up: 32 of units, of tokens as many at once as lie together.
-    slices = 8 if p.tiles_of_group > _FEW_TERMS else 1
-    of_tokens = 256 // slices * min(states & -states, 4)
-    sizes = [
-        (width * states, 32),
-        *((n, 32 if s else of_tokens) for n, s in zip(of_matrix, layout.static, strict=True)),
-    ]
-    sizes += [(width, 32)] * (has_D + has_bias)
-    p.add("sum_shares", "sum_shares", sum(-(-n // at_once) for n, at_once in sizes), 256, ("SLICES", slices))
+    # Numbers that a block of sum_shares adds up: of tokens a thread does as many as lie together.
+    slices, unit_slices = (8 if terms > _FEW_TERMS else 1 for terms in (p.tiles_of_group, p.n_units))
+    of_tokens, of_unit = 256 // slices * min(states & -states, 4), 256 // unit_slices
+    sizes = [(n, of_unit if s else of_tokens) for n, s in zip(of_matrix, layout.static, strict=True)]
+    sizes += [(width * states, of_unit), *[(width, of_unit)] * (has_D + has_bias)]
+    blocks = sum(-(-n // at_once) for n, at_once in sizes)
+    p.add("sum_shares", "sum_shares", blocks, 256, ("SLICES", slices), ("UNIT_SLICES", unit_slices))
     # Where things lie in the scratch memory, in floats: what chunks and spans do and meet, then the shares.
     terms = [p.n_units if static else p.tiles_of_group for static in layout.static]
     of_units = p.n_units * width
@@ -490,7 +479,7 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     kept = 32 * tile.WARPS * tile.CL * tile.NL * (p.every // 2 // tile.T - 1) if states > 32 else 0  # of a block
     parts = (
         0 if from_zero else of_parts * states, of_parts, n_spans * width * states if p.span < p.chunk else 0,
-        n_spans * p.n_tiles * kept, of_units * states, of_units, of_units,
+        n_spans * p.n_tiles * kept, p.n_walked, of_units * states, of_units, of_units,
         *(n * of for n, of in zip(terms, of_matrix, strict=True)),
     )  # fmt: skip
     p.offsets = [0, *accumulate(-(-n // 4) * 4 for n in parts)]
@@ -525,14 +514,17 @@ def _backward(
     }  # fmt: skip
     scratch = torch.empty(p.offsets[-1], device=u.device)
     base = scratch.data_ptr()
-    own, sums, entering, kept, share_A, share_D, share_bias, share_B, share_C = (base + 4 * at for at in p.offsets[:-1])
-    if layout.packed:  # the pieces of packed sequences leave numbers out
-        scratch[p.offsets[4] : p.offsets[-1 if any(layout.static) else 7]].zero_()
+    own, sums, entering, kept, walked, share_A, share_D, share_bias, share_B, share_C = (
+        base + 4 * at for at in p.offsets[:-1]
+    )
+    if layout.packed or p.n_walked:  # the pieces of packed sequences leave numbers out
+        scratch[p.offsets[4] : p.offsets[5 if not layout.packed else -1 if any(layout.static) else 8]].zero_()
     own = None if from_zero else own
     first = _floats(dfinal)
     pointers = _pointers(
         **tensors, **gradients, saved=saved, first=first, own=own, sums=sums,
-        entering=entering if p.span < p.chunk else own, kept=kept, share_A=share_A, share_B=share_B, share_C=share_C,
+        entering=entering if p.span < p.chunk else own, kept=kept, walked=walked, share_A=share_A,
+        share_B=share_B, share_C=share_C,
         share_D=None if D is None else share_D,
         share_bias=None if delta_bias is None else share_bias,
     )  # fmt: skip

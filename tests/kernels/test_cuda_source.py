@@ -27,7 +27,7 @@ def forget():
 @pytest.fixture
 def on_the_cpu(monkeypatch, emulated):
     """The CUDA path, its kernels emulated: chunks of 64 steps, units and parts of 32 above 4 states, tiles as on a GPU
-    of one multiprocessor, whose warps have all as many registers."""
+    of one multiprocessor."""
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(cuda, "usable", lambda device: True)
@@ -35,7 +35,6 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "_chunk_and_unit", lambda channels, states: (64, 32 if states > 4 else 64))
     monkeypatch.setattr(cuda, "_PART", 32)
-    monkeypatch.setattr(cuda, "_shifts_registers", lambda device: False)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
     forget()
     yield
@@ -72,7 +71,6 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
 def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, assert_close):
     monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 10**9 if at_once else 0)
     monkeypatch.setattr(nvrtc, "processors", lambda device: 132 if at_once else 1)
-    monkeypatch.setattr(cuda, "_shifts_registers", lambda device: at_once)
     monkeypatch.setattr(cuda, "_FEW_TERMS", 0 if at_once else 8)
     states, channels, groups, ends, reverse, static, absent = CASES[name]
     tensors = inputs(ends[-1], channels, states, groups, len(ends) - 1)
@@ -90,13 +88,12 @@ def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, asse
 @pytest.mark.parametrize("states", [1, 4, 16])
 def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monkeypatch, results_of, cast):
     """Few and many rows for a multiprocessor, chunks one after another and at once, units walked by one block and by
-    several, by pairs of warps and not, and tensors at odd addresses."""
+    several, and tensors at odd addresses."""
     tensors = cast(inputs(70, 36, states, 1, 1), torch.float32)
     arguments = {"delta_softplus": True, "return_final_state": True}
     first = results_of(selective_scan, tensors, "cuda", **arguments)
     for processors, rows in ((132, 0), (132, 10**9), (1, 10**9), (0, 0)):  # of 0 processors any rows are many
         monkeypatch.setattr(nvrtc, "processors", lambda device, n=processors: n)
-        monkeypatch.setattr(cuda, "_shifts_registers", lambda device, n=processors: n > 1)
         monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", rows)
         forget()
         again = results_of(selective_scan, tensors, "cuda", **arguments)
@@ -253,12 +250,11 @@ def compiler():
     ("states", "architecture"),
     [
         (16, "sm_90"),
-        (16, "sm_90a"),
         *(pytest.param(n, a, marks=pytest.mark.slow) for n, a in ((1, "sm_90"), (64, "sm_90"), (16, "sm_80"))),
     ],
 )
 def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_path):
-    """As a forward and a backward would have them, for bf16 with a gate; on sm_90a the backward in pairs of warps."""
+    """As a forward and a backward would have them, for bf16 with a gate."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled = []
 
@@ -272,7 +268,6 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     monkeypatch.setattr(cuda, "usable", lambda device: True)
     monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
     monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
-    monkeypatch.setattr(cuda, "_shifts_registers", lambda device: architecture == "sm_90a")
     forget()
     u = torch.zeros(3 * cuda._chunk_and_unit(64, states)[0], 64, dtype=torch.bfloat16, device="meta")
     A, B = torch.zeros(64, states, device="meta"), torch.zeros(len(u), 1, states, dtype=torch.bfloat16, device="meta")
@@ -299,13 +294,11 @@ def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
     macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
     macros |= {"STATIC_B": 0, "STATIC_C": 0, "PART": 512, "ENTERING": 512}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
-    kernels = ("backward", "backward_pairs") if 8 < states <= 32 and kilobytes == 227 else ("backward",)
-    for kernel in kernels:
-        source = cuda._source(kernel, tuple({**macros, **types, **tile._asdict()}.items()))
-        path = tmp_path / f"{kernel}.cpp"
-        path.write_text(emulation(source) + f'\nstatic_assert(sizeof(Shared) <= {limit}, "too much");\n')
-        done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
-        assert done.returncode == 0, (kernel, done.stderr[-500:])
+    source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
+    path = tmp_path / "size.cpp"
+    path.write_text(emulation(source) + f'\nstatic_assert(sizeof(Shared) <= {limit}, "too much");\n')
+    done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_what_nvrtc_says_is_passed_on(compiler):

@@ -24,7 +24,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   Place a(p, blockIdx.x % n_tiles);
   place_in_block(p, a);
   WarpShared& shared = block.warp[a.warp];
-  const int64 number = blockIdx.x / n_tiles;
+  // Of spans of a chunk the last first: that is the order in which what enters them is found.
+  const int64 number = SPAN < CHUNK ? p.n_units - 1 - blockIdx.x / n_tiles : blockIdx.x / n_tiles;
   const Piece span(p, number, pieces_of(p.length, SPAN), SPAN);
   const int length = span.length;
   const int end = span.begin + SPAN < length ? span.begin + SPAN : length;
@@ -36,7 +37,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   zero(grad);
   zero(sum_dA);
   let_next_begin();
-  wait_for_end_before();
+  if (SPAN < CHUNK) {
+    // What enters the span before: then nobody reads what stands in the way of this one's gradients, either.
+    const int64 of_span = number - (span.begin % CHUNK > 0);
+    const int first = (a.tile * BC + threadIdx.x * WALKED), walkers = (p.per_group + WALKED - 1) / WALKED;
+    if (threadIdx.x < BC / WALKED && first < p.per_group && span.begin < (length > 0 ? length : 1))
+      wait_until_done(p.walked + (of_span * (p.n_channels / p.per_group) + a.group) * walkers + first / WALKED);
+    __syncthreads();
+  } else {
+    wait_for_end_before();
+  }
   if (p.entering)
     load_by_state(grad, p.entering + span.number_of(p, end > 0 ? end - 1 : 0, ENTERING) * N * p.n_channels, p, a);
 #if STATIC_B
@@ -127,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #endif
     }
 #if !STATIC_B || !STATIC_C
-    add_over_block(block.summands, share_B, share_C, p.share_stride, late.first, end, threadIdx.x);
+    add_over_block(block.summands, share_B, share_C, p.share_stride, late.first, end);
 #endif
   };
 
@@ -399,4 +409,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   }
 
   if (p.dh0 && span.begin == 0) store_by_channel(p.dh0 + span.s * N * p.n_channels, grad, a);
+  if (SPAN < CHUNK) wait_for_end_before();
 }

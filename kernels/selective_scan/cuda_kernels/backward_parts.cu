@@ -3,7 +3,6 @@
 // Steps of a piece: above 32 states half of those between saved states, so that two blocks fit a multiprocessor.
 constexpr int STRETCH = N > 32 ? EVERY / 2 : EVERY;
 constexpr int TILES = STRETCH / T;         // of a piece
-constexpr int RING = ELEMENTS ? STRETCH + T : STRETCH;  // steps that there is room for
 constexpr int NV = 4;                      // numbers moved at once
 constexpr int OF_LANE = CL * NL / NV;      // times that this is done for all of a lane's states: by state, then channel
 constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those before its tiles but the first
@@ -19,6 +18,8 @@ constexpr int SUMMANDS = WARPS * GROUPS;   // of a sum over them, for dB and dC:
 constexpr int SUMMAND_ROW = SUMMANDS * NP + NP % 32;  // rows of different sums on different banks
 constexpr int SUMS = T * 2 * NP;           // numbers that a tile's dB and dC have
 constexpr int READ = SUMS >= 4 * THREADS ? 4 : SUMS >= 2 * THREADS ? 2 : 1;  // of which a thread adds these up at once
+constexpr int CHAINS = 4;
+static_assert(SUMMANDS >= CHAINS, "as many summands as sums of them");
 constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradients of dt u, of dt, and y
 
 struct WarpShared {
@@ -27,24 +28,19 @@ struct WarpShared {
 };
 struct Shared {
   WarpShared warp[WARPS];
-  alignas(16) float steps[RING][BC][2];  // dt and dt u
+  alignas(16) float steps[STRETCH][BC][2];  // dt and dt u
 #if SOFTPLUS
-  alignas(16) float slope[RING][BC];
+  alignas(16) float slope[STRETCH][BC];
 #endif
   alignas(16) float dout[T][BC];
 
-  // Of dD and dbias: where there is a ring in memory of their own, else once no tile is at hand.
-#if ELEMENTS
-  alignas(16) float rows[2][ROWS][BC];
-  INLINE float (&of_rows())[2][ROWS][BC] { return rows; }
-#else
+  // Once no tile is at hand: of dD and dbias.
   INLINE float (&of_rows())[2][ROWS][BC] { return reinterpret_cast<float(&)[2][ROWS][BC]>(steps); }
-#endif
 #if !STATIC_B
-  alignas(16) Kept<MB, WIDE>::type B[RING][NP];
+  alignas(16) Kept<MB, WIDE>::type B[STRETCH][NP];
 #endif
 #if !STATIC_C
-  alignas(16) Kept<MC, WIDE>::type C[RING][NP];
+  alignas(16) Kept<MC, WIDE>::type C[STRETCH][NP];
 #endif
 #if !STATIC_B || !STATIC_C
   alignas(16) float summands[T][2][SUMMAND_ROW];  // of dB and dC
@@ -55,7 +51,7 @@ extern "C" __constant__ int shared_bytes = sizeof(Shared);
 // A lane's place among those who share out rows: here they are rows of the block's channels.
 INLINE void place_in_block(const Problem& p, Place& a) {
   const int first = a.tile * BC;
-  a.row = threadIdx.x % THREADS / (BC / V), a.column = threadIdx.x % (BC / V) * V;
+  a.row = threadIdx.x / (BC / V), a.column = threadIdx.x % (BC / V) * V;
   a.e = a.group * p.per_group + int64(first) + a.column;
   a.in_row = int64(first) + a.column < p.per_group;
 }
@@ -199,21 +195,22 @@ struct Step {
 #if !STATIC_B || !STATIC_C
 // A tile's dB and dC over the lanes of the block, to its share: that of the steps from `first` on, short of `end`.
 INLINE void add_over_block(const float (&summands)[T][2][SUMMAND_ROW], float* share_B, float* share_C, int stride,
-                           int first, int end, int thread) {
+                           int first, int end) {
 #pragma unroll
   for (int i = 0; i < (SUMS + THREADS * READ - 1) / (THREADS * READ); ++i) {
-    const int o = (i * THREADS + thread) * READ;
+    const int o = (i * THREADS + threadIdx.x) * READ;
     if (SUMS % (THREADS * READ) && o >= SUMS) break;
     const int n = o % NP, of_C = o / NP % 2, t = o / NP / 2;
     const float* row = &summands[t][of_C][n];
-    float sum[READ], x[READ];
-    load_floats(row, sum);
+    float sum[READ], part[CHAINS][READ], x[READ];  // every CHAINS-th summand in a sum of its own: they wait less
 #pragma unroll
-    for (int w = 1; w < SUMMANDS; ++w) {
+    for (int w = 0; w < SUMMANDS; ++w) {
       load_floats(row + w * NP, x);
 #pragma unroll
-      for (int k = 0; k < READ; ++k) sum[k] += x[k];
+      for (int k = 0; k < READ; ++k) part[w % CHAINS][k] = w < CHAINS ? x[k] : part[w % CHAINS][k] + x[k];
     }
+#pragma unroll
+    for (int k = 0; k < READ; ++k) sum[k] = (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
     float* share = step_at((of_C ? share_C : share_B) + n, stride, first + t);
     if constexpr (N % READ == 0) {
       Packed<float, READ> out;

@@ -62,16 +62,16 @@ __device__ __forceinline__ void wait_for_end_before() {
 #endif
 }
 
-// The calling group of four warps keeps `n` registers a thread, or waits for as many that others gave.
-template <int n> __device__ __forceinline__ void give_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
-#endif
+// A word, 0 before, by which a warp tells others that what it wrote before may be read, and what it read overwritten.
+__device__ __forceinline__ void say_done(int* word) {
+  __threadfence();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
 }
-template <int n> __device__ __forceinline__ void take_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
-#endif
+__device__ __forceinline__ void wait_until_done(const int* word) {
+  int done;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(word) : "memory");
+  while (!done);
 }
 
 // from + step * stride bytes. Left to itself, the compiler widens both factors outside of the backward's loops.

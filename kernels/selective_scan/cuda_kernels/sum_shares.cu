@@ -1,10 +1,9 @@
 // The gradients of all that blocks of scan_backward have in common: sums of their shares. Where there are many terms the
 // warps of a block take a slice of them each, one term after another, and then the slices are added up, in order, too.
 //
-// Macro besides common.cu's: SLICES of the terms of dB and dC that follow tokens.
+// Macros besides common.cu's: SLICES of the terms of dB and dC that follow tokens, UNIT_SLICES of those of units.
 
 constexpr int SUM_THREADS = 256, TERMS = 8;  // terms that are loaded at once
-constexpr int MANY = SUM_THREADS / 32;       // slices of a sum over units
 constexpr int WIDTH = N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;  // numbers of dB and dC that a thread adds up side by side
 
 // A block's part of the n sums of shares (n_terms, n), if it is one of theirs: total (n), or, of (rows, n / rows), its
@@ -60,16 +59,16 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_shares(const Probl
   int64 block = blockIdx.x;
   wait_for_end_before();
   const int64 pairs = N * p.n_channels, of_tokens = p.n_tokens * (p.n_channels / p.per_group) * N;
-  if (add_up<1, MANY, true>(p.share_A, p.dA, block, p.n_units, pairs, N, slices)) return;
-  if (add_up<1, MANY, false>(p.share_D, p.dD, block, p.n_units, p.n_channels, 1, slices)) return;
-  if (add_up<1, MANY, false>(p.share_bias, p.dbias, block, p.n_units, p.n_channels, 1, slices)) return;
+  if (add_up<1, UNIT_SLICES, true>(p.share_A, p.dA, block, p.n_units, pairs, N, slices)) return;
+  if (add_up<1, UNIT_SLICES, false>(p.share_D, p.dD, block, p.n_units, p.n_channels, 1, slices)) return;
+  if (add_up<1, UNIT_SLICES, false>(p.share_bias, p.dbias, block, p.n_units, p.n_channels, 1, slices)) return;
 #if STATIC_B
-  if (add_up<1, MANY, true>(p.share_B, p.dB, block, p.n_units, pairs, N, slices)) return;
+  if (add_up<1, UNIT_SLICES, true>(p.share_B, p.dB, block, p.n_units, pairs, N, slices)) return;
 #else
   if (add_up<WIDTH, SLICES, false>(p.share_B, p.dB, block, p.tiles_of_group, of_tokens, 1, slices)) return;
 #endif
 #if STATIC_C
-  add_up<1, MANY, true>(p.share_C, p.dC, block, p.n_units, pairs, N, slices);
+  add_up<1, UNIT_SLICES, true>(p.share_C, p.dC, block, p.n_units, pairs, N, slices);
 #else
   add_up<WIDTH, SLICES, false>(p.share_C, p.dC, block, p.tiles_of_group, of_tokens, 1, slices);
 #endif
