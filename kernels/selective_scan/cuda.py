@@ -392,6 +392,7 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
     warnings.warn(f"selective_scan runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=2)
 
 
+_PART_BLOCKS = 5  # of those that do so, that a multiprocessor is to have room for
 _PART = 512  # most steps of a chunk that are run from 0 at once, to find the gradients that enter chunks
 _FEW_TERMS = 8  # of a sum of shares: up to these one thread adds up all of them
 _BLOCKS_A_PROCESSOR = 1.25  # up to these of the backward, each walks a unit, not a chunk, which takes one pass more
@@ -450,7 +451,7 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     walked = 1  # channels of a warp that walks a chunk
     tile = _backward_tile(states, p.n_chunks * width, layout.vector, p.processors, _room(layout.device), layout.gate)
     if p.several:
-        p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS))
+        p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS)._replace(MIN_BLOCKS=_PART_BLOCKS))
         p.add("chunk_gradients", "chunk_gradients", n_parts * p.n_tiles, 32 * tile.WARPS, ("SPANS", 0))
     p.lay_out(tile)
     if not from_zero:

@@ -64,7 +64,6 @@ __device__ __forceinline__ void wait_for_end_before() {
 
 // A word, 0 before, by which a warp tells others that what it wrote before may be read, and what it read overwritten.
 __device__ __forceinline__ void say_done(int* word) {
-  __threadfence();
   __syncwarp();
   if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
 }
