@@ -33,7 +33,7 @@ _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _POINTERS = (
     *("u", "delta", "z", "dy", "B", "C", "A", "D", "bias", "cu_seqlens", "first", "own", "sums", "entering", "share_A"),
-    *("kept", "walked"),
+    "kept",
     *("y", "final_state", "saved", "du", "ddelta", "dz", "dh0", "share_B", "share_C", "share_D", "share_bias"),
     *("dA", "dB", "dC", "dD", "dbias"),
 )
@@ -155,12 +155,6 @@ def _function(kernel: str, name: str, device: int, macros: tuple[tuple[str, Any]
 
 
 @cache
-def _early(device: int) -> bool:
-    """Whether a kernel may begin before the one before it has ended."""
-    return not nvrtc.EMULATED and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@cache
 def _room(device: int) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
@@ -276,14 +270,13 @@ def _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, rev
 
 
 class _Launch(NamedTuple):
-    function: Callable[..., None]
+    function: Callable[[int, int, bytes], None]
     blocks: int
     threads: int
     numbers: bytes
-    early: bool  # before the launch before has ended, for which the kernel waits
 
     def __call__(self, pointers: bytes) -> None:
-        self.function(self.blocks, self.threads, pointers + self.numbers, early=self.early)
+        self.function(self.blocks, self.threads, pointers + self.numbers)
 
 
 class _Plan:
@@ -301,9 +294,7 @@ class _Plan:
         self.every = checkpoint_every(layout.n_states)
         self.states = self.n_chunks * layout.n_states * layout.n_channels  # of all chunks
         self.launches: list[_Launch] = []
-        self.early = False  # whether each but the first may begin before the one before has ended
         self.at_once = False  # whether the forward runs the chunks of a sequence at once
-        self.n_walked = 0  # words by which those who walk chunks say how far they are
         self.offsets: list[int] = []  # of the parts of the backward's scratch memory, and its size: floats
 
     def pieces(self, steps: int) -> int:
@@ -351,8 +342,7 @@ class _Plan:
             self.tiles_of_group, self.n_units, int(on.reverse), int(backwards),
             *(-x if on.reverse else x for x in strides),
         )  # fmt: skip
-        early = self.early and bool(self.launches)
-        self.launches.append(_Launch(_function(source, name, on.device, all_macros), blocks, threads, numbers, early))
+        self.launches.append(_Launch(_function(source, name, on.device, all_macros), blocks, threads, numbers))
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save, y=None):
@@ -392,7 +382,6 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
     warnings.warn(f"selective_scan runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=2)
 
 
-_PART_BLOCKS = 5  # of those that do so, that a multiprocessor is to have room for
 _PART = 512  # most steps of a chunk that are run from 0 at once, to find the gradients that enter chunks
 _FEW_TERMS = 8  # of a sum of shares: up to these one thread adds up all of them
 _BLOCKS_A_PROCESSOR = 1.25  # up to these of the backward, each walks a unit, not a chunk, which takes one pass more
@@ -443,15 +432,13 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, bat
 def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool) -> _Plan:
     """from_zero: no gradient enters a chunk."""
     p = _Plan(layout)
-    p.early = _early(layout.device)
     states, width = layout.n_states, layout.n_channels
     if states > 1:
         p.part = min(p.chunk, _PART)
     n_parts = p.pieces(p.part)
-    walked = 1  # channels of a warp that walks a chunk
     tile = _backward_tile(states, p.n_chunks * width, layout.vector, p.processors, _room(layout.device), layout.gate)
     if p.several:
-        p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS)._replace(MIN_BLOCKS=_PART_BLOCKS))
+        p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS))
         p.add("chunk_gradients", "chunk_gradients", n_parts * p.n_tiles, 32 * tile.WARPS, ("SPANS", 0))
     p.lay_out(tile)
     if not from_zero:
@@ -461,10 +448,9 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
         # A chunk is walked step by step, so by as many warps as can be: half as many states to a lane.
         p.lay_out(_fitting(tile.NL // 2, 2 * tile.S, 1, 16, tile.V, 1))
         p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32, ("SPANS", 1))
-        walked, p.n_walked = p.tile.channels, p.pieces(p.span) * p.n_tiles
         p.lay_out(tile)
     n_spans = p.pieces(p.span)
-    p.scan("backward", n_spans * p.n_tiles, ("WALKED", walked))
+    p.scan("backward", n_spans * p.n_tiles)
     of_matrix = [width * states if static else layout.n_tokens * layout.groups * states for static in layout.static]
     # Numbers that a block of sum_shares adds up: of tokens a thread does as many as lie together.
     slices, unit_slices = (8 if terms > _FEW_TERMS else 1 for terms in (p.tiles_of_group, p.n_units))
@@ -480,7 +466,7 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     kept = 32 * tile.WARPS * tile.CL * tile.NL * (p.every // 2 // tile.T - 1) if states > 32 else 0  # of a block
     parts = (
         0 if from_zero else of_parts * states, of_parts, n_spans * width * states if p.span < p.chunk else 0,
-        n_spans * p.n_tiles * kept, p.n_walked, of_units * states, of_units, of_units,
+        n_spans * p.n_tiles * kept, of_units * states, of_units, of_units,
         *(n * of for n, of in zip(terms, of_matrix, strict=True)),
     )  # fmt: skip
     p.offsets = [0, *accumulate(-(-n // 4) * 4 for n in parts)]
@@ -515,16 +501,14 @@ def _backward(
     }  # fmt: skip
     scratch = torch.empty(p.offsets[-1], device=u.device)
     base = scratch.data_ptr()
-    own, sums, entering, kept, walked, share_A, share_D, share_bias, share_B, share_C = (
-        base + 4 * at for at in p.offsets[:-1]
-    )
-    if layout.packed or p.n_walked:  # the pieces of packed sequences leave numbers out
-        scratch[p.offsets[4] : p.offsets[5 if not layout.packed else -1 if any(layout.static) else 8]].zero_()
+    own, sums, entering, kept, share_A, share_D, share_bias, share_B, share_C = (base + 4 * at for at in p.offsets[:-1])
+    if layout.packed:  # the pieces of packed sequences leave numbers out
+        scratch[p.offsets[4] : p.offsets[-1 if any(layout.static) else 7]].zero_()
     own = None if from_zero else own
     first = _floats(dfinal)
     pointers = _pointers(
         **tensors, **gradients, saved=saved, first=first, own=own, sums=sums,
-        entering=entering if p.span < p.chunk else own, kept=kept, walked=walked, share_A=share_A,
+        entering=entering if p.span < p.chunk else own, kept=kept, share_A=share_A,
         share_B=share_B, share_C=share_C,
         share_D=None if D is None else share_D,
         share_bias=None if delta_bias is None else share_bias,

@@ -71,13 +71,7 @@ template <typename X> inline void store_if(bool wanted, void* to, X x) {
   if (wanted) *static_cast<X*>(to) = x;
 }
 
-// A kernel is run after another, so none waits.
-inline void wait_for_end_before() {}
-inline void let_next_begin() {}
-inline void say_done(int* word) { give_way(); *word = 1; }
-inline void wait_until_done(const int* word) { if (*word != 1) __builtin_trap(); }
-
-// Of kernels/mamba_step.
+// Of kernels/mamba_step: a kernel is run after another, so none waits.
 #define GRID_CONSTANT
 inline float fresh(const float* from) { return *from; }
 inline float4 fresh4(const float* from) { return *reinterpret_cast<const float4*>(from); }
@@ -89,6 +83,8 @@ inline void all_brought() {}
 inline void end_of_group() {}
 template <int n> inline void all_groups_brought_but() {}
 inline void wait_for_kernel_before() {}
+inline void wait_for_end_before() {}
+inline void let_next_begin() {}
 // A cluster's blocks run side by side, so that any barrier is one of all of them.
 #define CLUSTERED(n)
 static std::vector<float4> rooms;

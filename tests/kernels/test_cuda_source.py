@@ -261,7 +261,7 @@ def test_every_source_compiles(states, architecture, compiler, monkeypatch, tmp_
     def compile_only(source, name, device):
         compiled.append(name)
         assert nvrtc.compile_source(source, architecture)[:4] == b"\x7fELF"
-        return lambda *arguments, early: None
+        return lambda *arguments: None
 
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", compile_only)
@@ -292,7 +292,7 @@ def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
     limit = kilobytes * 1024 if kilobytes < 227 else (228 // 2 - 1) * 1024
     tile = cuda._backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
     macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
-    macros |= {"STATIC_B": 0, "STATIC_C": 0, "PART": 512, "ENTERING": 512, "WALKED": 4}
+    macros |= {"STATIC_B": 0, "STATIC_C": 0, "PART": 512, "ENTERING": 512}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
     source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
     path = tmp_path / "size.cpp"

@@ -28,6 +28,8 @@ __device__ __forceinline__ uint4 once16(const void* from) {
 // A kernel waits for the end of the one before, and so for that of all before it, as each of these waits, too. It may
 // let the next one begin before or after its wait. What is read before the wait has to be written by a kernel that
 // stands before one that lets the next begin after its own wait, as `begin` and `enter` do: what this has seen the end of.
+__device__ __forceinline__ void wait_for_end_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_kernel_before() {
   wait_for_end_before();
   let_next_begin();

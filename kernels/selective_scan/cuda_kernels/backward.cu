@@ -24,8 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   Place a(p, blockIdx.x % n_tiles);
   place_in_block(p, a);
   WarpShared& shared = block.warp[a.warp];
-  // Of spans of a chunk the last first: that is the order in which what enters them is found.
-  const int64 number = SPAN < CHUNK ? p.n_units - 1 - blockIdx.x / n_tiles : blockIdx.x / n_tiles;
+  const int64 number = blockIdx.x / n_tiles;
   const Piece span(p, number, pieces_of(p.length, SPAN), SPAN);
   const int length = span.length;
   const int end = span.begin + SPAN < length ? span.begin + SPAN : length;
@@ -36,17 +35,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
   zero(sum_dA);
-  let_next_begin();
-  if (SPAN < CHUNK) {
-    // What enters the span before: then nobody reads what stands in the way of this one's gradients, either.
-    const int64 of_span = number - (span.begin % CHUNK > 0);
-    const int first = (a.tile * BC + threadIdx.x * WALKED), walkers = (p.per_group + WALKED - 1) / WALKED;
-    if (threadIdx.x < BC / WALKED && first < p.per_group && span.begin < (length > 0 ? length : 1))
-      wait_until_done(p.walked + (of_span * (p.n_channels / p.per_group) + a.group) * walkers + first / WALKED);
-    __syncthreads();
-  } else {
-    wait_for_end_before();
-  }
   if (p.entering)
     load_by_state(grad, p.entering + span.number_of(p, end > 0 ? end - 1 : 0, ENTERING) * N * p.n_channels, p, a);
 #if STATIC_B
@@ -178,9 +166,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         load_rows(u[k], u_rows, a, from + k * T, mine_end);
         load_rows(delta[k], delta_rows, a, from + k * T, mine_end);
       }
-      // The piece was run before the one after it, if that was there.
-      const bool known = WIDE && from == first && first == saved_at && first + STRETCH < end;
-      float states_kept[KEPT][OF_LANE][NV];
+      // Whether the piece was run before the one after it: if that was there.
+      const bool known = STRETCH < EVERY && from == first && first == saved_at && first + STRETCH < end;
       __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
       put_rows<MB>(rows_B, &block.B[0][0]);
@@ -207,11 +194,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
       };
       auto pass = [&](int k) {  // through a tile, for the state after it
-        if (at_hand && (!WIDE || k + 1 < TILES)) {
+        if (at_hand) {
 #pragma unroll
           for (int v = 0; v < OF_LANE; ++v) store_some(shared.before[k][v][a.lane], h, v);
         }
-        if (WIDE && !at_hand && k > 0) {
+        if (!at_hand && k > 0) {
 #pragma unroll
           for (int v = 0; v < OF_LANE; ++v) store_some(kept(k - 1, v), h, v);
         }
@@ -224,38 +211,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
       };
       const int tiles = at_hand ? last : TILES;
-      if constexpr (WIDE) {
-        if (known) {
+      if (known) {  // a branch of its own: the states take the registers that the way below needs otherwise
+        float states[KEPT][OF_LANE][NV];
 #pragma unroll
-          for (int k = 0; k < KEPT; ++k)
+        for (int k = 0; k < KEPT; ++k)
 #pragma unroll
-            for (int v = 0; v < OF_LANE; ++v) load_floats(kept(k, v), states_kept[k][v]);
+          for (int v = 0; v < OF_LANE; ++v) load_floats(kept(k, v), states[k][v]);
 #pragma unroll
-          for (int k = 0; k < TILES; ++k) leave_steps(k);
+        for (int k = 0; k < TILES; ++k) leave_steps(k);
 #pragma unroll
-          for (int v = 0; v < OF_LANE; ++v) {
-            store_some(shared.before[0][v][a.lane], h, v);
+        for (int v = 0; v < OF_LANE; ++v) {
+          store_some(shared.before[0][v][a.lane], h, v);
 #pragma unroll
-            for (int k = 0; k + 1 < KEPT; ++k) store_floats(shared.before[k + 1][v][a.lane], states_kept[k][v]);
-            set_some(h, v, states_kept[KEPT - 1][v]);
-          }
-          __syncthreads();
-        } else {
-          leave_steps(0);
-          __syncthreads();
-#pragma unroll
-          for (int k = 0; k < TILES; ++k) {
-            if (k >= tiles) break;
-            pass(k);
-            if (k + 1 < TILES) leave_steps(k + 1);
-            __syncthreads();
-          }
+          for (int k = 0; k + 1 < KEPT; ++k) store_floats(shared.before[k + 1][v][a.lane], states[k][v]);
+          set_some(h, v, states[KEPT - 1][v]);
         }
+        __syncthreads();
       } else {
 #pragma unroll
         for (int k = 0; k < TILES; ++k) leave_steps(k);
         __syncthreads();
-        for (int k = 0; k < tiles; ++k) pass(k);
+        for (int k = 0; k < (at_hand ? last : TILES); ++k) pass(k);
       }
       if (STRETCH == EVERY) break;  // so that the compiler knows: it makes fewer instructions of all the rest
     }
@@ -409,5 +385,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   }
 
   if (p.dh0 && span.begin == 0) store_by_channel(p.dh0 + span.s * N * p.n_channels, grad, a);
-  if (SPAN < CHUNK) wait_for_end_before();
 }

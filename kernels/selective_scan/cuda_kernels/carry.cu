@@ -11,8 +11,6 @@ extern "C" __global__ void __launch_bounds__(128) carry(const Problem p) {
   const int64 at = int64(blockIdx.x) * 128 + threadIdx.x;
   const int64 s = at / pairs, pair = at % pairs, n = pair / p.n_channels, d = pair % p.n_channels;
   if (s >= p.n_seqs) return;
-  let_next_begin();
-  wait_for_end_before();
   int64 length = p.length, slot;
   if (p.cu_seqlens) {
     length = p.cu_seqlens[s + 1] - p.cu_seqlens[s];

@@ -2,8 +2,7 @@
 // and the part's sum of dt, sums (part, D). Not of a sequence's first chunk, before which nothing comes.
 //
 // Or (SPANS) the gradient that enters each of its spans, from the one that enters the chunk: one step after another by
-// the arithmetic of scan_backward, so that it does not matter to a bit who comes by it. A block is one warp, which tells
-// scan_backward of each span as it comes by, so that this begins meanwhile.
+// the arithmetic of scan_backward, so that it does not matter to a bit who comes by it.
 
 constexpr int RUN = SPANS ? CHUNK : PART;
 
@@ -11,7 +10,7 @@ struct WarpShared {
 #if !STATIC_C
   alignas(16) float C[T][NP];
 #endif
-  alignas(16) float steps[T][WC][2];  // dt and dout
+  alignas(16) float dt[T][WC], dout[T][WC];
 };
 struct Shared { WarpShared warp[WARPS]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
@@ -43,17 +42,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
-  let_next_begin();
-  wait_for_end_before();
 #if SPANS
   const int last = end > 0 ? end - 1 : 0;
   if (p.own) load_by_state(grad, p.own + chunk.number_of(p, last, PART) * N * p.n_channels, p, a);
-  auto tell = [&](int step) {  // what enters the span of this step
-    const int64 of_span = chunk.number_of(p, step, SPAN);
-    store_by_state(p.entering + of_span * N * p.n_channels, grad, p, a);
-    say_done(p.walked + of_span * n_tiles + blockIdx.x % n_tiles);
-  };
-  tell(last);
+  store_by_state(p.entering + chunk.number_of(p, last, SPAN) * N * p.n_channels, grad, p, a);
 #endif
 #if STATIC_C
   Pairs c_static;
@@ -93,43 +85,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       const int t = i * ROWS + a.row;
-      float steps[2 * V];
+      float dt[V], dout[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float size = step_size(next.delta[i].get(v) + bias[v]);
-        steps[2 * v] = step + t < end ? size : 0.0f;
-        float& dout = steps[2 * v + 1] = next.dy[i].get(v);
+        dt[v] = step + t < end ? size : 0.0f;
+        dout[v] = next.dy[i].get(v);
 #if GATE
         const float gate = next.z[i].get(v);
-        dout *= gate * sigmoid(gate);
+        dout[v] *= gate * sigmoid(gate);
 #endif
       }
-      store_floats(&shared.steps[t][a.column][0], steps);
+      store_floats(&shared.dt[t][a.column], dt);
+      store_floats(&shared.dout[t][a.column], dout);
     }
     __syncwarp();
     load(step - T, step - T < begin ? 0 : end);
 #pragma unroll
     for (int t = T - 1; t >= 0; --t) {
-      float steps[2 * CL];  // dt and dout
-      load_floats(&shared.steps[t][a.lane / S * CL][0], steps);
+      float dt[CL], dout[CL];
+      load_floats(&shared.dt[t][a.lane / S * CL], dt);
+      load_floats(&shared.dout[t][a.lane / S * CL], dout);
 #if !STATIC_C
       float c[NL];
       load_floats(&shared.C[t][a.n], c);
 #endif
 #pragma unroll
-      for (int j = 0; j < CL; ++j) total[j] += steps[2 * j];
+      for (int j = 0; j < CL; ++j) total[j] += dt[j];
       EACH_PAIR {
 #if STATIC_C
-        grad[j][i] = __fmaf_rn(steps[2 * j + 1], c_static[j][i], grad[j][i]);
+        grad[j][i] = __fmaf_rn(dout[j], c_static[j][i], grad[j][i]);
 #else
-        grad[j][i] = __fmaf_rn(steps[2 * j + 1], c[i], grad[j][i]);
+        grad[j][i] = __fmaf_rn(dout[j], c[i], grad[j][i]);
 #endif
-        grad[j][i] = __fmul_rn(grad[j][i], exp2_fast(__fmul_rn(steps[2 * j], A2[j][i])));
+        grad[j][i] = __fmul_rn(grad[j][i], exp2_fast(__fmul_rn(dt[j], A2[j][i])));
       }
     }
     __syncwarp();
 #if SPANS
-    if (step % SPAN == 0) tell(step - 1);
+    if (step % SPAN == 0)
+      store_by_state(p.entering + chunk.number_of(p, step - 1, SPAN) * N * p.n_channels, grad, p, a);
 #endif
   }
 #if !SPANS

@@ -36,7 +36,6 @@ struct Problem {
   float *own, *sums;                      // (part, N, D), (part, D)
   float *entering, *share_A;              // (piece, N, D): the gradient that enters it, from the right; (unit, N, D)
   float* kept;                            // of scan_backward: states of each block
-  int* walked;                            // (span, walker of a chunk): whether what enters the span is there
   U* y; float *final_state, *saved;       // saved (slot, N, D): the state before every EVERY-th step
   U* du; DELTA* ddelta; Z* dz; float* dh0;
   float *share_B, *share_C, *share_D, *share_bias;

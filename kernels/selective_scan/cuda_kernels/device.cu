@@ -49,30 +49,6 @@ __device__ __forceinline__ int warp_slot() {
   return x;
 }
 
-// A kernel that lets the next one begin before it has ended, and one that waits for the end of those before it: ahead of
-// what it reads of theirs, and of all that it writes. From Hopper on; elsewhere none is launched so early.
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_end_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// A word, 0 before, by which a warp tells others that what it wrote before may be read, and what it read overwritten.
-__device__ __forceinline__ void say_done(int* word) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(word) : "memory");
-}
-__device__ __forceinline__ void wait_until_done(const int* word) {
-  int done;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(word) : "memory");
-  while (!done);
-}
-
 // from + step * stride bytes. Left to itself, the compiler widens both factors outside of the backward's loops.
 __device__ __forceinline__ void* product_added(const void* from, int step, int stride) {
   long long y;
@@ -80,23 +56,32 @@ __device__ __forceinline__ void* product_added(const void* from, int step, int s
   return (void*)y;
 }
 
+// The backward's rows go by once: they leave the caches to what is read again.
+#if BACKWARDS
+#define LOAD "ld.global.L1::no_allocate."
+#define STORE_TWO "st.global.cs.u32"
+#else
+#define LOAD "ld.global."
+#define STORE_TWO "st.global.u32"
+#endif
+
 // What is at `from` where it is wanted, else zeros; without a branch, as below.
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned short* from) {
   unsigned short y;
-  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u16 %0, 0; @p ld.global.u16 %0, [%2];}" : "=h"(y) : "r"(int(wanted)), "l"(from));
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u16 %0, 0; @p " LOAD "u16 %0, [%2];}" : "=h"(y) : "r"(int(wanted)), "l"(from));
   x[0] = y;
 }
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned* from) {
-  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%2];}"
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u32 %0, 0; @p " LOAD "u32 %0, [%2];}"
       : "=r"(x[0]) : "r"(int(wanted)), "l"(from));
 }
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[2], const uint2* from) {
-  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p ld.global.v2.u32 {%0, %1}, [%3];}"
+  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p " LOAD "v2.u32 {%0, %1}, [%3];}"
       : "=r"(x[0]), "=r"(x[1]) : "r"(int(wanted)), "l"(from));
 }
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[4], const uint4* from) {
   asm("{.reg .pred p; setp.ne.s32 p, %4, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
-      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%5];}"
+      "@p " LOAD "v4.u32 {%0, %1, %2, %3}, [%5];}"
       : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(int(wanted)), "l"(from));
 }
 
@@ -107,7 +92,7 @@ __device__ __forceinline__ void store_if(bool wanted, void* to, unsigned short x
                : "memory");
 }
 __device__ __forceinline__ void store_if(bool wanted, void* to, unsigned x) {
-  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u32 [%1], %2;}" ::"r"(int(wanted)), "l"(to), "r"(x)
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p " STORE_TWO " [%1], %2;}" ::"r"(int(wanted)), "l"(to), "r"(x)
                : "memory");
 }
 __device__ __forceinline__ void store_if(bool wanted, void* to, uint2 x) {

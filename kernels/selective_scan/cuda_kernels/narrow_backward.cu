@@ -39,8 +39,6 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_backwa
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
-  let_next_begin();
-  wait_for_end_before();
   if (p.entering) load_by_state(grad, p.entering + of_chunk, p, a);
 #if STATIC_B
   Pairs b_static;

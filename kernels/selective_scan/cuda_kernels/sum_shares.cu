@@ -57,7 +57,6 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_shares(const Probl
   extern __shared__ float4 room[];
   float* slices = reinterpret_cast<float*>(room);
   int64 block = blockIdx.x;
-  wait_for_end_before();
   const int64 pairs = N * p.n_channels, of_tokens = p.n_tokens * (p.n_channels / p.per_group) * N;
   if (add_up<1, UNIT_SLICES, true>(p.share_A, p.dA, block, p.n_units, pairs, N, slices)) return;
   if (add_up<1, UNIT_SLICES, false>(p.share_D, p.dD, block, p.n_units, p.n_channels, 1, slices)) return;
