@@ -508,8 +508,7 @@ def _backward(
     first = _floats(dfinal)
     pointers = _pointers(
         **tensors, **gradients, saved=saved, first=first, own=own, sums=sums,
-        entering=entering if p.span < p.chunk else own, kept=kept, share_A=share_A,
-        share_B=share_B, share_C=share_C,
+        entering=entering if p.span < p.chunk else own, kept=kept, share_A=share_A, share_B=share_B, share_C=share_C,
         share_D=None if D is None else share_D,
         share_bias=None if delta_bias is None else share_bias,
     )  # fmt: skip

@@ -197,8 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         if (at_hand) {
 #pragma unroll
           for (int v = 0; v < OF_LANE; ++v) store_some(shared.before[k][v][a.lane], h, v);
-        }
-        if (!at_hand && k > 0) {
+        } else if (k > 0) {
 #pragma unroll
           for (int v = 0; v < OF_LANE; ++v) store_some(kept(k - 1, v), h, v);
         }
@@ -211,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
       };
       const int tiles = at_hand ? last : TILES;
-      if (known) {  // a branch of its own: the states take the registers that the way below needs otherwise
+      if (known) {
         float states[KEPT][OF_LANE][NV];
 #pragma unroll
         for (int k = 0; k < KEPT; ++k)
@@ -231,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #pragma unroll
         for (int k = 0; k < TILES; ++k) leave_steps(k);
         __syncthreads();
-        for (int k = 0; k < (at_hand ? last : TILES); ++k) pass(k);
+        for (int k = 0; k < tiles; ++k) pass(k);
       }
       if (STRETCH == EVERY) break;  // so that the compiler knows: it makes fewer instructions of all the rest
     }

@@ -17,7 +17,7 @@ constexpr int SUMMANDS = WARPS * GROUPS;   // of a sum over them, for dB and dC:
 constexpr int SUMMAND_ROW = SUMMANDS * NP + NP % 32;  // rows of different sums on different banks
 constexpr int SUMS = T * 2 * NP;           // numbers that a tile's dB and dC have
 constexpr int READ = SUMS >= 4 * THREADS ? 4 : SUMS >= 2 * THREADS ? 2 : 1;  // of which a thread adds these up at once
-constexpr int CHAINS = 4;
+constexpr int CHAINS = 4;                  // in which it does so, side by side
 static_assert(SUMMANDS >= CHAINS, "as many summands as sums of them");
 constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradients of dt u, of dt, and y
 

@@ -9,10 +9,10 @@
 // order. So the number of sequences may choose CL (how many channels share a warp's work) and changes no bit.
 //
 // Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, EVERY (steps between saved
-// states), CHUNK, PART (of a chunk that is run from 0 to find what enters chunks), UNIT and SPAN (steps of the backward:
-// those of a share of dA, dD and dbias, and those that a block walks), ENTERING (steps of the pieces whose gradients that
-// enter from the right it is told), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, BACKWARDS (whether it is one of the backward's
-// kernels), and the types U, DELTA, Z, DY, MB, MC of the tensors.
+// states), CHUNK, PART (steps of a chunk that are run from 0 to find what enters chunks), UNIT and SPAN (steps of the
+// backward: those of a share of dA, dD and dbias, and those that a block walks), ENTERING (steps of the pieces of which it
+// is told what gradient enters them), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, BACKWARDS (whether it is
+// one of the backward's kernels), and the types U, DELTA, Z, DY, MB, MC of the tensors.
 //
 // Letters: N states, D channels, G groups; T tokens of all sequences laid end to end where a shape names them.
 
