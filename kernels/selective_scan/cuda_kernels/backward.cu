@@ -4,11 +4,11 @@
 // A block walks a span of steps: a chunk, or a unit where blocks are few. What enters it is the same to the bit either way
 // (chunk_gradients.cu), and so are the shares, which are of units.
 //
-// A warp takes its channels of a span in pieces of STRETCH steps, from the last to the first, each from the last state that
-// the forward saved. It runs the piece once to find the state before each tile of T steps; then it takes the tiles from the
-// last to the first: it runs one again, its states and decays now kept in registers, and goes back through it. The saved
-// state may be that before an earlier piece: that is run first, then, and the states before its tiles are kept in memory,
-// each lane's where it alone finds them, for when its turn comes.
+// A warp takes its channels of a span in pieces of STRETCH steps, from the last to the first, each from the last state
+// that the forward saved. It runs the piece once to find the state before each tile of T steps; then it takes the tiles
+// from the last to the first: it runs one again, its states and decays now kept in registers, and goes back through it.
+// The saved state may be that before an earlier piece: that is run first, then, and the states before its tiles are kept
+// in memory, each lane's where it alone reads them, until its turn comes.
 //
 // What is done once for each element (softplus, gates, the gradients themselves) all lanes of the block share out, so
 // that a row is one piece of memory. The end of a tile stands in one stretch with the second pass through the next one:

@@ -6,7 +6,8 @@ constexpr int TILES = STRETCH / T;         // of a piece
 constexpr int NV = 4;                      // numbers moved at once
 constexpr int OF_LANE = CL * NL / NV;      // times that this is done for all of a lane's states: by state, then channel
 constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those before its tiles but the first
-// Above 32 states B and C lie in shared memory as they are, not as floats: so hardly anything spills. Up to 32 it is slower.
+// Above 32 states B and C lie in shared memory as they are, not as floats: so hardly anything spills. Up to 32 it is
+// slower.
 constexpr bool WIDE = N > 32;
 template <typename X, bool AS_IT_IS> struct Kept { typedef X type; };
 template <typename X> struct Kept<X, false> { typedef float type; };

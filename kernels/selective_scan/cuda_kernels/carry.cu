@@ -1,6 +1,6 @@
-// States, or their gradients, carried over a sequence's parts (a chunk each, or pieces of one) in the order of the scan, or
-// backwards: own[part] becomes what enters the part. own: what a part arrives at from 0; sums: of dt over it. Backwards only
-// as far as what enters the first chunk.
+// States, or their gradients, carried over a sequence's parts (a chunk each, or pieces of one) in the order of the scan,
+// or backwards: own[part] becomes what enters the part. own: what a part arrives at from 0; sums: of dt over it. Backwards
+// only as far as to what enters the first chunk.
 
 constexpr int AHEAD = 16;  // parts whose numbers are loaded at once
 

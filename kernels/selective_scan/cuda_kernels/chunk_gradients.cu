@@ -1,5 +1,5 @@
-// What a part of a chunk by itself does to the gradient of the state: dL/dh before it if it is 0 after it, own (part, N, D),
-// and the part's sum of dt, sums (part, D). Not of a sequence's first chunk, before which nothing comes.
+// What a part of a chunk by itself does to the gradient of the state: dL/dh before it if it is 0 after it, own (part, N,
+// D), and the part's sum of dt, sums (part, D). Not of a sequence's first chunk, before which nothing comes.
 //
 // Or (SPANS) the gradient that enters each of its spans, from the one that enters the chunk: one step after another by
 // the arithmetic of scan_backward, so that it does not matter to a bit who comes by it.
