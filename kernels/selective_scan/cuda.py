@@ -142,7 +142,7 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
-    macros = (*macros, ("BACKWARDS", int(kernel in ("backward", "chunk_gradients"))))
+    macros = (*macros, ("BACKWARDS", int(kernel in ("backward", "chunk_gradients", "sum_shares"))))
     parts = [f"#define {name} {value}" for name, value in macros]
     files = ("device", "numbers", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
     parts += [(_FOLDER / f"{name}.cu").read_text() for name in files]
