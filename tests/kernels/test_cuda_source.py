@@ -27,7 +27,7 @@ def forget():
 
 @pytest.fixture
 def on_the_cpu(monkeypatch, emulated):
-    """The CUDA path, its kernels emulated: chunks of 64 steps, units of 32 above 4 states, tiles as on a GPU
+    """The CUDA path, its kernels emulated: chunks of 64 steps, units and parts of 32 above 4 states, tiles as on a GPU
     of one multiprocessor."""
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
@@ -35,6 +35,7 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "_chunk_and_unit", lambda channels, states: (64, 32 if states > 4 else 64))
+    monkeypatch.setattr(cuda, "_PART", 32)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
     forget()
     yield
@@ -60,6 +61,7 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
     "several of all": (5, 12, 2, [0, 0, 31, 70, 140], True, "", ""),
     "4 states, static B and C": (4, 7, 1, [0, 40, 75], False, "BC", "z delta_bias"),
     "64 states, static C": (64, 10, 1, [0, 35], True, "C", "D initial_state"),
+    "several of 40 states": (40, 6, 1, [0, 33, 34, 130], False, "", ""),
     "one state": (1, 20, 1, [0, 66], False, "", "z"),
     "32 states, static B": (32, 6, 1, [0, 33, 34], False, "B", ""),
 }
@@ -71,6 +73,7 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
 def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, assert_close):
     monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 10**9 if at_once else 0)
     monkeypatch.setattr(nvrtc, "processors", lambda device: 132 if at_once else 1)
+    monkeypatch.setattr(cuda, "_FEW_TERMS", 0 if at_once else 8)
     states, channels, groups, ends, reverse, static, absent = CASES[name]
     tensors = inputs(ends[-1], channels, states, groups, len(ends) - 1)
     tensors |= {m: tensors["A"] * (1.5 if m == "B" else -1.0) for m in static}
@@ -291,7 +294,7 @@ def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
     limit = kilobytes * 1024 if kilobytes < 227 else (228 // 2 - 1) * 1024
     tile = cuda._backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
     macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
-    macros |= {"STATIC_B": 0, "STATIC_C": 0}
+    macros |= {"STATIC_B": 0, "STATIC_C": 0, "PART": 512, "ENTERING": 512}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
     source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
     path = tmp_path / "size.cpp"
