@@ -12,6 +12,7 @@ Letters: B batch, M patches, T class tokens, L = M + T length of the sequence, D
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from ..core.mamba import BiMamba
 from ..core.mamba_at_once import as_made
 from ..core.norm import AddRMSNorm
 from ..kernels.patches import embed_patches, serves
+from ..kernels.streams import side_by_side
 from .config import VimConfig
 from .model import ImageModel, drop_path_rates, feature_layout
 
@@ -45,6 +47,19 @@ class VimMixer(BiMamba):
         """(B, L, D) -> the same shape."""
         return super().forward(hidden, scale=self.share)
 
+    def at(self, token: int, hidden: Tensor) -> Tensor:
+        """self(hidden)[:, token : token + 1], of what it depends on alone: each direction runs up to that token."""
+
+        def direction(i: int) -> Tensor:
+            if i == 0:
+                y, _ = self.forwards(self.in_proj(hidden[:, : token + 1]))
+                return y[:, -1:]
+            y, _ = self.backwards(self.in_proj(hidden[:, token:]), reverse=True)
+            return y[:, :1]
+
+        ahead, back = side_by_side(direction, 2, hidden, not torch.compiler.is_compiling())
+        return self.out_proj((ahead + back) * self.share)
+
 
 @register_notrace_module
 class Norm(AddRMSNorm):
@@ -57,12 +72,17 @@ class Block(nn.Module):
     def __init__(self, config: VimConfig, drop_path: float):
         super().__init__()
         self.norm = Norm(config.embed_dim, NORM_EPS)
-        self.mixer = VimMixer(config)
+        self.mixer: Any = VimMixer(config)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         normed, residual = self.norm(x, stream, projected=True)
         return self.drop_path(self.mixer(normed)), residual
+
+    def at(self, token: int, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        """self(x, stream) of one token: two tensors (B, 1, D)."""
+        normed, residual = self.norm(x, stream, projected=True)
+        return self.drop_path(self.mixer.at(token, normed)), residual[:, token : token + 1]
 
 
 class _Add(nn.Module):
@@ -167,7 +187,10 @@ class Vim(ImageModel):
     # Forward
 
     def forward(self, x: Tensor) -> Tensor:
-        """`forward_head(forward_features(x))`; where the head sees class tokens alone, no other is normed."""
+        """`forward_head(forward_features(x))`; where the head sees class tokens alone, no other is normed.
+
+        In inference the last block, too, then makes nothing but what these depend on.
+        """
         short = (
             self.config.global_pool == "token"
             and type(self).forward_features is Vim.forward_features
@@ -176,8 +199,14 @@ class Vim(ImageModel):
         )
         if not short:
             return super().forward(x)
-        x, stream = self.residual_stream(x)
-        x, _ = self.norm_f(*(class_tokens(part, self.config.class_token) for part in (x, stream)))
+        token, last = self.config.class_token, self.layers[-1]
+        one = not torch.is_grad_enabled() and token != "double"
+        if one and as_made(last, last.mixer, kinds=(Block, VimMixer)):
+            x, stream = self._through(list(self.layers)[:-1], x)
+            parts = last.at(class_at(x.shape[1], token), x, stream)
+        else:
+            parts = (class_tokens(part, token) for part in self.residual_stream(x))
+        x, _ = self.norm_f(*parts)
         return self.forward_head(x)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -211,10 +240,15 @@ class Vim(ImageModel):
 
     def residual_stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> what the last block made and the stream before it, (B, L, D), to be added up."""
-        x, stream = self.embed(x), None
-        for block in self.layers:
-            x, stream = self._run(block, x, stream)
+        x, stream = self._through(self.layers, x)
         assert stream is not None  # there is a block
+        return x, stream
+
+    def _through(self, blocks: Iterable[Block], x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`residual_stream` of the first blocks; without any, what was embedded and None."""
+        x, stream = self.embed(x), None
+        for block in blocks:
+            x, stream = self._run(block, x, stream)
         return x, stream
 
     def _run(self, block: Block, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -322,12 +356,17 @@ class Vim(ImageModel):
 # Where class tokens stand in the sequence
 
 
+def class_at(length: int, token: str) -> int:
+    """The place of a single class token in a sequence."""
+    return (length - 1) // 2 if token == "middle" else 0
+
+
 @register_notrace_function
 def class_tokens(x: Tensor, token: str) -> Tensor:
     """A sequence (B, L, D) in the order of the scan -> (B, T, D)."""
     if token == "double":
         return torch.cat((x[:, :1], x[:, -1:]), dim=1)
-    at = (x.shape[1] - 1) // 2 if token == "middle" else 0
+    at = class_at(x.shape[1], token)
     return x[:, at : at + (token != "none")]
 
 

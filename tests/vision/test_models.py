@@ -196,6 +196,23 @@ def test_where_the_head_sees_tokens_alone(token):
     assert seen == [15 + model.num_prefix_tokens]
 
 
+@pytest.mark.parametrize(("token", "lengths"), [("middle", [8, 9]), ("head", [1, 16])])
+def test_in_inference_the_last_block_runs_up_to_the_token(token, lengths):
+    """Each direction; all of it with gradients, and where somebody looks at the block."""
+    model = Vim(VimConfig(**TINY, img_size=(20, 12), class_token=token)).eval()
+    x, seen, last = torch.randn(2, 3, 20, 12), [], model.layers[-1]
+    expected = model(x)
+    for scan in (last.mixer.forwards, last.mixer.backwards):
+        scan.register_forward_pre_hook(lambda scan, given: seen.append(given[0].shape[1]))
+    model(x)
+    with torch.no_grad():
+        found = model(x)
+        last.register_forward_hook(lambda block, given, made: None)
+        model(x)
+    assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
+    assert seen == [16, 16, *lengths, 16, 16]
+
+
 def test_norms_of_a_gpu_are_pytorchs(monkeypatch):
     model, images = vmamba(), torch.randn(2, 3, 33, 40)
     expected = model(images)
