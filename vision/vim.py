@@ -12,7 +12,7 @@ Letters: B batch, M patches, T class tokens, L = M + T length of the sequence, D
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +24,8 @@ from timm.models._features_fx import register_notrace_function, register_notrace
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.mamba import BiMamba
-from ..core.mamba_at_once import as_made
+from ..core.mamba import BiMamba, SelectiveSSM
+from ..core.mamba_at_once import as_made, at_once_and_norm
 from ..core.norm import AddRMSNorm
 from ..kernels.patches import embed_patches, serves
 from ..kernels.streams import side_by_side
@@ -46,6 +46,16 @@ class VimMixer(BiMamba):
     def forward(self, hidden: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - no packs
         """(B, L, D) -> the same shape."""
         return super().forward(hidden, scale=self.share)
+
+    def then(self, norm: AddRMSNorm, hidden: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(self(hidden), stream), in inference perhaps as one operation; of a norm that is as it was made."""
+        scans = self.forwards, self.backwards
+        if as_made(*scans, kinds=(SelectiveSSM,)):
+            options: Any = {"scans": scans, "reverse": (False, True), "scale": self.share}
+            found = at_once_and_norm(self, hidden, norm, stream, **options)
+            if found is not None:
+                return found
+        return norm(self(hidden), stream, projected=True)
 
     def at(self, token: int, hidden: Tensor) -> Tensor:
         """self(hidden)[:, token : token + 1], of what it depends on alone: each direction runs up to that token."""
@@ -79,10 +89,8 @@ class Block(nn.Module):
         normed, residual = self.norm(x, stream, projected=True)
         return self.drop_path(self.mixer(normed)), residual
 
-    def at(self, token: int, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
-        """self(x, stream) of one token: two tensors (B, 1, D)."""
-        normed, residual = self.norm(x, stream, projected=True)
-        return self.drop_path(self.mixer.at(token, normed)), residual[:, token : token + 1]
+
+_PARTS = (Block, Norm, VimMixer, DropPath, nn.Identity)  # what a block is made of, as `forward` may leave it uncalled
 
 
 class _Add(nn.Module):
@@ -199,15 +207,24 @@ class Vim(ImageModel):
         )
         if not short:
             return super().forward(x)
-        token, last = self.config.class_token, self.layers[-1]
-        one = not torch.is_grad_enabled() and token != "double"
-        if one and as_made(last, last.mixer, kinds=(Block, VimMixer)):
-            x, stream = self._through(list(self.layers)[:-1], x)
-            parts = last.at(class_at(x.shape[1], token), x, stream)
+        blocks: list[Any] = list(self.layers)
+        parts = *blocks, *(part for block in blocks for part in (block.norm, block.mixer, block.drop_path))
+        inference = not (self.training or torch.is_grad_enabled())
+        if not inference or self.config.class_token == "double" or not as_made(*parts, kinds=_PARTS):
+            found = (class_tokens(part, self.config.class_token) for part in self.residual_stream(x))
         else:
-            parts = (class_tokens(part, token) for part in self.residual_stream(x))
-        x, _ = self.norm_f(*parts)
+            found = self._at_token(x, blocks)
+        x, _ = self.norm_f(*found)
         return self.forward_head(x)
+
+    def _at_token(self, x: Tensor, blocks: list[Any]) -> tuple[Tensor, Tensor]:
+        """`residual_stream` at the class token, (B, 1, D): the last block makes what this depends on alone."""
+        x = self.embed(x)
+        at = class_at(x.shape[1], self.config.class_token)
+        x, stream = blocks[0].norm(x, None, projected=True)
+        for block, following in pairwise(blocks):
+            x, stream = block.mixer.then(following.norm, x, stream)
+        return blocks[-1].mixer.at(at, x), stream[:, at : at + 1]
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, L, D): patches and class tokens in the order of the scan, with their positions."""
@@ -240,15 +257,10 @@ class Vim(ImageModel):
 
     def residual_stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> what the last block made and the stream before it, (B, L, D), to be added up."""
-        x, stream = self._through(self.layers, x)
-        assert stream is not None  # there is a block
-        return x, stream
-
-    def _through(self, blocks: Iterable[Block], x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`residual_stream` of the first blocks; without any, what was embedded and None."""
         x, stream = self.embed(x), None
-        for block in blocks:
+        for block in self.layers:
             x, stream = self._run(block, x, stream)
+        assert stream is not None  # there is a block
         return x, stream
 
     def _run(self, block: Block, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
