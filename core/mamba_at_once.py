@@ -69,7 +69,9 @@ def at_once_and_norm(
 
     That is as of `at_once`, if autograd looks on, if a sequence is cut into pieces, or if it would not be faster.
     """
-    if torch.is_grad_enabled() or parallel.current() is not None or all_modules._has_any_global_hook():
+    if not hidden.is_cuda or torch.is_grad_enabled():
+        return None
+    if parallel.current() is not None or all_modules._has_any_global_hook():
         return None
     found = _weights_and_dtype(mixer, hidden, scans, True)
     if found is None:

@@ -32,8 +32,11 @@ def _onto_stream(
     there = begin + row < n_tokens
     y += begin * 2 * E
     z += begin * Z_STRIDE
+    stream += begin * M
+    new_stream += begin * M
+    normed += begin * M
     a, b = tl.arange(0, HEAD)[None, :], HEAD + tl.arange(0, TAIL)[None, :]
-    in_head, in_tail, at = there & (a < M), there & (b < M), begin * M + row * M
+    in_head, in_tail, at = there & (a < M), there & (b < M), row * M
     head, tail = load_float(stream, at + a, in_head), load_float(stream, at + b, in_tail)
     for first in tl.range(0, E, CHANNELS, loop_unroll_factor=1):
         d = first + tl.arange(0, CHANNELS)[None, :]

@@ -213,7 +213,7 @@ def test_block_emulated_with_what_comes_behind(channels, width, on_the_cpu):
         block = mamba_block(hidden.float(), wide, dtype=torch.float32, backend="numba", **options)
     normed, total = found
     assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(total, stream + block, rtol=0, atol=2e-2 * float(block.abs().max()))
+    torch.testing.assert_close(total, stream + block, rtol=0, atol=4e-2 * float(block.abs().max()))
     expected = torch.nn.functional.rms_norm(total, (width,), norm.float(), 1e-3)
     torch.testing.assert_close(normed.float(), expected, rtol=1e-2, atol=1e-3)
 
