@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..triton_runtime import ceil_div, launch, load_float, multiply_add, sigmoid
 
-TOKENS, CHANNELS = 64, 32  # of a program; of what it multiplies at once
-WARPS, STAGES = 4, 3
+TOKENS, CHANNELS = 64, 64  # of a program; of what it multiplies at once
+WARPS, STAGES = 4, 2
 REGISTERS = 168  # of a thread: room for three programs on a multiprocessor
 WIDEST = 256  # M of a program whose sums fit its registers
 
