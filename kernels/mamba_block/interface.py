@@ -11,10 +11,10 @@ Forward, with T tokens of all sequences laid end to end, M model width, E inner 
 
 A bidirectional block has two scans, each from its convolution on with weights of its own, and y is their sum. On a GPU
 one kernel makes both u, the two are branches of a graph that is recorded, and in inference the last product adds them
-up, (y_1, y_2) (W_out, W_out)', which rounds once less, or one kernel gates their sum, multiplies it, adds that to the
-residual stream and norms it (`mamba_block_and_norm`). Saved are
-hidden, (x, z), y, and of each scan (t, B, C) and the checkpoints; u and delta, as large as y, are made again. Backward,
-where a line that more than one scan has a share in is the sum of these:
+up, (y_1, y_2) (W_out, W_out)', which rounds once less; with what comes behind the block (`mamba_block_and_norm`) the
+scans leave the gate to the kernel that makes all of that. Saved are hidden, (x, z), y, and of each scan (t, B, C) and
+the checkpoints; u and delta, as large as y, are made again. Backward, where a line that more than one scan has a share
+in is the sum of these:
 
     dy          = dout W_out                            dW_out = dout' y
     du, ddelta, dA, dB, dC, dD, dz, dbias               the scan's own backward
@@ -135,10 +135,13 @@ def mamba_block_and_norm(
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """`mamba_block` for inference with what comes behind it: (normed in `dtype`, the new stream), both (B, L, M).
 
-    None where that is no faster than one after the other: but for two scans on a GPU, of no more than medium width.
+    None where it would be no faster than one after the other. It is for two scans in CUDA C++, in 16 bits, of M up to
+    what triton_onto_stream.py serves.
     """
     settings = _settings(hidden, weights, dtype, backend, reverse=reverse, scale=scale)
-    if settings.scan_backend != "cuda" or len(weights.scans) != 2 or weights.out_proj is None:
+    if settings.scan_backend != "cuda" or len(weights.scans) != 2:
+        return None
+    if weights.in_proj is None or weights.out_proj is None:
         return None
     if not module(__package__ or "", "triton_onto_stream").serves(hidden, dtype):
         return None
@@ -297,24 +300,9 @@ def _forward(
                 options["y"] = wide[:, i]
             elif s.scan_backend == "numba" and s.dtype == torch.float32 and not s.save:
                 options["y"] = u  # whose memory is at hand: what is written anew has to be fetched first
+            gate = z if behind is None else None
             y, final, saved = s.scan(
-                *(
-                    "forward",
-                    u,
-                    delta,
-                    A,
-                    B,
-                    C,
-                    D,
-                    z if behind is None else None,
-                    dt_bias,
-                    state,
-                    cu_seqlens,
-                    s.batch,
-                    True,
-                    reverse,
-                    s.save,
-                ),
+                *("forward", u, delta, A, B, C, D, gate, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save),
                 **options,
             )
             if after is not None:
