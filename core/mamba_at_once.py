@@ -69,8 +69,8 @@ def at_once_and_norm(
 
     That is as of `at_once`, if autograd looks on, if a sequence is cut into pieces, or if it would not be faster.
     """
-    if not hidden.is_cuda or torch.is_grad_enabled():
-        return None
+    if not hidden.is_cuda or autocast_dtype(hidden).itemsize != 2 or torch.is_grad_enabled():
+        return None  # at once: the host would ask again for the block alone
     if parallel.current() is not None or all_modules._has_any_global_hook():
         return None
     found = _weights_and_dtype(mixer, hidden, scans, True)
