@@ -14,7 +14,7 @@ from polymamba.kernels import cross_scan, nvrtc, selective_scan
 pytest.importorskip("triton")
 
 from polymamba.kernels.cross_scan import cuda as cross_cuda
-from polymamba.kernels.mamba_block import BlockWeights, ScanWeights, mamba_block
+from polymamba.kernels.mamba_block import Behind, BlockWeights, ScanWeights, mamba_block, mamba_block_and_norm
 from polymamba.kernels.selective_scan import cuda
 from polymamba.kernels.vss_block import VSSWeights, vss_block, vss_block_reference
 
@@ -191,6 +191,35 @@ def test_block_emulated_in_inference(channels, on_the_cpu):
     options = {"dtype": torch.float32, "reverse": (False, True), "scale": 0.5, "backend": "cuda"}
     trained = mamba_block(hidden.clone().requires_grad_(), weights, **options)
     torch.testing.assert_close(mamba_block(hidden, weights, **options), trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize(("channels", "width"), [(10, 6), (35, 24)])
+def test_block_emulated_with_what_comes_behind(channels, width, on_the_cpu):
+    """Against the block and the norm, one after the other, in float32."""
+    states, rank = 3, 2
+    shapes = (channels, 1, 4), (channels,), (rank + 2 * states, channels), (channels, rank), (channels,)
+    shapes = *shapes, (channels, states), (channels,)
+    scans = tuple(ScanWeights(*((torch.randn(shape) / 4).bfloat16() for shape in shapes)) for _ in range(2))
+    outer = (torch.randn(shape).bfloat16() / shape[1] ** 0.5 for shape in ((2 * channels, width), (width, channels)))
+    weights = BlockWeights(*outer, scans)
+    hidden, stream = torch.randn(2, 35, width).bfloat16(), torch.randn(2, 35, width)
+    norm = torch.rand(width).bfloat16() + 0.5
+    options = {"reverse": (False, True), "scale": 0.5}
+    with torch.no_grad():
+        found = mamba_block_and_norm(
+            hidden, weights, Behind(stream, norm, 1e-3), dtype=torch.bfloat16, backend="cuda", **options
+        )
+        assert found is not None
+        wide = BlockWeights(
+            *(w.float() for w in weights[:2]), tuple(ScanWeights(*(w.float() for w in s)) for s in scans)
+        )
+        block = mamba_block(hidden.float(), wide, dtype=torch.float32, backend="numba", **options)
+    normed, total = found
+    assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(total, stream + block, rtol=0, atol=4e-2 * float(block.abs().max()))
+    expected = torch.nn.functional.rms_norm(total, (width,), norm.float(), 1e-3)
+    torch.testing.assert_close(normed.float(), expected, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
