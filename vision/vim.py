@@ -22,6 +22,7 @@ from timm.layers import DropPath, lecun_normal_, resample_abs_pos_embed, trunc_n
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 from torch.utils.checkpoint import checkpoint
 
 from ..core.mamba import BiMamba, SelectiveSSM
@@ -67,7 +68,9 @@ class VimMixer(BiMamba):
             y, _ = self.backwards(self.in_proj(hidden[:, token:]), reverse=True)
             return y[:, :1]
 
-        ahead, back = side_by_side(direction, 2, hidden, not torch.compiler.is_compiling())
+        # Under autocast both would read the copy of in_proj's weight that the first of them makes.
+        apart = not (torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type))
+        ahead, back = side_by_side(direction, 2, hidden, apart)
         return self.out_proj((ahead + back) * self.share)
 
 
@@ -90,7 +93,8 @@ class Block(nn.Module):
         return self.drop_path(self.mixer(normed)), residual
 
 
-_PARTS = (Block, Norm, VimMixer, DropPath, nn.Identity)  # what a block is made of, as `forward` may leave it uncalled
+# What blocks are made of, as `Vim.forward` may leave them uncalled.
+_PARTS = (Block, Norm, VimMixer, DropPath, nn.Identity, SelectiveSSM, nn.Linear, nn.Conv1d)
 
 
 class _Add(nn.Module):
@@ -207,19 +211,24 @@ class Vim(ImageModel):
         )
         if not short:
             return super().forward(x)
-        blocks: list[Any] = list(self.layers)
-        parts = *blocks, *(part for block in blocks for part in (block.norm, block.mixer, block.drop_path))
-        inference = not (self.training or torch.is_grad_enabled())
-        if not inference or self.config.class_token == "double" or not as_made(*parts, kinds=_PARTS):
-            found = (class_tokens(part, self.config.class_token) for part in self.residual_stream(x))
+        if self._may_leave_out_tokens():
+            found = self._at_token(x)
         else:
-            found = self._at_token(x, blocks)
+            found = (class_tokens(part, self.config.class_token) for part in self.residual_stream(x))
         x, _ = self.norm_f(*found)
         return self.forward_head(x)
 
-    def _at_token(self, x: Tensor, blocks: list[Any]) -> tuple[Tensor, Tensor]:
+    def _may_leave_out_tokens(self) -> bool:
+        """Whether nobody would miss what the last block makes of tokens that its class token does not depend on."""
+        if torch.is_grad_enabled() or self.config.class_token == "double" or all_modules._has_any_global_hook():
+            return False
+        parts: list[Any] = [part for block in self.layers for part in (block, *block.children())]
+        parts += self.layers[-1].mixer.modules()
+        return not any(part.training for part in parts) and as_made(*parts, kinds=_PARTS)
+
+    def _at_token(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`residual_stream` at the class token, (B, 1, D): the last block makes what this depends on alone."""
-        x = self.embed(x)
+        x, blocks = self.embed(x), list(self.layers)
         at = class_at(x.shape[1], self.config.class_token)
         x, stream = blocks[0].norm(x, None, projected=True)
         for block, following in pairwise(blocks):
@@ -385,7 +394,7 @@ def class_tokens(x: Tensor, token: str) -> Tensor:
 def split_tokens(x: Tensor, token: str) -> tuple[Tensor, Tensor]:
     """The same -> class tokens (B, T, D), patches (B, M, D)."""
     if token == "middle":
-        at = (x.shape[1] - 1) // 2
+        at = class_at(x.shape[1], token)
         patches = torch.cat((x[:, :at], x[:, at + 1 :]), dim=1)
     elif token == "double":
         patches = x[:, 1:-1]

@@ -194,7 +194,7 @@ def test_block_emulated_in_inference(channels, on_the_cpu):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
-@pytest.mark.parametrize(("channels", "width"), [(10, 6), (35, 24)])
+@pytest.mark.parametrize(("channels", "width"), [(10, 6), (35, 24), (130, 40)])
 def test_block_emulated_with_what_comes_behind(channels, width, on_the_cpu):
     """Against the block and the norm, one after the other, in float32."""
     states, rank = 3, 2

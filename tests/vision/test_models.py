@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from polymamba.core import InputError
+from polymamba.core.mamba import SelectiveSSM
 from polymamba.kernels import plain_operations
 from polymamba.vision import Vim, VimConfig, VMamba, VMambaConfig, load_image_model, preset_config
 from polymamba.vision.config import PRESETS, V0, VIM_PRESETS
@@ -196,21 +197,31 @@ def test_where_the_head_sees_tokens_alone(token):
     assert seen == [15 + model.num_prefix_tokens]
 
 
+@pytest.mark.parametrize("part", ["", "drop_path", "mixer", "mixer.in_proj", "mixer.backwards.x_proj"])
 @pytest.mark.parametrize(("token", "lengths"), [("middle", [8, 9]), ("head", [1, 16])])
-def test_in_inference_the_last_block_runs_up_to_the_token(token, lengths):
-    """Each direction; all of it with gradients, and where somebody looks at the block."""
-    model = Vim(VimConfig(**TINY, img_size=(20, 12), class_token=token)).eval()
+def test_in_inference_the_last_block_runs_up_to_the_token(token, lengths, part, monkeypatch):
+    """Each direction; all of it with gradients, where paths are dropped, and where somebody looks at a part of it."""
+    model = Vim(VimConfig(**TINY, img_size=(20, 12), class_token=token, drop_path_rate=0.5)).eval()
     x, seen, last = torch.randn(2, 3, 20, 12), [], model.layers[-1]
+    scan = SelectiveSSM.forward
+
+    def watched(self, xz, *args, **options):
+        seen.append(xz.shape[1])
+        return scan(self, xz, *args, **options)
+
+    monkeypatch.setattr(SelectiveSSM, "forward", watched)
     expected = model(x)
-    for scan in (last.mixer.forwards, last.mixer.backwards):
-        scan.register_forward_pre_hook(lambda scan, given: seen.append(given[0].shape[1]))
-    model(x)
     with torch.no_grad():
         found = model(x)
-        last.register_forward_hook(lambda block, given, made: None)
+        assert [n for n in seen if n != 16] == [n for n in lengths if n != 16]
+        seen.clear()
+        last.drop_path.train()
+        model(x)
+        last.drop_path.eval()
+        last.get_submodule(part).register_forward_hook(lambda module, given, made: None)
         model(x)
     assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
-    assert seen == [16, 16, *lengths, 16, 16]
+    assert set(seen) <= {16}
 
 
 @pytest.mark.gpu

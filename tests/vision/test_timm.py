@@ -88,12 +88,13 @@ def test_default_cfg(name):
     else:
         assert features.shape == (1, model.num_prefix_tokens + 64, model.num_features)
     assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
-    # Not to the bit: in inference Vim's last block makes what its class token needs, and no features.
-    assert torch.allclose(model.forward_head(features), model(images), atol=1e-6)
+    # In inference Vim's last block makes what its class token needs, and no features: the same, but not to the bit.
+    tolerance = 1e-6 if name == "test_vim" else 0.0
+    assert torch.allclose(model.forward_head(features), model(images), atol=tolerance, rtol=0)
 
     model.reset_classifier(0)
     assert model.num_classes == 0
-    assert torch.allclose(model(images), model.forward_head(features, pre_logits=True), atol=1e-6)
+    assert torch.allclose(model(images), model.forward_head(features, pre_logits=True), atol=tolerance, rtol=0)
     model.reset_classifier(0, "")
     assert model(images).shape == features.shape
     model.reset_classifier(7, "avg")
