@@ -117,8 +117,10 @@ class Draws:
 
     def draw(self, logits: Tensor) -> Tensor:
         """The next token of each sequence, int64 (B,)."""
-        uniform = torch.cat([uniforms(g, 1) for g in self.generators])
-        tokens, bad = choose(logits, self.config, self.recent, uniform.to(logits.device))
+        uniform = None
+        if self.config.temperature:
+            uniform = torch.cat([uniforms(g, 1) for g in self.generators]).to(logits.device)
+        tokens, bad = choose(logits, self.config, self.recent, uniform)
         refuse(bad)
         if self.recent is not None:
             self.recent = with_token(self.recent, tokens, self.config)

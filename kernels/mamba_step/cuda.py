@@ -61,12 +61,13 @@ def step(
         uz, y = room(n_rows, 2 * n_channels, dtype=x.dtype), room(n_rows, n_channels, dtype=x.dtype)
         written = stream, scaled, room(width // 16, 8 * octets), uz, y
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
-            behind = weights[i + 1].norm if i + 1 < len(weights) else None
+            behind = weights[i + 1] if i + 1 < len(weights) else None
             if i == 0:
                 begin(_pack(*addresses(one.in_proj, one.out_proj, one.norm, x, *written), eps, n_rows))
-            argument = _pack(*addresses(one.in_proj, one.out_proj, behind, None, *written), eps, n_rows)
+            norm = None if behind is None else behind.norm
+            argument = _pack(*addresses(one.in_proj, one.out_proj, norm, None, *written), eps, n_rows)
             enter(argument)
-            middle(uz, *state, one, y)
+            middle(uz, *state, one, y, None if behind is None else behind.in_proj)
             leave(argument)
     return stream
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
-from .cuda_sources import addresses, capable, fits, give_up, source
+from .cuda_sources import addresses, between_fits, give_up, share, source
 
 CLUSTER = 8  # blocks of a cluster, which have all channels of some sequences
 WIDEST = 2048  # E: measured, benchmarks/results/gpu_model.md
@@ -27,13 +27,7 @@ def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
         and n_channels <= WIDEST
         and n_channels % (32 * CLUSTER) == rank % 16 == 0
         and 2 * n_channels >= rank + 2 * n_states
-        and n_states == 16
-        and w.conv.shape[1] > 1
-        and capable(x)
-        and x.dtype == conv.dtype == torch.bfloat16
-        and ssm.dtype == torch.float32
-        and all(fits(t, x) for t in w[3:10])
-        and all(t.data_ptr() % 16 == 0 and t.device == x.device for t in (conv, ssm))
+        and between_fits(x, conv, ssm, w)
     )
 
 
@@ -58,10 +52,12 @@ class _Kernel:
         self.kernel = nvrtc.kernel(source("middle.cu", **sizes), "middle", device)
         self.clusters = 16 if nvrtc.EMULATED else self.kernel.clusters_at_once(self.threads, CLUSTER)
 
-    def __call__(self, uz: Tensor, conv: Tensor, ssm: Tensor, w, y: Tensor) -> None:
+    def __call__(self, uz: Tensor, conv: Tensor, ssm: Tensor, w, y: Tensor, next_in_proj: Tensor | None = None) -> None:
         tensors = w.conv, w.conv_bias, w.x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D, conv, ssm, uz, y
-        blocks = -(-len(y) // self.at_once) * CLUSTER
-        self.kernel(blocks, self.threads, struct.pack("12q", *addresses(*tensors), len(y)), early=True)
+        blocks, behind = -(-len(y) // self.at_once) * CLUSTER, (w.out_proj, next_in_proj)
+        shares = [share(t, blocks) for t in behind]
+        argument = struct.pack("16q", *addresses(*tensors, *behind), *shares, len(y))
+        self.kernel(blocks, self.threads, argument, early=True)
 
 
 def kernel_for(n_rows: int, w, device: int) -> _Kernel:

@@ -32,6 +32,19 @@ def fits(t: Tensor | None, x: Tensor) -> bool:
     )
 
 
+def between_fits(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
+    """Whether what the kernels between the projections read is of the kinds that they take."""
+    return (
+        capable(x)
+        and w.A_log.shape[1] == 16
+        and w.conv.shape[1] > 1
+        and x.dtype == conv.dtype == torch.bfloat16
+        and ssm.dtype == torch.float32
+        and all(fits(t, x) for t in w[3:])
+        and all(t.data_ptr() % 16 == 0 and t.device == x.device for t in (conv, ssm))
+    )
+
+
 def source(file: str, **macros: int) -> str:
     """The source of cuda_kernels/`file`, for these sizes."""
     parts = [f"#define {name} {value}" for name, value in macros.items()]
@@ -41,6 +54,11 @@ def source(file: str, **macros: int) -> str:
 
 def addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def share(weight: Tensor | None, blocks: int) -> int:
+    """Bytes of a weight, if there is one, that each of so many blocks brings to the L2 cache."""
+    return 0 if weight is None else weight.nbytes // blocks // 16 * 16
 
 
 def give_up(device: int, error: nvrtc.Unavailable) -> None:

@@ -16,6 +16,11 @@ __device__ __forceinline__ uint4 fresh16(const void* from) {
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
   return x;
 }
+__device__ __forceinline__ unsigned fresh2(const void* from) {
+  unsigned short x;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  return x;
+}
 // What nobody writes, once: asked for here and not later, whatever the compiler thinks.
 __device__ __forceinline__ uint4 once16(const void* from) {
   uint4 x;
@@ -72,8 +77,91 @@ __device__ __forceinline__ void push(float* at, Gate* gate, int rank, float x) {
                "r"(unsigned(__cvta_generic_to_shared(gate))), "r"(rank), "f"(x)
                : "memory");
 }
-__device__ __forceinline__ void wait_at(Gate* gate) {
-  asm volatile("{.reg .pred p; AGAIN_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;"
-               "@p bra.uni DONE_%=; bra.uni AGAIN_%=; DONE_%=: }" ::"r"(unsigned(__cvta_generic_to_shared(gate)))
+__device__ __forceinline__ void wait_at(Gate* gate, int parity = 0) {
+  asm volatile("{.reg .pred p; AGAIN_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;"
+               "@p bra.uni DONE_%=; bra.uni AGAIN_%=; DONE_%=: }" ::"r"(unsigned(__cvta_generic_to_shared(gate))),
+               "r"(parity)
                : "memory");
 }
+// Bulk copies, by one thread: whole pieces of memory to shared memory, behind a gate, and back, in order. A gate opens
+// again and again, each time when so many have arrived and all bytes that they expect are there.
+__device__ __forceinline__ void open(Gate* gate, int arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(gate))), "r"(arrivals)
+               : "memory");
+}
+__device__ __forceinline__ void arrive(Gate* gate, int rank) {  // at that of another block of the cluster
+  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;"
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(
+                   unsigned(__cvta_generic_to_shared(gate))),
+               "r"(rank)
+               : "memory");
+}
+__device__ __forceinline__ void expect_more(Gate* gate, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(gate))),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void all_open() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gate* gate) {
+  asm volatile("{mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;"
+               "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];}" ::"r"(
+                   unsigned(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate)))
+               : "memory");
+}
+__device__ __forceinline__ void bring_to_cache(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+// What this thread has written to shared memory, to be seen by a bulk copy that another begins after a barrier.
+__device__ __forceinline__ void written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void give(void* to, const void* from, int bytes) {
+  asm volatile("{cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2; cp.async.bulk.commit_group;}" ::"l"(to),
+               "r"(unsigned(__cvta_generic_to_shared(from))), "r"(bytes)
+               : "memory");
+}
+template <int n> __device__ __forceinline__ void all_read_but() {  // but the last n
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(n) : "memory");
+}
+__device__ __forceinline__ void all_given() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Tiles of a matrix of bfloat16, of 64 columns, by the tensor map of nvrtc.py: they lie in shared memory, from a multiple
+// of 1,024 bytes on, as wgmma reads them (rows of 128 bytes, swizzled). To the same place in all blocks of a cluster, and
+// behind the same gate of each, too.
+struct alignas(64) TensorMap { unsigned long long words[16]; };
+__device__ __forceinline__ void bring_tile(void* to, const TensorMap* map, int column, int row, Gate* gate) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+               "[%4];" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+               "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate)))
+               : "memory");
+}
+template <int BLOCKS>
+__device__ __forceinline__ void bring_tile_to_all(void* to, const TensorMap* map, int column, int row, Gate* gate) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+               "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate))),
+               "h"((unsigned short)((1 << BLOCKS) - 1))
+               : "memory");
+}
+#if __CUDA_ARCH__ == 900
+// c += a b^T by the 128 threads of four warps: a and b tiles of 64 rows. A lane has rows lane / 4 and 8 more of its warp's
+// 16, and of each 8 columns two, from lane % 4 * 2 on.
+__device__ __forceinline__ unsigned long long tile_at(const void* at) {
+  return (unsigned(__cvta_generic_to_shared(at)) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+__device__ __forceinline__ void multiply_tiles(float (&c)[32], const void* a, const void* b) {
+  unsigned long long x = tile_at(a), y = tile_at(b);
+#define SUMS "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+             "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define MULTIPLY(a, b) "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SUMS ", %" #a ", %" #b ", p, 1, 1, 0, 0;"
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %40, 0; wgmma.fence.sync.aligned;" MULTIPLY(32, 33) MULTIPLY(34, 35)
+                   MULTIPLY(36, 37) MULTIPLY(38, 39) "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;}"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+                 "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+                 "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+                 "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+               : "l"(x), "l"(y), "l"(x + 2), "l"(y + 2), "l"(x + 4), "l"(y + 4), "l"(x + 6), "l"(y + 6), "r"(1)
+               : "memory");
+#undef MULTIPLY
+#undef SUMS
+}
+#endif

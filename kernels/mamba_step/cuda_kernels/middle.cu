@@ -27,6 +27,8 @@ struct Problem {
   float* ssm_state;  // (B, E, N)
   const bf16* uz;    // (B, 2 E), what in_proj makes
   bf16* y;           // (B, E)
+  const bf16* behind[2];  // weights that the kernels after this read, for the L2 cache, and the bytes of them that each
+  int64 shares[2];        // block brings there, a multiple of 16
   int64 n_rows;      // B
 };
 struct Shared {
@@ -103,6 +105,8 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       }
   };
   fetch(h[0], 0);
+  if (tid < 2 && p.shares[tid])
+    bring_to_cache(p.behind[tid] + int64(blockIdx.x) * (p.shares[tid] / 2), int(p.shares[tid]));
   wait_for_end_before();
 
   // The convolution: u and z in shared memory, the window one step on.
