@@ -1,8 +1,8 @@
 """What lies between the projections of a Mamba block, of one token, as two CUDA kernels: project.cu and scan.cu.
 
-For wide blocks, whose weights are too much for each cluster of cuda_middle.py to read. Convolution and x_proj are shared
-out by channels and sequences; the states come while they run. For bf16 weights and GPUs that have clusters of blocks and
-bulk copies (Hopper and later).
+For wide blocks, whose weights are too much for each cluster of cuda_middle.py to read. Convolution and x_proj are
+shared out by channels and sequences; the states come while they run. For bf16 weights and GPUs that have clusters of
+blocks and bulk copies (Hopper and later).
 
 Letters: B sequences, M model width, E inner width, R rank of dt, N states, W convolution width.
 """
