@@ -120,8 +120,8 @@ inline void bring_tile(void* to, const TensorMap* map, int column, int row, Gate
       static_cast<uint16_t*>(to)[i * map->n_columns + j] = inside ? map->matrix[(row + i) * map->width + column + j] : 0;
     }
 }
-template <int BLOCKS> inline void bring_tile_to_all(void* to, const TensorMap* map, int column, int row, Gate* gate) {
-  for (int rank = 0; rank < BLOCKS; ++rank)
+template <int many> inline void bring_tile_to_all(void* to, const TensorMap* map, int column, int row, Gate* gate) {
+  for (int rank = 0; rank < many; ++rank)
     bring_tile(static_cast<char*>(to) - (char*)own_room() + (char*)room_of(rank), map, column, row, gate);
 }
 inline void multiply_tiles(float (&c)[32], const void* a, const void* b) {

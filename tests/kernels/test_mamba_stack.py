@@ -193,10 +193,10 @@ def test_between_products(on_the_cpu, monkeypatch, device_of, assert_close):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [65, 256, 301])
-def test_many_at_size(rows, assert_close):
+@pytest.mark.parametrize(("rows", "width"), [(65, 768), (256, 768), (301, 768), (70, 2048), (256, 2048)])
+def test_many_at_size(rows, width, assert_close):
     """Against float64, and twice to the bit the same."""
-    x, [state], [w] = problem(rows, 768, 1536, 48, 4, n_layers=1)
+    x, [state], [w] = problem(rows, width, 2 * width, width // 16, 4, n_layers=1)
     wide = MambaWeights(*(None if t is None else t.double() for t in w))
     expected = both_steps(x.double(), [t.double() for t in state], wide, "reference")
     w, x, state = MambaWeights(*(None if t is None else t.cuda() for t in w)), x.cuda(), [t.cuda() for t in state]
@@ -206,16 +206,20 @@ def test_many_at_size(rows, assert_close):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "width"), [(3, 768), (13, 768), (64, 768), (40, 1024)])
-def test_at_size(rows, width, assert_close):
+@pytest.mark.parametrize(
+    ("rows", "width", "centred"),
+    [(3, 768, False), (13, 768, False), (64, 768, False), (40, 1024, False), (13, 1792, True), (64, 2048, False)],
+)
+def test_at_size(rows, width, centred, assert_close):
     """Against float64; twice to the bit the same, and as the last three sequences alone."""
-    given = problem(rows, width, 2 * width, width // 16, 4)
+    of = cuda if width <= cuda.WIDEST else cuda_wide
+    given = problem(rows, width, 2 * width, width // 16, 4, centred=centred)
     expected = steps_of_float64(*given)
     x, states, weights = given
     weights = [MambaWeights(*(None if t is None else t.cuda() for t in w)) for w in weights]
     x, states = x.cuda(), [tuple(t.cuda() for t in state) for state in states]
-    first, again = steps(x, states, weights), steps(x, states, weights)
+    first, again = steps(x, states, weights, of=of), steps(x, states, weights, of=of)
     assert_close({name: t.cpu() for name, t in first.items()}, expected, 2e-2)
     assert all(torch.equal(t, again[name]) for name, t in first.items())
-    alone = steps(x[-3:], [tuple(t[-3:] for t in state) for state in states], weights)
+    alone = steps(x[-3:], [tuple(t[-3:] for t in state) for state in states], weights, of=of)
     assert all(torch.equal(t, first[name][-3:]) for name, t in alone.items())

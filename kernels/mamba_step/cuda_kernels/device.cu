@@ -134,12 +134,12 @@ __device__ __forceinline__ void bring_tile(void* to, const TensorMap* map, int c
                "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate)))
                : "memory");
 }
-template <int BLOCKS>
+template <int many>
 __device__ __forceinline__ void bring_tile_to_all(void* to, const TensorMap* map, int column, int row, Gate* gate) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
                "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
                "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate))),
-               "h"((unsigned short)((1 << BLOCKS) - 1))
+               "h"((unsigned short)((1 << many) - 1))
                : "memory");
 }
 #if __CUDA_ARCH__ == 900
