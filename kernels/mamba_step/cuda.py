@@ -20,6 +20,7 @@ from .cuda_sources import addresses, fits, give_up, source
 
 FEWEST, MOST, WIDEST = 3, 64, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
 WARPS = 8  # of a block of threads
+TILES, ENTER_CLUSTER, STAGES, EARLY, TURNED = True, 2, (12, 6), 12, 1
 _pack = struct.Struct("9qdq").pack  # struct Problem of stack.cu
 
 
@@ -50,6 +51,8 @@ def step(
     with torch.cuda.device_of(x):
         try:
             begin, enter, leave = _kernels(width, n_channels, octets, device)
+            if TILES:
+                enter, leave = _tiled(width, n_channels, octets, device)
             middle = cuda_middle.kernel_for(n_rows, w, device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)
@@ -66,9 +69,17 @@ def step(
                 begin(_pack(*addresses(one.in_proj, one.out_proj, one.norm, x, *written), eps, n_rows))
             norm = None if behind is None else behind.norm
             argument = _pack(*addresses(one.in_proj, one.out_proj, norm, None, *written), eps, n_rows)
-            enter(argument)
+            if TILES:
+                maps = nvrtc.tensor_map(scaled, 64 // ENTER_CLUSTER, 64) + nvrtc.tensor_map(one.in_proj, 32, 64)
+                enter(maps + struct.pack("2qdq32x", *addresses(written[2], uz), eps, n_rows))
+            else:
+                enter(argument)
             middle(uz, *state, one, y, None if behind is None else behind.in_proj)
-            leave(argument)
+            if TILES:
+                maps = nvrtc.tensor_map(y, 64, 64) + nvrtc.tensor_map(one.out_proj, 32, 64)
+                leave(maps + struct.pack("5q24x", *addresses(norm, stream, scaled, written[2]), n_rows))
+            else:
+                leave(argument)
     return stream
 
 
@@ -89,3 +100,19 @@ def _kernels(M: int, E: int, octets: int, device: int) -> list[_Kernel]:
     """begin, enter, leave."""
     units = {"begin": 8 * octets, "enter": E // 16, "leave": M // 16 * -(-octets // 4)}
     return [_Kernel(name, device, n, {"M": M, "E": E, "OCTETS": octets}) for name, n in units.items()]
+
+
+class _Tiled:
+    def __init__(self, name: str, device: int, blocks: int, sizes: dict[str, int]):
+        self.blocks = blocks
+        self.kernel = nvrtc.kernel(source("tiles.cu", f"{name}.cu", **sizes), name, device)
+
+    def __call__(self, argument: bytes) -> None:
+        self.kernel(self.blocks, 160, argument, early=True)
+
+
+@lru_cache(64)
+def _tiled(M: int, E: int, octets: int, device: int) -> tuple[_Tiled, _Tiled]:
+    sizes = {"M": M, "E": E, "OCTETS": octets, "EARLY": EARLY, "TURNED": TURNED}
+    enter = _Tiled("enter", device, 2 * E // 32, {**sizes, "CLUSTER": ENTER_CLUSTER, "STAGES": STAGES[0]})
+    return enter, _Tiled("leave", device, M // 32 * 4, {**sizes, "CLUSTER": 4, "STAGES": STAGES[1]})

@@ -20,6 +20,7 @@ from .cuda_sources import addresses, between_fits, give_up, share, source
 CHANNELS = 256  # of a block of either kernel
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
 MOST = 32  # sequences of a block
+TRIGGER, EARLY, PSEQS = 2, 8, 0
 SLOTS = 8  # sequences whose states are on their way
 
 
@@ -62,8 +63,9 @@ class _Project:
         cluster = next(n for n in CLUSTERS if groups % n == 0)
         # As few sequences a block as leave one block for each processor.
         seqs = next((n for n in (8, 16) if groups * -(-n_rows // n) <= nvrtc.processors(device)), MOST)
+        seqs = PSEQS or seqs
         self.blocks, self.threads, self.splits = groups * -(-n_rows // seqs), 2 * (R + 32), groups // cluster
-        sizes = {"E": E, "R": R, "W": W, "CHANNELS": CHANNELS, "CLUSTER": cluster, "SEQS": seqs}
+        sizes = {"E": E, "R": R, "W": W, "CHANNELS": CHANNELS, "CLUSTER": cluster, "SEQS": seqs, "TRIGGER": TRIGGER}
         self.kernel = nvrtc.kernel(source("project.cu", **sizes), "project", device)
 
     def __call__(self, *tensors: Tensor | None, n_rows: int) -> None:
@@ -75,7 +77,7 @@ class _Scan:
         groups = E // CHANNELS
         seqs = min(MOST, -(-n_rows // max(1, nvrtc.processors(device) // groups)))
         self.blocks = groups * -(-n_rows // seqs)
-        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": seqs, "SLOTS": max(3, min(seqs, SLOTS))}
+        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": seqs, "SLOTS": max(3, min(seqs, SLOTS)), "EARLY": EARLY}
         self.kernel = nvrtc.kernel(source("scan.cu", **sizes, WARPS=CHANNELS // 32), "scan", device)
 
     def __call__(self, *tensors: Tensor, n_rows: int, behind: Tensor) -> None:

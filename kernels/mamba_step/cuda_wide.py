@@ -24,6 +24,7 @@ TILE, CLUSTER, SPLITS = (
     4,
 )  # of products: rows and columns of a tile; blocks that share x; pieces of out_proj's width
 FEWEST, MOST = 3, 64  # sequences
+EARLY, TURNED = 4, 1
 STAGES = 12, 12  # tiles on their way, of in_proj and of out_proj
 
 
@@ -80,8 +81,16 @@ class _Gather:
 class _Product:
     def __init__(self, width: int, out: int, splits: int, stages: int, device: int):
         self.blocks, self.splits = out // TILE * splits, splits
-        sizes = {"WIDTH": width, "OUT": out, "SPLITS": splits, "CLUSTER": CLUSTER, "STAGES": stages}
-        self.kernel = nvrtc.kernel(source("product.cu", **sizes), "product", device)
+        sizes = {
+            "WIDTH": width,
+            "OUT": out,
+            "SPLITS": splits,
+            "CLUSTER": CLUSTER,
+            "STAGES": stages,
+            "EARLY": EARLY,
+            "TURNED": TURNED,
+        }
+        self.kernel = nvrtc.kernel(source("tiles.cu", "product.cu", **sizes), "product", device)
 
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """x (B, WIDTH), out (B, OUT) or the sums of each piece of the width (SPLITS, B, OUT)."""

@@ -15,7 +15,6 @@ import triton.language as tl
 from ..causal_conv1d.triton import step as conv_step
 from ..triton_runtime import LOG2E, ceil_div, load_float, multiply_add, sigmoid, softplus
 from . import cuda_halves, cuda_middle
-from .cuda_sources import share
 from .triton_few import after_the_kernel_before, early_launch
 
 BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix units take at least
@@ -24,18 +23,11 @@ EARLY_SCAN = 64  # sequences up to which the scan begins while the product befor
 
 @triton.jit
 def _add_norm(
-    x, stream, weight, bias, in_proj, new_stream, y, eps, piece, M: tl.constexpr, BLOCK_M: tl.constexpr,
-    CENTRED: tl.constexpr, THREADS: tl.constexpr, EARLY: tl.constexpr,
+    x, stream, weight, bias, new_stream, y, eps, M: tl.constexpr, BLOCK_M: tl.constexpr, CENTRED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Residual add and norm, a program for a sequence. Each of its THREADS asks for a piece of in_proj, in bytes."""
+    """Residual add and norm, a program for a sequence."""
     m = tl.arange(0, BLOCK_M)
-    if THREADS:
-        thread = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
-        at = in_proj.to(tl.int64) + thread.to(tl.int64) * piece
-        tl.inline_asm_elementwise(
-            "{cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}", "=r,l,r",
-            [at, tl.zeros((THREADS,), tl.int32) + piece], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
     inside, at = m < M, tl.program_id(0) * M + m
     factor, shift = load_float(weight, m, inside), load_float(bias, m, inside)
     after_the_kernel_before(EARLY)
@@ -83,11 +75,9 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
     early, late = early_launch(x.device), {"EARLY": False}
     new_stream, normed = torch.empty(x.shape, dtype=torch.float32, device=x.device), torch.empty_like(x)
     block_m = triton.next_power_of_2(width)
-    num_warps = max(1, min(block_m // 256, 8))
-    piece = share(w.in_proj, n_rows * 32 * num_warps) if early["EARLY"] and w.in_proj.data_ptr() % 16 == 0 else 0
     _add_norm[(n_rows,)](
-        x, stream, w.norm, w.norm_bias, w.in_proj, new_stream, normed, eps, piece, M=width, BLOCK_M=block_m,
-        CENTRED=centred, THREADS=32 * num_warps if piece else 0, num_warps=num_warps, **early,
+        x, stream, w.norm, w.norm_bias, new_stream, normed, eps, M=width, BLOCK_M=block_m, CENTRED=centred,
+        num_warps=max(1, min(block_m // 256, 8)), **early,
     )  # fmt: skip
     uz = F.linear(normed, w.in_proj)
     for module in (cuda_middle, cuda_halves):

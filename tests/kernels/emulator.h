@@ -96,7 +96,7 @@ inline void say_begun() {}
 inline void wait_for_others() { give_way(); }
 inline void wait_at(Gate*, int = 0) { give_way(); }
 inline void open(Gate*, int = 1) {}
-inline void arrive(Gate*, int) {}
+inline void arrive(Gate*, int = 0) {}
 inline void expect_more(Gate*, int) {}
 inline void all_open() {}
 inline void bring(void* to, const void* from, int bytes, Gate*) { std::memcpy(to, from, bytes); }
@@ -124,12 +124,12 @@ template <int many> inline void bring_tile_to_all(void* to, const TensorMap* map
   for (int rank = 0; rank < many; ++rank)
     bring_tile(static_cast<char*>(to) - (char*)own_room() + (char*)room_of(rank), map, column, row, gate);
 }
-inline void multiply_tiles(float (&c)[32], const void* a, const void* b) {
+template <unsigned long K> inline void multiply_tiles(float (&c)[K], const void* a, const void* b) {
   auto number = [](const void* tile, unsigned row, int k) {
     return __uint_as_float(unsigned(static_cast<const uint16_t*>(tile)[row * 64 + k]) << 16);
   };
   unsigned thread = running % threads_of_block;
-  for (int i = 0; i < 32; ++i)
+  for (int i = 0; i < int(K); ++i)
     for (int k = 0; k < 64; ++k)
       c[i] += number(a, thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, k) *
               number(b, i / 4 * 8 + thread % 4 * 2 + i % 2, k);

@@ -96,6 +96,9 @@ __device__ __forceinline__ void arrive(Gate* gate, int rank) {  // at that of an
                "r"(rank)
                : "memory");
 }
+__device__ __forceinline__ void arrive(Gate* gate) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(unsigned(__cvta_generic_to_shared(gate))) : "memory");
+}
 __device__ __forceinline__ void expect_more(Gate* gate, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(gate))),
                "r"(bytes)
@@ -143,25 +146,40 @@ __device__ __forceinline__ void bring_tile_to_all(void* to, const TensorMap* map
                : "memory");
 }
 #if __CUDA_ARCH__ == 900
-// c += a b^T by the 128 threads of four warps: a and b tiles of 64 rows. A lane has rows lane / 4 and 8 more of its warp's
-// 16, and of each 8 columns two, from lane % 4 * 2 on.
+// c += a b^T by the 128 threads of four warps: a a tile of 64 rows, b one of 32 or 64.
 __device__ __forceinline__ unsigned long long tile_at(const void* at) {
   return (unsigned(__cvta_generic_to_shared(at)) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
+#define MULTIPLY(shape, sums, a, b) \
+  "wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" sums "}, %" #a ", %" #b ", p, 1, 1, 0, 0;"
+#define BEGIN(one) "{.reg .pred p; setp.ne.b32 p, %" #one ", 0; wgmma.fence.sync.aligned;"
+#define END "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;}"
+#define SUMS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUMS_64 SUMS_32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define EIGHT(c, i) \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define PIECES "l"(x), "l"(y), "l"(x + 2), "l"(y + 2), "l"(x + 4), "l"(y + 4), "l"(x + 6), "l"(y + 6), "r"(1)
+__device__ __forceinline__ void multiply_tiles(float (&c)[16], const void* a, const void* b) {
+  unsigned long long x = tile_at(a), y = tile_at(b);
+  asm volatile(BEGIN(24) MULTIPLY("m64n32k16", SUMS_32, 16, 17) MULTIPLY("m64n32k16", SUMS_32, 18, 19)
+                   MULTIPLY("m64n32k16", SUMS_32, 20, 21) MULTIPLY("m64n32k16", SUMS_32, 22, 23) END
+               : EIGHT(c, 0), EIGHT(c, 8)
+               : PIECES
+               : "memory");
+}
 __device__ __forceinline__ void multiply_tiles(float (&c)[32], const void* a, const void* b) {
   unsigned long long x = tile_at(a), y = tile_at(b);
-#define SUMS "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-             "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define MULTIPLY(a, b) "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " SUMS ", %" #a ", %" #b ", p, 1, 1, 0, 0;"
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %40, 0; wgmma.fence.sync.aligned;" MULTIPLY(32, 33) MULTIPLY(34, 35)
-                   MULTIPLY(36, 37) MULTIPLY(38, 39) "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;}"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-                 "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-                 "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
-                 "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-               : "l"(x), "l"(y), "l"(x + 2), "l"(y + 2), "l"(x + 4), "l"(y + 4), "l"(x + 6), "l"(y + 6), "r"(1)
+  asm volatile(BEGIN(40) MULTIPLY("m64n64k16", SUMS_64, 32, 33) MULTIPLY("m64n64k16", SUMS_64, 34, 35)
+                   MULTIPLY("m64n64k16", SUMS_64, 36, 37) MULTIPLY("m64n64k16", SUMS_64, 38, 39) END
+               : EIGHT(c, 0), EIGHT(c, 8), EIGHT(c, 16), EIGHT(c, 24)
+               : PIECES
                : "memory");
-#undef MULTIPLY
-#undef SUMS
 }
+#undef MULTIPLY
+#undef BEGIN
+#undef END
+#undef SUMS_32
+#undef SUMS_64
+#undef EIGHT
+#undef PIECES
 #endif

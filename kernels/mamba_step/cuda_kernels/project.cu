@@ -52,7 +52,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
   if (tid == 0) expect(&s.gathering, 4 * SEQS * OUT);
   say_begun();
-  let_next_begin();
+  if (TRIGGER == 0) let_next_begin();
 
   // Weights and windows, before what the kernel before makes.
   int c = lane * 8, channel = group * CHANNELS + c;
@@ -74,6 +74,10 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
   if (p.conv_bias) shift.load(p.conv_bias + channel);
   else shift.clear();
   wait_for_end_before();
+  uint4 fresh_u[PASSES];
+#pragma unroll
+  for (int i = 0; i < PASSES; ++i)
+    if (i * WARPS + warp < n_here) fresh_u[i] = fresh16(p.uz + int64(first + i * WARPS + warp) * 2 * E + channel);
 
   // The convolution: u in shared memory and out, the window one step on.
 #pragma unroll
@@ -83,7 +87,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
       Packed<bf16, 8> u;
       u.clear();
       if (row < n_here) {
-        uint4 words = fresh16(p.uz + int64(first + row) * 2 * E + channel);
+        const uint4& words = fresh_u[i];
         u.word[0] = words.x, u.word[1] = words.y, u.word[2] = words.z, u.word[3] = words.w;
         float mixed[8], next[8];
 #pragma unroll
@@ -112,6 +116,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
     }
   }
   __syncthreads();
+  if (TRIGGER == 1) let_next_begin();
 
   float sum[OCTETS][4];
 #pragma unroll
@@ -127,6 +132,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
     }
     if (part + AHEAD < PARTS) bring_weights(part + AHEAD);
   }
+  if (TRIGGER == 2) let_next_begin();
   wait_for_others();
 #pragma unroll
   for (int o = 0; o < OCTETS; ++o)

@@ -10,10 +10,11 @@
 
 constexpr int N = 16, OUT = R + 2 * N, THREADS = 32 * WARPS, CHANNELS = 32 * WARPS, GROUPS = E / CHANNELS;
 constexpr int OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS, DEEP = (R + 31) / 32;
+constexpr int PAIR = 2;    // sequences that a warp takes a step of at a time
 constexpr int BEHIND = 2;  // sequences that may be on their way back when a slot is taken anew
 constexpr int AHEAD = 4;   // sequences whose u and z are on their way
 constexpr int PIECE = 32 * N * sizeof(float);
-static_assert(E % CHANNELS == 0 && R % 16 == 0 && SLOTS > BEHIND, "sizes not served");
+static_assert(E % CHANNELS == 0 && R % 16 == 0 && SLOTS > BEHIND && AHEAD % PAIR == 0, "sizes not served");
 
 struct Problem {
   const float* projected;  // (SPLITS, B, OUT), their sum is what x_proj makes
@@ -50,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
 #pragma unroll
     for (int i = 0; i < SLOTS; ++i) open(&s.brought[warp][i]);
     all_open();
-    for (int i = 0; i < SLOTS && i < n_here; ++i) bring(s.h[warp][i], place(i), PIECE, &s.brought[warp][i]);
+    for (int i = 0; i < SLOTS && i < EARLY && i < n_here; ++i) bring(s.h[warp][i], place(i), PIECE, &s.brought[warp][i]);
   }
   uint4 wide[2][DEEP][2];
 #pragma unroll
@@ -63,7 +64,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
       wide[band][i][1] = here ? once16(at + 8 * R) : make_uint4(0, 0, 0, 0);
     }
   float bias = one(p.dt_bias + e), skip = one(p.D + e);
+  Packed<bf16, 4> logs[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) logs[k].load(p.A_log + int64(e) * N + (k ^ turned) * 4);
   wait_for_end_before();
+  if (lane == 0)
+    for (int i = EARLY; i < SLOTS && i < n_here; ++i) bring(s.h[warp][i], place(i), PIECE, &s.brought[warp][i]);
   Packed<bf16, 1> u[AHEAD], z[AHEAD];
   auto fetch = [&](int seq, int i) {
     int64 row = int64(first + seq);
@@ -113,47 +119,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
   }
   float A2[N];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    Packed<bf16, 4> logs;
-    logs.load(p.A_log + int64(e) * N + (k ^ turned) * 4);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) A2[4 * k + i] = -exp2_fast(logs.get(i) * LOG2E) * LOG2E;
-  }
+  for (int k = 0; k < N; ++k) A2[k] = -exp2_fast(logs[k / 4].get(k % 4) * LOG2E) * LOG2E;
   __syncwarp();
 
-  auto step = [&](int seq, Packed<bf16, 1>& packed_u, Packed<bf16, 1>& packed_z) {
-    int slot = seq % SLOTS;
-    float x = packed_u.get(0), gate = packed_z.get(0), out = 0.0f;
-    float size = softplus(s.dt[warp][lane][seq] + bias), driven = size * x;
-    float* own = s.h[warp][slot] + lane * N;
-    wait_at(&s.brought[warp][slot], seq / SLOTS % 2);
+  // n sequences side by side, PAIR or one.
+  auto step = [&](int n, int seq, const Packed<bf16, 1>* packed_u, const Packed<bf16, 1>* packed_z) {
+    float x[PAIR], size[PAIR], driven[PAIR], out[PAIR];
+    float* own[PAIR];
+#pragma unroll
+    for (int j = 0; j < PAIR; ++j) {
+      if (j >= n) break;
+      x[j] = packed_u[j].get(0), out[j] = 0.0f;
+      size[j] = softplus(s.dt[warp][lane][seq + j] + bias), driven[j] = size[j] * x[j];
+      own[j] = s.h[warp][(seq + j) % SLOTS] + lane * N;
+    }
+#pragma unroll
+    for (int j = 0; j < PAIR; ++j)
+      if (j < n) wait_at(&s.brought[warp][(seq + j) % SLOTS], (seq + j) / SLOTS % 2);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       int quarter = (k ^ turned) * 4;
-      float h[4], drive[4], readout[4];
-      load_floats(own + quarter, h);
-      load_floats(&s.low[seq][R + quarter], drive);
-      load_floats(&s.low[seq][R + N + quarter], readout);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        h[i] = __fmaf_rn(exp2_fast(size * A2[4 * k + i]), h[i], driven * drive[i]);
-        out = __fmaf_rn(h[i], readout[i], out);
+      for (int j = 0; j < PAIR; ++j) {
+        if (j >= n) break;
+        float h[4], drive[4], readout[4];
+        load_floats(own[j] + quarter, h);
+        load_floats(&s.low[seq + j][R + quarter], drive);
+        load_floats(&s.low[seq + j][R + N + quarter], readout);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          h[i] = __fmaf_rn(exp2_fast(size[j] * A2[4 * k + i]), h[i], driven[j] * drive[i]);
+          out[j] = __fmaf_rn(h[i], readout[i], out[j]);
+        }
+        store_floats(own[j] + quarter, h);
       }
-      store_floats(own + quarter, h);
     }
     written();
     __syncwarp();
     if (lane == 0) {
-      give(place(seq), s.h[warp][slot], PIECE);
-      int next = seq - BEHIND + SLOTS, freed = next % SLOTS;
-      if (seq >= BEHIND && next < n_here) {
-        all_read_but<BEHIND>();
-        bring(s.h[warp][freed], place(next), PIECE, &s.brought[warp][freed]);
+#pragma unroll
+      for (int j = 0; j < PAIR; ++j)
+        if (j < n) give(place(seq + j), s.h[warp][(seq + j) % SLOTS], PIECE);
+      for (int j = 0; j < n; ++j) {
+        int next = seq + j - BEHIND + SLOTS, freed = next % SLOTS;
+        if (seq + j >= BEHIND && next < n_here) {
+          all_read_but<BEHIND>();
+          bring(s.h[warp][freed], place(next), PIECE, &s.brought[warp][freed]);
+        }
       }
     }
-    Packed<bf16, 1> y;
-    y.set({__fmaf_rn(skip, x, out) * gate * sigmoid(gate)});
-    y.store(p.y + int64(first + seq) * E + e);
+#pragma unroll
+    for (int j = 0; j < PAIR; ++j) {
+      if (j >= n) break;
+      float gate = packed_z[j].get(0);
+      Packed<bf16, 1> y;
+      y.set({__fmaf_rn(skip, x[j], out[j]) * gate * sigmoid(gate)});
+      y.store(p.y + int64(first + seq + j) * E + e);
+    }
   };
   int last_brought = n_here > SLOTS ? n_here - SLOTS : 0;  // from here on memory has time for what comes behind
 #pragma unroll 1
@@ -161,11 +183,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
     if (tid == 0 && p.behind_bytes && base <= last_brought && last_brought < base + AHEAD)
       bring_to_cache(p.behind + int64(blockIdx.x) * (p.behind_bytes / 2), int(p.behind_bytes));
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-      if (base + i < n_here) {
-        step(base + i, u[i], z[i]);
-        if (base + AHEAD + i < n_here) fetch(base + AHEAD + i, i);
-      }
+    for (int i = 0; i < AHEAD; i += PAIR) {
+      if (base + i + PAIR <= n_here) step(PAIR, base + i, u + i, z + i);
+      else if (base + i < n_here) step(1, base + i, u + i, z + i);
+#pragma unroll
+      for (int j = i; j < i + PAIR; ++j)
+        if (base + AHEAD + j < n_here) fetch(base + AHEAD + j, j);
+    }
   }
   if (lane == 0) all_given();
 }
