@@ -52,7 +52,7 @@ def step(
         try:
             begin, enter, leave = _kernels(width, n_channels, octets, device)
             if TILES:
-                enter, leave = _tiled(width, n_channels, octets, device)
+                tiled_enter, tiled_leave = _tiled(width, n_channels, octets, device)
             middle = cuda_middle.kernel_for(n_rows, w, device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)
@@ -69,15 +69,15 @@ def step(
                 begin(_pack(*addresses(one.in_proj, one.out_proj, one.norm, x, *written), eps, n_rows))
             norm = None if behind is None else behind.norm
             argument = _pack(*addresses(one.in_proj, one.out_proj, norm, None, *written), eps, n_rows)
-            if TILES:
+            if TILES & 1:
                 maps = nvrtc.tensor_map(scaled, 64 // ENTER_CLUSTER, 64) + nvrtc.tensor_map(one.in_proj, 32, 64)
-                enter(maps + struct.pack("2qdq32x", *addresses(written[2], uz), eps, n_rows))
+                tiled_enter(maps + struct.pack("2qdq32x", *addresses(written[2], uz), eps, n_rows))
             else:
                 enter(argument)
             middle(uz, *state, one, y, None if behind is None else behind.in_proj)
-            if TILES:
+            if TILES & 2:
                 maps = nvrtc.tensor_map(y, 64, 64) + nvrtc.tensor_map(one.out_proj, 32, 64)
-                leave(maps + struct.pack("5q24x", *addresses(norm, stream, scaled, written[2]), n_rows))
+                tiled_leave(maps + struct.pack("5q24x", *addresses(norm, stream, scaled, written[2]), n_rows))
             else:
                 leave(argument)
     return stream

@@ -112,6 +112,16 @@ __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gat
                "l"(from), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate)))
                : "memory");
 }
+// To the place of `to` in another block of the cluster, behind its gate; this one's shared memory has to stay till then.
+__device__ __forceinline__ void copy_to(void* to, const void* from, int bytes, Gate* gate, int rank) {
+  asm volatile("{.reg .u32 there, beside;"
+               "mapa.shared::cluster.u32 there, %0, %4; mapa.shared::cluster.u32 beside, %3, %4;"
+               "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [beside];}" ::"r"(
+                   unsigned(__cvta_generic_to_shared(to))),
+               "r"(unsigned(__cvta_generic_to_shared(from))), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate))),
+               "r"(rank)
+               : "memory");
+}
 __device__ __forceinline__ void bring_to_cache(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }

@@ -16,7 +16,7 @@ constexpr int N = 16, OUT = R + 2 * N, EC = E / CLUSTER, THREADS = 2 * EC;
 constexpr int WARPS = THREADS / 32, OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS;
 constexpr int BANDS = OUT / 16, PARTS = EC / 32;  // of x_proj: its rows by 16, a block's channels by 32
 constexpr int UNITS = BANDS * PARTS, TURNS = (UNITS + WARPS - 1) / WARPS, AHEAD = TURNS < 3 ? TURNS : 3;
-constexpr int VALUES = SEQS * OUT, SLICE = VALUES / CLUSTER, DEEP = (R + 31) / 32;
+constexpr int VALUES = SEQS * OUT, SLICE = BULK ? (VALUES / CLUSTER + 3) / 4 * 4 : VALUES / CLUSTER, DEEP = (R + 31) / 32;
 constexpr int GROUP = SEQS < 4 ? SEQS : 4, GROUPS = (SEQS + GROUP - 1) / GROUP, HELD = GROUPS < 2 ? 1 : 2;
 static_assert(E % (32 * CLUSTER) == 0 && R % 16 == 0 && THREADS <= 512, "sizes not served");
 static_assert(VALUES % CLUSTER == 0 && SLICE <= THREADS, "sizes not served");
@@ -33,6 +33,7 @@ struct Problem {
 };
 struct Shared {
   alignas(16) bf16 u[ROWS][EC + 32], z[SEQS][EC + 8];
+  alignas(16) float sums[SLICE * CLUSTER], slice[SLICE], flat[SLICE * CLUSTER];
   alignas(16) float part[PARTS][ROWS][OUT + 4], low[ROWS][OUT + 4], gathered[CLUSTER][SLICE], dt[WARPS][16][ROWS + 1];
   Gate gathering, giving;
 };
@@ -62,7 +63,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   int rank = int(blockIdx.x) % CLUSTER, first = int(blockIdx.x) / CLUSTER * SEQS, channel = rank * EC;
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
-  if (tid == 0) expect(&s.gathering, 4 * VALUES), expect(&s.giving, 4 * VALUES);
+  if (tid == 0) expect(&s.gathering, 4 * SLICE * CLUSTER), expect(&s.giving, 4 * SLICE * CLUSTER);
   say_begun();
   let_next_begin();
 
@@ -179,8 +180,14 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       float sum = 0.0f;
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) sum += s.part[part][v / OUT][v % OUT];
-      push(&s.gathered[rank][v % SLICE], &s.gathering, v / SLICE, sum);
+      if (BULK) s.sums[v] = sum;
+      else push(&s.gathered[rank][v % SLICE], &s.gathering, v / SLICE, sum);
     }
+  }
+  if (BULK) {
+    written();
+    __syncthreads();
+    if (tid < CLUSTER) copy_to(s.gathered[rank], s.sums + tid * SLICE, 4 * SLICE, &s.gathering, tid);
   }
   if (HELD > 1) fetch(h[HELD - 1], 1);
   uint4 wide[DEEP][2];
@@ -200,10 +207,20 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
 #pragma unroll
     for (int i = 0; i < CLUSTER; ++i) sum += s.gathered[i][tid];
     int v = rank * SLICE + tid;
+    if (BULK) s.slice[tid] = sum;
+    else {
 #pragma unroll
-    for (int i = 0; i < CLUSTER; ++i) push(&s.low[v / OUT][v % OUT], &s.giving, i, sum);
+      for (int i = 0; i < CLUSTER; ++i) push(&s.low[v / OUT][v % OUT], &s.giving, i, sum);
+    }
+  }
+  if (BULK) {
+    written();
+    __syncthreads();
+    if (tid < CLUSTER) copy_to(s.flat + rank * SLICE, s.slice, 4 * SLICE, &s.giving, tid);
   }
   wait_at(&s.giving);
+  if (BULK) say_begun();
+  auto low = [&](int seq) { return BULK ? s.flat + seq * OUT : s.low[seq]; };
 
   // dt's wide projection, a step of the states, gate: a warp has 16 channels, a lane half a channel.
 #pragma unroll
@@ -212,7 +229,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
 #pragma unroll
     for (int i = 0; i < DEEP; ++i) {
       float x[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-      if (i * 32 + t * 8 < R && o * 8 + g < SEQS) load_floats(&s.low[o * 8 + g][i * 32 + t * 8], x);
+      if (i * 32 + t * 8 < R && o * 8 + g < SEQS) load_floats(low(o * 8 + g) + i * 32 + t * 8, x);
       multiply_add(dt, wide[i][0].x, wide[i][1].x, wide[i][0].y, wide[i][1].y, floats_to_bf16(x[0], x[1]),
                    floats_to_bf16(x[2], x[3]));
       multiply_add(dt, wide[i][0].z, wide[i][1].z, wide[i][0].w, wide[i][1].w, floats_to_bf16(x[4], x[5]),
@@ -237,7 +254,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
         float out = 0.0f, u = 0.0f;
         if (seq < n_here) {
           float drive[2][4], readout[2][4];
-          const float* matrices = &s.low[seq][R + quarter];
+          const float* matrices = low(seq) + R + quarter;
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
             load_floats(matrices + 8 * k, drive[k]);
@@ -265,4 +282,5 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       }
       if (group + HELD < GROUPS) fetch(h[held], group + HELD);
     }
+  if (BULK) wait_for_others();
 }

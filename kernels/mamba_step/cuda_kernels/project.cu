@@ -13,6 +13,7 @@
 constexpr int N = 16, OUT = R + 2 * N, WARPS = OUT / 16, THREADS = 32 * WARPS, OCTETS = SEQS / 8;
 constexpr int PARTS = CHANNELS / 32, AHEAD = PARTS < 4 ? PARTS : 4;          // of x_proj's rows, and of them on their way
 constexpr int PASSES = (SEQS + WARPS - 1) / WARPS, HELD = PASSES < 2 ? 1 : 2;  // of the convolution, a warp a sequence
+constexpr int STRIDE = OUT + 4;  // of sums, so that lanes meet in no bank
 constexpr int GROUPS = E / CHANNELS, SHARE = SEQS / CLUSTER;                   // sequences that a block adds up
 static_assert(CHANNELS == 256 && E % (CHANNELS * CLUSTER) == 0 && R % 16 == 0, "sizes not served");
 static_assert(SEQS % 8 == 0 && SEQS % CLUSTER == 0 && THREADS <= 1024, "sizes not served");
@@ -27,7 +28,7 @@ struct Problem {
 };
 struct Shared {
   alignas(16) bf16 u[SEQS][CHANNELS + 32];
-  alignas(16) float gathered[CLUSTER][SHARE][OUT];
+  alignas(16) float sums[SEQS][STRIDE], gathered[CLUSTER][SHARE][STRIDE];
   Gate gathering;
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
@@ -50,7 +51,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   int group = int(blockIdx.x) % GROUPS, rank = group % CLUSTER, first = int(blockIdx.x) / GROUPS * SEQS;
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
-  if (tid == 0) expect(&s.gathering, 4 * SEQS * OUT);
+  if (tid == 0) expect(&s.gathering, 4 * SEQS * STRIDE);
   say_begun();
   if (TRIGGER == 0) let_next_begin();
 
@@ -133,15 +134,16 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
     if (part + AHEAD < PARTS) bring_weights(part + AHEAD);
   }
   if (TRIGGER == 2) let_next_begin();
-  wait_for_others();
 #pragma unroll
   for (int o = 0; o < OCTETS; ++o)
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      int seq = o * 8 + 2 * t + k % 2;
-      push(&s.gathered[rank][seq % SHARE][warp * 16 + g + k / 2 * 8], &s.gathering, seq / SHARE, sum[o][k]);
-    }
+    for (int k = 0; k < 4; ++k) s.sums[o * 8 + 2 * t + k % 2][warp * 16 + g + k / 2 * 8] = sum[o][k];
+  written();
+  wait_for_others();
+  __syncthreads();
+  if (tid < CLUSTER) copy_to(s.gathered[rank], s.sums[tid * SHARE], 4 * SHARE * STRIDE, &s.gathering, tid);
   wait_at(&s.gathering);
+  say_begun();  // in fact: has all that the others had for this block
   for (int i = tid; i < SHARE * OUT; i += THREADS) {
     int seq = rank * SHARE + i / OUT;
     float total = 0.0f;
@@ -149,4 +151,5 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
     for (int other = 0; other < CLUSTER; ++other) total += s.gathered[other][i / OUT][i % OUT];
     if (seq < n_here) p.projected[(int64(group / CLUSTER) * p.n_rows + first + seq) * OUT + i % OUT] = total;
   }
+  wait_for_others();  // who may still be reading this one's sums
 }
