@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .. import nvrtc
 from . import cuda_middle
-from .cuda_sources import addresses, fits, give_up, source
+from .cuda_sources import addresses, fits, give_up, source, tiles_serve
 
 FEWEST, MOST, WIDEST = 3, 64, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
 WARPS = 8  # of a block of threads
-TILES, ENTER_CLUSTER, STAGES, EARLY, TURNED = True, 2, (12, 6), 12, 1
+TILED = 33  # sequences from which in_proj is by tiles, where that serves: measured
+STAGES, EARLY, TURNED = 12, 12, 1  # of tiles
 _pack = struct.Struct("9qdq").pack  # struct Problem of stack.cu
 
 
@@ -51,8 +52,7 @@ def step(
     with torch.cuda.device_of(x):
         try:
             begin, enter, leave = _kernels(width, n_channels, octets, device)
-            if TILES:
-                tiled_enter, tiled_leave = _tiled(width, n_channels, octets, device)
+            tiled = _tiled(width, n_channels, octets, device) if n_rows >= TILED and tiles_serve(x) else None
             middle = cuda_middle.kernel_for(n_rows, w, device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)
@@ -62,24 +62,20 @@ def step(
 
         x, stream, scaled = x.contiguous(), room(n_rows, width), room(n_rows, width, dtype=x.dtype)
         uz, y = room(n_rows, 2 * n_channels, dtype=x.dtype), room(n_rows, n_channels, dtype=x.dtype)
-        written = stream, scaled, room(width // 16, 8 * octets), uz, y
+        squares = room(width // 16, 8 * octets)
+        written = stream, scaled, squares, uz, y
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
             behind = weights[i + 1] if i + 1 < len(weights) else None
             if i == 0:
                 begin(_pack(*addresses(one.in_proj, one.out_proj, one.norm, x, *written), eps, n_rows))
             norm = None if behind is None else behind.norm
             argument = _pack(*addresses(one.in_proj, one.out_proj, norm, None, *written), eps, n_rows)
-            if TILES & 1:
-                maps = nvrtc.tensor_map(scaled, 64 // ENTER_CLUSTER, 64) + nvrtc.tensor_map(one.in_proj, 32, 64)
-                tiled_enter(maps + struct.pack("2qdq32x", *addresses(written[2], uz), eps, n_rows))
-            else:
+            if tiled is None:
                 enter(argument)
-            middle(uz, *state, one, y, None if behind is None else behind.in_proj)
-            if TILES & 2:
-                maps = nvrtc.tensor_map(y, 64, 64) + nvrtc.tensor_map(one.out_proj, 32, 64)
-                tiled_leave(maps + struct.pack("5q24x", *addresses(norm, stream, scaled, written[2]), n_rows))
             else:
-                leave(argument)
+                tiled(scaled, one.in_proj, squares, uz, eps)
+            middle(uz, *state, one, y, None if behind is None else behind.in_proj)
+            leave(argument)
     return stream
 
 
@@ -103,16 +99,21 @@ def _kernels(M: int, E: int, octets: int, device: int) -> list[_Kernel]:
 
 
 class _Tiled:
-    def __init__(self, name: str, device: int, blocks: int, sizes: dict[str, int]):
-        self.blocks = blocks
-        self.kernel = nvrtc.kernel(source("tiles.cu", f"{name}.cu", **sizes), name, device)
+    """`enter`, by tiles."""
 
-    def __call__(self, argument: bytes) -> None:
-        self.kernel(self.blocks, 160, argument, early=True)
+    ROWS = 32  # of in_proj, that a block has
+
+    def __init__(self, M: int, E: int, octets: int, device: int):
+        self.blocks = 2 * E // self.ROWS
+        sizes = {"M": M, "E": E, "OCTETS": octets, "STAGES": STAGES, "EARLY": EARLY, "TURNED": TURNED}
+        self.kernel = nvrtc.kernel(source("tiles.cu", "enter.cu", **sizes), "enter", device)
+
+    def __call__(self, x: Tensor, in_proj: Tensor, squares: Tensor, uz: Tensor, eps: float) -> None:
+        maps = nvrtc.tensor_map(x, 64, 64) + nvrtc.tensor_map(in_proj, self.ROWS, 64)
+        rest = struct.pack("2qdq32x", *addresses(squares, uz), eps, len(x))
+        self.kernel(self.blocks, 160, maps + rest, early=True)
 
 
 @lru_cache(64)
-def _tiled(M: int, E: int, octets: int, device: int) -> tuple[_Tiled, _Tiled]:
-    sizes = {"M": M, "E": E, "OCTETS": octets, "EARLY": EARLY, "TURNED": TURNED}
-    enter = _Tiled("enter", device, 2 * E // 32, {**sizes, "CLUSTER": ENTER_CLUSTER, "STAGES": STAGES[0]})
-    return enter, _Tiled("leave", device, M // 32 * 4, {**sizes, "CLUSTER": 4, "STAGES": STAGES[1]})
+def _tiled(M: int, E: int, octets: int, device: int) -> _Tiled:
+    return _Tiled(M, E, octets, device)

@@ -20,6 +20,11 @@ def capable(x: Tensor) -> bool:
     return nvrtc.EMULATED or (x.is_cuda and x.get_device() not in _broken and _capable_device(x.get_device()))
 
 
+def tiles_serve(x: Tensor) -> bool:
+    """Whether x is on a GPU whose matrix units tiles.cu is for."""
+    return nvrtc.EMULATED or torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
 @cache
 def _capable_device(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0) and nvrtc.loads()

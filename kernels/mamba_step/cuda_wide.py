@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import nvrtc
 from . import cuda_halves
-from .cuda_sources import addresses, capable, fits, give_up, source
+from .cuda_sources import addresses, capable, fits, give_up, source, tiles_serve
 
 TILE, CLUSTER, SPLITS = (
     64,
@@ -36,7 +36,7 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
         FEWEST <= n_rows <= MOST
         and width % 256 == len(w.A_log) % (TILE * SPLITS) == 0
         and capable(x)
-        and (nvrtc.EMULATED or torch.cuda.get_device_capability(x.device) == (9, 0))
+        and tiles_serve(x)
         and all(cuda_halves.serves(x, *state, one) for state, one in zip(states, weights, strict=True))
         and all(fits(t, x) for one in weights for t in (one.norm, one.norm_bias, one.in_proj, one.out_proj))
         and all((one.in_proj.shape, one.x_proj.shape, one.conv.shape) == shapes for one in weights)
@@ -95,7 +95,7 @@ class _Product:
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """x (B, WIDTH), out (B, OUT) or the sums of each piece of the width (SPLITS, B, OUT)."""
         places = (out, None) if self.splits == 1 else (None, out)
-        maps = nvrtc.tensor_map(x, TILE // CLUSTER, TILE) + nvrtc.tensor_map(weight, TILE, TILE)
+        maps = nvrtc.tensor_map(x, TILE, TILE) + nvrtc.tensor_map(weight, TILE, TILE)
         rest = struct.pack("3q40x", *addresses(*places), len(x))
         self.kernel(self.blocks, 160, maps + rest, early=True)
 

@@ -78,10 +78,6 @@ inline float4 fresh4(const float* from) { return *reinterpret_cast<const float4*
 inline uint4 fresh16(const void* from) { return *static_cast<const uint4*>(from); }
 inline unsigned fresh2(const void* from) { return *static_cast<const uint16_t*>(from); }
 inline uint4 once16(const void* from) { return fresh16(from); }
-inline void bring16(void* to, const void* from) { std::memcpy(to, from, 16); }
-inline void all_brought() {}
-inline void end_of_group() {}
-template <int n> inline void all_groups_brought_but() {}
 inline void wait_for_kernel_before() {}
 inline void wait_for_end_before() {}
 inline void let_next_begin() {}
@@ -96,7 +92,7 @@ inline void say_begun() {}
 inline void wait_for_others() { give_way(); }
 inline void wait_at(Gate*, int = 0) { give_way(); }
 inline void open(Gate*, int = 1) {}
-inline void arrive(Gate*, int = 0) {}
+inline void arrive(Gate*) {}
 inline void expect_more(Gate*, int) {}
 inline void all_open() {}
 inline void bring(void* to, const void* from, int bytes, Gate*) { std::memcpy(to, from, bytes); }
@@ -122,10 +118,6 @@ inline void bring_tile(void* to, const TensorMap* map, int column, int row, Gate
       bool inside = row + i < map->height && column + j < map->width;
       static_cast<uint16_t*>(to)[i * map->n_columns + j] = inside ? map->matrix[(row + i) * map->width + column + j] : 0;
     }
-}
-template <int many> inline void bring_tile_to_all(void* to, const TensorMap* map, int column, int row, Gate* gate) {
-  for (int rank = 0; rank < many; ++rank)
-    bring_tile(static_cast<char*>(to) - (char*)own_room() + (char*)room_of(rank), map, column, row, gate);
 }
 template <unsigned long K> inline void multiply_tiles(float (&c)[K], const void* a, const void* b) {
   auto number = [](const void* tile, unsigned row, int k) {

@@ -89,13 +89,6 @@ __device__ __forceinline__ void open(Gate* gate, int arrivals = 1) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(gate))), "r"(arrivals)
                : "memory");
 }
-__device__ __forceinline__ void arrive(Gate* gate, int rank) {  // at that of another block of the cluster
-  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(
-                   unsigned(__cvta_generic_to_shared(gate))),
-               "r"(rank)
-               : "memory");
-}
 __device__ __forceinline__ void arrive(Gate* gate) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(unsigned(__cvta_generic_to_shared(gate))) : "memory");
 }
@@ -145,14 +138,6 @@ __device__ __forceinline__ void bring_tile(void* to, const TensorMap* map, int c
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
                "[%4];" ::"r"(unsigned(__cvta_generic_to_shared(to))),
                "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate)))
-               : "memory");
-}
-template <int many>
-__device__ __forceinline__ void bring_tile_to_all(void* to, const TensorMap* map, int column, int row, Gate* gate) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-               "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
-               "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate))),
-               "h"((unsigned short)((1 << many) - 1))
                : "memory");
 }
 #if __CUDA_ARCH__ == 900

@@ -1,11 +1,11 @@
-// The first of the kernels of a block of the stack: norm and in_proj. The norm (RMSNorm) is a factor of each sequence, put
-// to in_proj's result.
+// `enter` of stack.cu for more sequences, by tiles.cu.
 //
-// Letters: B sequences, M model width, E inner width; macros, but B, as are OCTETS (B / 8, rounded up), CLUSTER and STAGES.
+// Letters: B sequences, M model width, E inner width; macros, but B, as are OCTETS (B / 8, rounded up), STAGES and EARLY
+// (of tiles.cu) and TURNED.
 
 constexpr int ROWS = 32, MOST = 8 * OCTETS, PARTS = M / 16;
-static_assert(M % TILE == 0 && 2 * E % (ROWS * CLUSTER) == 0, "sizes not served");
-typedef Tiles<ROWS, M / TILE, STAGES, EARLY, CLUSTER> Product;
+static_assert(M % TILE == 0 && 2 * E % ROWS == 0, "sizes not served");
+typedef Tiles<ROWS, M / TILE, STAGES, EARLY> Product;
 
 struct Problem {
   TensorMap x, weight;   // of the stream times the norm's weight (B, M); in_proj
@@ -16,9 +16,9 @@ struct Problem {
 };
 extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
 
-extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, t = lane % 4, row = int(blockIdx.x) * ROWS, n_rows = int(p.n_rows);
-  Product tiles{shared<Product::Room>(), p.x, p.weight, row, 0, TURNED * (int(blockIdx.x) / CLUSTER)};
+  Product tiles{shared<Product::Room>(), p.x, p.weight, row, 0, TURNED * int(blockIdx.x)};
   tiles.begin();
   wait_for_kernel_before();
   if (tid >= MULTIPLIERS) return tiles.bring_all();

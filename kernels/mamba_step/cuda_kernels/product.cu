@@ -2,11 +2,11 @@
 //
 // Where SPLITS blocks share the width out, their sums go out as they are and are added up where they are read (gather.cu).
 //
-// Macros: WIDTH, OUT (rows of the weight), SPLITS, CLUSTER and STAGES.
+// Macros: WIDTH, OUT (rows of the weight), SPLITS, STAGES and EARLY (of tiles.cu), TURNED.
 
 constexpr int ROWS = 64, STEPS = WIDTH / TILE / SPLITS;
-static_assert(WIDTH % (TILE * SPLITS) == 0 && OUT % (ROWS * CLUSTER) == 0, "sizes not served");
-typedef Tiles<ROWS, STEPS, STAGES, EARLY, CLUSTER> Product;
+static_assert(WIDTH % (TILE * SPLITS) == 0 && OUT % ROWS == 0, "sizes not served");
+typedef Tiles<ROWS, STEPS, STAGES, EARLY> Product;
 
 struct Problem {
   TensorMap x, weight;  // of (B, WIDTH), (OUT, WIDTH)
@@ -16,10 +16,10 @@ struct Problem {
 };
 extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
 
-extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) product(const GRID_CONSTANT Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   int split = int(blockIdx.x) / (OUT / ROWS), row = int(blockIdx.x) % (OUT / ROWS) * ROWS, n_rows = int(p.n_rows);
-  Product tiles{shared<Product::Room>(), p.x, p.weight, row, split * STEPS * TILE, TURNED * (int(blockIdx.x) / CLUSTER)};
+  Product tiles{shared<Product::Room>(), p.x, p.weight, row, split * STEPS * TILE, TURNED * int(blockIdx.x)};
   let_next_begin();
   tiles.begin();
   wait_for_end_before();

@@ -1,47 +1,40 @@
 // The sums of a product x weight^T for up to 64 sequences, as fast as the weights come (wgmma: Hopper GPUs only).
 //
 // A block of threads has some rows of the weight. One warp, behind the four that multiply, brings tiles of 64 columns to
-// shared memory (tensor maps), as many as there are stages, and weights before the kernel before has ended. The blocks of a
-// cluster, if x is for all of them, bring a part of x's tile each, then.
+// shared memory (tensor maps), as many as there are stages, and some of the weights before the kernel before has ended.
+// (Blocks that share x's tiles by multicast take twice as long.)
 
 constexpr int TILE = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 32;
 
-template <int rows, int steps, int stages, int early, int cluster> struct Tiles {
-  static constexpr int FIRST = steps < stages ? steps : stages, PART = TILE / cluster;
-  static constexpr int SOON = FIRST < early ? FIRST : early;  // tiles of the weight that are asked for at once
-  static_assert(TILE % cluster == 0 && stages > 2, "sizes not served");
+template <int rows, int steps, int stages, int early> struct Tiles {
+  static constexpr int FIRST = steps < stages ? steps : stages, SOON = FIRST < early ? FIRST : early;
+  static_assert(stages > 2, "sizes not served");
   struct Room {
     alignas(1024) bf16 x[stages][TILE * TILE], weight[stages][rows * TILE];
     Gate brought[stages], read[stages];
   };
   Room& room;
-  const TensorMap &x, &weight;  // (B, width) in tiles of PART x 64, (rows, width) in tiles of rows x 64
+  const TensorMap &x, &weight;  // (B, width) in tiles of 64 x 64, (rows, width) in tiles of rows x 64
   int row, column;              // that the block begins with
-  int turn;                     // of the width's tiles, the one that it begins with: all at one would meet in memory
+  int turn;                     // the tile of the width that it begins with: not all with the same
 
   INLINE int column_of(int step) const { return column + (step + turn) % steps * TILE; }
-
   INLINE void bring_weight(int step) const {
     Gate* gate = &room.brought[step % stages];
     expect_more(gate, (TILE + rows) * TILE * sizeof(bf16));
     bring_tile(room.weight[step % stages], &weight, column_of(step), row, gate);
   }
   INLINE void bring_x(int step) const {
-    int first = int(blockIdx.x) % cluster * PART;
-    bf16* to = room.x[step % stages] + first * TILE;
-    if (cluster > 1) bring_tile_to_all<cluster>(to, &x, column_of(step), first, &room.brought[step % stages]);
-    else bring_tile(to, &x, column_of(step), first, &room.brought[step % stages]);
+    bring_tile(room.x[step % stages], &x, column_of(step), 0, &room.brought[step % stages]);
   }
   // By all threads, before the kernel before has ended.
   INLINE void begin() const {
     if (threadIdx.x == MULTIPLIERS) {
-      for (int i = 0; i < stages; ++i) open(&room.brought[i], 1), open(&room.read[i], cluster * MULTIPLIERS / 32);
+      for (int i = 0; i < stages; ++i) open(&room.brought[i], 1), open(&room.read[i], MULTIPLIERS / 32);
       all_open();
       for (int i = 0; i < SOON; ++i) bring_weight(i);
     }
     __syncthreads();
-    say_begun();
-    wait_for_others();
   }
   // By the last warp, when x is there.
   INLINE void bring_all() const {
@@ -66,15 +59,12 @@ template <int rows, int steps, int stages, int early, int cluster> struct Tiles 
     for (int i = 0; i < steps; ++i) {
       wait_at(&room.brought[i % stages], i / stages % 2);
       multiply_tiles(sum, room.x[i % stages], room.weight[i % stages]);
-      if (i + stages < steps && lane < cluster) {
-        if (cluster > 1) arrive(&room.read[i % stages], lane);
-        else arrive(&room.read[i % stages]);
-      }
+      if (i + stages < steps && lane == 0) arrive(&room.read[i % stages]);
     }
   }
 };
 
-// Shared memory from a multiple of 1,024 bytes on, at the same place in all blocks; `shared_bytes` has as much more.
+// Shared memory from a multiple of 1,024 bytes on; `shared_bytes` has as much more.
 template <typename Shared> INLINE Shared& shared() {
   return *reinterpret_cast<Shared*>((reinterpret_cast<unsigned long long>(own_room()) + 1023) / 1024 * 1024);
 }
