@@ -25,10 +25,10 @@ IN_FLIGHT = 2  # steps that the GPU is given before the host looks at the first 
 BLOCK = 64  # steps whose uniform numbers are brought to the GPU at once
 ROOM = 256  # a state that grows has room for a multiple of it, so that a graph serves prompts of many lengths
 WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set up in them
-# Prompts that are read by a graph have so many tokens each at least: all of a convolution's window is among them. All
-# their tokens times the model's parameters are so many at most: more keep a GPU busy for longer than it takes to launch
-# the kernels. The activations of so many tokens, and the states of so many sequences, are kept at most.
-SHORTEST, MOST_WORK, MOST_TOKENS, MOST_SEQUENCES = 16, 12e12, 32768, 256
+# Prompts that are read by a graph have so many tokens each at least, all of a convolution's window among them, and so
+# many together at most: more keep a GPU busy for longer than it takes to launch the kernels. The states of so many
+# sequences at most are kept.
+SHORTEST, MOST_TOKENS, MOST_SEQUENCES = 16, 8192, 64
 
 
 def serves(device: torch.device) -> bool:
@@ -87,15 +87,10 @@ class _StepGraph:
         torch._foreach_copy_(here, given)
 
 
-def _tensors(modules: list[nn.Module]) -> list[Tensor]:
-    """Their parameters and buffers."""
-    found = (x for module in modules for x in (*module._parameters.values(), *module._buffers.values()))
-    return [x for x in found if x is not None]
-
-
 def _places(modules: list[nn.Module]) -> tuple[Any, ...]:
     """Where a graph reads its weights, and as what; and whether what is made now is of inference mode alone."""
-    return torch.is_inference_mode_enabled(), *((x.data_ptr(), x.dtype) for x in _tensors(modules))
+    tensors = (x for module in modules for x in (*module._parameters.values(), *module._buffers.values()))
+    return torch.is_inference_mode_enabled(), *((x.data_ptr(), x.dtype) for x in tensors if x is not None)
 
 
 # Of a model, which leaves of its state grow with the tokens.
@@ -168,7 +163,6 @@ def read_by_graph(model: Any, tokens: Tensor) -> tuple[Tensor, Any] | None:
         or torch.is_autocast_enabled("cuda")
         or torch.cuda.is_current_stream_capturing()
         or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-        or tokens.numel() * sum(x.numel() for x in _tensors(modules)) > MOST_WORK
     ):
         return None
     key = tokens.shape, _places(modules)

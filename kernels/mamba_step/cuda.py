@@ -65,16 +65,15 @@ def step(
         squares = room(width // 16, 8 * octets)
         written = stream, scaled, squares, uz, y
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
-            behind = weights[i + 1] if i + 1 < len(weights) else None
+            behind = weights[i + 1].norm if i + 1 < len(weights) else None
             if i == 0:
                 begin(_pack(*addresses(one.in_proj, one.out_proj, one.norm, x, *written), eps, n_rows))
-            norm = None if behind is None else behind.norm
-            argument = _pack(*addresses(one.in_proj, one.out_proj, norm, None, *written), eps, n_rows)
+            argument = _pack(*addresses(one.in_proj, one.out_proj, behind, None, *written), eps, n_rows)
             if tiled is None:
                 enter(argument)
             else:
                 tiled(scaled, one.in_proj, squares, uz, eps)
-            middle(uz, *state, one, y, None if behind is None else behind.in_proj)
+            middle(uz, *state, one, y)
             leave(argument)
     return stream
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .. import nvrtc
 from . import cuda_middle
-from .cuda_sources import addresses, between_fits, give_up, share, source
+from .cuda_sources import addresses, between_fits, give_up, source
 
 CHANNELS = 256  # of a block of either kernel
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
 MOST = 32  # sequences of a block
-TRIGGER, EARLY, PSEQS = 2, 8, 0
+TRIGGER, EARLY, PSEQS, PARTS_AHEAD = 0, 4, 0, 6
 SLOTS = 8  # sequences whose states are on their way
 
 
@@ -53,7 +53,7 @@ def run(project: "_Project", scan: "_Scan", uz: Tensor, conv: Tensor, ssm: Tenso
     u, y = uz.new_empty(n_rows, n_channels), uz.new_empty(n_rows, n_channels)
     projected = torch.empty(project.splits, n_rows, rank + 32, dtype=torch.float32, device=uz.device)
     project(w.conv, w.conv_bias, w.x_proj, conv, uz, u, projected, n_rows=n_rows)
-    scan(projected, w.dt_proj, w.dt_bias, w.A_log, w.D, u, uz, ssm, y, n_rows=n_rows, behind=w.out_proj)
+    scan(projected, w.dt_proj, w.dt_bias, w.A_log, w.D, u, uz, ssm, y, n_rows=n_rows)
     return y
 
 
@@ -65,7 +65,16 @@ class _Project:
         seqs = next((n for n in (8, 16) if groups * -(-n_rows // n) <= nvrtc.processors(device)), MOST)
         seqs = PSEQS or seqs
         self.blocks, self.threads, self.splits = groups * -(-n_rows // seqs), 2 * (R + 32), groups // cluster
-        sizes = {"E": E, "R": R, "W": W, "CHANNELS": CHANNELS, "CLUSTER": cluster, "SEQS": seqs, "TRIGGER": TRIGGER}
+        sizes = {
+            "E": E,
+            "R": R,
+            "W": W,
+            "CHANNELS": CHANNELS,
+            "CLUSTER": cluster,
+            "SEQS": seqs,
+            "TRIGGER": TRIGGER,
+            "PARTS_AHEAD": PARTS_AHEAD,
+        }
         self.kernel = nvrtc.kernel(source("project.cu", **sizes), "project", device)
 
     def __call__(self, *tensors: Tensor | None, n_rows: int) -> None:
@@ -80,9 +89,8 @@ class _Scan:
         sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": seqs, "SLOTS": max(3, min(seqs, SLOTS)), "EARLY": EARLY}
         self.kernel = nvrtc.kernel(source("scan.cu", **sizes, WARPS=CHANNELS // 32), "scan", device)
 
-    def __call__(self, *tensors: Tensor, n_rows: int, behind: Tensor) -> None:
-        argument = struct.pack("12q", *addresses(*tensors, behind), share(behind, self.blocks), n_rows)
-        self.kernel(self.blocks, CHANNELS, argument, early=True)
+    def __call__(self, *tensors: Tensor, n_rows: int) -> None:
+        self.kernel(self.blocks, CHANNELS, struct.pack("10q", *addresses(*tensors), n_rows), early=True)
 
 
 def kernels_for(n_rows: int, w, device: int) -> tuple[_Project, _Scan]:

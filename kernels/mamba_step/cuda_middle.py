@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
-from .cuda_sources import addresses, between_fits, give_up, share, source
+from .cuda_sources import addresses, between_fits, give_up, source
 
 BULK = 1
 CLUSTER = 8  # blocks of a cluster, which have all channels of some sequences
@@ -53,12 +53,10 @@ class _Kernel:
         self.kernel = nvrtc.kernel(source("middle.cu", **sizes), "middle", device)
         self.clusters = 16 if nvrtc.EMULATED else self.kernel.clusters_at_once(self.threads, CLUSTER)
 
-    def __call__(self, uz: Tensor, conv: Tensor, ssm: Tensor, w, y: Tensor, next_in_proj: Tensor | None = None) -> None:
+    def __call__(self, uz: Tensor, conv: Tensor, ssm: Tensor, w, y: Tensor) -> None:
         tensors = w.conv, w.conv_bias, w.x_proj, w.dt_proj, w.dt_bias, w.A_log, w.D, conv, ssm, uz, y
-        blocks, behind = -(-len(y) // self.at_once) * CLUSTER, (w.out_proj, next_in_proj)
-        shares = [share(t, blocks) for t in behind]
-        argument = struct.pack("16q", *addresses(*tensors, *behind), *shares, len(y))
-        self.kernel(blocks, self.threads, argument, early=True)
+        blocks = -(-len(y) // self.at_once) * CLUSTER
+        self.kernel(blocks, self.threads, struct.pack("12q", *addresses(*tensors), len(y)), early=True)
 
 
 def kernel_for(n_rows: int, w, device: int) -> _Kernel:

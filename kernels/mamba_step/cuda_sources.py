@@ -61,11 +61,6 @@ def addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def share(weight: Tensor | None, blocks: int) -> int:
-    """Bytes of a weight, if there is one, that each of so many blocks brings to the L2 cache."""
-    return 0 if weight is None else weight.nbytes // blocks // 16 * 16
-
-
 def give_up(device: int, error: nvrtc.Unavailable) -> None:
     _broken.add(device)
     warnings.warn(f"a step of Mamba blocks runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=4)

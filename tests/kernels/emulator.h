@@ -96,7 +96,6 @@ inline void arrive(Gate*) {}
 inline void expect_more(Gate*, int) {}
 inline void all_open() {}
 inline void bring(void* to, const void* from, int bytes, Gate*) { std::memcpy(to, from, bytes); }
-inline void bring_to_cache(const void*, int) {}
 inline void written() {}
 inline void give(void* to, const void* from, int bytes) { std::memcpy(to, from, bytes); }
 template <int> inline void all_read_but() {}

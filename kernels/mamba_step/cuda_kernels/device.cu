@@ -115,9 +115,6 @@ __device__ __forceinline__ void copy_to(void* to, const void* from, int bytes, G
                "r"(rank)
                : "memory");
 }
-__device__ __forceinline__ void bring_to_cache(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 // What this thread has written to shared memory, to be seen by a bulk copy that another begins after a barrier.
 __device__ __forceinline__ void written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void give(void* to, const void* from, int bytes) {

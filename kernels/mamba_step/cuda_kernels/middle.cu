@@ -16,7 +16,7 @@ constexpr int N = 16, OUT = R + 2 * N, EC = E / CLUSTER, THREADS = 2 * EC;
 constexpr int WARPS = THREADS / 32, OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS;
 constexpr int BANDS = OUT / 16, PARTS = EC / 32;  // of x_proj: its rows by 16, a block's channels by 32
 constexpr int UNITS = BANDS * PARTS, TURNS = (UNITS + WARPS - 1) / WARPS, AHEAD = TURNS < 3 ? TURNS : 3;
-constexpr int VALUES = SEQS * OUT, SLICE = BULK ? (VALUES / CLUSTER + 3) / 4 * 4 : VALUES / CLUSTER, DEEP = (R + 31) / 32;
+constexpr int VALUES = SEQS * OUT, SLICE = VALUES / CLUSTER, DEEP = (R + 31) / 32;
 constexpr int GROUP = SEQS < 4 ? SEQS : 4, GROUPS = (SEQS + GROUP - 1) / GROUP, HELD = GROUPS < 2 ? 1 : 2;
 static_assert(E % (32 * CLUSTER) == 0 && R % 16 == 0 && THREADS <= 512, "sizes not served");
 static_assert(VALUES % CLUSTER == 0 && SLICE <= THREADS, "sizes not served");
@@ -27,15 +27,13 @@ struct Problem {
   float* ssm_state;  // (B, E, N)
   const bf16* uz;    // (B, 2 E), what in_proj makes
   bf16* y;           // (B, E)
-  const bf16* behind[2];  // weights that the kernels after this read, for the L2 cache, and the bytes of them that each
-  int64 shares[2];        // block brings there, a multiple of 16
   int64 n_rows;      // B
 };
 struct Shared {
   alignas(16) bf16 u[ROWS][EC + 32], z[SEQS][EC + 8];
-  alignas(16) float sums[SLICE * CLUSTER], slice[SLICE], flat[SLICE * CLUSTER];
   alignas(16) float part[PARTS][ROWS][OUT + 4], low[ROWS][OUT + 4], gathered[CLUSTER][SLICE], dt[WARPS][16][ROWS + 1];
-  Gate gathering, giving;
+  alignas(16) bf16 window[SEQS][EC * (W - 1)];
+  Gate gathering, giving, windows;
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
@@ -63,7 +61,15 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   int rank = int(blockIdx.x) % CLUSTER, first = int(blockIdx.x) / CLUSTER * SEQS, channel = rank * EC;
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
-  if (tid == 0) expect(&s.gathering, 4 * SLICE * CLUSTER), expect(&s.giving, 4 * SLICE * CLUSTER);
+  auto window = [&](int seq) { return p.conv_state + (int64(first + seq) * E + channel) * (W - 1); };
+  if (tid == 0) {
+    expect(&s.gathering, 4 * VALUES), expect(&s.giving, 4 * VALUES);
+    open(&s.windows, n_here);
+    all_open();
+    if (BULK)
+      for (int seq = 0; seq < n_here; ++seq)
+        bring(s.window[seq], window(seq), EC * (W - 1) * sizeof(bf16), &s.windows);
+  }
   say_begun();
   let_next_begin();
 
@@ -88,8 +94,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   else shift.clear();
 #pragma unroll
   for (int i = 0; i < PASSES; ++i)
-    if (row + i * AT_ONCE < n_here)
-      past[i].load(p.conv_state + (int64(first + row + i * AT_ONCE) * E + channel + c) * (W - 1));
+    if (!BULK && row + i * AT_ONCE < n_here) past[i].load(window(row + i * AT_ONCE) + c * (W - 1));
 
   float h[HELD][GROUP][8];
   int quarter = lane % 2 * 4;
@@ -106,11 +111,13 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       }
   };
   fetch(h[0], 0);
-  if (tid < 2 && p.shares[tid])
-    bring_to_cache(p.behind[tid] + int64(blockIdx.x) * (p.shares[tid] / 2), int(p.shares[tid]));
   wait_for_end_before();
 
   // The convolution: u and z in shared memory, the window one step on.
+  if (BULK) {
+    __syncthreads();
+    wait_at(&s.windows);
+  }
 #pragma unroll
   for (int i = 0; i < PASSES; ++i) {
     int j = row + i * AT_ONCE;
@@ -120,7 +127,8 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       if (j < n_here) {
         const bf16* at = p.uz + int64(first + j) * 2 * E + channel + c;
         u = packed(fresh16(at)), z = packed(fresh16(at + E));
-        bf16* state = p.conv_state + (int64(first + j) * E + channel + c) * (W - 1);
+        bf16* state = BULK ? &s.window[j][c * (W - 1)] : window(j) + c * (W - 1);
+        if (BULK) past[i].load(state);
         float mixed[8], next[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
@@ -146,7 +154,10 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       z.store(&s.z[j][c]);
     }
   }
+  if (BULK) written();
   __syncthreads();
+  if (BULK && tid == 0)
+    for (int seq = 0; seq < n_here; ++seq) give(window(seq), s.window[seq], EC * (W - 1) * sizeof(bf16));
 
   // x_proj: this block's share of each value, then its slice of the sums.
 #pragma unroll
@@ -180,14 +191,8 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       float sum = 0.0f;
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) sum += s.part[part][v / OUT][v % OUT];
-      if (BULK) s.sums[v] = sum;
-      else push(&s.gathered[rank][v % SLICE], &s.gathering, v / SLICE, sum);
+      push(&s.gathered[rank][v % SLICE], &s.gathering, v / SLICE, sum);
     }
-  }
-  if (BULK) {
-    written();
-    __syncthreads();
-    if (tid < CLUSTER) copy_to(s.gathered[rank], s.sums + tid * SLICE, 4 * SLICE, &s.gathering, tid);
   }
   if (HELD > 1) fetch(h[HELD - 1], 1);
   uint4 wide[DEEP][2];
@@ -207,20 +212,10 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
 #pragma unroll
     for (int i = 0; i < CLUSTER; ++i) sum += s.gathered[i][tid];
     int v = rank * SLICE + tid;
-    if (BULK) s.slice[tid] = sum;
-    else {
 #pragma unroll
-      for (int i = 0; i < CLUSTER; ++i) push(&s.low[v / OUT][v % OUT], &s.giving, i, sum);
-    }
-  }
-  if (BULK) {
-    written();
-    __syncthreads();
-    if (tid < CLUSTER) copy_to(s.flat + rank * SLICE, s.slice, 4 * SLICE, &s.giving, tid);
+    for (int i = 0; i < CLUSTER; ++i) push(&s.low[v / OUT][v % OUT], &s.giving, i, sum);
   }
   wait_at(&s.giving);
-  if (BULK) say_begun();
-  auto low = [&](int seq) { return BULK ? s.flat + seq * OUT : s.low[seq]; };
 
   // dt's wide projection, a step of the states, gate: a warp has 16 channels, a lane half a channel.
 #pragma unroll
@@ -229,7 +224,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
 #pragma unroll
     for (int i = 0; i < DEEP; ++i) {
       float x[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-      if (i * 32 + t * 8 < R && o * 8 + g < SEQS) load_floats(low(o * 8 + g) + i * 32 + t * 8, x);
+      if (i * 32 + t * 8 < R && o * 8 + g < SEQS) load_floats(&s.low[o * 8 + g][i * 32 + t * 8], x);
       multiply_add(dt, wide[i][0].x, wide[i][1].x, wide[i][0].y, wide[i][1].y, floats_to_bf16(x[0], x[1]),
                    floats_to_bf16(x[2], x[3]));
       multiply_add(dt, wide[i][0].z, wide[i][1].z, wide[i][0].w, wide[i][1].w, floats_to_bf16(x[4], x[5]),
@@ -254,7 +249,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
         float out = 0.0f, u = 0.0f;
         if (seq < n_here) {
           float drive[2][4], readout[2][4];
-          const float* matrices = low(seq) + R + quarter;
+          const float* matrices = &s.low[seq][R + quarter];
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
             load_floats(matrices + 8 * k, drive[k]);
@@ -282,5 +277,5 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       }
       if (group + HELD < GROUPS) fetch(h[held], group + HELD);
     }
-  if (BULK) wait_for_others();
+  if (BULK && tid == 0) all_given();
 }

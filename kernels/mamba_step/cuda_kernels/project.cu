@@ -11,8 +11,9 @@
 // CHANNELS and SEQS.
 
 constexpr int N = 16, OUT = R + 2 * N, WARPS = OUT / 16, THREADS = 32 * WARPS, OCTETS = SEQS / 8;
-constexpr int PARTS = CHANNELS / 32, AHEAD = PARTS < 4 ? PARTS : 4;          // of x_proj's rows, and of them on their way
-constexpr int PASSES = (SEQS + WARPS - 1) / WARPS, HELD = PASSES < 2 ? 1 : 2;  // of the convolution, a warp a sequence
+constexpr int PARTS = CHANNELS / 32, AHEAD = PARTS < PARTS_AHEAD ? PARTS : PARTS_AHEAD;          // of x_proj's rows, and of them on their way
+constexpr int PASSES = (SEQS + WARPS - 1) / WARPS;  // of the convolution, a warp a sequence
+constexpr int WINDOW = CHANNELS * (W - 1);
 constexpr int STRIDE = OUT + 4;  // of sums, so that lanes meet in no bank
 constexpr int GROUPS = E / CHANNELS, SHARE = SEQS / CLUSTER;                   // sequences that a block adds up
 static_assert(CHANNELS == 256 && E % (CHANNELS * CLUSTER) == 0 && R % 16 == 0, "sizes not served");
@@ -29,7 +30,8 @@ struct Problem {
 struct Shared {
   alignas(16) bf16 u[SEQS][CHANNELS + 32];
   alignas(16) float sums[SEQS][STRIDE], gathered[CLUSTER][SHARE][STRIDE];
-  Gate gathering;
+  alignas(16) bf16 window[SEQS][WINDOW];
+  Gate gathering, brought[WARPS][PASSES];
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
@@ -55,7 +57,15 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
   say_begun();
   if (TRIGGER == 0) let_next_begin();
 
+  auto window = [&](int row) { return p.conv_state + (int64(first + row) * E + group * CHANNELS) * (W - 1); };
+
   // Weights and windows, before what the kernel before makes.
+  if (lane == 0) {
+    for (int i = 0; i < PASSES; ++i) open(&s.brought[warp][i]);
+    all_open();
+    for (int i = 0, row = warp; row < n_here; ++i, row += WARPS)
+      bring(s.window[row], window(row), WINDOW * sizeof(bf16), &s.brought[warp][i]);
+  }
   int c = lane * 8, channel = group * CHANNELS + c;
   uint4 low[AHEAD], high[AHEAD];
   auto bring_weights = [&](int part) {
@@ -64,11 +74,6 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
   };
 #pragma unroll
   for (int part = 0; part < AHEAD; ++part) bring_weights(part);
-  Eight<W - 1> past[HELD];
-  auto window = [&](int row) { return p.conv_state + (int64(first + row) * E + channel) * (W - 1); };
-#pragma unroll
-  for (int i = 0; i < HELD; ++i)
-    if (i * WARPS + warp < n_here) past[i].load(window(i * WARPS + warp));
   Eight<W> taps;
   Packed<bf16, 8> shift;
   taps.load(p.conv + channel * W);
@@ -81,40 +86,45 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
     if (i * WARPS + warp < n_here) fresh_u[i] = fresh16(p.uz + int64(first + i * WARPS + warp) * 2 * E + channel);
 
   // The convolution: u in shared memory and out, the window one step on.
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < PASSES; ++i) {
     int row = i * WARPS + warp;
-    if (row < SEQS) {
-      Packed<bf16, 8> u;
-      u.clear();
-      if (row < n_here) {
-        const uint4& words = fresh_u[i];
-        u.word[0] = words.x, u.word[1] = words.y, u.word[2] = words.z, u.word[3] = words.w;
-        float mixed[8], next[8];
+    bool here = row < n_here;
+    wait_at(&s.brought[warp][i], here ? 0 : 1);  // 1: nothing is to come
+    Packed<bf16, 8> u;
+    u.clear();
+    if (here) {
+      Eight<W - 1> past;
+      bf16* own = &s.window[row][c * (W - 1)];
+      past.load(own);
+      u.word[0] = fresh_u[i].x, u.word[1] = fresh_u[i].y, u.word[2] = fresh_u[i].z, u.word[3] = fresh_u[i].w;
+      float mixed[8], next[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        mixed[k] = __fmaf_rn(u.get(k), taps.get(k, W - 1), shift.get(k));
+#pragma unroll
+        for (int w = 0; w < W - 1; ++w) mixed[k] = __fmaf_rn(past.get(k, w), taps.get(k, w), mixed[k]);
+        mixed[k] *= sigmoid(mixed[k]);
+      }
+#pragma unroll
+      for (int w = 0; w < W - 1; ++w) {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          mixed[k] = __fmaf_rn(u.get(k), taps.get(k, W - 1), shift.get(k));
-#pragma unroll
-          for (int w = 0; w < W - 1; ++w) mixed[k] = __fmaf_rn(past[i % HELD].get(k, w), taps.get(k, w), mixed[k]);
-          mixed[k] *= sigmoid(mixed[k]);
+          int at = w * 8 + k, of = at / (W - 1), tap = at % (W - 1);
+          next[k] = tap < W - 2 ? past.get(of, (tap + 1) % (W - 1)) : u.get(of);
         }
-#pragma unroll
-        for (int w = 0; w < W - 1; ++w) {
-#pragma unroll
-          for (int k = 0; k < 8; ++k) {
-            int at = w * 8 + k, of = at / (W - 1), tap = at % (W - 1);
-            next[k] = tap < W - 2 ? past[i % HELD].get(of, (tap + 1) % (W - 1)) : u.get(of);
-          }
-          Packed<bf16, 8> moved;
-          moved.set(next);
-          moved.store(window(row) + 8 * w);
-        }
-        u.set(mixed);
-        u.store(p.u + int64(first + row) * E + channel);
+        Packed<bf16, 8> moved;
+        moved.set(next);
+        moved.store(own + 8 * w);
       }
-      u.store(&s.u[row][c]);
-      if (i + HELD < PASSES && row + HELD * WARPS < n_here) past[i % HELD].load(window(row + HELD * WARPS));
+      u.set(mixed);
+      u.store(p.u + int64(first + row) * E + channel);
     }
+    if (row < SEQS) u.store(&s.u[row][c]);
+    written();
+    __syncwarp();
+    if (here && lane == 0) give(window(row), s.window[row], WINDOW * sizeof(bf16));
   }
   __syncthreads();
   if (TRIGGER == 1) let_next_begin();
@@ -151,5 +161,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
     for (int other = 0; other < CLUSTER; ++other) total += s.gathered[other][i / OUT][i % OUT];
     if (seq < n_here) p.projected[(int64(group / CLUSTER) * p.n_rows + first + seq) * OUT + i % OUT] = total;
   }
+  if (lane == 0) all_given();
+  __syncwarp();
   wait_for_others();  // who may still be reading this one's sums
 }

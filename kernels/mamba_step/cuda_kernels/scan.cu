@@ -22,8 +22,6 @@ struct Problem {
   const bf16 *u, *uz;  // (B, E) after the convolution; (B, 2 E) with z
   float* ssm_state;    // (B, E, N)
   bf16* y;             // (B, E)
-  const bf16* behind;  // weights that the kernel after this reads, for the L2 cache
-  int64 behind_bytes;  // of them for each block, a multiple of 16
   int64 n_rows;        // B
 };
 struct Shared {
@@ -177,11 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
       y.store(p.y + int64(first + seq + j) * E + e);
     }
   };
-  int last_brought = n_here > SLOTS ? n_here - SLOTS : 0;  // from here on memory has time for what comes behind
 #pragma unroll 1
   for (int base = 0; base < n_here; base += AHEAD) {
-    if (tid == 0 && p.behind_bytes && base <= last_brought && last_brought < base + AHEAD)
-      bring_to_cache(p.behind + int64(blockIdx.x) * (p.behind_bytes / 2), int(p.behind_bytes));
 #pragma unroll
     for (int i = 0; i < AHEAD; i += PAIR) {
       if (base + i + PAIR <= n_here) step(PAIR, base + i, u + i, z + i);
