@@ -7,7 +7,7 @@ from pathlib import Path
 from .errors import InputError
 
 PARTS = ("train", "valid", "test")
-_ALSO = {"val": "valid", "validation": "valid"}  # not dev: many a folder above is called so
+PART_OF = dict(zip(PARTS, PARTS, strict=True)) | {"val": "valid", "validation": "valid"}
 
 
 def require_files(words: Sequence[Path]) -> None:
@@ -40,9 +40,8 @@ def require_fractions(valid: float, test: float) -> None:
 
 
 def part_called(name: str) -> str | None:
-    """The part that a file or folder of this name is, if any."""
-    part = _ALSO.get(name, name)
-    return part if part in PARTS else None
+    """The part that a file or folder of this name is, if any; not dev: many a folder above is called so."""
+    return PART_OF.get(name)
 
 
 def named_part(path: Path) -> str | None:

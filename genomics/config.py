@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..core import inputs
 from ..core.config import BackboneConfig
 
 # Of genomics.alphabet, which gives them their ids.
 TOKEN_NAMES = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", "A", "C", "G", "T", "N")
 
 # How files and folders call the parts, in lower case.
-PART_OF = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "val", "validation", "dev"), "valid")
+PART_OF = inputs.PART_OF | {"dev": "valid"}
 
 # What a language model learns: each base from those before it; hidden bases from both sides.
 Objective = Literal["next", "masked"]

@@ -1,13 +1,16 @@
 """For all tests: Triton's interpreter where there is no GPU, one seed, and `gpu` tests skipped without a GPU.
 
 `in_processes` runs a function in several processes that share a gloo group. `emulated` runs a CUDA kernel on the CPU.
+Under `full_disk` no file grows beyond a limit.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import multiprocessing
 import os
+import resource
 import runpy
 import shutil
 import subprocess
@@ -62,6 +65,22 @@ def in_full(monkeypatch):
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "savefig", Figure.savefig.__wrapped__)
+
+
+@pytest.fixture(scope="session")
+def full_disk():
+    """`with full_disk(limit)`: files grow no longer than so many bytes: a full disk but for the error's number."""
+
+    @contextlib.contextmanager
+    def limited(limit: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores the signal that comes with it
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture(scope="session")

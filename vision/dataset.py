@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..core import inputs
 from ..core.errors import InputError
 from ..core.files import save_tsv, sha256
 from ..core.inputs import PARTS
 from .config import Dividing
 from .images import Item
 
-PART_OF = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid",
-           "dev": "valid", "test": "test", "testing": "test", "t10k": "test"}  # fmt: skip
+PART_OF = inputs.PART_OF | {"training": "train", "dev": "valid", "testing": "test", "t10k": "test"}
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,11 @@ def _forward(
             if s.border is not None:
                 u_, delta_, B_, C_ = s.by_sequence(u, delta, B, C)
                 state, passed = s.border.state_before(u_, delta_, A, B_, C_, dt_bias, reverse=reverse)
-            options = {"dt_proj": dt_proj} if s.widens_in_scan else {} if wide is None else {"y": wide[:, i]}
+            options = {"dt_proj": dt_proj} if s.widens_in_scan else {}
+            if wide is not None:
+                options["y"] = wide[:, i]
+            elif s.scan_backend == "numba" and s.dtype == torch.float32 and not s.save:
+                options["y"] = u  # whose memory is at hand: what is written anew has to be fetched first
             y, final, saved = s.scan(
                 *("forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save),
                 **options,

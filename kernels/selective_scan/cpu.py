@@ -154,12 +154,15 @@ def _state(x: Tensor | None, n_seqs: int) -> np.ndarray:
 
 
 def forward(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save, dt_proj=None
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batch, softplus, reverse, save, dt_proj=None, y=None
 ):
-    """dt_proj (D, R): delta is (T, R) and its product with dt_proj' is made on the way, never stored."""
+    """dt_proj (D, R): delta is (T, R) and its product with dt_proj' is made on the way, never stored.
+
+    y (T, D), contiguous float32: room for the result. It may be u: a row of it is written after u's was read.
+    """
     tiles, bounds, arrays = _prepare(u, A, B, C, D, z, delta_bias, cu_seqlens, batch)
     n_seqs, (n_channels, n_states) = len(bounds) - 1, A.shape
-    y = np.empty(u.shape, np.float32)
+    y = np.empty(u.shape, np.float32) if y is None else y.numpy()
     final = np.empty((n_seqs, n_states, n_channels), np.float32)
     checkpoints = np.empty(saved_shape(u.shape[0], n_seqs, *A.shape) if save else (0, n_states, n_channels), np.float32)
     h0 = _state(initial_state, n_seqs)

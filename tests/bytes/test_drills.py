@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -105,20 +103,9 @@ def test_a_kill(step, texts, whole, tmp_path):
 # A full disk
 
 
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """Files grow no longer than `limit` bytes: what a full disk is to a writer, short of the error's number."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores the signal that comes with it
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 # 5000: the manifest of the run fits, the corpus does not
 @pytest.mark.parametrize(("limit", "file"), [(64, "manifest.json"), (5000, "train.bin")])
-def test_a_disk_too_full_for_the_corpus(limit, file, texts, whole, tmp_path, capsys):
+def test_a_disk_too_full_for_the_corpus(full_disk, limit, file, texts, whole, tmp_path, capsys):
     corpus = tmp_path / "corpus"
     with full_disk(limit):
         assert train(texts, tmp_path / "run", "--corpus", str(corpus)) == 1
@@ -150,7 +137,7 @@ def test_a_disk_that_fills_up_in_training(texts, whole, tmp_path, capsys):
     ("verb", "limit"),
     [("eval", 64), ("noise", 64), ("noise", 300)],  # 64: the spoiled text, already, cannot be laid down; 300: it can
 )
-def test_a_full_disk_leaves_what_was_there(verb, limit, texts, whole, tmp_path, capsys):
+def test_a_full_disk_leaves_what_was_there(full_disk, verb, limit, texts, whole, tmp_path, capsys):
     output = tmp_path / "output"
     if verb == "noise":
         output.write_text("precious")

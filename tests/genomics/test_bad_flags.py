@@ -1,8 +1,6 @@
 """What the command line makes of bad flags, divisions and outputs: a clear line, exit code 1 or 2, no file touched."""
 
-import resource
 import shutil
-from contextlib import contextmanager
 
 import pytest
 
@@ -153,18 +151,7 @@ def test_an_output_that_holds_another_run(error, two_classes, run, fast, tmp_pat
     assert "manifest.json: damaged" in error("train", *two_classes, "-o", folder, *fast, "--resume")
 
 
-@contextmanager
-def full_disk(limit: int = 64):
-    """Files grow no longer than `limit` bytes: what a full disk is to a writer, short of the error's number."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores the signal that comes with it
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk(error, run, files, two_classes, tmp_path):
+def test_a_full_disk(full_disk, error, run, files, two_classes, tmp_path):
     old = tmp_path / "old.tsv"
     old.write_text("precious")
     for words in (
@@ -175,7 +162,7 @@ def test_a_full_disk(error, run, files, two_classes, tmp_path):
         ["stats", *two_classes, "-o", tmp_path / "output"],
         ["split", *two_classes, "-o", tmp_path / "output"],
     ):
-        with full_disk():
+        with full_disk(64):
             line = error(*words)
         assert "cannot be written (File too large)" in line
         assert str(tmp_path) in line
