@@ -84,13 +84,13 @@ class _Project:
 class _Scan:
     def __init__(self, n_rows: int, E: int, R: int, splits: int, device: int):
         groups = E // CHANNELS
-        seqs = min(MOST, -(-n_rows // max(1, nvrtc.processors(device) // groups)))
-        self.blocks = groups * -(-n_rows // seqs)
-        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": seqs, "SLOTS": max(3, min(seqs, SLOTS)), "EARLY": EARLY}
+        self.seqs = min(MOST, -(-n_rows // max(1, nvrtc.processors(device) // groups)))
+        self.blocks, room = groups * -(-n_rows // self.seqs), -(-self.seqs // 8) * 8
+        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "SLOTS": SLOTS, "EARLY": EARLY}
         self.kernel = nvrtc.kernel(source("scan.cu", **sizes, WARPS=CHANNELS // 32), "scan", device)
 
     def __call__(self, *tensors: Tensor, n_rows: int) -> None:
-        self.kernel(self.blocks, CHANNELS, struct.pack("10q", *addresses(*tensors), n_rows), early=True)
+        self.kernel(self.blocks, CHANNELS, struct.pack("11q", *addresses(*tensors), n_rows, self.seqs), early=True)
 
 
 def kernels_for(n_rows: int, w, device: int) -> tuple[_Project, _Scan]:

@@ -1,12 +1,13 @@
 // dt_proj, a step of the states and the gate, of one token: the second half of what lies between the two projections of
 // a Mamba block. Nearly all of it is the states' way from memory and back.
 //
-// A warp has 32 channels, a lane one of them, of the block's SEQS sequences one after another. The 2 KB of states that
+// A warp has 32 channels, a lane one of them, of the block's sequences one after another. The 2 KB of states that
 // it takes for each come to shared memory by themselves (bulk copies), up to SLOTS of them on their way from the time
 // before the kernel before has ended, and go back in the same way. A lane takes the four quarters of its channel's
 // states in an order of its own, so that the lanes of a warp meet in no bank.
 //
-// Letters: B sequences, E inner width, R rank of dt, N states (16); macros, but B, as are SPLITS, SEQS, SLOTS and WARPS.
+// Letters: B sequences, E inner width, R rank of dt, N states (16); macros, but B, as are SPLITS, SEQS (that there
+// is room for), SLOTS, EARLY and WARPS.
 
 constexpr int N = 16, OUT = R + 2 * N, THREADS = 32 * WARPS, CHANNELS = 32 * WARPS, GROUPS = E / CHANNELS;
 constexpr int OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS, DEEP = (R + 31) / 32;
@@ -22,7 +23,7 @@ struct Problem {
   const bf16 *u, *uz;  // (B, E) after the convolution; (B, 2 E) with z
   float* ssm_state;    // (B, E, N)
   bf16* y;             // (B, E)
-  int64 n_rows;        // B
+  int64 n_rows, seqs;  // B, and as many of them a block, SEQS at most
 };
 struct Shared {
   alignas(128) float h[WARPS][SLOTS][32 * N];
@@ -38,9 +39,9 @@ INLINE float softplus(float x) { return softplus_of(x, exp_negative(-fabsf(x)));
 extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
-  int first = int(blockIdx.x) / GROUPS * SEQS, channel = int(blockIdx.x) % GROUPS * CHANNELS + warp * 32;
+  int seqs = int(p.seqs), first = int(blockIdx.x) / GROUPS * seqs, channel = int(blockIdx.x) % GROUPS * CHANNELS + warp * 32;
   int e = channel + lane, turned = lane / 2 % 4;
-  int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
+  int n_here = int(p.n_rows) - first < seqs ? int(p.n_rows) - first : seqs;
   let_next_begin();
 
   // States and weights, before what the kernel before makes.
