@@ -4,17 +4,21 @@
                               [--backend triton]
 
 bf16 inputs, float32 A, D and bias, softplus; medians of `triton.testing.do_bench` (CUDA events; it overwrites the
-second-level cache between runs). The limit is the larger of two times: each input read and each output written once
-at the copy bandwidth measured in the same run, and one exp2 a (token, channel, state) at 16 a cycle and multiprocessor
-at 1.98 GHz. "Official" are mamba-ssm's CUDA kernels (built for sm_90) on an H100 in another run, for orientation.
+second-level cache between runs). A time is of the kernels launched as one CUDA graph, as `--cuda-graph` launches them;
+in brackets behind it of the same launched by Python, for which a short one may have to wait. The limit is the larger of
+two times: each input read and each output written once at the copy bandwidth measured in the same run, and one exp2 a
+(token, channel, state) at 16 a cycle and multiprocessor at 1.98 GHz. "Official" are mamba-ssm's CUDA kernels (built for
+sm_90) on an H100 in another run, launched by Python, for orientation.
 
 The picture: time against length at the shape of Figure 8 of the Mamba paper (batch 1, 1024 channels, 16 states), beside
 PyTorch's causal attention of the same width (16 heads of 64).
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from machine import describe
@@ -22,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
 from polymamba.core import Mamba
+from polymamba.core.replayed import WARM_UPS, Replayed, own_stream
 from polymamba.kernels import causal_conv1d, info, selective_scan
 
 SHAPES = {  # batch, channels, length, states, groups, gate: official forward and backward, ms
@@ -64,8 +69,25 @@ def scan_inputs(
     return [u, delta, A, B, C, D, z, bias]
 
 
-def measure(inputs: list[torch.Tensor | None], backend: str | None) -> tuple[float, float, float]:
-    """(forward ms, backward ms, MiB that forward and backward add at their peak)."""
+class Milliseconds(NamedTuple):
+    graphed: float
+    launched: float
+
+    @classmethod
+    def of(cls, work: Callable[[], object]) -> "Milliseconds":
+        """Of work in a stream of its own."""
+        launched = do_bench(work, return_mode="median")
+        replayed = Replayed(lambda _: work(), torch.device("cuda"))
+        for _ in range(WARM_UPS + 1):
+            replayed(())
+        return cls(do_bench(lambda: replayed(()), return_mode="median"), launched)
+
+    def __str__(self) -> str:
+        return f"{self.graphed:.3f} ({self.launched:.3f})"
+
+
+def measure(inputs: list[torch.Tensor | None], backend: str | None) -> tuple[Milliseconds, Milliseconds, float]:
+    """(of the forward, of the backward, MiB that both add at their peak)."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     present = [x for x in leaves if x is not None]
 
@@ -73,15 +95,15 @@ def measure(inputs: list[torch.Tensor | None], backend: str | None) -> tuple[flo
         return selective_scan(*leaves[:7], delta_bias=leaves[7], delta_softplus=True, backend=backend)
 
     with torch.no_grad():
-        forward_ms = do_bench(forward, return_mode="median")
+        of_forward = Milliseconds.of(forward)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     y = forward()
     dy = torch.randn_like(y)
     torch.autograd.grad(y, present, dy, retain_graph=True)
     peak = torch.cuda.max_memory_allocated() - before
-    backward_ms = do_bench(lambda: torch.autograd.grad(y, present, dy, retain_graph=True), return_mode="median")
-    return forward_ms, backward_ms, peak / 2**20
+    of_backward = Milliseconds.of(lambda: torch.autograd.grad(y, present, dy, retain_graph=True))
+    return of_forward, of_backward, peak / 2**20
 
 
 def table(bandwidth: float, backend: str | None) -> list[str]:
@@ -92,13 +114,14 @@ def table(bandwidth: float, backend: str | None) -> list[str]:
     for shape, official in SHAPES.items():
         batch, channels, length, states, groups, gate = shape
         elements = batch * channels * length
-        *ms, peak = measure(scan_inputs(*shape), backend)
+        with own_stream(torch.device("cuda")):
+            *times, peak = measure(scan_inputs(*shape), backend)
         matrices = 2 * batch * length * groups * states * 2
         moved = elements * 2 * (4 if gate else 3) + matrices, elements * 2 * (7 if gate else 5) + 2 * matrices
         cells = [f"{batch}, {channels}, {length}, {states}", str(groups), "yes" if gate else "no"]
-        for time, n_bytes, peer in zip(ms, moved, official, strict=True):
+        for time, n_bytes, peer in zip(times, moved, official, strict=True):
             limit = 1e3 * max(n_bytes / bandwidth, elements * states / exps)
-            cells += [f"{time:.3f}", f"{limit:.3f}", f"{limit / time:.0%}", f"{peer:.3f}"]
+            cells += [str(time), f"{limit:.3f}", f"{limit / time.graphed:.0%}", f"{peer:.3f}"]
         lines.append(f"| {' | '.join(cells)} | {peak:.0f} |")
     return lines
 
@@ -115,12 +138,13 @@ def blocks() -> list[str]:
         def train(model=model, x=x, dy=dy) -> None:
             torch.autograd.grad(model(x), (x, *model.parameters()), dy)
 
-        times = [do_bench(work, return_mode="median") for work in (partial(model, x), train)]
+        with own_stream(x.device):
+            times = [Milliseconds.of(work) for work in (partial(model, x), train)]
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         train()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        ours = (f"{times[0]:.3f}", f"{times[1]:.3f}", f"{peak:.2f}")
+        ours = (*map(str, times), f"{peak:.2f}")
         cells = [str(cell) for pair in zip(ours, official, strict=True) for cell in pair]
         lines.append(f"| {batch}, {length}, {width} | {' | '.join(cells)} |")
     return lines

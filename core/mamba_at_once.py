@@ -6,9 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
-from ..kernels.mamba_block import BlockWeights, ScanWeights, mamba_block, mamba_block_onwards, serves
+from ..kernels.mamba_block import (
+    Behind,
+    BlockWeights,
+    ScanWeights,
+    mamba_block,
+    mamba_block_and_norm,
+    mamba_block_onwards,
+    serves,
+)
 from . import parallel
 from .autocast import autocast_dtype
+from .norm import AddRMSNorm
 from .pieces import border_of
 
 
@@ -50,6 +59,28 @@ def at_once(
         return None
     weights, dtype = found
     return mamba_block(hidden, weights, dtype=dtype, cu_seqlens=cu_seqlens, reverse=reverse, scale=scale, border=border)
+
+
+def at_once_and_norm(
+    mixer: nn.Module, hidden: Tensor, norm: AddRMSNorm, stream: Tensor, *, scans: tuple[nn.Module, ...],
+    reverse: tuple[bool, ...], scale: float,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """`norm(mixer(hidden), stream)`, of a norm that is as it was made; None where the two have to be run by themselves.
+
+    That is as of `at_once`, if autograd looks on, if a sequence is cut into pieces, or if it would not be faster.
+    """
+    if not hidden.is_cuda or autocast_dtype(hidden).itemsize != 2 or torch.is_grad_enabled():
+        return None  # at once: the host would ask again for the block alone
+    if parallel.current() is not None or all_modules._has_any_global_hook():
+        return None
+    found = _weights_and_dtype(mixer, hidden, scans, True)
+    if found is None:
+        return None
+    weights, dtype = found
+    if autocast_dtype(norm.weight) != dtype:  # that of what is normed
+        return None
+    behind = Behind(stream, norm.weight, norm.eps)
+    return mamba_block_and_norm(hidden, weights, behind, dtype=dtype, reverse=reverse, scale=scale)
 
 
 def at_once_onwards(

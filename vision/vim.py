@@ -12,6 +12,7 @@ Letters: B batch, M patches, T class tokens, L = M + T length of the sequence, D
 
 import dataclasses
 import math
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +24,11 @@ from timm.models._features_fx import register_notrace_function, register_notrace
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.mamba import BiMamba
-from ..core.mamba_at_once import as_made
+from ..core.mamba import BiMamba, SelectiveSSM
+from ..core.mamba_at_once import as_made, at_once_and_norm
 from ..core.norm import AddRMSNorm
 from ..kernels.patches import embed_patches, serves
+from ..kernels.streams import side_by_side
 from .config import VimConfig
 from .model import ImageModel, drop_path_rates, feature_layout
 
@@ -45,6 +47,29 @@ class VimMixer(BiMamba):
         """(B, L, D) -> the same shape."""
         return super().forward(hidden, scale=self.share)
 
+    def then(self, norm: AddRMSNorm, hidden: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(self(hidden), stream), in inference perhaps as one operation; of a norm that is as it was made."""
+        scans = self.forwards, self.backwards
+        if as_made(*scans, kinds=(SelectiveSSM,)):
+            options: Any = {"scans": scans, "reverse": (False, True), "scale": self.share}
+            found = at_once_and_norm(self, hidden, norm, stream, **options)
+            if found is not None:
+                return found
+        return norm(self(hidden), stream, projected=True)
+
+    def at(self, token: int, hidden: Tensor) -> Tensor:
+        """self(hidden)[:, token : token + 1], of what it depends on alone: each direction runs up to that token."""
+
+        def direction(i: int) -> Tensor:
+            if i == 0:
+                y, _ = self.forwards(self.in_proj(hidden[:, : token + 1]))
+                return y[:, -1:]
+            y, _ = self.backwards(self.in_proj(hidden[:, token:]), reverse=True)
+            return y[:, :1]
+
+        ahead, back = side_by_side(direction, 2, hidden, not torch.compiler.is_compiling())
+        return self.out_proj((ahead + back) * self.share)
+
 
 @register_notrace_module
 class Norm(AddRMSNorm):
@@ -57,12 +82,15 @@ class Block(nn.Module):
     def __init__(self, config: VimConfig, drop_path: float):
         super().__init__()
         self.norm = Norm(config.embed_dim, NORM_EPS)
-        self.mixer = VimMixer(config)
+        self.mixer: Any = VimMixer(config)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         normed, residual = self.norm(x, stream, projected=True)
         return self.drop_path(self.mixer(normed)), residual
+
+
+_PARTS = (Block, Norm, VimMixer, DropPath, nn.Identity)  # what a block is made of, as `forward` may leave it uncalled
 
 
 class _Add(nn.Module):
@@ -167,7 +195,10 @@ class Vim(ImageModel):
     # Forward
 
     def forward(self, x: Tensor) -> Tensor:
-        """`forward_head(forward_features(x))`; where the head sees class tokens alone, no other is normed."""
+        """`forward_head(forward_features(x))`; where the head sees class tokens alone, no other is normed.
+
+        In inference the last block, too, then makes nothing but what these depend on.
+        """
         short = (
             self.config.global_pool == "token"
             and type(self).forward_features is Vim.forward_features
@@ -176,9 +207,24 @@ class Vim(ImageModel):
         )
         if not short:
             return super().forward(x)
-        x, stream = self.residual_stream(x)
-        x, _ = self.norm_f(*(class_tokens(part, self.config.class_token) for part in (x, stream)))
+        blocks: list[Any] = list(self.layers)
+        parts = *blocks, *(part for block in blocks for part in (block.norm, block.mixer, block.drop_path))
+        inference = not (self.training or torch.is_grad_enabled())
+        if not inference or self.config.class_token == "double" or not as_made(*parts, kinds=_PARTS):
+            found = (class_tokens(part, self.config.class_token) for part in self.residual_stream(x))
+        else:
+            found = self._at_token(x, blocks)
+        x, _ = self.norm_f(*found)
         return self.forward_head(x)
+
+    def _at_token(self, x: Tensor, blocks: list[Any]) -> tuple[Tensor, Tensor]:
+        """`residual_stream` at the class token, (B, 1, D): the last block makes what this depends on alone."""
+        x = self.embed(x)
+        at = class_at(x.shape[1], self.config.class_token)
+        x, stream = blocks[0].norm(x, None, projected=True)
+        for block, following in pairwise(blocks):
+            x, stream = block.mixer.then(following.norm, x, stream)
+        return blocks[-1].mixer.at(at, x), stream[:, at : at + 1]
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, L, D): patches and class tokens in the order of the scan, with their positions."""
@@ -322,12 +368,17 @@ class Vim(ImageModel):
 # Where class tokens stand in the sequence
 
 
+def class_at(length: int, token: str) -> int:
+    """The place of a single class token in a sequence."""
+    return (length - 1) // 2 if token == "middle" else 0
+
+
 @register_notrace_function
 def class_tokens(x: Tensor, token: str) -> Tensor:
     """A sequence (B, L, D) in the order of the scan -> (B, T, D)."""
     if token == "double":
         return torch.cat((x[:, :1], x[:, -1:]), dim=1)
-    at = (x.shape[1] - 1) // 2 if token == "middle" else 0
+    at = class_at(x.shape[1], token)
     return x[:, at : at + (token != "none")]
 
 

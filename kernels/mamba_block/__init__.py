@@ -1,3 +1,19 @@
-from .interface import BlockWeights, ScanWeights, mamba_block, mamba_block_onwards, serves
+from .interface import (
+    Behind,
+    BlockWeights,
+    ScanWeights,
+    mamba_block,
+    mamba_block_and_norm,
+    mamba_block_onwards,
+    serves,
+)
 
-__all__ = ["BlockWeights", "ScanWeights", "mamba_block", "mamba_block_onwards", "serves"]
+__all__ = [
+    "Behind",
+    "BlockWeights",
+    "ScanWeights",
+    "mamba_block",
+    "mamba_block_and_norm",
+    "mamba_block_onwards",
+    "serves",
+]

@@ -11,9 +11,10 @@ Forward, with T tokens of all sequences laid end to end, M model width, E inner 
 
 A bidirectional block has two scans, each from its convolution on with weights of its own, and y is their sum. On a GPU
 one kernel makes both u, the two are branches of a graph that is recorded, and in inference the last product adds them
-up, (y_1, y_2) (W_out, W_out)', which rounds once less. Saved are
-hidden, (x, z), y, and of each scan (t, B, C) and the checkpoints; u and delta, as large as y, are made again. Backward,
-where a line that more than one scan has a share in is the sum of these:
+up, (y_1, y_2) (W_out, W_out)', which rounds once less; with what comes behind the block (`mamba_block_and_norm`) the
+scans leave the gate to the kernel that makes all of that. Saved are hidden, (x, z), y, and of each scan (t, B, C) and
+the checkpoints; u and delta, as large as y, are made again. Backward, where a line that more than one scan has a share
+in is the sum of these:
 
     dy          = dout W_out                            dW_out = dout' y
     du, ddelta, dA, dB, dC, dD, dz, dbias               the scan's own backward
@@ -119,6 +120,35 @@ def mamba_block(
     return _forward(settings, cu_seqlens, hidden, *flat)[0]
 
 
+class Behind(NamedTuple):
+    """What comes behind a block: its result is added to the residual stream, and that is normed as by `rms_norm`."""
+
+    stream: Tensor  # (B, L, M), float32
+    weight: Tensor  # (M,)
+    eps: float
+
+
+@torch.no_grad()
+def mamba_block_and_norm(
+    hidden: Tensor, weights: BlockWeights, behind: Behind, *, dtype: torch.dtype, reverse: tuple[bool, ...] = (False,),
+    scale: float = 1.0, backend: str | None = None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """`mamba_block` for inference with what comes behind it: (normed in `dtype`, the new stream), both (B, L, M).
+
+    None where it would be no faster than one after the other. It is for two scans in CUDA C++, in 16 bits, of M up to
+    what triton_onto_stream.py serves.
+    """
+    settings = _settings(hidden, weights, dtype, backend, reverse=reverse, scale=scale)
+    if settings.scan_backend != "cuda" or len(weights.scans) != 2:
+        return None
+    if weights.in_proj is None or weights.out_proj is None:
+        return None
+    if not module(__package__ or "", "triton_onto_stream").serves(hidden, dtype):
+        return None
+    normed, (stream,) = _forward(settings, None, hidden, *_flat(weights), behind=behind)
+    return normed, stream
+
+
 @torch.no_grad()
 def mamba_block_onwards(
     hidden: Tensor, weights: BlockWeights, conv_state: Tensor | None, ssm_state: Tensor | None, *, dtype: torch.dtype,
@@ -216,9 +246,12 @@ class _Settings(NamedTuple):
 
 
 def _forward(
-    s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat, before=(None, None), after=None
+    s: _Settings, cu_seqlens, hidden, in_proj, out_proj, *flat, before=(None, None), after=None, behind=None
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """(the result, what a backward needs). before: the states of each scan; to `after` those at the end are added."""
+    """(the result, what a backward needs). before: the states of each scan; to `after` those at the end are added.
+
+    behind: a Behind; then (what is normed, the new stream alone).
+    """
     scans = _scans(flat)
     with torch.autocast(hidden.device.type, enabled=False):
         in_proj, out_proj, *low_rank = cast_all(
@@ -234,7 +267,9 @@ def _forward(
             A_of = torch._foreach_exp(own[::3])
             torch._foreach_neg_(A_of)
             scaled = out_proj if out_proj is None or s.scale == 1 else out_proj * s.scale
-            return own, A_of, scaled if wide is None or scaled is None else scaled.repeat(1, len(scans))
+            if scaled is not None and wide is not None and behind is None:
+                scaled = scaled.repeat(1, len(scans))
+            return own, A_of, scaled
 
         weights_ready = aside(of_weights_alone, hidden, wide is not None)
         rows = hidden.to(s.dtype).flatten(0, 1)
@@ -265,8 +300,9 @@ def _forward(
                 options["y"] = wide[:, i]
             elif s.scan_backend == "numba" and s.dtype == torch.float32 and not s.save:
                 options["y"] = u  # whose memory is at hand: what is written anew has to be fetched first
+            gate = z if behind is None else None
             y, final, saved = s.scan(
-                *("forward", u, delta, A, B, C, D, z, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save),
+                *("forward", u, delta, A, B, C, D, gate, dt_bias, state, cu_seqlens, s.batch, True, reverse, s.save),
                 **options,
             )
             if after is not None:
@@ -276,6 +312,11 @@ def _forward(
             return y
 
         y, *others = side_by_side(scanned, len(scans), hidden, s.border is None)
+        if behind is not None:
+            stream = behind.stream.flatten(0, 1)
+            onto_stream = module(__package__ or "", "triton_onto_stream").onto_stream
+            normed, stream = onto_stream(wide, z, out_proj, stream, behind.weight, behind.eps)
+            return normed.view_as(hidden), (stream.view_as(hidden),)
         if wide is not None and out_proj is not None:
             out = torch.mm(wide.flatten(1), out_proj.t())
         else:

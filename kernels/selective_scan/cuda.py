@@ -33,6 +33,7 @@ _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _POINTERS = (
     *("u", "delta", "z", "dy", "B", "C", "A", "D", "bias", "cu_seqlens", "first", "own", "sums", "entering", "share_A"),
+    "kept",
     *("y", "final_state", "saved", "du", "ddelta", "dz", "dh0", "share_B", "share_C", "share_D", "share_bias"),
     *("dA", "dB", "dC", "dD", "dbias"),
 )
@@ -90,9 +91,8 @@ def _lanes(n_states: int) -> tuple[int, int]:
     return 8, 8
 
 
-def _forward_tile(n_states: int, rows: int, vector: int, processors: int, pairs: bool) -> Tile:
-    """rows: sequences (or chunks) times channels; pairs: whether of warps (forward_pairs.cu). What follows from them
-    changes no bit of a result.
+def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Tile:
+    """rows: sequences (or chunks) times channels. What follows from them changes no bit of a result.
 
     Two channels to a lane read B and C half as often as one; one makes more warps where rows are few. Registers are
     kept to 128 where there are warps enough to use the room. Measured: benchmarks/SCAN_NOTES.md.
@@ -101,14 +101,29 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int, pairs:
     if states == 1:
         return _narrow(vector, 4 if rows >= 1024 * processors else 2)
     if states == 8:
-        return _fitting(states, lanes, 4, 8, vector, 4)
-    few = rows * lanes < 256 * processors
-    if pairs:
-        channels, warps, blocks = (1, 1, 8) if few else (2, 4, 2)
-        return _fitting(states, lanes, channels, 16, vector, warps)._replace(MIN_BLOCKS=blocks)
-    if few:
-        return _fitting(states, lanes, 1, 16, vector, 1)
+        return _fitting(states, lanes, 4, 8, vector, 1)._replace(MIN_BLOCKS=8)
+    if rows * lanes < 256 * processors:
+        return _fitting(states, lanes, 1, 16, vector, 2)
     return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
+
+
+def _pairs_tile(layout: "_Layout", runs: int, processors: int) -> Tile:
+    """Of the forward in pairs of warps (forward_pairs.cu). runs: sequences or chunks.
+
+    Where rows are few, a lane has one channel, and a block as many pairs as leave the fullest multiprocessor with the
+    fewest: the more a block has, the longer are the pieces of memory that it moves.
+    """
+    states, lanes = _lanes(layout.n_states)
+    if runs * layout.n_channels * lanes >= 256 * processors:
+        return _fitting(states, lanes, 2, 16, layout.vector, 4)._replace(MIN_BLOCKS=2)
+
+    def fullest(pairs: int) -> int:
+        """Pairs of a multiprocessor."""
+        blocks = runs * layout.groups * -(-layout.n_channels // layout.groups // (32 // lanes * pairs))
+        return -(-blocks // processors) * pairs
+
+    pairs = min(range(_MOST_PAIRS, 0, -1), key=fullest)
+    return _fitting(states, lanes, 1, 32, layout.vector, pairs)._replace(MIN_BLOCKS=8 // pairs)
 
 
 def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room: int, gate: bool) -> Tile:
@@ -141,9 +156,10 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
-    macros = (*macros, ("BACKWARDS", int(kernel in ("backward", "chunk_gradients"))))
+    macros = (*macros, ("BACKWARDS", int(kernel in ("backward", "chunk_gradients", "sum_shares"))))
     parts = [f"#define {name} {value}" for name, value in macros]
-    files = ("device", "numbers", "common", *(("backward_parts",) if kernel == "backward" else ()), kernel)
+    parts_of = {"backward": "backward_parts", "forward": "forward_parts", "forward_pairs": "forward_parts"}
+    files = ("device", "numbers", "common", *([parts_of[kernel]] if kernel in parts_of else []), kernel)
     parts += [(_FOLDER / f"{name}.cu").read_text() for name in files]
     return "\n".join(parts) + "\n"
 
@@ -288,6 +304,7 @@ class _Plan:
         self.chunk, self.unit = _chunk_and_unit(layout.n_channels, layout.n_states)
         self.several = self.length > self.chunk  # whether a sequence may have more than one chunk
         self.span = self.chunk  # steps that a block of the backward walks
+        self.part = self.chunk  # steps that are run from 0, to find what enters chunks
         self.n_chunks, self.n_units = self.pieces(self.chunk), self.pieces(self.unit)
         self.every = checkpoint_every(layout.n_states)
         self.states = self.n_chunks * layout.n_states * layout.n_channels  # of all chunks
@@ -323,12 +340,14 @@ class _Plan:
     ) -> None:
         on = self.layout
         types = zip(("U", "DELTA", "Z", "DY", "MB", "MC"), (_TYPES[t] for t in on.types), strict=True)
-        # Rows that the backward turns into floats: 4 elements at a time meet each bank of shared memory once.
-        floats = source in ("backward", "chunk_gradients") and on.n_states <= 32
+        # Rows that are turned into floats: 4 elements at a time meet each bank of shared memory once.
+        floats = source.startswith("forward") or (source in ("backward", "chunk_gradients") and on.n_states <= 32)
         matrix_vector = min(on.matrix_vector, 4) if floats else on.matrix_vector
         all_macros = (
             ("N", on.n_states), ("VB", matrix_vector), ("CHUNK", self.chunk), ("UNIT", self.unit),
-            ("SPAN", self.span), ("EVERY", self.every), ("SOFTPLUS", int(on.softplus)), ("GATE", int(on.gate)),
+            ("PART", self.part), ("SPAN", self.span), ("EVERY", self.every),
+            ("ENTERING", self.part if self.span == self.chunk else self.span),
+            ("SOFTPLUS", int(on.softplus)), ("GATE", int(on.gate)),
             ("STATIC_B", int(on.static[0])), ("STATIC_C", int(on.static[1])), *types,
             *zip(self.tile._fields, self.tile, strict=True), *macros,
         )  # fmt: skip
@@ -378,23 +397,34 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
     warnings.warn(f"selective_scan runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=2)
 
 
+_PART = 512  # most steps of a chunk that are run from 0 at once, to find the gradients that enter chunks
+_FEW_TERMS = 8  # of a sum of shares: up to these one thread adds up all of them
 _BLOCKS_A_PROCESSOR = 1.25  # up to these of the backward, each walks a unit, not a chunk, which takes one pass more
-_ROWS_A_PROCESSOR = 40  # below these (sequence, channel) rows, chunks are run all at once: it takes each exp twice
+# Below these (sequence, channel) rows, chunks are run all at once, which takes each exp twice; below half as many where
+# pairs of warps may walk them.
+_ROWS_A_PROCESSOR = 40
+_MOST_PAIRS = 6  # of a block: 96 KiB of shared memory
 
 
 @lru_cache(maxsize=1024)
 def _forward_plan(layout: _Layout) -> _Plan:
     p = _Plan(layout)
-    p.at_once = p.several and layout.n_seqs * layout.n_channels < _ROWS_A_PROCESSOR * p.processors
+    in_pairs = 8 < layout.n_states <= 16  # of as many states as have been measured: benchmarks/SCAN_NOTES.md
+    limit = _ROWS_A_PROCESSOR * p.processors // (2 if in_pairs else 1)
+    p.at_once = p.several and layout.n_seqs * layout.n_channels < limit
     runs = p.n_chunks if p.at_once else layout.n_seqs
     rows = runs * layout.n_channels
-    # Where chunks are walked or rows are few, and so many states as have been measured: benchmarks/SCAN_NOTES.md.
-    pairs = 8 < layout.n_states <= 16 and not p.at_once and (p.several or rows < 64 * p.processors)
-    p.lay_out(_forward_tile(layout.n_states, rows, layout.vector, p.processors, pairs))
+    tile = _forward_tile(layout.n_states, rows, layout.vector, p.processors)
     if p.at_once:
+        p.lay_out(tile)
         p.scan("forward", p.n_chunks * p.n_tiles, ("OWN", 0), ("ENDS", 1))
         p.carry(backwards=False)
-    p.scan("forward", runs * p.n_tiles, ("OWN", int(p.several and not p.at_once)), ("ENDS", 0), pairs=pairs)
+    walked = p.several and not p.at_once
+    pairs = in_pairs and (walked or rows < 64 * p.processors)
+    if pairs:
+        tile = _pairs_tile(layout, runs, p.processors)
+    p.lay_out(tile)
+    p.scan("forward", runs * p.n_tiles, ("OWN", int(walked)), ("ENDS", 0), pairs=pairs)
     return p
 
 
@@ -427,10 +457,13 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     """from_zero: no gradient enters a chunk."""
     p = _Plan(layout)
     states, width = layout.n_states, layout.n_channels
+    if states > 1:
+        p.part = min(p.chunk, _PART)
+    n_parts = p.pieces(p.part)
     tile = _backward_tile(states, p.n_chunks * width, layout.vector, p.processors, _room(layout.device), layout.gate)
     if p.several:
         p.lay_out(_fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS))
-        p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32 * tile.WARPS, ("SPANS", 0))
+        p.add("chunk_gradients", "chunk_gradients", n_parts * p.n_tiles, 32 * tile.WARPS, ("SPANS", 0))
     p.lay_out(tile)
     if not from_zero:
         p.carry(backwards=True)
@@ -443,14 +476,22 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     n_spans = p.pieces(p.span)
     p.scan("backward", n_spans * p.n_tiles)
     of_matrix = [width * states if static else layout.n_tokens * layout.groups * states for static in layout.static]
-    sizes = [width * states, *of_matrix, *([width] * (has_D + has_bias))]
-    p.add("sum_shares", "sum_shares", sum(-(-n // 128) for n in sizes), 128)
+    # Numbers that a block of sum_shares adds up: of tokens a thread does as many as lie together.
+    slices, unit_slices = (8 if terms > _FEW_TERMS else 1 for terms in (p.tiles_of_group, p.n_units))
+    of_tokens, of_unit = 256 // slices * min(states & -states, 4), 256 // unit_slices
+    sizes = [(n, of_unit if s else of_tokens) for n, s in zip(of_matrix, layout.static, strict=True)]
+    sizes += [(width * states, of_unit), *[(width, of_unit)] * (has_D + has_bias)]
+    blocks = sum(-(-n // at_once) for n, at_once in sizes)
+    p.add("sum_shares", "sum_shares", blocks, 256, ("SLICES", slices), ("UNIT_SLICES", unit_slices))
     # Where things lie in the scratch memory, in floats: what chunks and spans do and meet, then the shares.
     terms = [p.n_units if static else p.tiles_of_group for static in layout.static]
     of_units = p.n_units * width
+    of_parts = n_parts * width
+    kept = 32 * tile.WARPS * tile.CL * tile.NL * (p.every // 2 // tile.T - 1) if states > 32 else 0  # of a block
     parts = (
-        0 if from_zero else p.states, p.n_chunks * width, n_spans * width * states if p.span < p.chunk else 0,
-        of_units * states, of_units, of_units, *(n * of for n, of in zip(terms, of_matrix, strict=True)),
+        0 if from_zero else of_parts * states, of_parts, n_spans * width * states if p.span < p.chunk else 0,
+        n_spans * p.n_tiles * kept, of_units * states, of_units, of_units,
+        *(n * of for n, of in zip(terms, of_matrix, strict=True)),
     )  # fmt: skip
     p.offsets = [0, *accumulate(-(-n // 4) * 4 for n in parts)]
     return p
@@ -484,14 +525,14 @@ def _backward(
     }  # fmt: skip
     scratch = torch.empty(p.offsets[-1], device=u.device)
     base = scratch.data_ptr()
-    own, sums, entering, share_A, share_D, share_bias, share_B, share_C = (base + 4 * at for at in p.offsets[:-1])
+    own, sums, entering, kept, share_A, share_D, share_bias, share_B, share_C = (base + 4 * at for at in p.offsets[:-1])
     if layout.packed:  # the pieces of packed sequences leave numbers out
-        scratch[p.offsets[3] : p.offsets[-1 if any(layout.static) else 6]].zero_()
+        scratch[p.offsets[4] : p.offsets[-1 if any(layout.static) else 7]].zero_()
     own = None if from_zero else own
     first = _floats(dfinal)
     pointers = _pointers(
         **tensors, **gradients, saved=saved, first=first, own=own, sums=sums,
-        entering=entering if p.span < p.chunk else own, share_A=share_A, share_B=share_B, share_C=share_C,
+        entering=entering if p.span < p.chunk else own, kept=kept, share_A=share_A, share_B=share_B, share_C=share_C,
         share_D=None if D is None else share_D,
         share_bias=None if delta_bias is None else share_bias,
     )  # fmt: skip

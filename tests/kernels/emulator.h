@@ -35,7 +35,7 @@ static unsigned running, threads_of_block, blocks_of_cluster = 1;
 inline void give_way() { swapcontext(&fibers[running], &scheduler); }
 inline void __syncwarp() { give_way(); }
 inline void __syncthreads() { give_way(); }
-inline void meet(int) { give_way(); }
+inline void meet() { give_way(); }
 inline int warp_slot() { return 0; }
 
 inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }

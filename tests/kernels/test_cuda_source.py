@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from polymamba.kernels import cross_scan, nvrtc, selective_scan
 pytest.importorskip("triton")
 
 from polymamba.kernels.cross_scan import cuda as cross_cuda
-from polymamba.kernels.mamba_block import BlockWeights, ScanWeights, mamba_block
+from polymamba.kernels.mamba_block import Behind, BlockWeights, ScanWeights, mamba_block, mamba_block_and_norm
 from polymamba.kernels.selective_scan import cuda
 from polymamba.kernels.vss_block import VSSWeights, vss_block, vss_block_reference
 
@@ -26,7 +27,7 @@ def forget():
 
 @pytest.fixture
 def on_the_cpu(monkeypatch, emulated):
-    """The CUDA path, its kernels emulated: chunks of 64 steps, units of 32 above 4 states, tiles as on a GPU
+    """The CUDA path, its kernels emulated: chunks of 64 steps, units and parts of 32 above 4 states, tiles as on a GPU
     of one multiprocessor."""
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
@@ -34,6 +35,7 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
     monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "_chunk_and_unit", lambda channels, states: (64, 32 if states > 4 else 64))
+    monkeypatch.setattr(cuda, "_PART", 32)
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
     forget()
     yield
@@ -59,6 +61,7 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
     "several of all": (5, 12, 2, [0, 0, 31, 70, 140], True, "", ""),
     "4 states, static B and C": (4, 7, 1, [0, 40, 75], False, "BC", "z delta_bias"),
     "64 states, static C": (64, 10, 1, [0, 35], True, "C", "D initial_state"),
+    "several of 40 states": (40, 6, 1, [0, 33, 34, 130], False, "", ""),
     "one state": (1, 20, 1, [0, 66], False, "", "z"),
     "32 states, static B": (32, 6, 1, [0, 33, 34], False, "B", ""),
 }
@@ -70,6 +73,7 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
 def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, assert_close):
     monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 10**9 if at_once else 0)
     monkeypatch.setattr(nvrtc, "processors", lambda device: 132 if at_once else 1)
+    monkeypatch.setattr(cuda, "_FEW_TERMS", 0 if at_once else 8)
     states, channels, groups, ends, reverse, static, absent = CASES[name]
     tensors = inputs(ends[-1], channels, states, groups, len(ends) - 1)
     tensors |= {m: tensors["A"] * (1.5 if m == "B" else -1.0) for m in static}
@@ -190,6 +194,35 @@ def test_block_emulated_in_inference(channels, on_the_cpu):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+@pytest.mark.parametrize(("channels", "width"), [(10, 6), (35, 24)])
+def test_block_emulated_with_what_comes_behind(channels, width, on_the_cpu):
+    """Against the block and the norm, one after the other, in float32."""
+    states, rank = 3, 2
+    shapes = (channels, 1, 4), (channels,), (rank + 2 * states, channels), (channels, rank), (channels,)
+    shapes = *shapes, (channels, states), (channels,)
+    scans = tuple(ScanWeights(*((torch.randn(shape) / 4).bfloat16() for shape in shapes)) for _ in range(2))
+    outer = (torch.randn(shape).bfloat16() / shape[1] ** 0.5 for shape in ((2 * channels, width), (width, channels)))
+    weights = BlockWeights(*outer, scans)
+    hidden, stream = torch.randn(2, 35, width).bfloat16(), torch.randn(2, 35, width)
+    norm = torch.rand(width).bfloat16() + 0.5
+    options = {"reverse": (False, True), "scale": 0.5}
+    with torch.no_grad():
+        found = mamba_block_and_norm(
+            hidden, weights, Behind(stream, norm, 1e-3), dtype=torch.bfloat16, backend="cuda", **options
+        )
+        assert found is not None
+        wide = BlockWeights(
+            *(w.float() for w in weights[:2]), tuple(ScanWeights(*(w.float() for w in s)) for s in scans)
+        )
+        block = mamba_block(hidden.float(), wide, dtype=torch.float32, backend="numba", **options)
+    normed, total = found
+    assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(total, stream + block, rtol=0, atol=4e-2 * float(block.abs().max()))
+    expected = torch.nn.functional.rms_norm(total, (width,), norm.float(), 1e-3)
+    torch.testing.assert_close(normed.float(), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 @pytest.mark.parametrize(("runs", "projected"), [("cuda", True), ("cuda", False), ("triton in its place", True)])
 def test_block_emulated_in_training(runs, projected, on_the_cpu, monkeypatch, assert_close):
     """Gradients take the memory of what they are made of, and of no more: the graph may be gone through twice."""
@@ -290,11 +323,40 @@ def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
     limit = kilobytes * 1024 if kilobytes < 227 else (228 // 2 - 1) * 1024
     tile = cuda._backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
     macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
-    macros |= {"STATIC_B": 0, "STATIC_C": 0}
+    macros |= {"STATIC_B": 0, "STATIC_C": 0, "PART": 512, "ENTERING": 512}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
     source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
     path = tmp_path / "size.cpp"
     path.write_text(emulation(source) + f'\nstatic_assert(sizeof(Shared) <= {limit}, "too much");\n')
+    done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    ("runs", "channels", "groups", "pairs"),
+    [(1, 5120, 1, 5), (2, 2048, 1, 4), (8, 768, 1, 6), (4, 2048, 1, 4), (1, 64, 1, 1), (4, 768, 4, 3)],
+)
+def test_pairs_of_a_block_fill_the_multiprocessors_evenly(runs, channels, groups, pairs):
+    """132 of them."""
+    layout = SimpleNamespace(n_states=16, n_channels=channels, groups=groups, vector=2)
+    tile = cuda._pairs_tile(layout, runs, 132)
+    assert pairs == tile.WARPS
+
+
+@pytest.mark.slow
+def test_shared_memory_of_pairs_fits(emulation, tmp_path):
+    """Of as many as a block may have, on a GPU for a desk: 99 KiB."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    layout = SimpleNamespace(n_states=16, n_channels=8 * cuda._MOST_PAIRS, groups=1, vector=2)
+    tile = cuda._pairs_tile(layout, 1, 1)
+    assert tile.WARPS == cuda._MOST_PAIRS
+    macros = {"N": 16, "VB": 4, "CHUNK": 2048, "PART": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1}
+    macros |= {"GATE": 1, "STATIC_B": 0, "STATIC_C": 0, "OWN": 1, "ENDS": 0}
+    types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
+    source = cuda._source("forward_pairs", tuple({**macros, **types, **tile._asdict()}.items()))
+    path = tmp_path / "size.cpp"
+    path.write_text(emulation(source) + '\nstatic_assert(sizeof(Shared) <= 99 * 1024, "too much");\n')
     done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
 

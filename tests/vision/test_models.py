@@ -196,6 +196,44 @@ def test_where_the_head_sees_tokens_alone(token):
     assert seen == [15 + model.num_prefix_tokens]
 
 
+@pytest.mark.parametrize(("token", "lengths"), [("middle", [8, 9]), ("head", [1, 16])])
+def test_in_inference_the_last_block_runs_up_to_the_token(token, lengths):
+    """Each direction; all of it with gradients, and where somebody looks at the block."""
+    model = Vim(VimConfig(**TINY, img_size=(20, 12), class_token=token)).eval()
+    x, seen, last = torch.randn(2, 3, 20, 12), [], model.layers[-1]
+    expected = model(x)
+    for scan in (last.mixer.forwards, last.mixer.backwards):
+        scan.register_forward_pre_hook(lambda scan, given: seen.append(given[0].shape[1]))
+    model(x)
+    with torch.no_grad():
+        found = model(x)
+        last.register_forward_hook(lambda block, given, made: None)
+        model(x)
+    assert torch.allclose(found, expected, atol=1e-6), (found - expected).abs().max()
+    assert seen == [16, 16, *lengths, 16, 16]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_block_and_the_next_norm_are_one_operation(monkeypatch):
+    """In inference in bfloat16, with and without autocast; in float32 they run one after the other."""
+    model = Vim(VimConfig(**{**TINY, "embed_dim": 40, "depth": 3}, img_size=(20, 12))).eval().bfloat16().double()
+    x, found = torch.randn(2, 3, 20, 12).bfloat16().double(), []
+    at_once = vim_module.at_once_and_norm
+    monkeypatch.setattr(
+        vim_module, "at_once_and_norm", lambda *args, **options: found.append(at_once(*args, **options)) or found[-1]
+    )
+    with torch.no_grad():
+        expected = model(x)
+        model, x = model.float().cuda(), x.float().cuda()
+        assert torch.allclose(model(x).cpu().double(), expected, atol=1e-5)
+        with torch.autocast("cuda", torch.bfloat16):
+            under_autocast = model(x)
+        in_bfloat16 = model.bfloat16()(x.bfloat16())
+    assert [y is None for y in found] == [True] * 2 + [True] * 2 + [False] * 4
+    for y in (under_autocast, in_bfloat16):
+        assert torch.allclose(y.cpu().double(), expected, atol=2e-2 * float(expected.abs().max()))
+
+
 def test_norms_of_a_gpu_are_pytorchs(monkeypatch):
     model, images = vmamba(), torch.randn(2, 3, 33, 40)
     expected = model(images)

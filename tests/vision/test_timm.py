@@ -88,11 +88,12 @@ def test_default_cfg(name):
     else:
         assert features.shape == (1, model.num_prefix_tokens + 64, model.num_features)
     assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
-    assert torch.equal(model.forward_head(features), model(images))
+    # Not to the bit: in inference Vim's last block makes what its class token needs, and no features.
+    assert torch.allclose(model.forward_head(features), model(images), atol=1e-6)
 
     model.reset_classifier(0)
     assert model.num_classes == 0
-    assert torch.equal(model(images), model.forward_head(features, pre_logits=True))
+    assert torch.allclose(model(images), model.forward_head(features, pre_logits=True), atol=1e-6)
     model.reset_classifier(0, "")
     assert model(images).shape == features.shape
     model.reset_classifier(7, "avg")
@@ -152,15 +153,13 @@ def test_vim_gives_what_vision_transformers_give():
     assert torch.allclose(maps[1].flatten(2).mT, model.forward_features(images)[:, 1:], atol=1e-6)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("name", TESTED)
 def test_gradient_checkpointing_changes_nothing(name):
     model = make(name)
     images = images_for(model)
     expected = model(images)
     model.set_grad_checkpointing()
-    with torch.enable_grad():
-        assert torch.equal(model(images), expected)
+    assert torch.equal(model(images), expected)
 
 
 @pytest.mark.parametrize("name", TESTED)

@@ -4,10 +4,11 @@
 // A block walks a span of steps: a chunk, or a unit where blocks are few. What enters it is the same to the bit either way
 // (chunk_gradients.cu), and so are the shares, which are of units.
 //
-// A warp takes its channels of a span in pieces of STRETCH steps, from the last to the first, each from the last state that
-// the forward saved, which may be that before an earlier piece: it is run first, then. It runs the piece once to find the
-// state before each tile of T steps; then it takes the tiles from the last to the first: it runs one again, its states and
-// decays now kept in registers, and goes back through it.
+// A warp takes its channels of a span in pieces of STRETCH steps, from the last to the first, each from the last state
+// that the forward saved. It runs the piece once to find the state before each tile of T steps; then it takes the tiles
+// from the last to the first: it runs one again, its states and decays now kept in registers, and goes back through it.
+// The saved state may be that before an earlier piece: that is run first, then, and the states before its tiles are kept
+// in memory, each lane's where it alone reads them, until its turn comes.
 //
 // What is done once for each element (softplus, gates, the gradients themselves) all lanes of the block share out, so
 // that a row is one piece of memory. The end of a tile stands in one stretch with the second pass through the next one:
@@ -34,7 +35,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
   zero(sum_dA);
-  if (p.entering) load_by_state(grad, p.entering + number * N * p.n_channels, p, a);
+  if (p.entering)
+    load_by_state(grad, p.entering + span.number_of(p, end > 0 ? end - 1 : 0, ENTERING) * N * p.n_channels, p, a);
 #if STATIC_B
   Pairs b_static, sum_dB;
   load_by_channel(b_static, p.B, a);
@@ -135,6 +137,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     }
   };
 
+  // Of the state before tile k + 1 of an earlier piece, NV numbers of the lane.
+  auto kept = [&](int k, int v) {
+    return p.kept + (((int64(blockIdx.x) * KEPT + k) * OF_LANE + v) * THREADS + threadIdx.x) * NV;
+  };
+
   for (int first = (end - 1) / STRETCH * STRETCH; first >= span.begin && end > 0; first -= STRETCH) {
     const int saved_at = STRETCH == EVERY ? first : first / EVERY * EVERY;
     Pairs h;
@@ -159,6 +166,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         load_rows(u[k], u_rows, a, from + k * T, mine_end);
         load_rows(delta[k], delta_rows, a, from + k * T, mine_end);
       }
+      // Whether the piece was run before the one after it: if that was there.
+      const bool known = STRETCH < EVERY && from == first && first == saved_at && first + STRETCH < end;
       __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
       put_rows<MB>(rows_B, &block.B[0][0]);
@@ -185,14 +194,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
       };
       auto pass = [&](int k) {  // through a tile, for the state after it
-        if (at_hand && (!WIDE || k + 1 < TILES)) {
+        if (at_hand) {
 #pragma unroll
-          for (int v = 0; v < CL * NL / NV; ++v) {
-            float x[NV];
+          for (int v = 0; v < OF_LANE; ++v) store_some(shared.before[k][v][a.lane], h, v);
+        } else if (k > 0) {
 #pragma unroll
-            for (int i = 0; i < NV; ++i) x[i] = h[(v * NV + i) % CL][(v * NV + i) / CL];
-            store_floats(shared.before[k][v][a.lane], x);
-          }
+          for (int v = 0; v < OF_LANE; ++v) store_some(kept(k - 1, v), h, v);
         }
 #pragma unroll
         for (int t = 0; t < T; ++t) {
@@ -203,16 +210,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         }
       };
       const int tiles = at_hand ? last : TILES;
-      if constexpr (WIDE) {
-        leave_steps(0);
-        __syncthreads();
+      if (known) {
+        float states[KEPT][OF_LANE][NV];
 #pragma unroll
-        for (int k = 0; k < TILES; ++k) {
-          if (k >= tiles) break;
-          pass(k);
-          if (k + 1 < TILES) leave_steps(k + 1);
-          __syncthreads();
+        for (int k = 0; k < KEPT; ++k)
+#pragma unroll
+          for (int v = 0; v < OF_LANE; ++v) load_floats(kept(k, v), states[k][v]);
+#pragma unroll
+        for (int k = 0; k < TILES; ++k) leave_steps(k);
+#pragma unroll
+        for (int v = 0; v < OF_LANE; ++v) {
+          store_some(shared.before[0][v][a.lane], h, v);
+#pragma unroll
+          for (int k = 0; k + 1 < KEPT; ++k) store_floats(shared.before[k + 1][v][a.lane], states[k][v]);
+          set_some(h, v, states[KEPT - 1][v]);
         }
+        __syncthreads();
       } else {
 #pragma unroll
         for (int k = 0; k < TILES; ++k) leave_steps(k);
@@ -313,11 +326,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       }
       if (k > 0) {
 #pragma unroll
-        for (int v = 0; v < CL * NL / NV; ++v) {
+        for (int v = 0; v < OF_LANE; ++v) {
           float x[NV];
           load_floats(shared.before[k - 1][v][a.lane], x);
-#pragma unroll
-          for (int i = 0; i < NV; ++i) h[(v * NV + i) % CL][(v * NV + i) / CL] = x[i];
+          set_some(h, v, x);
         }
       }
 #pragma unroll

@@ -4,8 +4,10 @@
 constexpr int STRETCH = N > 32 ? EVERY / 2 : EVERY;
 constexpr int TILES = STRETCH / T;         // of a piece
 constexpr int NV = 4;                      // numbers moved at once
-// Above 32 states B and C lie in shared memory as they are, not as floats, and a tile's step sizes are in one stretch
-// with the first pass through the tile before: so hardly anything spills. Up to 32 either is slower.
+constexpr int OF_LANE = CL * NL / NV;      // times that this is done for all of a lane's states: by state, then channel
+constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those before its tiles but the first
+// Above 32 states B and C lie in shared memory as they are, not as floats: so hardly anything spills. Up to 32 it is
+// slower.
 constexpr bool WIDE = N > 32;
 template <typename X, bool AS_IT_IS> struct Kept { typedef X type; };
 template <typename X> struct Kept<X, false> { typedef float type; };
@@ -16,11 +18,13 @@ constexpr int SUMMANDS = WARPS * GROUPS;   // of a sum over them, for dB and dC:
 constexpr int SUMMAND_ROW = SUMMANDS * NP + NP % 32;  // rows of different sums on different banks
 constexpr int SUMS = T * 2 * NP;           // numbers that a tile's dB and dC have
 constexpr int READ = SUMS >= 4 * THREADS ? 4 : SUMS >= 2 * THREADS ? 2 : 1;  // of which a thread adds these up at once
+constexpr int CHAINS = 4;                  // in which it does so, side by side
+static_assert(SUMMANDS >= CHAINS, "as many summands as sums of them");
 constexpr int KINDS = GATE ? 3 : 2;        // sums over states: for the gradients of dt u, of dt, and y
 
 struct WarpShared {
   alignas(16) float sums[KINDS][T][PART_ROW];
-  alignas(16) float before[TILES > 1 ? TILES - 1 : 1][CL * NL / NV][32][NV];  // by state, then channel
+  alignas(16) float before[KEPT][OF_LANE][32][NV];  // those before its tiles but the last
 };
 struct Shared {
   WarpShared warp[WARPS];
@@ -64,6 +68,18 @@ INLINE void load_states(Pairs& x, const float* from, const Problem& p, const Pla
   } else {
     load_by_state(x, from, p, a);
   }
+}
+
+// The v-th NV numbers of a lane's states.
+INLINE void store_some(float* to, const Pairs& h, int v) {
+  float x[NV];
+#pragma unroll
+  for (int i = 0; i < NV; ++i) x[i] = h[(v * NV + i) % CL][(v * NV + i) / CL];
+  store_floats(to, x);
+}
+INLINE void set_some(Pairs& h, int v, const float (&x)[NV]) {
+#pragma unroll
+  for (int i = 0; i < NV; ++i) h[(v * NV + i) % CL][(v * NV + i) / CL] = x[i];
 }
 
 // A lane's part of the rows from `step` on, short of its own `end`: else zeros.
@@ -186,14 +202,15 @@ INLINE void add_over_block(const float (&summands)[T][2][SUMMAND_ROW], float* sh
     if (SUMS % (THREADS * READ) && o >= SUMS) break;
     const int n = o % NP, of_C = o / NP % 2, t = o / NP / 2;
     const float* row = &summands[t][of_C][n];
-    float sum[READ], x[READ];
-    load_floats(row, sum);
+    float sum[READ], part[CHAINS][READ], x[READ];  // every CHAINS-th summand in a sum of its own: they wait less
 #pragma unroll
-    for (int w = 1; w < SUMMANDS; ++w) {
+    for (int w = 0; w < SUMMANDS; ++w) {
       load_floats(row + w * NP, x);
 #pragma unroll
-      for (int k = 0; k < READ; ++k) sum[k] += x[k];
+      for (int k = 0; k < READ; ++k) part[w % CHAINS][k] = w < CHAINS ? x[k] : part[w % CHAINS][k] + x[k];
     }
+#pragma unroll
+    for (int k = 0; k < READ; ++k) sum[k] = (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
     float* share = step_at((of_C ? share_C : share_B) + n, stride, first + t);
     if constexpr (N % READ == 0) {
       Packed<float, READ> out;

@@ -1,8 +1,10 @@
-// What a chunk by itself does to the gradient of the state: dL/dh before it if it is 0 after it, own (chunk, N, D), and
-// the chunk's sum of dt, sums (chunk, D). Not of a sequence's first chunk, before which nothing comes.
+// What a part of a chunk by itself does to the gradient of the state: dL/dh before it if it is 0 after it, own (part, N,
+// D), and the part's sum of dt, sums (part, D). Not of a sequence's first chunk, before which nothing comes.
 //
 // Or (SPANS) the gradient that enters each of its spans, from the one that enters the chunk: one step after another by
 // the arithmetic of scan_backward, so that it does not matter to a bit who comes by it.
+
+constexpr int RUN = SPANS ? CHUNK : PART;
 
 struct WarpShared {
 #if !STATIC_C
@@ -29,20 +31,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
   const Place a(p, blockIdx.x % n_tiles);
   const int64 number = blockIdx.x / n_tiles;
-  const Piece chunk(p, number, pieces_of(p.length, CHUNK));
+  const Piece chunk(p, number, pieces_of(p.length, RUN), RUN);
   const int length = chunk.length, begin = chunk.begin;
   if (a.e - a.column >= (a.group + 1) * p.per_group || begin >= (SPANS && length == 0 ? 1 : length)) return;
-  if (!SPANS && begin == 0) return;
+  if (!SPANS && begin < CHUNK) return;
   WarpShared& shared = reinterpret_cast<Shared*>(room)->warp[a.warp];
-  const int end = begin + CHUNK < length ? begin + CHUNK : length;
+  const int end = begin + RUN < length ? begin + RUN : length;
 
   Pairs A2, grad;
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
 #if SPANS
-  if (p.own) load_by_state(grad, p.own + number * N * p.n_channels, p, a);
-  store_by_state(p.entering + chunk.number_of(p, end > 0 ? end - 1 : 0, SPAN) * N * p.n_channels, grad, p, a);
+  const int last = end > 0 ? end - 1 : 0;
+  if (p.own) load_by_state(grad, p.own + chunk.number_of(p, last, PART) * N * p.n_channels, p, a);
+  store_by_state(p.entering + chunk.number_of(p, last, SPAN) * N * p.n_channels, grad, p, a);
 #endif
 #if STATIC_C
   Pairs c_static;

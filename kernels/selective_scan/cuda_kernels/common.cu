@@ -9,9 +9,10 @@
 // order. So the number of sequences may choose CL (how many channels share a warp's work) and changes no bit.
 //
 // Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, EVERY (steps between saved
-// states), CHUNK, UNIT and SPAN (steps of the backward: those of a share of dA, dD and dbias, and those that a block
-// walks), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, BACKWARDS (whether it is one of the backward's
-// kernels), and the types U, DELTA, Z, DY, MB, MC of the tensors.
+// states), CHUNK, PART (steps of a chunk that are run from 0 to find what enters chunks), UNIT and SPAN (steps of the
+// backward: those of a share of dA, dD and dbias, and those that a block walks), ENTERING (steps of the pieces of which it
+// is told what gradient enters them), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, BACKWARDS (whether it is
+// one of the backward's kernels), and the types U, DELTA, Z, DY, MB, MC of the tensors.
 //
 // Letters: N states, D channels, G groups; T tokens of all sequences laid end to end where a shape names them.
 
@@ -24,6 +25,7 @@ constexpr int ITS = T / ROWS;             // times that it does so in a tile
 constexpr int THREADS = 32 * WARPS;
 static_assert(ROW_LANES >= 1 && ROW_LANES <= 32 && ITS >= 1 && T % ROWS == 0, "a tile does not fit its warp");
 static_assert(EVERY % T == 0 && UNIT % EVERY == 0 && SPAN % UNIT == 0 && CHUNK % SPAN == 0, "pieces of time must nest");
+static_assert(CHUNK % PART == 0 && PART % T == 0, "and parts of chunks");
 
 // One list of arguments for all kernels, as cuda.py fills it in: 8 bytes each. What is absent is null.
 struct Problem {
@@ -31,8 +33,9 @@ struct Problem {
   const float *A, *D, *bias;              // A, static B and C (D, N)
   const int* cu_seqlens;
   const float* first;                     // (S, D, N): what enters the first chunk of a sequence
-  float *own, *sums;                      // (chunk, N, D), (chunk, D)
-  float *entering, *share_A;              // (span, N, D): the gradient that enters it, from the right; (unit, N, D)
+  float *own, *sums;                      // (part, N, D), (part, D)
+  float *entering, *share_A;              // (piece, N, D): the gradient that enters it, from the right; (unit, N, D)
+  float* kept;                            // of scan_backward: states of each block
   U* y; float *final_state, *saved;       // saved (slot, N, D): the state before every EVERY-th step
   U* du; DELTA* ddelta; Z* dz; float* dh0;
   float *share_B, *share_C, *share_D, *share_bias;

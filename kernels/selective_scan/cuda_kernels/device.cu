@@ -39,8 +39,8 @@ __device__ __forceinline__ unsigned floats_to_bf16(float low, float high) {
 __device__ __forceinline__ float across(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ float add_across(float x, int mask) { return x + across(x, mask); }
 
-// Where the two warps of a pair of a block, by its number below 15, wait for each other.
-__device__ __forceinline__ void meet(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+// Where all threads of a block wait for each other, its warps at places of their own.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
 
 // The warp's place among those of its multiprocessor.
 __device__ __forceinline__ int warp_slot() {
@@ -56,23 +56,32 @@ __device__ __forceinline__ void* product_added(const void* from, int step, int s
   return (void*)y;
 }
 
+// What the backward reads so, and its gradients in 16 bits, go by once: they leave the caches to what is read again.
+#if BACKWARDS
+#define LOAD "ld.global.L1::no_allocate."
+#define STORE_TWO "st.global.cs.u32"
+#else
+#define LOAD "ld.global."
+#define STORE_TWO "st.global.u32"
+#endif
+
 // What is at `from` where it is wanted, else zeros; without a branch, as below.
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned short* from) {
   unsigned short y;
-  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u16 %0, 0; @p ld.global.u16 %0, [%2];}" : "=h"(y) : "r"(int(wanted)), "l"(from));
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u16 %0, 0; @p " LOAD "u16 %0, [%2];}" : "=h"(y) : "r"(int(wanted)), "l"(from));
   x[0] = y;
 }
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned* from) {
-  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%2];}"
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u32 %0, 0; @p " LOAD "u32 %0, [%2];}"
       : "=r"(x[0]) : "r"(int(wanted)), "l"(from));
 }
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[2], const uint2* from) {
-  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p ld.global.v2.u32 {%0, %1}, [%3];}"
+  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p " LOAD "v2.u32 {%0, %1}, [%3];}"
       : "=r"(x[0]), "=r"(x[1]) : "r"(int(wanted)), "l"(from));
 }
 __device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[4], const uint4* from) {
   asm("{.reg .pred p; setp.ne.s32 p, %4, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
-      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%5];}"
+      "@p " LOAD "v4.u32 {%0, %1, %2, %3}, [%5];}"
       : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(int(wanted)), "l"(from));
 }
 
@@ -83,7 +92,7 @@ __device__ __forceinline__ void store_if(bool wanted, void* to, unsigned short x
                : "memory");
 }
 __device__ __forceinline__ void store_if(bool wanted, void* to, unsigned x) {
-  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.u32 [%1], %2;}" ::"r"(int(wanted)), "l"(to), "r"(x)
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %0, 0; @p " STORE_TWO " [%1], %2;}" ::"r"(int(wanted)), "l"(to), "r"(x)
                : "memory");
 }
 __device__ __forceinline__ void store_if(bool wanted, void* to, uint2 x) {

@@ -2,36 +2,21 @@
 // walks one after another; ENDS, whether only the chunks' ends from 0 are wanted (own and sums), and not y.
 
 struct WarpShared {
+  alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
+#if !ENDS
+  alignas(16) float y[T][PART_ROW];  // of S lanes each
+#endif
+};
+struct Shared {
+  WarpShared warp[WARPS];
 #if !STATIC_B
   alignas(16) float B[T][NP];
 #endif
 #if !STATIC_C && !ENDS
   alignas(16) float C[T][NP];
 #endif
-  alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
-#if !ENDS
-  alignas(16) float y[T][PART_ROW];  // of S lanes each
-#endif
 };
-struct Shared { WarpShared warp[WARPS]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
-
-// A tile's numbers, on their way from memory while another tile is computed.
-struct Tile {
-  Packed<U, V> u[ITS];
-  Packed<DELTA, V> delta[ITS];
-#if GATE && !ENDS
-  Packed<Z, V> z[ITS];
-#endif
-#if !STATIC_B
-  MatrixRows<MB, T, 32> B;
-#endif
-#if !STATIC_C && !ENDS
-  MatrixRows<MC, T, 32> C;
-#endif
-};
-
-constexpr int GROUPS_OF_STEPS = T / AT_ONCE;
 
 // What a lane needs of a step.
 struct Step {
@@ -43,9 +28,9 @@ struct Step {
   float c[NL];
 #endif
 
-  INLINE void read(const WarpShared& shared, int t, const Place& a) {
+  INLINE void read(const Shared& shared, int t, const Place& a) {
     float sizes[2 * CL];
-    load_floats(&shared.sizes[t][a.lane / S * 2 * CL], sizes);
+    load_floats(&shared.warp[a.warp].sizes[t][a.lane / S * 2 * CL], sizes);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
@@ -60,9 +45,11 @@ struct Step {
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Problem p) {
   extern __shared__ float4 room[];
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  const Place a(p, blockIdx.x % n_tiles);
-  if (a.e - a.column >= (a.group + 1) * p.per_group) return;  // a warp without channels
-  WarpShared& shared = reinterpret_cast<Shared*>(room)->warp[a.warp];
+  Place a(p, blockIdx.x % n_tiles);
+  share_rows(p, a);
+  Shared& shared = *reinterpret_cast<Shared*>(room);
+  WarpShared& of_column = shared.warp[a.column / WC];  // the warp that has the lane's channels of a row
+  const int column = a.column % WC;
 
   // p.own is what enters each chunk, or (ENDS) where their ends go; without it one warp walks a whole sequence.
   const int64 number = blockIdx.x / n_tiles;
@@ -93,163 +80,160 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     skip[v] = p.D && a.in_row ? p.D[a.e + v] : 0.0f;
   }
 
-  const Rows<U> u_rows(p.u, p.u_stride, p, piece, a);
-  const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, piece, a);
+  Moving<U> u_rows(p.u, p.u_stride, p, piece, a);
+  Moving<DELTA> delta_rows(p.delta, p.delta_stride, p, piece, a);
 #if !ENDS
-  const Rows<U> y_rows(p.y, p.U_stride, p, piece, a);
+  Moving<U> y_rows(p.y, p.U_stride, p, piece, a);
 #endif
 #if GATE && !ENDS
-  const Rows<Z> z_rows(p.z, p.z_stride, p, piece, a);
+  Moving<Z> z_rows(p.z, p.z_stride, p, piece, a);
 #endif
 #if !STATIC_B
-  MB* B = first_row(p.B, p.B_stride, p, piece) + a.group * p.B_group;
+  MovingMatrix<MB> B(p.B, p.B_stride, p.B_group, p, piece, a);
 #endif
 #if !STATIC_C && !ENDS
-  MC* C = first_row(p.C, p.C_stride, p, piece) + a.group * p.C_group;
+  MovingMatrix<MC> C(p.C, p.C_stride, p.C_group, p, piece, a);
 #endif
 
-  Tile next;
-  auto load = [&](int step) {
-    u_rows.load(next.u, a, step, stop);
-    delta_rows.load(next.delta, a, step, stop);
+  // A tile's numbers, on their way from memory while another tile is computed.
+  Packed<U, V> next_u[ITS];
+  Packed<DELTA, V> next_delta[ITS];
 #if GATE && !ENDS
-    z_rows.load(next.z, a, step, stop);
+  Packed<Z, V> next_z[ITS];
+#endif
+  const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
+  auto load = [&](int left) {
+    u_rows.load(next_u, left - row);
+    delta_rows.load(next_delta, left - row);
+#if GATE && !ENDS
+    z_rows.load(next_z, left - row);
 #endif
 #if !STATIC_B
-    next.B.load(B, p.B_stride, a.lane, step, stop);
+    B.load(left);
 #endif
 #if !STATIC_C && !ENDS
-    next.C.load(C, p.C_stride, a.lane, step, stop);
+    C.load(left);
 #endif
   };
-  load(piece.begin);
+  load(stop - piece.begin);
 
   Pairs own, before;  // the state that starts each chunk from 0; the state before the chunk
   float total[CL];    // of dt over the chunk
+
+  // A tile, or its first half, which may be all that there is of it where a sequence ends.
+  auto run = [&](int step, bool whole) __attribute__((always_inline)) {
+    constexpr int HALF_ITS = (ITS + 1) / 2;
+    static_assert(T % (2 * AT_ONCE) == 0, "half a tile is some groups of steps");
+    const int groups = (whole ? T : T / 2) / AT_ONCE;
+    const int left = stop - step;
+#if !STATIC_B
+    B.put(&shared.B[0][0]);
+#endif
+#if !STATIC_C && !ENDS
+    C.put(&shared.C[0][0]);
+#endif
+#if !ENDS
+    Packed<U, V> u[ITS];
+#endif
+#if GATE && !ENDS
+    Packed<Z, V> z[ITS];
+#endif
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      if (!whole && i == HALF_ITS) break;
+      leave_sizes(of_column.sizes, i * ROWS + a.row, left, column, next_delta[i], next_u[i], bias);
+#if !ENDS
+      u[i] = next_u[i];
+#endif
+#if GATE && !ENDS
+      z[i] = next_z[i];
+#endif
+    }
+    __syncthreads();
+    if (whole) load(left - T);
+    // Its branch keeps the loads above where they are: the compiler would put them off.
+    if (!ENDS && p.saved && step % EVERY == 0) {
+      const int64 slot = piece.start / EVERY + piece.s + step / EVERY;
+      store_by_state(p.saved + slot * N * p.n_channels, h, p, a);
+    }
+
+    // AT_ONCE steps at a time; those two groups ahead are read, and the decays of the next one computed, before the
+    // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.
+    Step in[3][AT_ONCE];
+    Pairs decays[2][AT_ONCE];
+    auto read = [&](int g) {
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) in[g % 3][k].read(shared, g * AT_ONCE + k, a);
+    };
+    auto decay = [&](int g) {
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k)
+        EACH_PAIR decays[g % 2][k][j][i] = exp2_fast(__fmul_rn(in[g % 3][k].dt[j], A2[j][i]));
+    };
+    read(0);
+    decay(0);
+    if (groups > 1) read(1);
+#pragma unroll
+    for (int g = 0; g < T / AT_ONCE; ++g) {
+      if (g == groups) break;
+      if (g + 1 < groups) decay(g + 1);
+      if (g + 2 < groups) read(g + 2);
+      float y[AT_ONCE][CL];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) {
+        const Step& x = in[g % 3][k];
+#pragma unroll
+        for (int j = 0; j < CL; ++j) y[k][j] = 0.0f, total[j] += x.dt[j];
+        EACH_PAIR {
+#if STATIC_B
+          const float drive = __fmul_rn(x.dtu[j], b_static[j][i]);
+#else
+          const float drive = __fmul_rn(x.dtu[j], x.b[i]);
+#endif
+          h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive);
+          if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive);
+#if STATIC_C && !ENDS
+          y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
+#elif !ENDS
+          y[k][j] = __fmaf_rn(x.c[i], h[j][i], y[k][j]);
+#endif
+        }
+      }
+#if !ENDS
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k)
+        leave_parts(shared.warp[a.warp].y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
+#endif
+    }
+    __syncthreads();
+
+#if !ENDS
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      if (!whole && i == HALF_ITS) break;
+      const int t = i * ROWS + a.row;
+      float y[V];
+      add_parts(of_column.y[t], t, column, y);
+      finish(y, u[i], skip);
+#if GATE
+      gate(y, z[i]);
+#endif
+      Packed<U, V> out;
+      out.set(y);
+      out.store_if(i * ROWS < left - row, y_rows.at(i * ROWS));
+    }
+    if (whole) y_rows.go_on();
+#endif
+  };
+
   for (int chunk = piece.begin; chunk < stop; chunk += CHUNK) {
     const int end = chunk + CHUNK < stop ? chunk + CHUNK : stop;
     if (OWN) EACH_PAIR before[j][i] = h[j][i], own[j][i] = 0.0f;
 #pragma unroll
     for (int j = 0; j < CL; ++j) total[j] = 0.0f;
-
-    for (int step = chunk; step < end; step += T) {
-#if !STATIC_B
-      next.B.put(&shared.B[0][0], a.lane);
-#endif
-#if !STATIC_C && !ENDS
-      next.C.put(&shared.C[0][0], a.lane);
-#endif
-#if !ENDS
-      Packed<U, V> u[ITS];
-#endif
-#if GATE && !ENDS
-      Packed<Z, V> z[ITS];
-#endif
-#pragma unroll
-      for (int i = 0; i < ITS; ++i) {
-        const int t = i * ROWS + a.row;
-        constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
-        float sizes[2 * V];
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
-          // one step size wait for the other
-          const float size = step_size(next.delta[i].get(v) + bias[v]);
-          const float dt = step + t < end ? size : 0.0f;
-          sizes[v / R * 2 * R + v % R] = dt;
-          sizes[v / R * 2 * R + R + v % R] = dt * next.u[i].get(v);
-        }
-        float* to = &shared.sizes[t][a.column / CL * 2 * CL + a.column % CL];
-        if constexpr (V >= CL) {
-          store_floats(to, sizes);
-        } else {
-          const auto& [dt, dtu] = reinterpret_cast<const float (&)[2][V]>(sizes);
-          store_floats(to, dt);
-          store_floats(to + CL, dtu);
-        }
-#if !ENDS
-        u[i] = next.u[i];
-#endif
-#if GATE && !ENDS
-        z[i] = next.z[i];
-#endif
-      }
-      __syncwarp();
-      load(step + T);
-      if (!ENDS && p.saved && step % EVERY == 0) {
-        const int64 slot = piece.start / EVERY + piece.s + step / EVERY;
-        store_by_state(p.saved + slot * N * p.n_channels, h, p, a);
-      }
-
-      // AT_ONCE steps at a time; those two groups ahead are read, and the decays of the next one computed, before the
-      // states of one: a store to shared memory holds up all later loads from it, and an exp2 takes its time.
-      Step in[3][AT_ONCE];
-      Pairs decays[2][AT_ONCE];
-      auto read = [&](int g) {
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) in[g % 3][k].read(shared, g * AT_ONCE + k, a);
-      };
-      auto decay = [&](int g) {
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k)
-          EACH_PAIR decays[g % 2][k][j][i] = exp2_fast(__fmul_rn(in[g % 3][k].dt[j], A2[j][i]));
-      };
-      read(0);
-      decay(0);
-      if (GROUPS_OF_STEPS > 1) read(1);
-#pragma unroll
-      for (int g = 0; g < GROUPS_OF_STEPS; ++g) {
-        if (g + 1 < GROUPS_OF_STEPS) decay(g + 1);
-        if (g + 2 < GROUPS_OF_STEPS) read(g + 2);
-        float y[AT_ONCE][CL];
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k) {
-          const Step& x = in[g % 3][k];
-#pragma unroll
-          for (int j = 0; j < CL; ++j) y[k][j] = 0.0f, total[j] += x.dt[j];
-          EACH_PAIR {
-#if STATIC_B
-            const float drive = __fmul_rn(x.dtu[j], b_static[j][i]);
-#else
-            const float drive = __fmul_rn(x.dtu[j], x.b[i]);
-#endif
-            h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive);
-            if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive);
-#if STATIC_C && !ENDS
-            y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
-#elif !ENDS
-            y[k][j] = __fmaf_rn(x.c[i], h[j][i], y[k][j]);
-#endif
-          }
-        }
-#if !ENDS
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; ++k)
-          leave_parts(shared.y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
-#endif
-      }
-      __syncwarp();
-
-#if !ENDS
-#pragma unroll
-      for (int i = 0; i < ITS; ++i) {
-        const int t = i * ROWS + a.row;
-        float y[V];
-        add_parts(shared.y[t], t, a.column, y);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          y[v] = __fmaf_rn(skip[v], u[i].get(v), y[v]);
-#if GATE
-          const float gate = z[i].get(v);
-          y[v] *= gate * sigmoid(gate);
-#endif
-        }
-        Packed<U, V> out;
-        out.set(y);
-        out.store_if(a.in_row && step + t < end, y_rows.at(step + t));
-      }
-#endif
-    }
+    int step = chunk;
+    for (; step + T / 2 < end; step += T) run(step, true);
+    if (step < end) run(step, false);
     // What enters the next chunk, by the arithmetic of chunks that are run all at once (carry.cu).
     if (OWN && end < length) EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
   }

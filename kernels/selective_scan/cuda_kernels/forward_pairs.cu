@@ -1,7 +1,7 @@
 // The scan forwards. A pair of warps takes WC channels: one runs their states, and the other, which shares out rows, does
 // what there is to do once for a (step, channel): two tiles ahead it makes step sizes of delta, and a tile behind it
 // makes y of the parts that the first has left. So exp2, of which the first warp's time is made, and all other
-// instructions go on side by side. The two meet once a tile.
+// instructions go on side by side. The pairs of a block meet once a tile.
 //
 // For sequences of several chunks that are walked, and for few rows; forward.cu has more warps where those are many.
 // Both take the same numbers together in the same order: not a bit differs.
@@ -17,14 +17,13 @@ struct Inputs {
 #if !STATIC_C
   alignas(16) float C[T][NP];
 #endif
-  alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
+  alignas(16) float sizes[WARPS][T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
 };
 constexpr int AHEAD = 3;  // tiles of which there are inputs: the one that runs, the next one, the one that is made
-struct PairShared {
+struct Shared {
   Inputs in[AHEAD];
-  alignas(16) float y[2][T][PART_ROW];  // of S lanes each
+  alignas(16) float y[2][WARPS][T][PART_ROW];  // of S lanes each
 };
-struct Shared { PairShared pair[WARPS]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
 constexpr int GROUPS_OF_STEPS = T / AT_ONCE;
@@ -42,7 +41,7 @@ struct Step {
 
   INLINE void read(const Inputs& in, int t, const Place& a) {
     float sizes[2 * CL];
-    load_floats(&in.sizes[t][a.lane / S * 2 * CL], sizes);
+    load_floats(&in.sizes[a.warp][t][a.lane / S * 2 * CL], sizes);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_B
@@ -55,7 +54,7 @@ struct Step {
 };
 
 // The states of all steps up to `stop`. number: of the chunk or the sequence.
-INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int64 number, int stop, PairShared& shared) {
+INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int64 number, int stop, Shared& shared) {
   Pairs A2, h;
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
@@ -89,21 +88,25 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
   float total[CL];    // of dt over the chunk
 #pragma unroll
   for (int j = 0; j < CL; ++j) total[j] = 0.0f;
-  meet(a.warp);
+  meet();
   read(shared.in[0], 0);
   decay(0);
   read(shared.in[0], 1);
+  float* saved = p.saved ? p.saved + (piece.start / EVERY + piece.s + piece.begin / EVERY) * N * p.n_channels : nullptr;
   int slot = 0, half = 0;
   for (int step = piece.begin; step < stop; step += T) {
+    // Branches stand where a tile begins: elsewhere they would keep the compiler from mixing what is around them.
     if (OWN && step % CHUNK == 0) {
+      // What enters a chunk, by the arithmetic of chunks that are run all at once (carry.cu).
+      if (step > piece.begin)
+        EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
       EACH_PAIR before[j][i] = h[j][i], own[j][i] = 0.0f;
 #pragma unroll
       for (int j = 0; j < CL; ++j) total[j] = 0.0f;
     }
-    if (p.saved && step % EVERY == 0) {
-      const int64 at = piece.start / EVERY + piece.s + step / EVERY;
-      store_by_state(p.saved + at * N * p.n_channels, h, p, a);
-    }
+    const bool saves = saved && (T == EVERY || step % EVERY == 0);
+    EACH_PAIR store_if(saves && j < a.there && a.n + i < N, saved + by_state(p, a, j, i), __float_as_uint(h[j][i]));
+    if (saves) saved += N * p.n_channels;
     const Inputs& now = shared.in[slot];
     slot = slot == AHEAD - 1 ? 0 : slot + 1;
     const Inputs& then = shared.in[slot];
@@ -134,39 +137,17 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
       }
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        leave_parts(shared.y[half][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
+        leave_parts(shared.y[half][a.warp][g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
     }
     half ^= 1;
-    // What enters the next chunk, by the arithmetic of chunks that are run all at once (carry.cu).
-    if (OWN && (step + T) % CHUNK == 0 && step + T < piece.length)
-      EACH_PAIR h[j][i] = __fmaf_rn(exp2_fast(__fmul_rn(total[j], A2[j][i])), before[j][i], own[j][i]);
-    meet(a.warp);
+    meet();
   }
 
   if (stop == piece.length) store_by_channel(p.final_state + piece.s * N * p.n_channels, h, a);
 }
 
-// A lane's part of the rows of a tensor (tokens, channels), tile by tile: an address that moves takes fewer instructions
-// than one made of a step's number.
-template <typename X> struct Moving {
-  X* next;
-  int stride;
-
-  INLINE Moving(X* x, int stride, const Problem& p, const Piece& piece, const Place& a) : stride(stride) {
-    next = step_at(first_row(x, stride, p, piece) + a.e, stride, piece.begin + a.row);
-  }
-  INLINE X* at(int row) const { return step_at(next, stride, row); }
-  INLINE void go_on() { next = at(T); }
-  // left: steps from the lane's first row on that there are; zeros for others.
-  INLINE void load(Packed<X, V> (&x)[ITS], int left) {
-#pragma unroll
-    for (int i = 0; i < ITS; ++i) x[i].load_if(i * ROWS < left, at(i * ROWS));
-    go_on();
-  }
-};
-
 // Step sizes before, and results after.
-INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, int stop, PairShared& shared) {
+INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, int stop, Shared& shared) {
   float bias[V], skip[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -184,59 +165,35 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   Packed<U, V> u[ITS];
   Packed<DELTA, V> delta[ITS];
 #if !STATIC_B
-  MB* next_B = step_at(first_row(p.B, p.B_stride, p, piece) + a.group * p.B_group, p.B_stride, piece.begin);
-  MatrixRows<MB, T, 32> B;
+  MovingMatrix<MB> B(p.B, p.B_stride, p.B_group, p, piece, a);
 #endif
 #if !STATIC_C
-  MC* next_C = step_at(first_row(p.C, p.C_stride, p, piece) + a.group * p.C_group, p.C_stride, piece.begin);
-  MatrixRows<MC, T, 32> C;
+  MovingMatrix<MC> C(p.C, p.C_stride, p.C_group, p, piece, a);
 #endif
   const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
   auto load = [&](int left) {
     u_rows.load(u, left - row);
     delta_rows.load(delta, left - row);
 #if !STATIC_B
-    B.load(next_B, p.B_stride, a.lane, 0, left);
-    next_B = step_at(next_B, p.B_stride, T);
+    B.load(left);
 #endif
 #if !STATIC_C
-    C.load(next_C, p.C_stride, a.lane, 0, left);
-    next_C = step_at(next_C, p.C_stride, T);
+    C.load(left);
 #endif
   };
+  const int of = a.column / WC, column = a.column % WC;  // the warp that a lane's channels are of, and its place there
   int slot = 0;
   auto make = [&](int left) {
     Inputs& in = shared.in[slot];
     slot = slot == AHEAD - 1 ? 0 : slot + 1;
 #if !STATIC_B
-    B.put(&in.B[0][0], a.lane);
+    B.put(&in.B[0][0]);
 #endif
 #if !STATIC_C
-    C.put(&in.C[0][0], a.lane);
+    C.put(&in.C[0][0]);
 #endif
 #pragma unroll
-    for (int i = 0; i < ITS; ++i) {
-      const int t = i * ROWS + a.row;
-      constexpr int R = V < CL ? V : CL;  // channels whose numbers lie side by side
-      float sizes[2 * V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        // 0 beyond the last step, which so leaves the state as it is; chosen afterwards: a branch for each would have
-        // one step size wait for the other
-        const float size = step_size(delta[i].get(v) + bias[v]);
-        const float dt = t < left ? size : 0.0f;
-        sizes[v / R * 2 * R + v % R] = dt;
-        sizes[v / R * 2 * R + R + v % R] = dt * u[i].get(v);
-      }
-      float* to = &in.sizes[t][a.column / CL * 2 * CL + a.column % CL];
-      if constexpr (V >= CL) {
-        store_floats(to, sizes);
-      } else {
-        const auto& [dt, dtu] = reinterpret_cast<const float (&)[2][V]>(sizes);
-        store_floats(to, dt);
-        store_floats(to + CL, dtu);
-      }
-    }
+    for (int i = 0; i < ITS; ++i) leave_sizes(in.sizes[of], i * ROWS + a.row, left, column, delta[i], u[i], bias);
   };
 
   int left = stop - piece.begin;  // steps
@@ -250,7 +207,7 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   Packed<Z, V> z[ITS];
 #endif
   int half = 0;
-  meet(a.warp);
+  meet();
   for (; left > 0; left -= T) {
     u_again_rows.load(u_again, left - row);
 #if GATE
@@ -258,20 +215,16 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 #endif
     make(left - 2 * T);
     load(left - 3 * T);
-    meet(a.warp);
+    meet();
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       const int t = i * ROWS + a.row;
       float y[V];
-      add_parts(shared.y[half][t], t, a.column, y);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        y[v] = __fmaf_rn(skip[v], u_again[i].get(v), y[v]);
+      add_parts(shared.y[half][of][t], t, column, y);
+      finish(y, u_again[i], skip);
 #if GATE
-        const float gate = z[i].get(v);
-        y[v] *= gate * sigmoid(gate);
+      gate(y, z[i]);
 #endif
-      }
       Packed<U, V> out;
       out.set(y);
       out.store_if(i * ROWS < left - row, y_rows.at(i * ROWS));
@@ -284,9 +237,9 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 extern "C" __global__ void __launch_bounds__(2 * THREADS, MIN_BLOCKS) scan_forward(const Problem p) {
   extern __shared__ float4 room[];
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  const Place a(p, blockIdx.x % n_tiles);
-  if (a.e - a.column >= (a.group + 1) * p.per_group) return;  // a pair without channels
-  PairShared& shared = reinterpret_cast<Shared*>(room)->pair[a.warp];
+  Place a(p, blockIdx.x % n_tiles);
+  share_rows(p, a);
+  Shared& shared = *reinterpret_cast<Shared*>(room);
 
   // p.own is what enters each chunk; without it one pair walks a whole sequence.
   const int64 number = blockIdx.x / n_tiles;
