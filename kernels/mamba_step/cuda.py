@@ -1,8 +1,8 @@
 """A step of a whole stack of Mamba blocks in CUDA C++: cuda_kernels/stack.cu, compiled for its sizes by ../nvrtc.py.
 
 Three kernels a block (the one between the projections is cuda_middle.py's), each of which begins before the last one
-has ended: for GPUs that can do that (Hopper and later), and for bf16 weights. What does not fit goes block by block to
-Triton.
+has ended: for GPUs that can do that (Hopper and later), and for bf16 weights. For many sequences in_proj is enter.cu on
+Hopper GPUs. What does not fit goes to cuda_wide.py, or block by block to Triton.
 
 Letters: B sequences, M model width, E inner width.
 """
@@ -20,8 +20,8 @@ from .cuda_sources import addresses, fits, give_up, source, tiles_serve
 
 FEWEST, MOST, WIDEST = 3, 64, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
 WARPS = 8  # of a block of threads
-TILED = 33  # sequences from which in_proj is by tiles, where that serves: measured
-STAGES, EARLY, TURNED = 12, 12, 1  # of tiles
+TILED = 41  # sequences from which in_proj is by tiles, where that serves: measured
+STAGES, EARLY = 12, 6  # of tiles
 _pack = struct.Struct("9qdq").pack  # struct Problem of stack.cu
 
 
@@ -104,7 +104,7 @@ class _Tiled:
 
     def __init__(self, M: int, E: int, octets: int, device: int):
         self.blocks = 2 * E // self.ROWS
-        sizes = {"M": M, "E": E, "OCTETS": octets, "STAGES": STAGES, "EARLY": EARLY, "TURNED": TURNED}
+        sizes = {"M": M, "E": E, "OCTETS": octets, "STAGES": STAGES, "EARLY": EARLY}
         self.kernel = nvrtc.kernel(source("tiles.cu", "enter.cu", **sizes), "enter", device)
 
     def __call__(self, x: Tensor, in_proj: Tensor, squares: Tensor, uz: Tensor, eps: float) -> None:

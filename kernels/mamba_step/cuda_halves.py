@@ -20,8 +20,7 @@ from .cuda_sources import addresses, between_fits, give_up, source
 CHANNELS = 256  # of a block of either kernel
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
 MOST = 32  # sequences of a block
-TRIGGER, EARLY, PSEQS, PARTS_AHEAD = 0, 4, 0, 6
-SLOTS = 8  # sequences whose states are on their way
+SLOTS, EARLY = 8, 4  # sequences whose states are on their way, and those that are asked for at once
 
 
 def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
@@ -61,20 +60,10 @@ class _Project:
     def __init__(self, n_rows: int, E: int, R: int, W: int, device: int):
         groups = E // CHANNELS
         cluster = next(n for n in CLUSTERS if groups % n == 0)
-        # As few sequences a block as leave one block for each processor.
-        seqs = next((n for n in (8, 16) if groups * -(-n_rows // n) <= nvrtc.processors(device)), MOST)
-        seqs = PSEQS or seqs
+        # One block for each processor, or two: measured.
+        seqs = 8 if groups * -(-n_rows // 8) <= nvrtc.processors(device) else 16
         self.blocks, self.threads, self.splits = groups * -(-n_rows // seqs), 2 * (R + 32), groups // cluster
-        sizes = {
-            "E": E,
-            "R": R,
-            "W": W,
-            "CHANNELS": CHANNELS,
-            "CLUSTER": cluster,
-            "SEQS": seqs,
-            "TRIGGER": TRIGGER,
-            "PARTS_AHEAD": PARTS_AHEAD,
-        }
+        sizes = {"E": E, "R": R, "W": W, "CHANNELS": CHANNELS, "CLUSTER": cluster, "SEQS": seqs}
         self.kernel = nvrtc.kernel(source("project.cu", **sizes), "project", device)
 
     def __call__(self, *tensors: Tensor | None, n_rows: int) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import nvrtc
 from .cuda_sources import addresses, between_fits, give_up, source
 
-BULK = 1
 CLUSTER = 8  # blocks of a cluster, which have all channels of some sequences
 WIDEST = 2048  # E: measured, benchmarks/results/gpu_model.md
 MOST = 20  # sequences of a cluster
@@ -49,7 +48,7 @@ class _Kernel:
 
     def __init__(self, E: int, R: int, W: int, at_once: int, device: int):
         self.at_once, self.threads = at_once, 2 * E // CLUSTER
-        sizes = {"E": E, "R": R, "W": W, "CLUSTER": CLUSTER, "SEQS": at_once, "BULK": BULK}
+        sizes = {"E": E, "R": R, "W": W, "CLUSTER": CLUSTER, "SEQS": at_once}
         self.kernel = nvrtc.kernel(source("middle.cu", **sizes), "middle", device)
         self.clusters = 16 if nvrtc.EMULATED else self.kernel.clusters_at_once(self.threads, CLUSTER)
 

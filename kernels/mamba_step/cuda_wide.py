@@ -18,14 +18,10 @@ from .. import nvrtc
 from . import cuda_halves
 from .cuda_sources import addresses, capable, fits, give_up, source, tiles_serve
 
-TILE, CLUSTER, SPLITS = (
-    64,
-    2,
-    4,
-)  # of products: rows and columns of a tile; blocks that share x; pieces of out_proj's width
+TILE = 64  # rows and columns of a tile
+SPLITS = 4  # pieces of out_proj's width
 FEWEST, MOST = 3, 64  # sequences
-EARLY, TURNED = 4, 1
-STAGES = 12, 12  # tiles on their way, of in_proj and of out_proj
+STAGES, EARLY = (12, 8), 8  # tiles on their way, of in_proj and of out_proj; and those that are asked for at once
 
 
 def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence) -> bool:
@@ -81,15 +77,7 @@ class _Gather:
 class _Product:
     def __init__(self, width: int, out: int, splits: int, stages: int, device: int):
         self.blocks, self.splits = out // TILE * splits, splits
-        sizes = {
-            "WIDTH": width,
-            "OUT": out,
-            "SPLITS": splits,
-            "CLUSTER": CLUSTER,
-            "STAGES": stages,
-            "EARLY": EARLY,
-            "TURNED": TURNED,
-        }
+        sizes = {"WIDTH": width, "OUT": out, "SPLITS": splits, "STAGES": stages, "EARLY": EARLY}
         self.kernel = nvrtc.kernel(source("tiles.cu", "product.cu", **sizes), "product", device)
 
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:

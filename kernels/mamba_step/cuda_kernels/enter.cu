@@ -1,7 +1,7 @@
 // `enter` of stack.cu for more sequences, by tiles.cu.
 //
-// Letters: B sequences, M model width, E inner width; macros, but B, as are OCTETS (B / 8, rounded up), STAGES and EARLY
-// (of tiles.cu) and TURNED.
+// Letters: B sequences, M model width, E inner width; macros, but B, as are OCTETS (B / 8, rounded up), and of tiles.cu
+// STAGES and EARLY.
 
 constexpr int ROWS = 32, MOST = 8 * OCTETS, PARTS = M / 16;
 static_assert(M % TILE == 0 && 2 * E % ROWS == 0, "sizes not served");
@@ -18,7 +18,7 @@ extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, t = lane % 4, row = int(blockIdx.x) * ROWS, n_rows = int(p.n_rows);
-  Product tiles{shared<Product::Room>(), p.x, p.weight, row, 0, TURNED * int(blockIdx.x)};
+  Product tiles{shared<Product::Room>(), p.x, p.weight, row, 0, int(blockIdx.x)};
   tiles.begin();
   wait_for_kernel_before();
   if (tid >= MULTIPLIERS) return tiles.bring_all();

@@ -2,7 +2,7 @@
 //
 // Where SPLITS blocks share the width out, their sums go out as they are and are added up where they are read (gather.cu).
 //
-// Macros: WIDTH, OUT (rows of the weight), SPLITS, STAGES and EARLY (of tiles.cu), TURNED.
+// Macros: WIDTH, OUT (rows of the weight), SPLITS, and of tiles.cu STAGES and EARLY.
 
 constexpr int ROWS = 64, STEPS = WIDTH / TILE / SPLITS;
 static_assert(WIDTH % (TILE * SPLITS) == 0 && OUT % ROWS == 0, "sizes not served");
@@ -19,7 +19,7 @@ extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
 extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   int split = int(blockIdx.x) / (OUT / ROWS), row = int(blockIdx.x) % (OUT / ROWS) * ROWS, n_rows = int(p.n_rows);
-  Product tiles{shared<Product::Room>(), p.x, p.weight, row, split * STEPS * TILE, TURNED * int(blockIdx.x)};
+  Product tiles{shared<Product::Room>(), p.x, p.weight, row, split * STEPS * TILE, int(blockIdx.x)};
   let_next_begin();
   tiles.begin();
   wait_for_end_before();

@@ -11,7 +11,7 @@
 // CHANNELS and SEQS.
 
 constexpr int N = 16, OUT = R + 2 * N, WARPS = OUT / 16, THREADS = 32 * WARPS, OCTETS = SEQS / 8;
-constexpr int PARTS = CHANNELS / 32, AHEAD = PARTS < PARTS_AHEAD ? PARTS : PARTS_AHEAD;          // of x_proj's rows, and of them on their way
+constexpr int PARTS = CHANNELS / 32, AHEAD = PARTS < 6 ? PARTS : 6;          // of x_proj's rows, and of them on their way
 constexpr int PASSES = (SEQS + WARPS - 1) / WARPS;  // of the convolution, a warp a sequence
 constexpr int WINDOW = CHANNELS * (W - 1);
 constexpr int STRIDE = OUT + 4;  // of sums, so that lanes meet in no bank
@@ -55,7 +55,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
   if (tid == 0) expect(&s.gathering, 4 * SEQS * STRIDE);
   say_begun();
-  if (TRIGGER == 0) let_next_begin();
+  let_next_begin();
 
   auto window = [&](int row) { return p.conv_state + (int64(first + row) * E + group * CHANNELS) * (W - 1); };
 
@@ -127,7 +127,6 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
     if (here && lane == 0) give(window(row), s.window[row], WINDOW * sizeof(bf16));
   }
   __syncthreads();
-  if (TRIGGER == 1) let_next_begin();
 
   float sum[OCTETS][4];
 #pragma unroll
@@ -143,7 +142,6 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) proj
     }
     if (part + AHEAD < PARTS) bring_weights(part + AHEAD);
   }
-  if (TRIGGER == 2) let_next_begin();
 #pragma unroll
   for (int o = 0; o < OCTETS; ++o)
 #pragma unroll
