@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import nvrtc
 from . import cuda_middle
-from .cuda_sources import addresses, between_fits, give_up, source
+from .cuda_sources import addresses, between_fits, give_up, has_room, source
 
 CHANNELS = 256  # of a block of either kernel
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
@@ -30,8 +30,9 @@ def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
         len(x) > 0
         and n_channels > cuda_middle.WIDEST
         and n_channels % CHANNELS == rank % 16 == 0
-        and rank <= 16 * 30  # a warp for each 16 of x_proj's values
+        and rank <= 160  # of which scan.cu has the weights in registers
         and between_fits(x, conv, ssm, w)
+        and has_room(x)
     )
 
 

@@ -20,6 +20,11 @@ def capable(x: Tensor) -> bool:
     return nvrtc.EMULATED or (x.is_cuda and x.get_device() not in _broken and _capable_device(x.get_device()))
 
 
+def has_room(x: Tensor) -> bool:
+    """Whether x is on a GPU of whose shared memory a block can have as much as on Hopper GPUs, nearly."""
+    return nvrtc.EMULATED or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= 200 * 1024
+
+
 def tiles_serve(x: Tensor) -> bool:
     """Whether x is on a GPU whose matrix units tiles.cu is for."""
     return nvrtc.EMULATED or torch.cuda.get_device_capability(x.device) == (9, 0)

@@ -11,11 +11,11 @@
 // CHANNELS and SEQS.
 
 constexpr int N = 16, OUT = R + 2 * N, WARPS = OUT / 16, THREADS = 32 * WARPS, OCTETS = SEQS / 8;
-constexpr int PARTS = CHANNELS / 32, AHEAD = PARTS < 6 ? PARTS : 6;          // of x_proj's rows, and of them on their way
+constexpr int PARTS = CHANNELS / 32, AHEAD = PARTS < 6 ? PARTS : 6;  // of x_proj's rows, and of them on their way
 constexpr int PASSES = (SEQS + WARPS - 1) / WARPS;  // of the convolution, a warp a sequence
 constexpr int WINDOW = CHANNELS * (W - 1);
 constexpr int STRIDE = OUT + 4;  // of sums, so that lanes meet in no bank
-constexpr int GROUPS = E / CHANNELS, SHARE = SEQS / CLUSTER;                   // sequences that a block adds up
+constexpr int GROUPS = E / CHANNELS, SHARE = SEQS / CLUSTER;  // sequences that a block adds up
 static_assert(CHANNELS == 256 && E % (CHANNELS * CLUSTER) == 0 && R % 16 == 0, "sizes not served");
 static_assert(SEQS % 8 == 0 && SEQS % CLUSTER == 0 && THREADS <= 1024, "sizes not served");
 
