@@ -160,7 +160,7 @@ def prefill(
     logits = None
     for start in range(0, max(len(prompt) for prompt in prompts), chunk):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
-        pieces = [prompts[row][start : start + chunk].long() for row in rows]
+        pieces = [_piece(prompts[row], start, chunk).long() for row in rows]
         before = state if state is None or len(rows) == len(prompts) else select_state(state, rows)
         at_last, after = read(model, pieces, before, only_last=True, device=device)
         if logits is None or len(rows) == len(prompts):
@@ -173,6 +173,10 @@ def prefill(
         advance(sum(map(len, pieces)))
     assert logits is not None  # no prompt is empty
     return logits, state
+
+
+def _piece(prompt: Tensor, start: int, chunk: int) -> Tensor:
+    return prompt if start == 0 and len(prompt) <= chunk else prompt[start : start + chunk]
 
 
 def read(
@@ -188,14 +192,16 @@ def read(
     only_last  the logits are (B, V), those after each piece's last token
     device     where the model is, if the pieces are elsewhere: they are brought there as one
     """
-    tokens, mask = pad_sequence(pieces, batch_first=True).to(device), None
-    lengths = torch.tensor([len(piece) for piece in pieces], device=tokens.device)
-    if len({len(piece) for piece in pieces}) > 1:
-        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    if only_last and state is None and mask is None:
+    sizes = [len(piece) for piece in pieces]
+    equal = len(set(sizes)) == 1
+    tokens, mask = (torch.stack(pieces) if equal else pad_sequence(pieces, batch_first=True)).to(device), None
+    if only_last and state is None and equal:
         found = read_by_graph(model, tokens)
         if found is not None:
             return found
+    lengths = torch.tensor(sizes, device=tokens.device)
+    if not equal:
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     options = {"logits_at": lengths - 1} if only_last else {}
     logits, state = model(tokens, state, return_state=True, padding_mask=mask, **options)
     # A padded forward may hand out views of larger tensors: free those, and let `step` work in one piece of memory.
@@ -233,14 +239,12 @@ def _decode(decoder: Decoder, filters: list["StopFilter"], max_new_tokens: int) 
     while running:
         released: list[list[int]] = [[] for _ in filters]
         for prompt, tokens in zip(running, decoder.advance(), strict=True):
-            for token in tokens[: n_left[prompt]]:
-                free, stopped = filters[prompt].push(token)
-                released[prompt] += free
-                n_left[prompt] -= 1
-                if stopped:
-                    finished[prompt] = "stop"
-                    break
-            if n_left[prompt] == 0 and finished[prompt] is None:
+            tokens = tokens[: n_left[prompt]]
+            released[prompt], stopped = filters[prompt].push_all(tokens)
+            n_left[prompt] -= len(tokens)
+            if stopped:
+                finished[prompt] = "stop"
+            elif n_left[prompt] == 0:
                 released[prompt] += filters[prompt].held
                 finished[prompt] = "length"
         yield Step(released, list(finished))
@@ -276,6 +280,18 @@ class StopFilter:
         self.stop = {tuple(sequence) for sequence in stop}
         self.beginnings = {sequence[:n] for sequence in self.stop for n in range(1, len(sequence))}
         self.held: list[int] = []
+
+    def push_all(self, tokens: list[int]) -> tuple[list[int], bool]:
+        """`push` of each, until a stop sequence ends."""
+        if not self.stop:
+            return tokens, False
+        released: list[int] = []
+        for token in tokens:
+            free, stopped = self.push(token)
+            released += free
+            if stopped:
+                return released, True
+        return released, False
 
     def push(self, token: int) -> tuple[list[int], bool]:
         """(tokens that no stop sequence can claim any more, whether one ends with this token)."""

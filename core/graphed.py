@@ -87,16 +87,23 @@ class _StepGraph:
         torch._foreach_copy_(here, given)
 
 
-def _places(model: nn.Module) -> tuple[Any, ...]:
+def _places(modules: list[nn.Module]) -> tuple[Any, ...]:
     """Where a graph reads its weights, and as what; and whether what is made now is of inference mode alone."""
-    tensors = (*model.parameters(), *model.buffers())
-    return torch.is_inference_mode_enabled(), *((x.data_ptr(), x.dtype) for x in tensors)
+    tensors = (x for module in modules for x in (*module._parameters.values(), *module._buffers.values()))
+    return torch.is_inference_mode_enabled(), *((x.data_ptr(), x.dtype) for x in tensors if x is not None)
+
+
+# Of a model, which leaves of its state grow with the tokens.
+_growing: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
 
 
 def _tokens_in(state: Any, model: Any) -> int:
     """How many tokens a state that grows with them has room for; 0 if none does."""
-    pairs = zip(pytree.tree_leaves(state), pytree.tree_leaves(model.init_state(1)), strict=True)
-    return max((s.shape[1] for s, first in pairs if first.shape[1:2] == (0,)), default=0)
+    if model not in _growing:
+        first = pytree.tree_leaves(model.init_state(1))
+        _growing[model] = [i for i, leaf in enumerate(first) if leaf.shape[1:2] == (0,)]
+    leaves = pytree.tree_leaves(state) if _growing[model] else []
+    return max((leaves[i].shape[1] for i in _growing[model]), default=0)
 
 
 # The last graph of a model, while no decoder works with it: (what it was captured for, the graph).
@@ -125,9 +132,9 @@ class _ReadingGraph:
         return pytree.tree_unflatten(own, structure)
 
 
-def _is_ours(model: nn.Module) -> bool:
-    """Whether all its parts are PyTorch's or this package's: others, as adapters, are switched by mere attributes."""
-    return all(type(module).__module__.split(".")[0] in ("torch", "polymamba") for module in model.modules())
+def _are_ours(modules: list[nn.Module]) -> bool:
+    """Whether all are PyTorch's or this package's: others, as adapters, are switched by mere attributes."""
+    return all(type(module).__module__.split(".")[0] in ("torch", "polymamba") for module in modules)
 
 
 # Of a model, the shape of the prompts that it read last and the graph of that, if it read them twice.
@@ -146,18 +153,19 @@ def read_by_graph(model: Any, tokens: Tensor) -> tuple[Tensor, Any] | None:
     if not tokens.is_cuda or not getattr(model, "forward_is_one_graph", False):
         return None
     known, graph = _readings.pop(model, (None, None))
+    modules = list(model.modules())
     if (
         tokens.shape[1] < SHORTEST
         or tokens.numel() > MOST_TOKENS
         or len(tokens) > MOST_SEQUENCES
-        or not _is_ours(model)
+        or not _are_ours(modules)
         or model.training
         or torch.is_autocast_enabled("cuda")
         or torch.cuda.is_current_stream_capturing()
-        or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
     ):
         return None
-    key = tokens.shape, _places(model)
+    key = tokens.shape, _places(modules)
     if known != key:
         _readings[model] = key, None
         return None
@@ -185,15 +193,17 @@ class GraphedDecoder:
 
     def advance(self) -> list[list[int]]:
         if self.logits is not None:
-            tokens = self.draws.draw(self.logits)
+            tokens, bad = self.draws.choose(self.logits)
             self.logits = None
-            self._begin(tokens)
+            self._begin(tokens)  # before the host waits for the prompts
+            refuse(bad)
             chosen = tokens.tolist()
         else:
             buffer, event = self.in_flight.popleft()
             event.synchronize()
-            chosen = [buffer[row] for row in self.rows] if len(self.rows) < len(buffer) else buffer.tolist()
-            chosen = [int(token) for token in chosen]
+            chosen = buffer.tolist()
+            if len(self.rows) < len(chosen):
+                chosen = [chosen[row] for row in self.rows]
             if min(chosen) < 0:
                 refuse(torch.tensor(chosen) < 0)
         while self.n_left and len(self.in_flight) < IN_FLIGHT:
@@ -210,18 +220,18 @@ class GraphedDecoder:
         """
         if self.in_flight:  # these still write to the host's memory, which may be freed from now on
             self.in_flight[-1][1].synchronize()
-        if self.graph is not None and not self.autocast and _is_ours(self.model):
+        if self.graph is not None and not self.autocast and _are_ours(list(self.model.modules())):
             self.graph.left.record(torch.cuda.current_stream(self.graph.tokens.device))
             _graphs[self.model] = (self.key, self.graph)
 
     def _begin(self, tokens: Tensor) -> None:
-        recent, config = self.draws.recent, self.draws.config
+        recent, config, modules = self.draws.recent, self.draws.config, list(self.model.modules())
         n_tokens = _tokens_in(self.state, self.model)
         room = -(-(n_tokens + self.n_left) // ROOM) * ROOM if n_tokens else 0
         # Some mixers compute something of these outside of a step, and anew when they change (lti.py).
-        dynamics = (p for module in self.model.modules() if isinstance(module, LTIMixer) for p in module.parameters())
+        dynamics = (p for module in modules if isinstance(module, LTIMixer) for p in module.parameters())
         versions = tuple(p._version for p in dynamics)
-        self.key = (len(tokens), room, config, None if recent is None else recent.shape, _places(self.model), versions)
+        self.key = (len(tokens), room, config, None if recent is None else recent.shape, _places(modules), versions)
         key, graph = _graphs.pop(self.model, (None, None))
         if graph is None or key != self.key or self.autocast:
             graph = None  # its memory first

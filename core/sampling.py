@@ -117,12 +117,19 @@ class Draws:
 
     def draw(self, logits: Tensor) -> Tensor:
         """The next token of each sequence, int64 (B,)."""
-        uniform = torch.cat([uniforms(g, 1) for g in self.generators])
-        tokens, bad = choose(logits, self.config, self.recent, uniform.to(logits.device))
+        tokens, bad = self.choose(logits)
         refuse(bad)
+        return tokens
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and which sequences have none, bool (B,), for the caller to `refuse`: nothing waits for a GPU."""
+        uniform = None
+        if self.config.temperature:
+            uniform = torch.cat([uniforms(g, 1) for g in self.generators]).to(logits.device)
+        tokens, bad = choose(logits, self.config, self.recent, uniform)
         if self.recent is not None:
             self.recent = with_token(self.recent, tokens, self.config)
-        return tokens
+        return tokens, bad
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences of the batch alone."""

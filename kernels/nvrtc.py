@@ -11,12 +11,14 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import struct
 import sys
 import threading
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 EMULATED = False  # for tests: kernels are run on the CPU instead
 _SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -152,6 +154,27 @@ def _compile_or_recall(source: str, architecture: str) -> bytes:
     return code
 
 
+def tensor_map(matrix: Tensor, n_rows: int, n_columns: int) -> bytes:
+    """What a kernel needs to bring tiles (n_rows, n_columns) of a bf16 matrix to shared memory: 128 bytes.
+
+    n_columns 64: a tile's rows of 128 bytes are swizzled, as wgmma reads them. What lies outside is zeros.
+    """
+    (height, width), address = matrix.shape, matrix.data_ptr()
+    if EMULATED:
+        return struct.pack("5q88x", address, height, width, n_rows, n_columns)
+    room = ctypes.create_string_buffer(128 + 64)
+    place = (ctypes.addressof(room) + 63) // 64 * 64
+    sizes, stride = (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(2 * matrix.stride(0))
+    box, steps = (ctypes.c_uint32 * 2)(n_columns, n_rows), (ctypes.c_uint32 * 2)(1, 1)
+    bf16, plain, swizzle_128, promote_256, zeros = 9, 0, 3, 3, 0
+    code = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(place), bf16, 2, ctypes.c_void_p(address), sizes, stride, box, steps,
+        plain, swizzle_128, promote_256, zeros,
+    )  # fmt: skip
+    _check(code, "making a tensor map")
+    return ctypes.string_at(place, 128)
+
+
 class _LaunchAttribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("value", ctypes.c_int * 17))  # the value begins 8 bytes from the start
 
@@ -244,4 +267,5 @@ def _make_context_current() -> None:
 def kernel(source: str, name: str, device: int) -> Kernel:
     """The function `name` of a source on a device, which is the current one. Raises Unavailable."""
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(_compile_or_recall(source, f"sm_{major}{minor}"), name)
+    own = "a" if (major, minor) == (9, 0) else ""  # with what only this GPU has
+    return Kernel(_compile_or_recall(source, f"sm_{major}{minor}{own}"), name)

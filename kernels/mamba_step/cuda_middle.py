@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
-from .cuda_sources import addresses, capable, fits, give_up, source
+from .cuda_sources import addresses, between_fits, give_up, source
 
 CLUSTER = 8  # blocks of a cluster, which have all channels of some sequences
 WIDEST = 2048  # E: measured, benchmarks/results/gpu_model.md
@@ -27,13 +27,7 @@ def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
         and n_channels <= WIDEST
         and n_channels % (32 * CLUSTER) == rank % 16 == 0
         and 2 * n_channels >= rank + 2 * n_states
-        and n_states == 16
-        and w.conv.shape[1] > 1
-        and capable(x)
-        and x.dtype == conv.dtype == torch.bfloat16
-        and ssm.dtype == torch.float32
-        and all(fits(t, x) for t in w[3:10])
-        and all(t.data_ptr() % 16 == 0 and t.device == x.device for t in (conv, ssm))
+        and between_fits(x, conv, ssm, w)
     )
 
 

@@ -20,6 +20,16 @@ def capable(x: Tensor) -> bool:
     return nvrtc.EMULATED or (x.is_cuda and x.get_device() not in _broken and _capable_device(x.get_device()))
 
 
+def has_room(x: Tensor) -> bool:
+    """Whether x is on a GPU of whose shared memory a block can have as much as on Hopper GPUs, nearly."""
+    return nvrtc.EMULATED or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= 200 * 1024
+
+
+def tiles_serve(x: Tensor) -> bool:
+    """Whether x is on a GPU whose matrix units tiles.cu is for."""
+    return nvrtc.EMULATED or torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
 @cache
 def _capable_device(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0) and nvrtc.loads()
@@ -32,10 +42,23 @@ def fits(t: Tensor | None, x: Tensor) -> bool:
     )
 
 
-def source(file: str, **macros: int) -> str:
-    """The source of cuda_kernels/`file`, for these sizes."""
+def between_fits(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
+    """Whether what the kernels between the projections read is of the kinds that they take."""
+    return (
+        capable(x)
+        and w.A_log.shape[1] == 16
+        and w.conv.shape[1] > 1
+        and x.dtype == conv.dtype == torch.bfloat16
+        and ssm.dtype == torch.float32
+        and all(fits(t, x) for t in w[3:])
+        and all(t.data_ptr() % 16 == 0 and t.device == x.device for t in (conv, ssm))
+    )
+
+
+def source(*names: str, **macros: int) -> str:
+    """The source of these files of cuda_kernels, for these sizes."""
     parts = [f"#define {name} {value}" for name, value in macros.items()]
-    files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / file)
+    files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", *(_FOLDER / name for name in names))
     return "\n".join([*parts, *(path.read_text() for path in files)]) + "\n"
 
 

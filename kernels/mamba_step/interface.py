@@ -68,7 +68,11 @@ def mamba_stack_step(
         _check(x, None, *state, one)
     with torch.no_grad():
         centred = weights[0].norm_bias is not None
-        return import_module(".cuda", __package__).step(x, states, weights, eps, centred)
+        for name in (".cuda", ".cuda_wide"):
+            stream = import_module(name, __package__).step(x, states, weights, eps, centred)
+            if stream is not None:
+                return stream
+    return None
 
 
 def _check(x: Tensor, stream: Tensor | None, conv_state: Tensor, ssm_state: Tensor, w: MambaWeights) -> None:

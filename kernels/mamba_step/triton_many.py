@@ -1,6 +1,6 @@
 """A Mamba block's step in Triton for many sequences: products by PyTorch, states by tiles of sequences and channels.
 
-What lies between the products is CUDA C++ (cuda_middle.py) where that serves.
+What lies between the products is CUDA C++ (cuda_middle.py, cuda_halves.py) where that serves.
 
 Products of Triton's own, which could begin early, were measured at half the speed of cuBLAS's.
 
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..causal_conv1d.triton import step as conv_step
 from ..triton_runtime import LOG2E, ceil_div, load_float, multiply_add, sigmoid, softplus
-from . import cuda_middle
+from . import cuda_halves, cuda_middle
 from .triton_few import after_the_kernel_before, early_launch
 
 BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix units take at least
@@ -80,10 +80,11 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
         num_warps=max(1, min(block_m // 256, 8)), **early,
     )  # fmt: skip
     uz = F.linear(normed, w.in_proj)
-    if cuda_middle.serves(x, conv_state, ssm_state, w):
-        y = cuda_middle.step(uz, conv_state, ssm_state, w)
-        if y is not None:
-            return F.linear(y, w.out_proj), new_stream
+    for module in (cuda_middle, cuda_halves):
+        if module.serves(x, conv_state, ssm_state, w):
+            y = module.step(uz, conv_state, ssm_state, w)
+            if y is not None:
+                return F.linear(y, w.out_proj), new_stream
     u, z = uz.chunk(2, dim=1)
     u = conv_step(conv_state, u, w.conv, w.conv_bias, True)
     y, block_n = torch.empty_like(u), triton.next_power_of_2(n_states)

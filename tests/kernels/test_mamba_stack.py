@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from polymamba.kernels import causal_conv1d_step, mamba_step, nvrtc, selective_scan_step
-from polymamba.kernels.mamba_step import MambaWeights, cuda, cuda_middle, mamba_step_reference
+from polymamba.kernels.mamba_step import MambaWeights, cuda, cuda_halves, cuda_middle, cuda_wide, mamba_step_reference
 
 CASES = {  # rows, width, inner width, rank, taps
     "few": (3, 256, 512, 48, 4),
@@ -25,7 +25,7 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
     monkeypatch.setattr(cuda_middle, "CLUSTER", 2)
-    made = cuda._kernels, cuda_middle._kernel, cuda_middle._with_all_at_once
+    made = cuda._kernels, cuda_middle._kernel, cuda_middle._with_all_at_once, cuda_halves._kernels, cuda_wide._kernels
     for function in made:
         function.cache_clear()
     yield
@@ -33,7 +33,7 @@ def on_the_cpu(monkeypatch, emulated):
         function.cache_clear()
 
 
-def problem(rows, width, inner, rank, taps, n_layers=2):
+def problem(rows, width, inner, rank, taps, n_layers=2, centred=False):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
@@ -42,7 +42,7 @@ def problem(rows, width, inner, rank, taps, n_layers=2):
     weights = [
         MambaWeights(
             norm=1 + normal(width, scale=0.1),
-            norm_bias=None,
+            norm_bias=normal(width) if centred else None,
             in_proj=normal(2 * inner, width, scale=width**-0.5),
             conv=normal(inner, taps, scale=0.5),
             conv_bias=normal(inner) if i else None,
@@ -64,7 +64,7 @@ def one_by_one(x, states, weights):
     x, stream = x.double(), None
     for w, (conv, ssm) in zip(weights, states, strict=True):
         w = MambaWeights(*(None if t is None else t.double() for t in w))
-        x, stream = mamba_step_reference(x, stream, conv, ssm, w, 1e-5, False)
+        x, stream = mamba_step_reference(x, stream, conv, ssm, w, 1e-5, w.norm_bias is not None)
     return stream + x
 
 
@@ -73,11 +73,11 @@ def named(stream, states):
     return {"stream": stream.float(), **found}
 
 
-def steps(x, states, weights, n=2):
+def steps(x, states, weights, n=2, of=cuda):
     """Of several, so that what one leaves in the states is read; with a copy of the states, which is changed."""
     states = [tuple(t.clone() for t in state) for state in states]
     for _ in range(n):
-        stream = cuda.step(x, states, weights, 1e-5, False)
+        stream = of.step(x, states, weights, 1e-5, weights[0].norm_bias is not None)
         assert stream is not None
     return named(stream, states)
 
@@ -104,6 +104,21 @@ def test_what_the_stack_does_not_serve(on_the_cpu):
     assert not cuda.serves(x, states, [weights[0], weights[1]._replace(D=weights[1].D.float())], False)
 
 
+WIDE = {  # rows, width, inner width, rank, taps, LayerNorm
+    "RMSNorm": ((5, 512, 256, 16, 4), False),
+    "LayerNorm": ((35, 256, 512, 48, 2), True),
+}
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_wide_stack(case, on_the_cpu, monkeypatch, assert_close):
+    monkeypatch.setattr(cuda_middle, "WIDEST", 0)
+    monkeypatch.setattr(cuda_wide, "STAGES", (3, 3))
+    sizes, centred = WIDE[case]
+    given = problem(*sizes, centred=centred)
+    assert_close(steps(*given, of=cuda_wide), steps_of_float64(*given), 1e-2, case)
+
+
 MIDDLES = {  # rows, sequences of a cluster, inner width, rank, taps
     "one each": (3, 1, 256, 16, 4),
     "some": (5, 3, 128, 48, 2),
@@ -111,25 +126,42 @@ MIDDLES = {  # rows, sequences of a cluster, inner width, rank, taps
 }
 
 
-@pytest.mark.parametrize("case", MIDDLES)
-def test_middle(case, on_the_cpu, monkeypatch, assert_close):
+def two_steps_between(of, rows, inner, rank, taps, assert_close):
     """Two steps of what lies between the projections, against single operators in float64."""
-    rows, at_once, *sizes = MIDDLES[case]
-    monkeypatch.setattr(cuda_middle, "kernel_for", lambda *_: cuda_middle._kernel(*sizes, at_once, -1))
-    x, [state], [w] = problem(rows, 256, *sizes, n_layers=1)
-    uz = torch.randn(2, rows, 2 * sizes[0], generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert cuda_middle.serves(x, *state, w)
+    x, [state], [w] = problem(rows, 256, inner, rank, taps, n_layers=1)
+    uz = torch.randn(2, rows, 2 * inner, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert of.serves(x, *state, w)
     actual, expected = [t.clone() for t in state], [t.double() for t in state]
     wide = MambaWeights(*(None if t is None else t.double() for t in w))
     for each in uz:
-        y = cuda_middle.step(each, *actual, w)
+        y = of.step(each, *actual, w)
         u, z = each.double().chunk(2, dim=1)
         u = causal_conv1d_step(expected[0], u, wide.conv, wide.conv_bias)
-        dt, B, C = (u @ wide.x_proj.T).split([sizes[1], 16, 16], dim=1)
+        dt, B, C = (u @ wide.x_proj.T).split([rank, 16, 16], dim=1)
         scan = expected[1], u, dt @ wide.dt_proj.T, -wide.A_log.exp(), B[:, None], C[:, None], wide.D, z
         wanted = selective_scan_step(*scan, delta_bias=wide.dt_bias, delta_softplus=True)
     names = "y", "conv", "ssm"
     assert_close(dict(zip(names, (y, *actual), strict=True)), dict(zip(names, (wanted, *expected), strict=True)), 1e-2)
+
+
+@pytest.mark.parametrize("case", MIDDLES)
+def test_middle(case, on_the_cpu, monkeypatch, assert_close):
+    rows, at_once, *sizes = MIDDLES[case]
+    monkeypatch.setattr(cuda_middle, "kernel_for", lambda *_: cuda_middle._kernel(*sizes, at_once, -1))
+    two_steps_between(cuda_middle, rows, *sizes, assert_close)
+
+
+HALVES = {  # rows, inner width, rank, taps
+    "one block": (3, 256, 16, 4),
+    "clusters": (9, 1024, 48, 3),
+    "more than wait at once": (70, 512, 16, 2),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_halves(case, on_the_cpu, monkeypatch, assert_close):
+    monkeypatch.setattr(cuda_middle, "WIDEST", 0)
+    two_steps_between(cuda_halves, *HALVES[case], assert_close)
 
 
 @pytest.mark.parametrize(("rows", "at_once"), [(3, 1), (16, 2), (64, 5), (256, 18), (1000, 20)])
@@ -161,10 +193,10 @@ def test_between_products(on_the_cpu, monkeypatch, device_of, assert_close):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [65, 256, 301])
-def test_many_at_size(rows, assert_close):
+@pytest.mark.parametrize(("rows", "width"), [(65, 768), (256, 768), (301, 768), (70, 2048), (256, 2048)])
+def test_many_at_size(rows, width, assert_close):
     """Against float64, and twice to the bit the same."""
-    x, [state], [w] = problem(rows, 768, 1536, 48, 4, n_layers=1)
+    x, [state], [w] = problem(rows, width, 2 * width, width // 16, 4, n_layers=1)
     wide = MambaWeights(*(None if t is None else t.double() for t in w))
     expected = both_steps(x.double(), [t.double() for t in state], wide, "reference")
     w, x, state = MambaWeights(*(None if t is None else t.cuda() for t in w)), x.cuda(), [t.cuda() for t in state]
@@ -174,16 +206,21 @@ def test_many_at_size(rows, assert_close):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "width"), [(3, 768), (13, 768), (64, 768), (40, 1024)])
-def test_at_size(rows, width, assert_close):
-    """Against float64; twice to the bit the same, and as the last three sequences alone."""
-    given = problem(rows, width, 2 * width, width // 16, 4)
+@pytest.mark.parametrize(
+    ("rows", "width", "centred"),
+    [(3, 768, False), (13, 768, False), (64, 768, False), (40, 1024, False), (13, 1792, True), (64, 2048, False)],
+)
+def test_at_size(rows, width, centred, assert_close):
+    """Against float64; twice to the bit the same, and as the last sequences alone, as few as the same kernels serve."""
+    of = cuda if width <= cuda.WIDEST else cuda_wide
+    few = cuda.TILED if of is cuda and rows >= cuda.TILED else 3
+    given = problem(rows, width, 2 * width, width // 16, 4, centred=centred)
     expected = steps_of_float64(*given)
     x, states, weights = given
     weights = [MambaWeights(*(None if t is None else t.cuda() for t in w)) for w in weights]
     x, states = x.cuda(), [tuple(t.cuda() for t in state) for state in states]
-    first, again = steps(x, states, weights), steps(x, states, weights)
+    first, again = steps(x, states, weights, of=of), steps(x, states, weights, of=of)
     assert_close({name: t.cpu() for name, t in first.items()}, expected, 2e-2)
     assert all(torch.equal(t, again[name]) for name, t in first.items())
-    alone = steps(x[-3:], [tuple(t[-3:] for t in state) for state in states], weights)
-    assert all(torch.equal(t, first[name][-3:]) for name, t in alone.items())
+    alone = steps(x[-few:], [tuple(t[-few:] for t in state) for state in states], weights, of=of)
+    assert all(torch.equal(t, first[name][-few:]) for name, t in alone.items())

@@ -16,6 +16,11 @@ __device__ __forceinline__ uint4 fresh16(const void* from) {
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
   return x;
 }
+__device__ __forceinline__ unsigned fresh2(const void* from) {
+  unsigned short x;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  return x;
+}
 // What nobody writes, once: asked for here and not later, whatever the compiler thinks.
 __device__ __forceinline__ uint4 once16(const void* from) {
   uint4 x;
@@ -72,8 +77,101 @@ __device__ __forceinline__ void push(float* at, Gate* gate, int rank, float x) {
                "r"(unsigned(__cvta_generic_to_shared(gate))), "r"(rank), "f"(x)
                : "memory");
 }
-__device__ __forceinline__ void wait_at(Gate* gate) {
-  asm volatile("{.reg .pred p; AGAIN_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;"
-               "@p bra.uni DONE_%=; bra.uni AGAIN_%=; DONE_%=: }" ::"r"(unsigned(__cvta_generic_to_shared(gate)))
+__device__ __forceinline__ void wait_at(Gate* gate, int parity = 0) {
+  asm volatile("{.reg .pred p; AGAIN_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;"
+               "@p bra.uni DONE_%=; bra.uni AGAIN_%=; DONE_%=: }" ::"r"(unsigned(__cvta_generic_to_shared(gate))),
+               "r"(parity)
                : "memory");
 }
+// Bulk copies, by one thread: whole pieces of memory to shared memory, behind a gate, and back, in order. A gate opens
+// again and again, each time when so many have arrived and all bytes that they expect are there.
+__device__ __forceinline__ void open(Gate* gate, int arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(gate))), "r"(arrivals)
+               : "memory");
+}
+__device__ __forceinline__ void arrive(Gate* gate) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(unsigned(__cvta_generic_to_shared(gate))) : "memory");
+}
+__device__ __forceinline__ void expect_more(Gate* gate, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(gate))),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void all_open() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gate* gate) {
+  asm volatile("{mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;"
+               "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];}" ::"r"(
+                   unsigned(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate)))
+               : "memory");
+}
+// To the place of `to` in another block of the cluster, behind its gate; this one's shared memory has to stay till then.
+__device__ __forceinline__ void copy_to(void* to, const void* from, int bytes, Gate* gate, int rank) {
+  asm volatile("{.reg .u32 there, beside;"
+               "mapa.shared::cluster.u32 there, %0, %4; mapa.shared::cluster.u32 beside, %3, %4;"
+               "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [beside];}" ::"r"(
+                   unsigned(__cvta_generic_to_shared(to))),
+               "r"(unsigned(__cvta_generic_to_shared(from))), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate))),
+               "r"(rank)
+               : "memory");
+}
+// What this thread has written to shared memory, to be seen by a bulk copy that another begins after a barrier.
+__device__ __forceinline__ void written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void give(void* to, const void* from, int bytes) {
+  asm volatile("{cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2; cp.async.bulk.commit_group;}" ::"l"(to),
+               "r"(unsigned(__cvta_generic_to_shared(from))), "r"(bytes)
+               : "memory");
+}
+template <int n> __device__ __forceinline__ void all_read_but() {  // but the last n
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(n) : "memory");
+}
+__device__ __forceinline__ void all_given() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Tiles of a matrix of bfloat16, of 64 columns, by the tensor map of nvrtc.py: they lie in shared memory, from a multiple
+// of 1,024 bytes on, as wgmma reads them (rows of 128 bytes, swizzled). To the same place in all blocks of a cluster, and
+// behind the same gate of each, too.
+struct alignas(64) TensorMap { unsigned long long words[16]; };
+__device__ __forceinline__ void bring_tile(void* to, const TensorMap* map, int column, int row, Gate* gate) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+               "[%4];" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+               "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate)))
+               : "memory");
+}
+#if __CUDA_ARCH__ == 900
+// c += a b^T by the 128 threads of four warps: a a tile of 64 rows, b one of 32 or 64.
+__device__ __forceinline__ unsigned long long tile_at(const void* at) {
+  return (unsigned(__cvta_generic_to_shared(at)) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+#define MULTIPLY(shape, sums, a, b) \
+  "wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" sums "}, %" #a ", %" #b ", p, 1, 1, 0, 0;"
+#define BEGIN(one) "{.reg .pred p; setp.ne.b32 p, %" #one ", 0; wgmma.fence.sync.aligned;"
+#define END "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;}"
+#define SUMS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUMS_64 SUMS_32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define EIGHT(c, i) \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define PIECES "l"(x), "l"(y), "l"(x + 2), "l"(y + 2), "l"(x + 4), "l"(y + 4), "l"(x + 6), "l"(y + 6), "r"(1)
+__device__ __forceinline__ void multiply_tiles(float (&c)[16], const void* a, const void* b) {
+  unsigned long long x = tile_at(a), y = tile_at(b);
+  asm volatile(BEGIN(24) MULTIPLY("m64n32k16", SUMS_32, 16, 17) MULTIPLY("m64n32k16", SUMS_32, 18, 19)
+                   MULTIPLY("m64n32k16", SUMS_32, 20, 21) MULTIPLY("m64n32k16", SUMS_32, 22, 23) END
+               : EIGHT(c, 0), EIGHT(c, 8)
+               : PIECES
+               : "memory");
+}
+__device__ __forceinline__ void multiply_tiles(float (&c)[32], const void* a, const void* b) {
+  unsigned long long x = tile_at(a), y = tile_at(b);
+  asm volatile(BEGIN(40) MULTIPLY("m64n64k16", SUMS_64, 32, 33) MULTIPLY("m64n64k16", SUMS_64, 34, 35)
+                   MULTIPLY("m64n64k16", SUMS_64, 36, 37) MULTIPLY("m64n64k16", SUMS_64, 38, 39) END
+               : EIGHT(c, 0), EIGHT(c, 8), EIGHT(c, 16), EIGHT(c, 24)
+               : PIECES
+               : "memory");
+}
+#undef MULTIPLY
+#undef BEGIN
+#undef END
+#undef SUMS_32
+#undef SUMS_64
+#undef EIGHT
+#undef PIECES
+#endif

@@ -32,7 +32,8 @@ struct Problem {
 struct Shared {
   alignas(16) bf16 u[ROWS][EC + 32], z[SEQS][EC + 8];
   alignas(16) float part[PARTS][ROWS][OUT + 4], low[ROWS][OUT + 4], gathered[CLUSTER][SLICE], dt[WARPS][16][ROWS + 1];
-  Gate gathering, giving;
+  alignas(16) bf16 window[SEQS][EC * (W - 1)];
+  Gate gathering, giving, windows;
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
@@ -60,33 +61,36 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   int rank = int(blockIdx.x) % CLUSTER, first = int(blockIdx.x) / CLUSTER * SEQS, channel = rank * EC;
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
-  if (tid == 0) expect(&s.gathering, 4 * VALUES), expect(&s.giving, 4 * VALUES);
+  // Of the convolution: the windows of all sequences.
+  auto window = [&](int seq) { return p.conv_state + (int64(first + seq) * E + channel) * (W - 1); };
+  if (tid == 0) {
+    expect(&s.gathering, 4 * VALUES), expect(&s.giving, 4 * VALUES);
+    open(&s.windows, n_here);
+    all_open();
+    for (int seq = 0; seq < n_here; ++seq)
+      bring(s.window[seq], window(seq), EC * (W - 1) * sizeof(bf16), &s.windows);
+  }
   say_begun();
   let_next_begin();
 
   // Weights and states, before what the kernel before makes.
   uint4 a[AHEAD][2];
-  auto bring = [&](int turn) {
+  auto bring_weights = [&](int turn) {
     int unit = turn * WARPS + warp;
     const bf16* at = p.x_proj + int64(unit % BANDS * 16 + g) * E + channel + unit / BANDS * 32 + t * 8;
     a[turn % AHEAD][0] = unit < UNITS ? once16(at) : make_uint4(0, 0, 0, 0);
     a[turn % AHEAD][1] = unit < UNITS ? once16(at + 8 * E) : make_uint4(0, 0, 0, 0);
   };
 #pragma unroll
-  for (int i = 0; i < AHEAD; ++i) bring(i);
+  for (int i = 0; i < AHEAD; ++i) bring_weights(i);
 
   constexpr int AT_ONCE = 16, PASSES = (SEQS + AT_ONCE - 1) / AT_ONCE;
   int c = tid % (EC / 8) * 8, row = tid / (EC / 8);  // of the convolution: 8 channels of a sequence
-  Eight<W - 1> past[PASSES];
   Eight<W> taps;
   Packed<bf16, 8> shift;
   taps.load(p.conv + (channel + c) * W);
   if (p.conv_bias) shift.load(p.conv_bias + channel + c);
   else shift.clear();
-#pragma unroll
-  for (int i = 0; i < PASSES; ++i)
-    if (row + i * AT_ONCE < n_here)
-      past[i].load(p.conv_state + (int64(first + row + i * AT_ONCE) * E + channel + c) * (W - 1));
 
   float h[HELD][GROUP][8];
   int quarter = lane % 2 * 4;
@@ -106,6 +110,8 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   wait_for_end_before();
 
   // The convolution: u and z in shared memory, the window one step on.
+  __syncthreads();
+  wait_at(&s.windows);
 #pragma unroll
   for (int i = 0; i < PASSES; ++i) {
     int j = row + i * AT_ONCE;
@@ -115,13 +121,15 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       if (j < n_here) {
         const bf16* at = p.uz + int64(first + j) * 2 * E + channel + c;
         u = packed(fresh16(at)), z = packed(fresh16(at + E));
-        bf16* state = p.conv_state + (int64(first + j) * E + channel + c) * (W - 1);
+        bf16* state = &s.window[j][c * (W - 1)];
+        Eight<W - 1> past;
+        past.load(state);
         float mixed[8], next[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
           mixed[k] = __fmaf_rn(u.get(k), taps.get(k, W - 1), shift.get(k));
 #pragma unroll
-          for (int w = 0; w < W - 1; ++w) mixed[k] = __fmaf_rn(past[i].get(k, w), taps.get(k, w), mixed[k]);
+          for (int w = 0; w < W - 1; ++w) mixed[k] = __fmaf_rn(past.get(k, w), taps.get(k, w), mixed[k]);
           mixed[k] *= sigmoid(mixed[k]);
         }
 #pragma unroll
@@ -129,7 +137,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
 #pragma unroll
           for (int k = 0; k < 8; ++k) {
             int at_k = w * 8 + k, of = at_k / (W - 1), tap = at_k % (W - 1);
-            next[k] = tap < W - 2 ? past[i].get(of, (tap + 1) % (W - 1)) : u.get(of);
+            next[k] = tap < W - 2 ? past.get(of, (tap + 1) % (W - 1)) : u.get(of);
           }
           Packed<bf16, 8> moved;
           moved.set(next);
@@ -141,7 +149,10 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       z.store(&s.z[j][c]);
     }
   }
+  written();
   __syncthreads();
+  if (tid == 0)
+    for (int seq = 0; seq < n_here; ++seq) give(window(seq), s.window[seq], EC * (W - 1) * sizeof(bf16));
 
   // x_proj: this block's share of each value, then its slice of the sums.
 #pragma unroll
@@ -164,7 +175,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
         for (int k = 0; k < 4; ++k)
           s.part[part][o * 8 + 2 * t + k % 2][unit % BANDS * 16 + g + k / 2 * 8] = sum[o][k];
     }
-    if (turn + AHEAD < TURNS) bring(turn + AHEAD);
+    if (turn + AHEAD < TURNS) bring_weights(turn + AHEAD);
   }
   __syncthreads();
   wait_for_others();
@@ -261,4 +272,5 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       }
       if (group + HELD < GROUPS) fetch(h[held], group + HELD);
     }
+  if (tid == 0) all_given();
 }

@@ -1,0 +1,94 @@
+"""What lies between the projections of a Mamba block, of one token, as two CUDA kernels: project.cu and scan.cu.
+
+For wide blocks, whose weights are too much for each cluster of cuda_middle.py to read. Convolution and x_proj are
+shared out by channels and sequences; the states come while they run. For bf16 weights and GPUs that have clusters of
+blocks and bulk copies (Hopper and later).
+
+Letters: B sequences, M model width, E inner width, R rank of dt, N states, W convolution width.
+"""
+
+import struct
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import nvrtc
+from . import cuda_middle
+from .cuda_sources import addresses, between_fits, give_up, has_room, source
+
+CHANNELS = 256  # of a block of either kernel
+CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
+MOST = 32  # sequences of a block
+SLOTS, EARLY = 8, 4  # sequences whose states are on their way, and those that are asked for at once
+
+
+def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
+    """Whether this takes these, x (B, M)."""
+    n_channels, rank = w.dt_proj.shape
+    return (
+        len(x) > 0
+        and n_channels > cuda_middle.WIDEST
+        and n_channels % CHANNELS == rank % 16 == 0
+        and rank <= 160  # of which scan.cu has the weights in registers
+        and between_fits(x, conv, ssm, w)
+        and has_room(x)
+    )
+
+
+def step(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
+    """uz (B, 2E), what in_proj makes -> y (B, E), what out_proj reads; states in place. None where NVRTC fails."""
+    device = uz.get_device()
+    with torch.cuda.device_of(uz):
+        try:
+            project, scan = kernels_for(len(uz), w, device)
+        except nvrtc.Unavailable as error:
+            return give_up(device, error)
+        return run(project, scan, uz, conv, ssm, w)
+
+
+def run(project: "_Project", scan: "_Scan", uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor:
+    """`step`, by the kernels for so many sequences."""
+    n_rows, (n_channels, rank) = len(uz), w.dt_proj.shape
+    u, y = uz.new_empty(n_rows, n_channels), uz.new_empty(n_rows, n_channels)
+    projected = torch.empty(project.splits, n_rows, rank + 32, dtype=torch.float32, device=uz.device)
+    project(w.conv, w.conv_bias, w.x_proj, conv, uz, u, projected, n_rows=n_rows)
+    scan(projected, w.dt_proj, w.dt_bias, w.A_log, w.D, u, uz, ssm, y, n_rows=n_rows)
+    return y
+
+
+class _Project:
+    def __init__(self, n_rows: int, E: int, R: int, W: int, device: int):
+        groups = E // CHANNELS
+        cluster = next(n for n in CLUSTERS if groups % n == 0)
+        # One block for each processor, or two: measured.
+        seqs = 8 if groups * -(-n_rows // 8) <= nvrtc.processors(device) else 16
+        self.blocks, self.threads, self.splits = groups * -(-n_rows // seqs), 2 * (R + 32), groups // cluster
+        sizes = {"E": E, "R": R, "W": W, "CHANNELS": CHANNELS, "CLUSTER": cluster, "SEQS": seqs}
+        self.kernel = nvrtc.kernel(source("project.cu", **sizes), "project", device)
+
+    def __call__(self, *tensors: Tensor | None, n_rows: int) -> None:
+        self.kernel(self.blocks, self.threads, struct.pack("8q", *addresses(*tensors), n_rows), early=True)
+
+
+class _Scan:
+    def __init__(self, n_rows: int, E: int, R: int, splits: int, device: int):
+        groups = E // CHANNELS
+        self.seqs = min(MOST, -(-n_rows // max(1, nvrtc.processors(device) // groups)))
+        self.blocks, room = groups * -(-n_rows // self.seqs), -(-self.seqs // 8) * 8
+        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "SLOTS": SLOTS, "EARLY": EARLY}
+        self.kernel = nvrtc.kernel(source("scan.cu", **sizes, WARPS=CHANNELS // 32), "scan", device)
+
+    def __call__(self, *tensors: Tensor, n_rows: int) -> None:
+        self.kernel(self.blocks, CHANNELS, struct.pack("11q", *addresses(*tensors), n_rows, self.seqs), early=True)
+
+
+def kernels_for(n_rows: int, w, device: int) -> tuple[_Project, _Scan]:
+    """For so many sequences. Raises nvrtc.Unavailable."""
+    return _kernels(n_rows, *w.dt_proj.shape, w.conv.shape[1], device)
+
+
+@lru_cache(64)
+def _kernels(n_rows: int, E: int, R: int, W: int, device: int) -> tuple[_Project, _Scan]:
+    project = _Project(n_rows, E, R, W, device)
+    return project, _Scan(n_rows, E, R, project.splits, device)

@@ -1,0 +1,50 @@
+// `enter` of stack.cu for more sequences, by tiles.cu.
+//
+// Letters: B sequences, M model width, E inner width; macros, but B, as are OCTETS (B / 8, rounded up), and of tiles.cu
+// STAGES and EARLY.
+
+constexpr int ROWS = 32, MOST = 8 * OCTETS, PARTS = M / 16;
+static_assert(M % TILE == 0 && 2 * E % ROWS == 0, "sizes not served");
+typedef Tiles<ROWS, M / TILE, STAGES, EARLY> Product;
+
+struct Problem {
+  TensorMap x, weight;   // of the stream times the norm's weight (B, M); in_proj
+  const float* squares;  // (PARTS, MOST): the stream's sums of squares, of 16 channels each
+  bf16* uz;              // (B, 2 E)
+  double eps;
+  int64 n_rows;  // B
+};
+extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {
+  int tid = threadIdx.x, lane = tid % 32, t = lane % 4, row = int(blockIdx.x) * ROWS, n_rows = int(p.n_rows);
+  Product tiles{shared<Product::Room>(), p.x, p.weight, row, 0, int(blockIdx.x)};
+  tiles.begin();
+  wait_for_kernel_before();
+  if (tid >= MULTIPLIERS) return tiles.bring_all();
+  float square[2][PARTS / 4], sum[ROWS / 2];
+  int first = tid / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int i = 0; i < PARTS / 4; ++i) {
+      int b = first + half * 8;
+      square[half][i] = b < n_rows ? fresh(p.squares + (t + 4 * i) * MOST + b) : 0.0f;
+    }
+  tiles.multiply(sum);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int b = first + half * 8;
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PARTS / 4; ++i) total += square[half][i];
+    total = add_across(total, 1);
+    total = add_across(total, 2);
+    float factor = inverse_root(total / M + float(p.eps));
+    if (b < n_rows)
+#pragma unroll
+      for (int j = 0; j < ROWS / 8; ++j)
+        *reinterpret_cast<unsigned*>(p.uz + int64(b) * 2 * E + row + 8 * j + t * 2) =
+            floats_to_bf16(sum[4 * j + 2 * half] * factor, sum[4 * j + 2 * half + 1] * factor);
+  }
+}

@@ -1,0 +1,70 @@
+// The sums of a product x weight^T for up to 64 sequences, as fast as the weights come (wgmma: Hopper GPUs only).
+//
+// A block of threads has some rows of the weight. One warp, behind the four that multiply, brings tiles of 64 columns to
+// shared memory (tensor maps), as many as there are stages, and some of the weights before the kernel before has ended.
+// (Blocks that share x's tiles by multicast take twice as long.)
+
+constexpr int TILE = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 32;
+
+template <int rows, int steps, int stages, int early> struct Tiles {
+  static constexpr int FIRST = steps < stages ? steps : stages, SOON = FIRST < early ? FIRST : early;
+  static_assert(stages > 2, "sizes not served");
+  struct Room {
+    alignas(1024) bf16 x[stages][TILE * TILE], weight[stages][rows * TILE];
+    Gate brought[stages], read[stages];
+  };
+  Room& room;
+  const TensorMap &x, &weight;  // (B, width) in tiles of 64 x 64, (rows, width) in tiles of rows x 64
+  int row, column;              // that the block begins with
+  int turn;                     // the tile of the width that it begins with: not all with the same
+
+  INLINE int column_of(int step) const { return column + (step + turn) % steps * TILE; }
+  INLINE void bring_weight(int step) const {
+    Gate* gate = &room.brought[step % stages];
+    expect_more(gate, (TILE + rows) * TILE * sizeof(bf16));
+    bring_tile(room.weight[step % stages], &weight, column_of(step), row, gate);
+  }
+  INLINE void bring_x(int step) const {
+    bring_tile(room.x[step % stages], &x, column_of(step), 0, &room.brought[step % stages]);
+  }
+  // By all threads, before the kernel before has ended.
+  INLINE void begin() const {
+    if (threadIdx.x == MULTIPLIERS) {
+      for (int i = 0; i < stages; ++i) open(&room.brought[i], 1), open(&room.read[i], MULTIPLIERS / 32);
+      all_open();
+      for (int i = 0; i < SOON; ++i) bring_weight(i);
+    }
+    __syncthreads();
+  }
+  // By the last warp, when x is there.
+  INLINE void bring_all() const {
+    int lane = threadIdx.x % 32;
+    if (lane == 0)
+      for (int i = 0; i < FIRST; ++i) {
+        if (i >= SOON) bring_weight(i);
+        bring_x(i);
+      }
+    __syncwarp();
+    for (int i = FIRST; i < steps; ++i) {
+      wait_at(&room.read[i % stages], (i / stages - 1) % 2);
+      if (lane == 0) bring_weight(i), bring_x(i);
+    }
+  }
+  // By the others. A lane has of sequences 16 warp + lane / 4 and 8 more (half) the rows 8 j + lane % 4 * 2 and the next:
+  // sum[4 j + 2 half] and the next.
+  INLINE void multiply(float (&sum)[rows / 2]) const {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < rows / 2; ++i) sum[i] = 0.0f;
+    for (int i = 0; i < steps; ++i) {
+      wait_at(&room.brought[i % stages], i / stages % 2);
+      multiply_tiles(sum, room.x[i % stages], room.weight[i % stages]);
+      if (i + stages < steps && lane == 0) arrive(&room.read[i % stages]);
+    }
+  }
+};
+
+// Shared memory from a multiple of 1,024 bytes on; `shared_bytes` has as much more.
+template <typename Shared> INLINE Shared& shared() {
+  return *reinterpret_cast<Shared*>((reinterpret_cast<unsigned long long>(own_room()) + 1023) / 1024 * 1024);
+}
