@@ -153,6 +153,7 @@ def blocks() -> list[str]:
 def against_length(backend: str | None) -> tuple[list[str], list[tuple[int, float, float | None]]]:
     """A table, and its rows: (length, ms of the scan forward, ms of attention)."""
     rows = []
+    device = torch.device("cuda")
     for length in [2**k for k in range(9, 21)]:
         u, delta, A, B, C, D, z, bias = scan_inputs(1, 1024, length, 16, 1, True)
         scan = partial(selective_scan, u, delta, A, B, C, D, z, delta_bias=bias, delta_softplus=True, backend=backend)
@@ -160,8 +161,10 @@ def against_length(backend: str | None) -> tuple[list[str], list[tuple[int, floa
         attention = None
         if length <= 2**16:
             attend = partial(scaled_dot_product_attention, heads, heads, heads, is_causal=True)
-            attention = do_bench(attend, return_mode="median")
-        rows.append((length, do_bench(scan, return_mode="median"), attention))
+            with own_stream(device):
+                attention = Milliseconds.of(attend).graphed
+        with own_stream(device):
+            rows.append((length, Milliseconds.of(scan).graphed, attention))
     lines = ["| L | scan ms | attention ms |", "|---|---|---|"]
     lines += [f"| {n} | {scan:.3f} | {'' if other is None else f'{other:.3f}'} |" for n, scan, other in rows]
     return lines, rows
@@ -189,7 +192,8 @@ def report(backend: str | None, picture: Path | None) -> str:
     lines += ["", *table(bandwidth, backend)]
     x = torch.randn(8, 2048, 2048, device="cuda", dtype=torch.bfloat16)
     weight, bias = torch.randn(2048, 4, device="cuda"), torch.randn(2048, device="cuda")
-    ms = do_bench(lambda: causal_conv1d(x, weight, bias), return_mode="median")
+    with own_stream(x.device):
+        ms = Milliseconds.of(lambda: causal_conv1d(x, weight, bias)).graphed
     share = 4 * x.numel() / bandwidth * 1e3 / ms
     lines += ["", f"causal_conv1d 8 x 2048 x 2048, width 4, SiLU: forward {ms:.3f} ms, {share:.0%} of copy bandwidth"]
     if backend is None:  # a block chooses for itself

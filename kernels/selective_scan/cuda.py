@@ -4,10 +4,10 @@ What Triton cannot say and this needs: which lane holds what, and sums by way of
 real A with up to 64 states in float32, bfloat16 and float16 on Ampere and later; all else, and any machine where NVRTC
 is missing or fails, goes to the Triton kernels, which read and write the same saved states.
 
-A sequence is run in chunks of time as in Triton (triton_chunks.py): one after another in one warp, or all at
-once. What a sequence's result is depends, to the bit, on nothing but that sequence and the parameters: chunks and
-checkpoints have fixed places, the sums over states a fixed order. How many sequences there are decides who runs the
-chunks and how many channels a lane takes; neither changes a bit. No atomics: shares, added up in order.
+A sequence is run in chunks of time as in Triton (triton_chunks.py): one after another in one warp or pair of warps, or
+all at once. What a sequence's result is depends, to the bit, on nothing but that sequence and the parameters: chunks,
+their parts and checkpoints have fixed places, the sums over states a fixed order. How many sequences there are decides
+who runs the chunks and how many channels a lane takes; neither changes a bit. No atomics: shares, added up in order.
 """
 
 import struct
@@ -487,7 +487,9 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     terms = [p.n_units if static else p.tiles_of_group for static in layout.static]
     of_units = p.n_units * width
     of_parts = n_parts * width
-    kept = 32 * tile.WARPS * tile.CL * tile.NL * (p.every // 2 // tile.T - 1) if states > 32 else 0  # of a block
+    stretch = p.every // 2  # STRETCH of backward_parts.cu: states are kept of a stretch that another one follows
+    keeps = states > 32 and p.length > stretch
+    kept = 32 * tile.WARPS * tile.CL * tile.NL * (stretch // tile.T - 1) if keeps else 0  # of a block
     parts = (
         0 if from_zero else of_parts * states, of_parts, n_spans * width * states if p.span < p.chunk else 0,
         n_spans * p.n_tiles * kept, of_units * states, of_units, of_units,

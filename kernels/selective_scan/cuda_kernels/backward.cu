@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const Piece span(p, number, pieces_of(p.length, SPAN), SPAN);
   const int length = span.length;
   const int end = span.begin + SPAN < length ? span.begin + SPAN : length;
-  const int mine_end = a.in_row ? end : 0;  // for the lane's channels in a row
+  const int mine_end = a.in_row && span.begin < end ? end : 0;  // for the lane's channels in a row
 
   Pairs A2, grad, sum_dA;  // grad: dL/dh after the step at hand
   load_by_channel(A2, p.A, a);

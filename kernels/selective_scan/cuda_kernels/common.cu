@@ -3,7 +3,8 @@
 // A warp takes WC channels of a sequence. A channel's N states lie in the registers of S lanes, NL each; a lane has CL
 // channels next to each other, so that what it reads of B and C serves several. Steps go by tiles of T. What is done
 // for each (step, channel) once, and not for each state (softplus, gates, loads and stores), is shared out among the
-// lanes in another way: a lane takes V channels of some rows of the tile. The two meet in shared memory.
+// lanes in another way, of the warp or of the whole block: a lane takes V channels of some rows of the tile. The two
+// meet in shared memory.
 //
 // No result may depend on V, CL, T or WARPS: sums over states are over NL states in a lane and then over S lanes, in
 // order. So the number of sequences may choose CL (how many channels share a warp's work) and changes no bit.
@@ -11,8 +12,8 @@
 // Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, EVERY (steps between saved
 // states), CHUNK, PART (steps of a chunk that are run from 0 to find what enters chunks), UNIT and SPAN (steps of the
 // backward: those of a share of dA, dD and dbias, and those that a block walks), ENTERING (steps of the pieces of which it
-// is told what gradient enters them), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, BACKWARDS (whether it is
-// one of the backward's kernels), and the types U, DELTA, Z, DY, MB, MC of the tensors.
+// is told what gradient enters them), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, BACKWARDS (whether it
+// reads as backward.cu does: device.cu), and the types U, DELTA, Z, DY, MB, MC of the tensors.
 //
 // Letters: N states, D channels, G groups; T tokens of all sequences laid end to end where a shape names them.
 
@@ -27,7 +28,7 @@ static_assert(ROW_LANES >= 1 && ROW_LANES <= 32 && ITS >= 1 && T % ROWS == 0, "a
 static_assert(EVERY % T == 0 && UNIT % EVERY == 0 && SPAN % UNIT == 0 && CHUNK % SPAN == 0, "pieces of time must nest");
 static_assert(CHUNK % PART == 0 && PART % T == 0, "and parts of chunks");
 
-// One list of arguments for all kernels, as cuda.py fills it in: 8 bytes each. What is absent is null.
+// One list of arguments for all kernels, as cuda.py fills it in. What is absent is null.
 struct Problem {
   U* u; DELTA* delta; Z* z; DY* dy; MB* B; MC* C;
   const float *A, *D, *bias;              // A, static B and C (D, N)

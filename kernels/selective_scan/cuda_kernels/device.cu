@@ -56,7 +56,7 @@ __device__ __forceinline__ void* product_added(const void* from, int step, int s
   return (void*)y;
 }
 
-// What the backward reads so, and its gradients in 16 bits, go by once: they leave the caches to what is read again.
+// What the backward reads so, and its gradients in 16 bits, hardly come again: they leave the caches to what does.
 #if BACKWARDS
 #define LOAD "ld.global.L1::no_allocate."
 #define STORE_TWO "st.global.cs.u32"
