@@ -144,18 +144,26 @@ def _forward(
         n_1, _ = norm.forward(rows, None, w.norm, w.norm_bias, eps, True, dtype)
         a = torch.mm(n_1, in_proj.t())
         u = conv.forward(a, w.conv, w.conv_bias, height, width)
+        if not save:  # then what has been read gives way to what follows
+            n_1 = a = None
         low = torch.mm(u, x_proj.t())
-        image = u.view(-1, height, width, u.shape[1])
-        y, states = scan.forward_projected(image, low, w.A_log, w.D, w.dt_proj, w.dt_bias, save)
+        y, states = scan.forward_projected(
+            u.view(-1, height, width, u.shape[1]), low, w.A_log, w.D, w.dt_proj, w.dt_bias, save
+        )
         y = y.view(u.shape)
+        if not save:
+            u = low = None
         n_2, _ = norm.forward(y, None, w.norm_2, w.norm_2_bias, eps, True, dtype)
         z = torch.mm(n_2, out_proj.t())
+        if not save:
+            y = n_2 = None
         # Where only the last product's result is to be added, it is added there, and its bias beforehand.
         at_once = factors is None and not save and x.dtype == dtype
         shift = fc2_bias if at_once else None
         n_3, x_1 = norm.forward(
             z, rows, w.norm_3, w.norm_3_bias, eps, True, dtype, None if factors is None else factors[0], shift
         )
+        del z
         if not save and dtype == torch.bfloat16:
             h = g = torch._addmm_activation(fc1_bias, n_3, fc1.t(), use_gelu=True)
         else:
