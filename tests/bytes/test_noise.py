@@ -56,9 +56,9 @@ def test_how_often(noise):
 def test_any_bytes(data, noise, seed):
     spoiled = spoil(data, noise, seed)
     assert spoiled == spoil(data, noise, seed)
-    characters = data.decode("utf-8", "surrogateescape")
     if noise.name == "repeat":
-        assert set(spoiled.decode("utf-8", "surrogateescape")) <= set(characters)
+        assert set(spoiled) <= set(data)  # of characters it does not hold: a broken one, repeated, may become whole
+        assert len(spoiled) >= len(data)
     assert spoil(data, Noise("drop", 0.0), seed) == data
     assert spoil(data, Noise("drop", 1.0), seed) == b""
 
