@@ -68,6 +68,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, stream: Tensor | None, padding: Padding | None = None, **options: Any
     ) -> tuple[Tensor, Tensor, Any]:
+        if padding is None and hasattr(self.mixer, "forward_with"):
+            found = self.mixer.forward_with(self.norm, x, stream, **options)
+            if found is not None:
+                return self.dropout(found[0]), *found[1:]
         normed, residual = self.norm(x, stream, projected=self.mixer.projects_input)
         if padding is None:
             out = self.mixer(normed, **options)

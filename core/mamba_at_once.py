@@ -9,15 +9,17 @@ from torch.nn.modules import module as all_modules
 from ..kernels.mamba_block import (
     Behind,
     BlockWeights,
+    Front,
     ScanWeights,
     mamba_block,
     mamba_block_and_norm,
     mamba_block_onwards,
+    norm_and_mamba_block,
     serves,
 )
 from . import parallel
 from .autocast import autocast_dtype
-from .norm import AddRMSNorm
+from .norm import AddLayerNorm, AddRMSNorm
 from .pieces import border_of
 
 
@@ -94,13 +96,34 @@ def at_once_onwards(
     if torch.is_grad_enabled() or parallel.current() is not None or all_modules._has_any_global_hook():
         return None
     found = _weights_and_dtype(mixer, hidden, (mixer,), True)
-    if found is None or not hidden.numel():
-        return None
-    scan = found[0].scans[0]
-    shapes = (hidden.shape[0], len(scan.conv), scan.conv.shape[2] - 1), (hidden.shape[0], *scan.A_log.shape)
-    if any(state is not None and state.shape != shape for state, shape in zip(states, shapes, strict=True)):
+    if found is None or not hidden.numel() or not _fit(states, hidden, found[0].scans[0]):
         return None
     return mamba_block_onwards(hidden, found[0], *states, dtype=found[1])
+
+
+def at_once_behind_norm(
+    mixer: nn.Module, norm: AddRMSNorm, x: Tensor, stream: Tensor | None, states: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`mixer` of `norm(x, stream)` from states, as of `at_once_onwards`: (out, the new stream, the states at the end).
+
+    None where the two have to be run by themselves: as of that, or if it would not be faster.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return None  # at once: the host would ask again for the block alone
+    if parallel.current() is not None or all_modules._has_any_global_hook():
+        return None
+    if not as_made(norm, mixer, kinds=(AddRMSNorm, AddLayerNorm, type(mixer))):
+        return None
+    found = _weights_and_dtype(mixer, x, (mixer,), True)
+    if found is None or not _fit(states, x, found[0].scans[0]):
+        return None
+    front = Front(norm.weight, norm.bias if isinstance(norm, AddLayerNorm) else None, norm.eps)
+    return norm_and_mamba_block(x, stream, front, found[0], *states)
+
+
+def _fit(states: tuple[Tensor | None, Tensor | None], hidden: Tensor, scan: ScanWeights) -> bool:
+    shapes = (hidden.shape[0], len(scan.conv), scan.conv.shape[2] - 1), (hidden.shape[0], *scan.A_log.shape)
+    return all(state is None or state.shape == shape for state, shape in zip(states, shapes, strict=True))
 
 
 def _weights_and_dtype(

@@ -158,8 +158,16 @@ TILE = 64  # channels of a tile
 
 
 @inline()
+def aligned(rows, width):
+    """A float32 array that begins with a cache line: of a vector that lies in two, both have to be loaded."""
+    room = np.empty(rows * width + 16, np.float32)
+    first = 16 - room.ctypes.data // 4 % 16
+    return room[first : first + rows * width].reshape((rows, width))
+
+
+@inline()
 def buffer(rows):
-    return np.empty((rows, TILE), np.float32)
+    return aligned(rows, TILE)
 
 
 @jit

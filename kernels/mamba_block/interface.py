@@ -164,6 +164,36 @@ def mamba_block_onwards(
     return out, *states[0]
 
 
+class Front(NamedTuple):
+    """The norm before a block, of the stream with what was added to it: `layer_norm` where there is a bias."""
+
+    weight: Tensor  # (M,)
+    bias: Tensor | None
+    eps: float
+
+
+@torch.no_grad()
+def norm_and_mamba_block(
+    x: Tensor, stream: Tensor | None, front: Front, weights: BlockWeights, conv_state: Tensor | None = None,
+    ssm_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """`mamba_block` of one scan for inference with the norm before it: (out, the new stream, conv_state, ssm_state).
+
+    x and stream (B, L, M) as those of `rms_norm` and its residual; the states as of `mamba_block_onwards`. None where
+    one after the other is no slower. It is for a CPU, in float32, and for batches that its threads can share out.
+    """
+    tensors = [x, *(w for w in (stream, *front[:2], *_flat(weights)) if w is not None)]
+    if weights.in_proj is None or weights.out_proj is None or any(t.dtype != torch.float32 for t in tensors):
+        return None
+    if not x.numel() or len(weights.scans) != 1 or choose(None, x.device, x.dtype) != "numba":
+        return None
+    cpu = module(__package__ or "", "cpu")
+    scan = weights.scans[0]
+    if scan.dt_proj.shape[1] > NARROW or not cpu.serves(x, len(scan.A_log)):
+        return None
+    return cpu.forward(x, stream, front, weights, conv_state, ssm_state)
+
+
 def _settings(
     hidden: Tensor, weights: BlockWeights, dtype: torch.dtype, backend: str | None, *,
     reverse: tuple[bool, ...] = (False,), scale: float = 1.0, border: Border | None = None, save: bool = False,
