@@ -21,15 +21,18 @@ from ..selective_scan import cpu_forward as scan
 from ..selective_scan.cpu_pieces import load_group
 
 PIECE = 96  # tokens: a multiple of the scan's piece and of the heights of the products' tiles
-IN_CACHE = 1 << 20  # numbers of in_proj and out_proj together, up to which this was measured to be the faster
+# From where on, and up to where, it is faster than the block by operations (measured): tokens of a sequence; numbers of
+# in_proj and out_proj together, which lie in a core's own cache.
+SHORTEST, LARGEST = 96, 1 << 19
 
 
 def serves(x: Tensor, n_channels: int) -> bool:
-    """Whether x (S, L, M) is worth it: sequences for all threads alike, and weights that a cache holds."""
-    n_seqs, _, width = x.shape
+    """Whether x (S, L, M) is worth it: sequences for all threads alike, long enough, and weights that a cache holds."""
+    n_seqs, length, width = x.shape
     n_threads = torch.get_num_threads()
     shares = -(-n_seqs // n_threads) * n_threads  # as if all threads had as much to do as the one that has most
-    return products.serves() and width % TILE == 0 and 3 * width * n_channels <= IN_CACHE and 20 * shares <= 21 * n_seqs
+    fits = length >= SHORTEST and width % TILE == 0 and 3 * width * n_channels <= LARGEST
+    return fits and 20 * shares <= 21 * n_seqs and products.serves()
 
 
 @jit

@@ -281,6 +281,7 @@ def with_norms(monkeypatch, calls):
         return out
 
     monkeypatch.setattr(mamba_at_once, "norm_and_mamba_block", counted)
+    monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 1)
     torch.set_num_threads(2)
     yield found
     torch.set_num_threads(n_threads)

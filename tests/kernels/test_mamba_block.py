@@ -258,10 +258,11 @@ def test_without_gradients_it_is_the_same(backend, cast):
 
 
 @pytest.fixture
-def two_threads():
-    """And a CPU that the block with its norm is for."""
+def two_threads(monkeypatch):
+    """And a CPU that the block with its norm is for; short sequences are, too."""
     if not import_module("polymamba.kernels.numba_products").serves():
         pytest.skip("for a CPU with AVX-512")
+    monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -332,7 +333,7 @@ def test_with_the_norm_before_it_a_sequence_is_itself(cast, two_threads):
     assert all(torch.equal(a[[5, 2]], b) for a, b in zip(whole, pair, strict=True))
 
 
-def test_with_the_norm_before_it_where_it_is_not_for(cast, two_threads):
+def test_with_the_norm_before_it_where_it_is_not_for(cast, two_threads, monkeypatch):
     tensors = cast(problem(2, 9, 64, 32), torch.float32)
     x, front = tensors.pop("hidden"), Front(torch.ones(64), None, 1e-5)
     w = weights_of(tensors)
@@ -342,3 +343,5 @@ def test_with_the_norm_before_it_where_it_is_not_for(cast, two_threads):
     assert norm_and_mamba_block(x.double(), None, front, w) is None
     assert norm_and_mamba_block(x, None, front, w._replace(in_proj=None)) is None
     assert norm_and_mamba_block(x, None, front, w._replace(scans=w.scans * 2)) is None
+    monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 10)
+    assert norm_and_mamba_block(x, None, front, w) is None
