@@ -103,10 +103,13 @@ def multiply(a, rows, panels, out, out_row):
                 i += 1
 
 
-def packed(weight: Tensor) -> np.ndarray:
-    """weight (O, K) as panels (P, K, W) for `multiply`, from a whole cache line on; rows that it lacks are zeros."""
+def packed(weight: Tensor, width: int = 0) -> np.ndarray:
+    """weight (O, K) as panels (P, K, W) for `multiply`, from a whole cache line on; rows that it lacks are zeros.
+
+    width: W, else the one with the fewest rows of zeros.
+    """
     n_rows, depth = weight.shape
-    width = LANES * min(HEIGHT, key=lambda v: (-(-n_rows // (LANES * v)) * v, -v))
+    width = width or LANES * min(HEIGHT, key=lambda v: (-(-n_rows // (LANES * v)) * v, -v))
     n_panels = -(-n_rows // width)
     panels = torch.zeros if n_rows % width else torch.empty
     out = panels(n_panels, depth, width)

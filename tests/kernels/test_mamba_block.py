@@ -270,7 +270,7 @@ def two_threads(monkeypatch):
 
 
 BEHIND_A_NORM = {
-    "usual": {"length": 200, "channels": 128, "states": 16, "rank": 4},
+    "usual": {"length": 401, "channels": 128, "states": 16, "rank": 4},
     "odd": {"batch": 4, "length": 97, "channels": 75, "states": 3, "rank": 5, "width": 128},
     "one step": {"length": 1, "channels": 64, "states": 1, "rank": 1},
     "no taps before, no biases": {"length": 33, "taps": 1, "channels": 20, "absent": "conv_bias dt_bias"},
