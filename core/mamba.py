@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels import MambaWeights, causal_conv1d_step, mamba_step, selective_scan_step
 from ..kernels.backends import watched
-from .mamba_at_once import as_made, at_once, at_once_behind_norm, at_once_onwards
+from .mamba_at_once import as_made, at_once, at_once_onwards, norm_and_at_once
 from .norm import AddLayerNorm, AddRMSNorm
 from .padding import forward_as_pack
 from .pieces import causal_conv1d, selective_scan
@@ -171,9 +171,9 @@ class Mamba(SelectiveSSM):
 
         None where they have to be run one after the other, or where that is no slower.
         """
-        if cu_seqlens is not None or type(self) is not Mamba:
+        if cu_seqlens is not None:
             return None
-        found = at_once_behind_norm(self, norm, x, stream, (None, None) if state is None else state)
+        found = norm_and_at_once(norm, self, x, stream, (None, None) if state is None else state)
         if found is None:
             return None
         out, stream, *after = found

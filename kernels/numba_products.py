@@ -9,19 +9,13 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-import torch
 from numba.core import cgutils, types
 from torch import Tensor
 
-from .numba_lanes import AVX512, FLAGS, FLOATS, LANES, filled, intrinsic
+from .numba_lanes import FLAGS, FLOATS, LANES, filled, intrinsic
 from .numba_runtime import jit, wide
 
-HEIGHT = {3: 8, 4: 6}  # 24 sums, of the 32 registers that AVX-512 has
-
-
-def serves() -> bool:
-    """Whether this CPU has the registers that the tiles are made for."""
-    return AVX512
+HEIGHT = {3: 8, 4: 6}  # 24 sums, of the 32 registers that AVX-512 has: without it these products are slow
 
 
 def _tile_of(height: int, vectors: int) -> Any:
@@ -82,7 +76,10 @@ _HEIGHT_3, _HEIGHT_4 = HEIGHT[3], HEIGHT[4]
 
 @jit
 def multiply(a, rows, panels, out, out_row):
-    """out[out_row + i, :] = a[i] weight^T for i < rows. panels: of `packed`; out has their width at least."""
+    """out[out_row + i] = a[i] weight^T for i < rows, with panels = packed(weight). Nothing is checked.
+
+    a is as wide as the weight at least, and out as all panels.
+    """
     wide()
     width = panels.shape[2]
     for p in range(panels.shape[0]):
@@ -104,15 +101,14 @@ def multiply(a, rows, panels, out, out_row):
 
 
 def packed(weight: Tensor, width: int = 0) -> np.ndarray:
-    """weight (O, K) as panels (P, K, W) for `multiply`, from a whole cache line on; rows that it lacks are zeros.
+    """weight (O, K), float32, as panels (P, K, W) for `multiply`, which begin with a cache line.
 
-    width: W, else the one with the fewest rows of zeros.
+    Rows that it lacks are zeros. width: W, else the one with the fewest of these.
     """
     n_rows, depth = weight.shape
     width = width or LANES * min(HEIGHT, key=lambda v: (-(-n_rows // (LANES * v)) * v, -v))
     n_panels = -(-n_rows // width)
-    panels = torch.zeros if n_rows % width else torch.empty
-    out = panels(n_panels, depth, width)
+    out = (weight.new_zeros if n_rows % width else weight.new_empty)(n_panels, depth, width)
     whole = n_rows // width
     out[:whole].copy_(weight.detach()[: whole * width].unflatten(0, (whole, width)).mT)
     if n_rows % width:

@@ -50,7 +50,7 @@ REDUCE = {"contract", "nsz", "reassoc"}
 def jit(kernel: Callable) -> Callable:
     """`numba.njit` for a kernel: no GIL, machine code cached on disk.
 
-    The cache looks at the kernel's own file only: after a change of this file or numba_lanes.py, delete `__pycache__`.
+    The cache looks at the kernel's own file only: after a change of another that it calls, delete `__pycache__`.
     """
     return numba.njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")(kernel)
 

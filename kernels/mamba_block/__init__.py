@@ -6,6 +6,7 @@ from .interface import (
     mamba_block,
     mamba_block_and_norm,
     mamba_block_onwards,
+    norm_and_block_pay,
     norm_and_mamba_block,
     serves,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "mamba_block",
     "mamba_block_and_norm",
     "mamba_block_onwards",
+    "norm_and_block_pay",
     "norm_and_mamba_block",
     "serves",
 ]

@@ -26,13 +26,13 @@ PIECE = 192  # tokens: a multiple of the scan's piece and of the heights of the 
 SHORTEST, LARGEST = 96, 1 << 19
 
 
-def serves(x: Tensor, n_channels: int) -> bool:
+def pays(x: Tensor, n_channels: int) -> bool:
     """Whether x (S, L, M) is worth it: sequences for all threads alike, long enough, and weights that a cache holds."""
     n_seqs, length, width = x.shape
     n_threads = torch.get_num_threads()
     shares = -(-n_seqs // n_threads) * n_threads  # as if all threads had as much to do as the one that has most
     fits = length >= SHORTEST and width % TILE == 0 and 3 * width * n_channels <= LARGEST
-    return fits and 20 * shares <= 21 * n_seqs and products.serves()
+    return fits and 20 * shares <= 21 * n_seqs and lanes.AVX512
 
 
 @jit

@@ -269,14 +269,14 @@ def test_states_of_the_wrong_shape_are_refused(wrong):
 @pytest.fixture
 def with_norms(monkeypatch, calls):
     """How often a block ran with the norm before it: on two threads, of a CPU that this is for."""
-    from polymamba.kernels import numba_products
+    from polymamba.kernels.numba_lanes import AVX512
 
-    if not numba_products.serves():
+    if not AVX512:
         pytest.skip("for a CPU with AVX-512")
     n_threads, run, found = torch.get_num_threads(), mamba_at_once.norm_and_mamba_block, []
 
-    def counted(*args):
-        out = run(*args)
+    def counted(*args, **options):
+        out = run(*args, **options)
         found.extend([] if out is None else [out])
         return out
 
@@ -325,3 +325,16 @@ def test_with_the_norm_before_it_hooks_and_dropout_work(with_norms):
         handle.remove()
     model(x)
     assert len(with_norms) == 1
+
+
+@torch.no_grad()
+def test_with_the_norm_before_it_is_not_for_autocast_or_what_wraps_a_mixer(with_norms):
+    model, x = Backbone(BackboneConfig(d_model=64, n_layer=1, d_state=5)).eval(), torch.randn(2, 30, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _, _ = model.layers[0](x, None)
+    assert out.dtype == torch.bfloat16
+    model.layers[0].mixer = torch.compile(model.layers[0].mixer, backend="eager")
+    model(x)
+    assert not with_norms
+    with pytest.raises(ValueError, match="residual is"):
+        Backbone(BackboneConfig(d_model=64, n_layer=1)).layers[0](x, x[:1])

@@ -260,7 +260,7 @@ def test_without_gradients_it_is_the_same(backend, cast):
 @pytest.fixture
 def two_threads(monkeypatch):
     """And a CPU that the block with its norm is for; short sequences are, too."""
-    if not import_module("polymamba.kernels.numba_products").serves():
+    if not import_module("polymamba.kernels.numba_lanes").AVX512:
         pytest.skip("for a CPU with AVX-512")
     monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 1)
     before = torch.get_num_threads()
@@ -303,7 +303,7 @@ def test_with_the_norm_before_it(name, behind, cast, assert_close, two_threads):
         return own["x"], own["stream"], Front(own["weight"], own["bias"], 1e-5), w
 
     out, stream = in_double(*tensors_of(torch.float64))
-    found = norm_and_mamba_block(*tensors_of(torch.float32))
+    found = norm_and_mamba_block(*tensors_of(torch.float32), dtype=torch.float32)
     assert found is not None
     assert_close({"out": found[0], "stream": found[1]}, {"out": out, "stream": stream}, 2e-6, name)
     # In two parts, the second from where the first has ended: to the bit, and so is the state.
@@ -312,7 +312,7 @@ def test_with_the_norm_before_it(name, behind, cast, assert_close, two_threads):
     for part in (slice(None, cut), slice(cut, None)):
         if x[:, part].numel():
             at = None if stream is None else stream[:, part]
-            out, _, *state = norm_and_mamba_block(x[:, part], at, front, w, *state)
+            out, _, *state = norm_and_mamba_block(x[:, part], at, front, w, *state, dtype=torch.float32)
             parts.append(out)
     assert torch.equal(torch.cat(parts, 1), found[0])
     normed = F.layer_norm if front.bias is not None else F.rms_norm
@@ -328,20 +328,61 @@ def test_with_the_norm_before_it_a_sequence_is_itself(cast, two_threads):
     tensors = cast(problem(8, 120, 64, 128, 16, 4), torch.float32)
     x, front = tensors.pop("hidden"), Front(torch.rand(64), None, 1e-5)
     w = weights_of(tensors)
-    whole = norm_and_mamba_block(x, None, front, w)
-    pair = norm_and_mamba_block(x[[5, 2]], None, front, w)
+    whole = norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
+    pair = norm_and_mamba_block(x[[5, 2]], None, front, w, dtype=torch.float32)
     assert all(torch.equal(a[[5, 2]], b) for a, b in zip(whole, pair, strict=True))
 
 
-def test_with_the_norm_before_it_where_it_is_not_for(cast, two_threads, monkeypatch):
+def test_with_the_norm_before_it_what_it_leaves_to_the_parts(cast, two_threads, monkeypatch):
     tensors = cast(problem(2, 9, 64, 32), torch.float32)
-    x, front = tensors.pop("hidden"), Front(torch.ones(64), None, 1e-5)
-    w = weights_of(tensors)
-    assert norm_and_mamba_block(x, None, front, w) is not None
-    assert norm_and_mamba_block(x[:1], None, front, w) is None  # a thread would have nothing to do
-    assert norm_and_mamba_block(x[:, :0], None, front, w) is None
-    assert norm_and_mamba_block(x.double(), None, front, w) is None
-    assert norm_and_mamba_block(x, None, front, w._replace(in_proj=None)) is None
-    assert norm_and_mamba_block(x, None, front, w._replace(scans=w.scans * 2)) is None
+    x, w = tensors.pop("hidden"), weights_of(tensors)
+    conv, ssm = torch.zeros(2, 32, 3), torch.zeros(2, 32, 3)
+    usual = {"x": x, "stream": x, "front": Front(torch.ones(64), torch.ones(64), 1e-5), "weights": w}
+    usual |= {"conv_state": conv, "ssm_state": ssm, "dtype": torch.float32}
+    (front, (scan,)), found = (usual["front"], w.scans), []
+    changes = {
+        "a thread would have nothing to do": {
+            "x": x[:1],
+            "stream": x[:1],
+            "conv_state": conv[:1],
+            "ssm_state": ssm[:1],
+        },
+        "no step": {"x": x[:, :0], "stream": x[:, :0]},
+        "no batch": {"x": x[0]},
+        "another width": {"x": torch.zeros(2, 9, 128), "stream": None},
+        "double": {"x": x.double()},
+        "autocast": {"dtype": torch.bfloat16},
+        "a stream of one row": {"stream": x[:1]},
+        "an empty stream": {"stream": x[:, :0]},
+        "a stream in half": {"stream": x.bfloat16()},
+        "a transposed stream": {"stream": x.mT},
+        "a norm of another width": {"front": front._replace(weight=torch.ones(32))},
+        "a norm in half": {"front": front._replace(bias=torch.ones(64).half())},
+        "a convolution's state in half": {"conv_state": conv.bfloat16()},
+        "a state of another width": {"ssm_state": ssm[:, :16]},
+        "a state of one row": {"conv_state": conv[:1]},
+        "no projection": {"weights": w._replace(in_proj=None)},
+        "a wider projection": {"weights": w._replace(out_proj=torch.zeros(128, 32))},
+        "two scans": {"weights": w._replace(scans=w.scans * 2)},
+        "a wide rank": {"weights": w._replace(scans=(scan._replace(dt_proj=torch.zeros(32, 100)),))},
+    }
+    assert norm_and_mamba_block(**usual) is not None
+    for name, change in changes.items():
+        assert norm_and_mamba_block(**usual | change) is None, name
+    assert torch.vmap(lambda stream: stream * (norm_and_mamba_block(**usual | {"stream": stream}) is None))(
+        x[None]
+    ).any()
     monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 10)
-    assert norm_and_mamba_block(x, None, front, w) is None
+    assert norm_and_mamba_block(**usual) is None
+
+
+def test_with_the_norm_before_it_under_another_default(cast, two_threads):
+    tensors = cast(problem(2, 20, 64, 70, 5, 3), torch.float32)
+    x, front, w = tensors.pop("hidden"), Front(torch.ones(64), None, 1e-5), weights_of(tensors)
+    expected = norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))

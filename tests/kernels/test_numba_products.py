@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 pytest.importorskip("numba", exc_type=ImportError)
 
 from polymamba.kernels import numba_products as products
+from polymamba.kernels.numba_lanes import AVX512
 
-pytestmark = pytest.mark.skipif(not products.serves(), reason="for a CPU with AVX-512")
+pytestmark = pytest.mark.skipif(not AVX512, reason="for a CPU with AVX-512")
 
 
 @settings(deadline=None)
