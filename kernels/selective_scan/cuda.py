@@ -134,7 +134,7 @@ def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room:
     states, lanes = _lanes(n_states)
     if states == 1:
         return _narrow(vector, 3 if rows >= 1024 * processors and not gate else 2)
-    if states == 8:  # as 16 states in each of four warps
+    if states == 8:  # 16 states in each of the four warps of a block, as if there were no more
         return Tile(4, 4, 2, 8, 1, 4, TEAM=4)
     # Of 4 warps the blocks take up to 113 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
     warps = 4 if lanes >= 4 and room >= 113 * 1024 else 2

@@ -5,7 +5,7 @@ constexpr int NV = 4;                      // numbers moved at once
 constexpr int OF_LANE = CL * NL / NV;      // times that this is done for all of a lane's states: by state, then channel
 constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those before its tiles but the first
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
-static_assert(TEAM == 1 || TEAM % 2 == 0 && CL == 2 && V == 1, "two lanes for two channels, each half of a team");
+static_assert(TEAM == 1 || (TEAM % 2 == 0 && CL == 2 && V == 1), "two lanes for two channels, half of a team each");
 constexpr int TEAMS = WARPS / TEAM;        // of a block
 constexpr int BC = TEAMS * WC;             // channels of a block
 constexpr int SUMMANDS = TEAMS * GROUPS;   // of a sum over them, for dB and dC: each lane has added up its own channels
@@ -42,8 +42,8 @@ struct Shared {
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
-// A lane's place among those who share out rows: here they are rows of the block's channels. In a team lanes whose
-// numbers differ in HALF_ROW have two channels that lie side by side.
+// A lane's place among those who share out rows: here they are rows of the block's channels. Where a team shares states,
+// the two channels that lie side by side in a lane of it are those of two lanes here, half a row apart.
 constexpr int HALF_ROW = BC / V / 2;
 INLINE void place_in_block(const Problem& p, Place& a) {
   const int first = a.tile * BC, place = threadIdx.x % (BC / V);
@@ -88,9 +88,9 @@ INLINE void load_rows(Packed<X, V> (&x)[ITS], const Rows<X>& rows, const Place& 
   }
 }
 
-// The sums over states of one kind at row t of a tile, for a lane's V channels, of parts that all of its team have left.
-// Of a team's parts a lane adds up one half, those of two channels, and changes with its neighbour: it may read four at
-// once.
+// The sums over states of one kind at row t of a tile, for a lane's V channels. Of the parts that a team has left, two
+// lanes with channels side by side add up a half each, for both channels, as these lie, and exchange what they got: one
+// channel alone would be read number by number.
 INLINE void add_states(const Shared& block, int kind, int t, const Place& a, float (&total)[V]) {
   const int team = a.column / WC * TEAM, column = a.column % WC;
   if constexpr (TEAM == 1) {
