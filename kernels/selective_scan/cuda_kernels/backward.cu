@@ -165,8 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #if !STATIC_C
     rows_C.put(&block.C[0][0], threadIdx.x);
 #endif
-#pragma unroll
-    for (int k = 0; k < TILES; ++k)
+    auto leave_steps = [&](int k) {  // the step sizes of a tile
 #pragma unroll
       for (int i = 0; i < ITS; ++i) {
         const int t = k * T + i * ROWS + a.row;
@@ -183,6 +182,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         store_floats(&block.slope[t][a.column], slope);
 #endif
       }
+    };
+#pragma unroll
+    for (int k = 0; k < TILES; ++k) leave_steps(k);
     __syncthreads();
     for (int k = 0; k < last; ++k) {  // through a tile, for the state after it
 #pragma unroll
