@@ -1,0 +1,83 @@
+"""The head's product and the choice of the likeliest in CUDA C++: likeliest.cu and settle.cu, compiled by ../nvrtc.py.
+
+Letters: B sequences, M width, V vocabulary.
+"""
+
+import struct
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import nvrtc
+from ..mamba_step.cuda_sources import addresses, capable, fits, give_up, has_room, source, tiles_serve
+
+TILE = 64
+HEIGHTS = 192, 128, 64  # rows of a tile of the weight
+MOST = 256  # sequences of a launch: more are taken in turns
+ROOM = 227 * 1024 - 2048  # bytes of shared memory for tiles
+EARLY = 4
+_FOLDER = Path(__file__).parent / "cuda_kernels"
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether `likeliest` takes these."""
+    return (
+        x.dtype == weight.dtype == torch.bfloat16
+        and len(x) > 0
+        and x.shape[1] % 8 == 0
+        and HEIGHTS[-1] <= len(weight) < 2**31
+        and capable(x)
+        and tiles_serve(x)
+        and has_room(x)
+        and fits(weight, x)
+    )
+
+
+def likeliest(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """None where NVRTC fails."""
+    device = x.get_device()
+    x = x.contiguous()
+    places = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    bad = torch.empty(len(x), dtype=torch.bool, device=x.device)
+    with torch.cuda.device_of(x):
+        try:
+            for first in range(0, len(x), MOST):
+                rows = slice(first, first + MOST)
+                kernel = _kernel(-(-len(x[rows]) // TILE), *weight.shape, device)
+                kernel(x[rows], weight, places[rows], bad[rows])
+        except nvrtc.Unavailable as error:
+            return give_up(device, error)
+    return places, bad
+
+
+class _Kernel:
+    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, resident: int = 1, early: int = EARLY):
+        groups = groups if groups < 3 else 4
+        processors, steps = nvrtc.processors(device), -(-M // TILE)
+        self.groups = groups
+        heights = [n for n in HEIGHTS if n <= V]
+        # So that all processors are done at once; then, the larger the less often x is read.
+        self.height = height or min(heights, key=lambda n: (-(-V // n // processors) * n, -n))
+        self.blocks = min(-(-V // self.height), processors)
+        of_x, of_weight = groups * TILE * TILE * 2, self.height * TILE * 2
+        resident = int(resident and ROOM - steps * of_x >= 4 * of_weight)
+        stages = (ROOM - steps * of_x) // of_weight if resident else ROOM // (of_x + of_weight)
+        sizes = {"WIDTH": M, "GROUPS": groups, "ROWS": self.height, "STAGES": stages, "EARLY": early}
+        sizes |= {"RESIDENT": resident, "PROCESSORS": processors}
+        self.name = f"{self.height} rows, {stages} stages, resident {resident}"
+        self.threads = 384 if groups == 4 else 128 * groups + 32
+        self.find = nvrtc.kernel(source(str(_FOLDER / "likeliest.cu"), **sizes), "likeliest", device)
+        self.settle = nvrtc.kernel(source(str(_FOLDER / "settle.cu"), FOUND=self.blocks), "settle", device)
+
+    def __call__(self, x: Tensor, weight: Tensor, places: Tensor, bad: Tensor) -> None:
+        keys = torch.empty(self.blocks, len(x), dtype=torch.int64, device=x.device)
+        maps = nvrtc.tensor_map(x, TILE * self.groups, TILE) + nvrtc.tensor_map(weight, self.height, TILE)
+        self.find(self.blocks, self.threads, maps + struct.pack("3q40x", *addresses(keys), len(x), len(weight)), early=True)
+        self.settle(-(-len(x) // 32), 256, struct.pack("4q", *addresses(keys, places, bad), len(x)), early=True)
+
+
+@lru_cache(64)
+def _kernel(groups: int, V: int, M: int, device: int) -> _Kernel:
+    return _Kernel(groups, V, M, device)

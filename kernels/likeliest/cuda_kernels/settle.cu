@@ -1,0 +1,35 @@
+// The last word on what the blocks of likeliest.cu have found: the largest key of each sequence.
+//
+// Macro: FOUND (keys a sequence).
+
+constexpr int WARPS = 8, EACH = (FOUND + WARPS - 1) / WARPS;
+struct Problem {
+  const int64* keys;  // (FOUND, B)
+  int64* places;      // (B,)
+  unsigned char* bad; // (B,)
+  int64 n_rows;       // B
+};
+extern "C" __constant__ int shared_bytes = WARPS * 32 * sizeof(int64);
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) settle(const GRID_CONSTANT Problem p) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_rows = int(p.n_rows), b = int(blockIdx.x) * 32 + lane;
+  int64* best = reinterpret_cast<int64*>(own_room());
+  wait_for_kernel_before();
+  int64 key[EACH], top;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {  // the last one again, rather than none
+    int from = warp + i * WARPS;
+    key[i] = p.keys[int64(from < FOUND ? from : FOUND - 1) * n_rows + (b < n_rows ? b : n_rows - 1)];
+  }
+  top = key[0];
+#pragma unroll
+  for (int i = 1; i < EACH; ++i) top = key[i] > top ? key[i] : top;
+  best[threadIdx.x] = top;
+  __syncthreads();
+  if (warp || b >= n_rows) return;
+  for (int i = 1; i < WARPS; ++i) top = best[32 * i + lane] > top ? best[32 * i + lane] : top;
+  int number = int(top >> 32);  // of bfloat16, in order: infinity is 0x7f80, and minus infinity all of its bits turned
+  bool none = number >= 0x7f80 || number <= ~0x7f80;
+  p.places[b] = none ? 0 : int64(~unsigned(top));
+  p.bad[b] = none;
+}

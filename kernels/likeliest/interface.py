@@ -1,0 +1,27 @@
+"""The likeliest token of each sequence: a head's product and the place of the largest number in each row of it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import choose
+from ..largest import largest
+
+
+@torch.no_grad()
+def likeliest(x: Tensor, weight: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """x (B, M), weight (V, M) -> `largest(x weight^T)`: (places, int64 (B,); whether there is none, bool (B,)).
+
+    In CUDA C++ (bf16 on a Hopper GPU) the product is never in memory. It is rounded to bf16 before it is compared there
+    as well: so of tokens that tie in bf16 the first is taken, by either way, and the two differ only where sums in
+    another order are rounded to another number. A row's result depends on that row alone. No gradients.
+    """
+    if x.shape[1:] != weight.shape[1:] or weight.dim() != 2:
+        raise ValueError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (B, M) and (V, M)")
+    if choose(backend, x.device, x.dtype, in_cuda=True) == "cuda":
+        from . import cuda
+
+        found = cuda.likeliest(x, weight) if cuda.serves(x, weight) else None
+        if found is not None:
+            return found
+    return largest(F.linear(x, weight))
