@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
+from ..largest import WayOut
 from ..mamba_step.cuda_sources import addresses, capable, fits, give_up, has_room, source, tiles_serve
 
 TILE = 64
 HEIGHTS = 192, 128, 64  # rows of a tile of the weight
+WARPS = 8  # of settle.cu
 MOST = 256  # sequences of a launch: more are taken in turns
 ROOM = 227 * 1024 - 2048  # bytes of shared memory for tiles
 EARLY = 4
@@ -35,25 +37,25 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def likeliest(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+def likeliest(x: Tensor, weight: Tensor, out: WayOut | None) -> tuple[Tensor, Tensor] | None:
     """None where NVRTC fails."""
-    device = x.get_device()
-    x = x.contiguous()
+    device, x = x.get_device(), x.contiguous()
     places = torch.empty(len(x), dtype=torch.int64, device=x.device)
     bad = torch.empty(len(x), dtype=torch.bool, device=x.device)
     with torch.cuda.device_of(x):
         try:
-            for first in range(0, len(x), MOST):
-                rows = slice(first, first + MOST)
-                kernel = _kernel(-(-len(x[rows]) // TILE), *weight.shape, device)
-                kernel(x[rows], weight, places[rows], bad[rows])
+            kernels = [_kernel(-(-len(part) // TILE), *weight.shape, device) for part in x.split(MOST)]
         except nvrtc.Unavailable as error:
             return give_up(device, error)
+        for i, kernel in enumerate(kernels):
+            rows = slice(i * MOST, (i + 1) * MOST)
+            way = None if out is None else WayOut(out.own[rows], out.ring[:, rows], out.turn[rows])
+            kernel(x[rows], weight, places[rows], bad[rows], way)
     return places, bad
 
 
 class _Kernel:
-    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, resident: int = 1, early: int = EARLY):
+    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, resident: int = 1, early=EARLY):
         groups = groups if groups < 3 else 4
         processors, steps = nvrtc.processors(device), -(-M // TILE)
         self.groups = groups
@@ -69,13 +71,16 @@ class _Kernel:
         self.name = f"{self.height} rows, {stages} stages, resident {resident}"
         self.threads = 384 if groups == 4 else 128 * groups + 32
         self.find = nvrtc.kernel(source(str(_FOLDER / "likeliest.cu"), **sizes), "likeliest", device)
-        self.settle = nvrtc.kernel(source(str(_FOLDER / "settle.cu"), FOUND=self.blocks), "settle", device)
+        self.settle = nvrtc.kernel(source(str(_FOLDER / "settle.cu"), FOUND=self.blocks, WARPS=WARPS), "settle", device)
 
-    def __call__(self, x: Tensor, weight: Tensor, places: Tensor, bad: Tensor) -> None:
+    def __call__(self, x: Tensor, weight: Tensor, places: Tensor, bad: Tensor, out: WayOut | None = None) -> None:
         keys = torch.empty(self.blocks, len(x), dtype=torch.int64, device=x.device)
         maps = nvrtc.tensor_map(x, TILE * self.groups, TILE) + nvrtc.tensor_map(weight, self.height, TILE)
-        self.find(self.blocks, self.threads, maps + struct.pack("3q40x", *addresses(keys), len(x), len(weight)), early=True)
-        self.settle(-(-len(x) // 32), 256, struct.pack("4q", *addresses(keys, places, bad), len(x)), early=True)
+        sizes = struct.pack("3q40x", *addresses(keys), len(x), len(weight))
+        self.find(self.blocks, self.threads, maps + sizes, early=True)
+        ring = (0, 0) if out is None else (len(out.ring), out.ring.stride(0))
+        tensors = addresses(keys, places, bad, *(out or (None, None, None)))
+        self.settle(-(-len(x) // 32), 32 * WARPS, struct.pack("9q", *tensors, len(x), *ring), early=True)
 
 
 @lru_cache(64)

@@ -1,13 +1,15 @@
-// The last word on what the blocks of likeliest.cu have found: the largest key of each sequence.
+// The last word on what the blocks of likeliest.cu have found: the largest key of each sequence; and where it goes.
 //
-// Macro: FOUND (keys a sequence).
+// Macros: FOUND (keys a sequence), WARPS.
 
-constexpr int WARPS = 8, EACH = (FOUND + WARPS - 1) / WARPS;
+constexpr int EACH = (FOUND + WARPS - 1) / WARPS;
 struct Problem {
-  const int64* keys;  // (FOUND, B)
-  int64* places;      // (B,)
-  unsigned char* bad; // (B,)
-  int64 n_rows;       // B
+  const int64* keys;   // (FOUND, B)
+  int64* places;       // (B,)
+  unsigned char* bad;  // (B,)
+  int64 *own, *ring, *turn;  // see WayOut; 0 if there is none
+  int64 n_rows;              // B
+  int64 turns, stride;       // of the ring
 };
 extern "C" __constant__ int shared_bytes = WARPS * 32 * sizeof(int64);
 
@@ -32,4 +34,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) settle(const GRID_CONST
   bool none = number >= 0x7f80 || number <= ~0x7f80;
   p.places[b] = none ? 0 : int64(~unsigned(top));
   p.bad[b] = none;
+  if (!p.own) return;
+  int64 turn = p.turn[b];
+  p.own[b] = none ? 0 : int64(~unsigned(top));
+  p.ring[turn * p.stride + b] = none ? -1 : int64(~unsigned(top));
+  p.turn[b] = turn + 1 < p.turns ? turn + 1 : 0;
 }
