@@ -55,7 +55,7 @@ def likeliest(x: Tensor, weight: Tensor, out: WayOut | None) -> tuple[Tensor, Te
 
 
 class _Kernel:
-    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, resident: int = 1, early=EARLY):
+    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, resident: int = 1, early=EARLY, multicast=0):
         groups = groups if groups < 3 else 4
         processors, steps = nvrtc.processors(device), -(-M // TILE)
         self.groups = groups
@@ -67,15 +67,16 @@ class _Kernel:
         resident = int(resident and ROOM - steps * of_x >= 4 * of_weight)
         stages = (ROOM - steps * of_x) // of_weight if resident else ROOM // (of_x + of_weight)
         sizes = {"WIDTH": M, "GROUPS": groups, "ROWS": self.height, "STAGES": stages, "EARLY": early}
-        sizes |= {"RESIDENT": resident, "PROCESSORS": processors}
-        self.name = f"{self.height} rows, {stages} stages, resident {resident}"
+        sizes |= {"RESIDENT": resident, "PROCESSORS": processors, "MULTICAST": multicast}
+        self.multicast = multicast
+        self.name = f"{self.height} rows, {stages} stages, resident {resident}, multicast {multicast}"
         self.threads = 384 if groups == 4 else 128 * groups + 32
         self.find = nvrtc.kernel(source(str(_FOLDER / "likeliest.cu"), **sizes), "likeliest", device)
         self.settle = nvrtc.kernel(source(str(_FOLDER / "settle.cu"), FOUND=self.blocks, WARPS=WARPS), "settle", device)
 
     def __call__(self, x: Tensor, weight: Tensor, places: Tensor, bad: Tensor, out: WayOut | None = None) -> None:
         keys = torch.empty(self.blocks, len(x), dtype=torch.int64, device=x.device)
-        maps = nvrtc.tensor_map(x, TILE * self.groups, TILE) + nvrtc.tensor_map(weight, self.height, TILE)
+        maps = nvrtc.tensor_map(x, TILE * self.groups // (1 + self.multicast), TILE) + nvrtc.tensor_map(weight, self.height, TILE)
         sizes = struct.pack("3q40x", *addresses(keys), len(x), len(weight))
         self.find(self.blocks, self.threads, maps + sizes, early=True)
         ring = (0, 0) if out is None else (len(out.ring), out.ring.stride(0))

@@ -28,10 +28,30 @@ extern "C" __constant__ int shared_bytes = sizeof(Room) + 1024;
 // Two numbers of bfloat16 as integers of 16 bits in their order; NaN, which is one of 0x7fff, stands above all.
 INLINE unsigned in_order(unsigned pair) { return pair ^ ((pair >> 15 & 0x10001) * 0x7fff); }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CONSTANT Problem p) {
+
+#if MULTICAST
+#define PAIRED CLUSTERED(2)
+// x's tile, of which each of two blocks brings half, to both.
+__device__ __forceinline__ void bring_to_both(void* to, const TensorMap* map, int column, int row, Gate* gate) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+               "[%4], %5;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+               "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate))), "h"((unsigned short)3)
+               : "memory");
+}
+__device__ __forceinline__ void arrive_at_both(Gate* gate) {
+#pragma unroll
+  for (int rank = 0; rank < 2; ++rank)
+  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;"
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(unsigned(__cvta_generic_to_shared(gate))), "r"(rank) : "memory");
+}
+#else
+#define PAIRED
+#define arrive_at_both arrive
+#endif
+extern "C" __global__ void PAIRED __launch_bounds__(THREADS, 1) likeliest(const GRID_CONSTANT Problem p) {
   Room& room = *reinterpret_cast<Room*>((reinterpret_cast<unsigned long long>(own_room()) + 1023) / 1024 * 1024);
   int tid = threadIdx.x, lane = tid % 32, n_rows = int(p.n_rows), height = int(p.height);
-  int tiles = (height + ROWS - 1) / ROWS, own_tiles = (tiles - int(blockIdx.x) + PROCESSORS - 1) / PROCESSORS;
+  int tiles = (height + ROWS - 1) / ROWS, own_tiles = (tiles - int(blockIdx.x) / (1 + MULTICAST) * (1 + MULTICAST) + PROCESSORS - 1) / PROCESSORS;
   int steps = own_tiles * STEPS;
   auto row_of = [&](int tile) {
     int row = (int(blockIdx.x) + tile * PROCESSORS) * ROWS;
@@ -44,17 +64,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CO
     bring_tile(room.weight[i % STAGES], &p.weight, i % STEPS * TILE, row_of(i / STEPS), gate);
   };
   auto bring_x = [&](int i) {
+#if MULTICAST
+    int half = int(blockIdx.x) % 2 * GROUPS / 2 * TILE;
+    bring_to_both(room.x[i % STAGES] + half * TILE, &p.x, i % STEPS * TILE, half, &room.brought[i % STAGES]);
+    return;
+#endif
     if (!RESIDENT || i < STEPS)
       bring_tile(room.x[RESIDENT ? i : i % STAGES], &p.x, i % STEPS * TILE, 0, &room.brought[i % STAGES]);
   };
   let_next_begin();
   const int first = steps < STAGES ? steps : STAGES, soon = first < EARLY ? first : EARLY;
   if (tid == MULTIPLIERS) {
-    for (int i = 0; i < STAGES; ++i) open(&room.brought[i], 1), open(&room.read[i], MULTIPLIERS / 32);
+    for (int i = 0; i < STAGES; ++i) open(&room.brought[i], 1), open(&room.read[i], MULTIPLIERS / 32 * (1 + MULTICAST));
     all_open();
     for (int i = 0; i < soon; ++i) bring_weight(i);
   }
   __syncthreads();
+#if MULTICAST
+  say_begun(), wait_for_others();
+#endif
   wait_for_end_before();
   if (tid >= MULTIPLIERS) {
     if (EACH > 1) fewer_registers<24>();
@@ -89,10 +117,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CO
         multiply_soon(sum[g], room.x[RESIDENT ? step : i % STAGES] + (group + g) * TILE * TILE, room.weight[i % STAGES], step > 0);
       commit();
       all_multiplied_but<1>();
-      if (step && lane == 0) arrive(&room.read[(i - 1) % STAGES]);
+      if (step && lane == 0) arrive_at_both(&room.read[(i - 1) % STAGES]);
     }
     all_multiplied_but<0>();
-    if (lane == 0) arrive(&room.read[(i - 1) % STAGES]);
+    if (lane == 0) arrive_at_both(&room.read[(i - 1) % STAGES]);
     int begin = row_of(tile) + lane % 4 * 2;
 #pragma unroll
     for (int g = 0; g < EACH; ++g) {
@@ -111,6 +139,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CO
       }
     }
   }
+#if MULTICAST
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
 #pragma unroll
   for (int g = 0; g < EACH; ++g)
 #pragma unroll
