@@ -63,6 +63,9 @@ class AutoregressiveModel(Protocol):
 
         On a GPU it is captured in a CUDA graph (graphed.py), so it may not wait for the GPU while that is done; a model
         whose steps are not all the same kernels says so by an attribute `step_is_one_graph`, False.
+
+        Where a class has beside it a `step_likeliest(tokens, state, out: kernels.WayOut)`, that is called instead where
+        nothing but the likeliest tokens is asked for: those go out (`kernels.hand_over`), and no logits come back.
         """
         ...
 

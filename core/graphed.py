@@ -36,7 +36,7 @@ def serves(device: torch.device) -> bool:
     return device.type == "cuda" and backends.choose(None, device, torch.int64) == "triton"
 
 
-def _tells_the_likeliest(model: Any) -> bool:
+def tells_the_likeliest(model: Any) -> bool:
     """Whether the model has a `step_likeliest`, from where it has its `step`: a class may change that alone."""
     owner = next(owner for owner in (model, *type(model).__mro__) if "step" in vars(owner))
     return "step_likeliest" in vars(owner)
@@ -60,7 +60,7 @@ class _StepGraph:
             self.recent.fill_(-1)
 
         out = WayOut(self.tokens, self.chosen, self.turn)
-        no_logits = config.temperature == 0 and recent is None and _tells_the_likeliest(model)
+        no_logits = config.temperature == 0 and recent is None and tells_the_likeliest(model)
 
         def step() -> None:
             if no_logits:

@@ -55,7 +55,9 @@ def likeliest(x: Tensor, weight: Tensor, out: WayOut | None) -> tuple[Tensor, Te
 
 
 class _Kernel:
-    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, resident: int = 1, early=EARLY, multicast=0):
+    def __init__(
+        self, groups: int, V: int, M: int, device: int, height: int = 0, resident: int = 1, early=EARLY, multicast=0
+    ):
         groups = groups if groups < 3 else 4
         processors, steps = nvrtc.processors(device), -(-M // TILE)
         self.groups = groups
@@ -76,7 +78,9 @@ class _Kernel:
 
     def __call__(self, x: Tensor, weight: Tensor, places: Tensor, bad: Tensor, out: WayOut | None = None) -> None:
         keys = torch.empty(self.blocks, len(x), dtype=torch.int64, device=x.device)
-        maps = nvrtc.tensor_map(x, TILE * self.groups // (1 + self.multicast), TILE) + nvrtc.tensor_map(weight, self.height, TILE)
+        maps = nvrtc.tensor_map(x, TILE * self.groups // (1 + self.multicast), TILE) + nvrtc.tensor_map(
+            weight, self.height, TILE
+        )
         sizes = struct.pack("3q40x", *addresses(keys), len(x), len(weight))
         self.find(self.blocks, self.threads, maps + sizes, early=True)
         ring = (0, 0) if out is None else (len(out.ring), out.ring.stride(0))
