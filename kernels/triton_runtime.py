@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .backends import interpreting
 
@@ -78,6 +79,18 @@ def softplus_and_slope(x):
 
 
 _INTERPRETED = tl.constexpr(interpreting())
+
+
+@triton.jit
+def after_the_kernel_before(EARLY: tl.constexpr):
+    """Wait for the end of the kernel before; then let the next one begin.
+
+    What is read before a kernel's wait has to be written by one that stands before the last kernel in front of it that
+    has come through here: the end of all those is what this has seen.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -153,6 +166,12 @@ def piece_of(cu_seqlens, n_seqs, length, number, PIECE: tl.constexpr):
 _compiled: dict[tuple[Any, ...], Any] = {}
 _kernels: dict[int, tuple[Any, list[str], int]] = {}
 _INTERPRETING = interpreting()  # asked once: it takes a launch's time
+
+
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that may begin before the one before it has ended."""
+    early = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
 
 def launch(kernel: Any, blocks: int, *given: Any, **named: Any) -> None:

@@ -14,24 +14,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..backends import interpreting
-from ..triton_runtime import LOG2E, ceil_div, load_float, sigmoid, softplus
+from ..triton_runtime import (
+    LOG2E,
+    after_the_kernel_before,
+    ceil_div,
+    early_launch,
+    load_float,
+    sigmoid,
+    softplus,
+)
 
 ELEMENTS, LANE = 4096, 64  # of a matrix, a program and a lane of it have at most
 WIDE = range(1025, 2048)  # model widths for which both are twice that: measured at 1,792 (at 768 it is slower)
 PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor of an H100
-
-
-@triton.jit
-def after_the_kernel_before(EARLY: tl.constexpr):
-    """Wait for the end of the kernel before; then let the next one begin.
-
-    What is read before a kernel's wait has to be written by one that stands before the last kernel in front of it that
-    has come through here: the end of all those is what this has seen.
-    """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -123,12 +118,6 @@ def _scan(
     tl.store(state + state_at, h, mask=inside)
     out = tl.sum(h * readout[None, :], axis=1) + skip * x
     tl.store(y + row, out * gate * sigmoid(gate), mask=in_e)
-
-
-def early_launch(device: torch.device) -> dict[str, bool]:
-    """Options of a kernel that may begin before the one before it has ended."""
-    early = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
 
 def _tile(n_out: int, width: int, model_width: int) -> dict[str, int]:

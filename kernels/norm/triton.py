@@ -10,9 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_runtime import ceil_div, launch, load_float, sum_first_axis, with_rows
+from ..triton_runtime import (
+    after_the_kernel_before,
+    ceil_div,
+    early_launch,
+    launch,
+    load_float,
+    sum_first_axis,
+    with_rows,
+)
 
 PIECE = 16  # rows of a program of the backward: fixed, so that sums over rows depend on nothing else
+FEW = 512  # rows whose norm is over so soon that it pays to begin, and to let the next begin, early
 TILE = 4096  # elements of a tile, unless a row is longer
 
 
@@ -28,8 +37,9 @@ def _statistics(values, inside, width, eps, CENTRED: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows", "rows_a_factor"])
 def _forward(
     x, residual, weight, bias, stream, y, factors, shift, eps, x_stride, residual_stride, n_rows, rows_a_factor, width,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    after_the_kernel_before(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (d < width)
@@ -107,7 +117,7 @@ def forward(x, residual, weight, bias, eps, centred, dtype, factors=None, shift=
         launch(
             _forward, ceil_div(n_rows, shape["ROWS"]), x, added, weight, bias, stream, y, factors, shift, eps,
             x.stride(0), 0 if residual is None else added.stride(0), n_rows, _rows_a_factor(n_rows, factors), width,
-            **shape, CENTRED=centred,
+            **shape, CENTRED=centred, **(early_launch(x.device) if n_rows <= FEW else {"EARLY": False}),
         )  # fmt: skip
     return y, x.new_empty(0, dtype=torch.float32) if stream is None else stream
 
