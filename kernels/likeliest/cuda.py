@@ -55,24 +55,17 @@ def likeliest(x: Tensor, weight: Tensor, out: WayOut | None) -> tuple[Tensor, Te
 
 
 class _Kernel:
-    def __init__(
-        self, groups: int, V: int, M: int, device: int, height: int = 0, resident: int = 1, early=EARLY, multicast=0
-    ):
-        groups = groups if groups < 3 else 4
-        processors, steps = nvrtc.processors(device), -(-M // TILE)
-        self.groups = groups
+    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, early: int = EARLY, **more: int):
+        processors, self.groups = nvrtc.processors(device), groups if groups < 3 else 4
         heights = [n for n in HEIGHTS if n <= V]
         # So that all processors are done at once; then, the larger the less often x is read.
         self.height = height or min(heights, key=lambda n: (-(-V // n // processors) * n, -n))
-        self.blocks = min(-(-V // self.height), processors)
-        of_x, of_weight = groups * TILE * TILE * 2, self.height * TILE * 2
-        resident = int(resident and ROOM - steps * of_x >= 4 * of_weight)
-        stages = (ROOM - steps * of_x) // of_weight if resident else ROOM // (of_x + of_weight)
-        sizes = {"WIDTH": M, "GROUPS": groups, "ROWS": self.height, "STAGES": stages, "EARLY": early}
-        sizes |= {"RESIDENT": resident, "PROCESSORS": processors, "MULTICAST": multicast}
-        self.multicast = multicast
-        self.name = f"{self.height} rows, {stages} stages, resident {resident}, multicast {multicast}"
-        self.threads = 384 if groups == 4 else 128 * groups + 32
+        self.blocks, self.multicast = min(-(-V // self.height), processors), more.setdefault("MULTICAST", 0)
+        stages = ROOM // ((self.groups * TILE + self.height) * TILE * 2)
+        sizes = {"WIDTH": M, "GROUPS": self.groups, "ROWS": self.height, "STAGES": stages, "EARLY": early}
+        sizes |= {"PROCESSORS": processors} | more
+        self.name = f"{self.height} rows, {stages} stages, early {early} {more}"
+        self.threads = 384 if self.groups == 4 else 128 * self.groups + 32
         self.find = nvrtc.kernel(source(str(_FOLDER / "likeliest.cu"), **sizes), "likeliest", device)
         self.settle = nvrtc.kernel(source(str(_FOLDER / "settle.cu"), FOUND=self.blocks, WARPS=WARPS), "settle", device)
 

@@ -134,6 +134,7 @@ template <unsigned long K> inline void multiply_soon(float (&c)[K], const void* 
 }
 inline void begin_multiplying() {}
 inline void commit() {}
+inline unsigned signs(unsigned pair) { return (pair >> 31 ? 0xffff0000u : 0) | (pair >> 15 & 1 ? 0xffffu : 0); }
 template <int> inline void all_multiplied_but() {}
 template <int> inline void fewer_registers() {}
 template <int> inline void more_registers() {}

@@ -5,8 +5,8 @@
 // columns at a time (tensor maps), as many as there are stages, and never waits for a tile's end. A lane keeps the
 // largest of its own rows.
 //
-// Macros: WIDTH, GROUPS (64s of sequences: 1, 2 or 4), ROWS (64, 128 or 192), STAGES, EARLY (tiles of the weight that are
-// asked for before the kernel before has ended), RESIDENT (whether all of x stays in shared memory).
+// Macros: WIDTH, PROCESSORS, GROUPS (64s of sequences: 1, 2 or 4), ROWS (64, 128 or 192), STAGES, EARLY (tiles of the
+// weight that are asked for before the kernel before has ended).
 
 constexpr int TILE = 64, STEPS = (WIDTH + TILE - 1) / TILE;
 constexpr int WARPGROUPS = GROUPS < 2 ? 1 : 2, EACH = GROUPS / WARPGROUPS;
@@ -19,14 +19,13 @@ struct Problem {
   int64 n_rows, height; // B, V
 };
 struct Room {
-  alignas(1024) bf16 x[RESIDENT ? STEPS : STAGES][GROUPS * TILE * TILE];
-  bf16 weight[STAGES][ROWS * TILE];
+  alignas(1024) bf16 x[STAGES][GROUPS * TILE * TILE], weight[STAGES][ROWS * TILE];
   Gate brought[STAGES], read[STAGES];
 };
 extern "C" __constant__ int shared_bytes = sizeof(Room) + 1024;
 
 // Two numbers of bfloat16 as integers of 16 bits in their order; NaN, which is one of 0x7fff, stands above all.
-INLINE unsigned in_order(unsigned pair) { return pair ^ ((pair >> 15 & 0x10001) * 0x7fff); }
+INLINE unsigned in_order(unsigned pair) { return pair ^ (signs(pair) & 0x7fff7fff); }
 
 
 #if MULTICAST
@@ -39,19 +38,26 @@ __device__ __forceinline__ void bring_to_both(void* to, const TensorMap* map, in
                : "memory");
 }
 __device__ __forceinline__ void arrive_at_both(Gate* gate) {
-#pragma unroll
-  for (int rank = 0; rank < 2; ++rank)
+  arrive(gate);
   asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(unsigned(__cvta_generic_to_shared(gate))), "r"(rank) : "memory");
+               "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(unsigned(__cvta_generic_to_shared(gate))), "r"(int(blockIdx.x) % 2 ^ 1) : "memory");
 }
 #else
 #define PAIRED
 #define arrive_at_both arrive
 #endif
+#ifndef SKEW
+#define SKEW 0
+#endif
+#ifndef TURNED
+#define TURNED 0
+#endif
 extern "C" __global__ void PAIRED __launch_bounds__(THREADS, 1) likeliest(const GRID_CONSTANT Problem p) {
   Room& room = *reinterpret_cast<Room*>((reinterpret_cast<unsigned long long>(own_room()) + 1023) / 1024 * 1024);
   int tid = threadIdx.x, lane = tid % 32, n_rows = int(p.n_rows), height = int(p.height);
   int tiles = (height + ROWS - 1) / ROWS, own_tiles = (tiles - int(blockIdx.x) / (1 + MULTICAST) * (1 + MULTICAST) + PROCESSORS - 1) / PROCESSORS;
+  int turn = TURNED ? int(blockIdx.x) / (1 + MULTICAST) : 0;
+  auto column_of = [&](int i) { return (i + turn) % STEPS * TILE; };
   int steps = own_tiles * STEPS;
   auto row_of = [&](int tile) {
     int row = (int(blockIdx.x) + tile * PROCESSORS) * ROWS;
@@ -59,18 +65,16 @@ extern "C" __global__ void PAIRED __launch_bounds__(THREADS, 1) likeliest(const 
   };
   auto bring_weight = [&](int i) {
     Gate* gate = &room.brought[i % STAGES];
-    bool with_x = !RESIDENT || i < STEPS;
-    expect_more(gate, (ROWS + (with_x ? GROUPS * TILE : 0)) * TILE * sizeof(bf16));
-    bring_tile(room.weight[i % STAGES], &p.weight, i % STEPS * TILE, row_of(i / STEPS), gate);
+    expect_more(gate, (ROWS + GROUPS * TILE) * TILE * sizeof(bf16));
+    bring_tile(room.weight[i % STAGES], &p.weight, column_of(i), row_of(i / STEPS), gate);
   };
   auto bring_x = [&](int i) {
 #if MULTICAST
     int half = int(blockIdx.x) % 2 * GROUPS / 2 * TILE;
-    bring_to_both(room.x[i % STAGES] + half * TILE, &p.x, i % STEPS * TILE, half, &room.brought[i % STAGES]);
+    bring_to_both(room.x[i % STAGES] + half * TILE, &p.x, column_of(i), half, &room.brought[i % STAGES]);
     return;
 #endif
-    if (!RESIDENT || i < STEPS)
-      bring_tile(room.x[RESIDENT ? i : i % STAGES], &p.x, i % STEPS * TILE, 0, &room.brought[i % STAGES]);
+    bring_tile(room.x[i % STAGES], &p.x, column_of(i), 0, &room.brought[i % STAGES]);
   };
   let_next_begin();
   const int first = steps < STAGES ? steps : STAGES, soon = first < EARLY ? first : EARLY;
@@ -111,16 +115,20 @@ extern "C" __global__ void PAIRED __launch_bounds__(THREADS, 1) likeliest(const 
   for (int tile = 0, i = 0; tile < own_tiles; ++tile) {
     for (int step = 0; step < STEPS; ++step, ++i) {
       wait_at(&room.brought[i % STAGES], i / STAGES % 2);
+      if (SKEW && tid >= 128 && i + SKEW < steps) wait_at(&room.brought[(i + SKEW) % STAGES], (i + SKEW) / STAGES % 2);
       begin_multiplying();
 #pragma unroll
       for (int g = 0; g < EACH; ++g)
-        multiply_soon(sum[g], room.x[RESIDENT ? step : i % STAGES] + (group + g) * TILE * TILE, room.weight[i % STAGES], step > 0);
+        multiply_soon(sum[g], room.x[i % STAGES] + (group + g) * TILE * TILE, room.weight[i % STAGES], step > 0);
       commit();
       all_multiplied_but<1>();
       if (step && lane == 0) arrive_at_both(&room.read[(i - 1) % STAGES]);
     }
     all_multiplied_but<0>();
     if (lane == 0) arrive_at_both(&room.read[(i - 1) % STAGES]);
+#ifdef NOTHING
+    if (p.height > 0) { for (int g = 0; g < EACH; ++g) { read_not_before(sum[g]); top[g][0] += int(sum[g][0]); } continue; }
+#endif
     int begin = row_of(tile) + lane % 4 * 2;
 #pragma unroll
     for (int g = 0; g < EACH; ++g) {
@@ -140,7 +148,7 @@ extern "C" __global__ void PAIRED __launch_bounds__(THREADS, 1) likeliest(const 
     }
   }
 #if MULTICAST
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 #pragma unroll
   for (int g = 0; g < EACH; ++g)

@@ -209,6 +209,12 @@ __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync
 template <int n> __device__ __forceinline__ void all_multiplied_but() {  // the last n committed
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
 }
+// All bits of each half the sign of that.
+__device__ __forceinline__ unsigned signs(unsigned pair) {
+  unsigned y;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(y) : "r"(pair));
+  return y;
+}
 // By all threads of four warps: what some leave others may take, up to 65,536 of a block.
 template <int n> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n)); }
 template <int n> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n)); }
