@@ -15,11 +15,14 @@ from ..largest import WayOut
 from ..mamba_step.cuda_sources import addresses, capable, fits, give_up, has_room, source, tiles_serve
 
 TILE = 64
-HEIGHTS = 192, 128, 64  # rows of a tile of the weight
-WARPS = 8  # of settle.cu
+# By 64s of sequences (three are as four): rows of a tile of the weight, the best one first; threads of a block; tiles
+# of the weight that are asked for at once: measured, benchmarks/results/gpu_model.md.
+HEIGHTS = {1: (128, 192, 64), 2: (192, 128, 64), 4: (192, 128, 64)}
+THREADS = {1: 160, 2: 288, 4: 384}
+EARLY = {1: 4, 2: 4, 4: 0}
+WARPS = 16  # of settle.cu
 MOST = 256  # sequences of a launch: more are taken in turns
 ROOM = 227 * 1024 - 2048  # bytes of shared memory for tiles
-EARLY = 4
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 
 
@@ -29,7 +32,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         x.dtype == weight.dtype == torch.bfloat16
         and len(x) > 0
         and x.shape[1] % 8 == 0
-        and HEIGHTS[-1] <= len(weight) < 2**31
+        and TILE <= len(weight) < 2**31
         and capable(x)
         and tiles_serve(x)
         and has_room(x)
@@ -55,25 +58,20 @@ def likeliest(x: Tensor, weight: Tensor, out: WayOut | None) -> tuple[Tensor, Te
 
 
 class _Kernel:
-    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, early: int = EARLY, **more: int):
+    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, early: int | None = None):
         processors, self.groups = nvrtc.processors(device), groups if groups < 3 else 4
-        heights = [n for n in HEIGHTS if n <= V]
-        # So that all processors are done at once; then, the larger the less often x is read.
-        self.height = height or min(heights, key=lambda n: (-(-V // n // processors) * n, -n))
-        self.blocks, self.multicast = min(-(-V // self.height), processors), more.setdefault("MULTICAST", 0)
+        heights = [n for n in HEIGHTS[self.groups] if n <= V]
+        self.height = height or min(heights, key=lambda n: -(-V // n // processors) * n)  # all are done at once
+        self.blocks, self.threads = min(-(-V // self.height), processors), THREADS[self.groups]
         stages = ROOM // ((self.groups * TILE + self.height) * TILE * 2)
-        sizes = {"WIDTH": M, "GROUPS": self.groups, "ROWS": self.height, "STAGES": stages, "EARLY": early}
-        sizes |= {"PROCESSORS": processors} | more
-        self.name = f"{self.height} rows, {stages} stages, early {early} {more}"
-        self.threads = 384 if self.groups == 4 else 128 * self.groups + 32
+        sizes = {"WIDTH": M, "PROCESSORS": processors, "GROUPS": self.groups, "ROWS": self.height, "STAGES": stages}
+        sizes["EARLY"] = EARLY[self.groups] if early is None else early
         self.find = nvrtc.kernel(source(str(_FOLDER / "likeliest.cu"), **sizes), "likeliest", device)
         self.settle = nvrtc.kernel(source(str(_FOLDER / "settle.cu"), FOUND=self.blocks, WARPS=WARPS), "settle", device)
 
     def __call__(self, x: Tensor, weight: Tensor, places: Tensor, bad: Tensor, out: WayOut | None = None) -> None:
         keys = torch.empty(self.blocks, len(x), dtype=torch.int64, device=x.device)
-        maps = nvrtc.tensor_map(x, TILE * self.groups // (1 + self.multicast), TILE) + nvrtc.tensor_map(
-            weight, self.height, TILE
-        )
+        maps = nvrtc.tensor_map(x, TILE * self.groups, TILE) + nvrtc.tensor_map(weight, self.height, TILE)
         sizes = struct.pack("3q40x", *addresses(keys), len(x), len(weight))
         self.find(self.blocks, self.threads, maps + sizes, early=True)
         ring = (0, 0) if out is None else (len(out.ring), out.ring.stride(0))

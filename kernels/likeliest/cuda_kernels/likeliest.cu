@@ -27,37 +27,10 @@ extern "C" __constant__ int shared_bytes = sizeof(Room) + 1024;
 // Two numbers of bfloat16 as integers of 16 bits in their order; NaN, which is one of 0x7fff, stands above all.
 INLINE unsigned in_order(unsigned pair) { return pair ^ (signs(pair) & 0x7fff7fff); }
 
-
-#if MULTICAST
-#define PAIRED CLUSTERED(2)
-// x's tile, of which each of two blocks brings half, to both.
-__device__ __forceinline__ void bring_to_both(void* to, const TensorMap* map, int column, int row, Gate* gate) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
-               "[%4], %5;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
-               "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate))), "h"((unsigned short)3)
-               : "memory");
-}
-__device__ __forceinline__ void arrive_at_both(Gate* gate) {
-  arrive(gate);
-  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;"
-               "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(unsigned(__cvta_generic_to_shared(gate))), "r"(int(blockIdx.x) % 2 ^ 1) : "memory");
-}
-#else
-#define PAIRED
-#define arrive_at_both arrive
-#endif
-#ifndef SKEW
-#define SKEW 0
-#endif
-#ifndef TURNED
-#define TURNED 0
-#endif
-extern "C" __global__ void PAIRED __launch_bounds__(THREADS, 1) likeliest(const GRID_CONSTANT Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CONSTANT Problem p) {
   Room& room = *reinterpret_cast<Room*>((reinterpret_cast<unsigned long long>(own_room()) + 1023) / 1024 * 1024);
   int tid = threadIdx.x, lane = tid % 32, n_rows = int(p.n_rows), height = int(p.height);
-  int tiles = (height + ROWS - 1) / ROWS, own_tiles = (tiles - int(blockIdx.x) / (1 + MULTICAST) * (1 + MULTICAST) + PROCESSORS - 1) / PROCESSORS;
-  int turn = TURNED ? int(blockIdx.x) / (1 + MULTICAST) : 0;
-  auto column_of = [&](int i) { return (i + turn) % STEPS * TILE; };
+  int tiles = (height + ROWS - 1) / ROWS, own_tiles = (tiles - int(blockIdx.x) + PROCESSORS - 1) / PROCESSORS;
   int steps = own_tiles * STEPS;
   auto row_of = [&](int tile) {
     int row = (int(blockIdx.x) + tile * PROCESSORS) * ROWS;
@@ -66,27 +39,19 @@ extern "C" __global__ void PAIRED __launch_bounds__(THREADS, 1) likeliest(const 
   auto bring_weight = [&](int i) {
     Gate* gate = &room.brought[i % STAGES];
     expect_more(gate, (ROWS + GROUPS * TILE) * TILE * sizeof(bf16));
-    bring_tile(room.weight[i % STAGES], &p.weight, column_of(i), row_of(i / STEPS), gate);
+    bring_tile(room.weight[i % STAGES], &p.weight, i % STEPS * TILE, row_of(i / STEPS), gate);
   };
   auto bring_x = [&](int i) {
-#if MULTICAST
-    int half = int(blockIdx.x) % 2 * GROUPS / 2 * TILE;
-    bring_to_both(room.x[i % STAGES] + half * TILE, &p.x, column_of(i), half, &room.brought[i % STAGES]);
-    return;
-#endif
-    bring_tile(room.x[i % STAGES], &p.x, column_of(i), 0, &room.brought[i % STAGES]);
+    bring_tile(room.x[i % STAGES], &p.x, i % STEPS * TILE, 0, &room.brought[i % STAGES]);
   };
   let_next_begin();
   const int first = steps < STAGES ? steps : STAGES, soon = first < EARLY ? first : EARLY;
   if (tid == MULTIPLIERS) {
-    for (int i = 0; i < STAGES; ++i) open(&room.brought[i], 1), open(&room.read[i], MULTIPLIERS / 32 * (1 + MULTICAST));
+    for (int i = 0; i < STAGES; ++i) open(&room.brought[i], 1), open(&room.read[i], MULTIPLIERS / 32);
     all_open();
     for (int i = 0; i < soon; ++i) bring_weight(i);
   }
   __syncthreads();
-#if MULTICAST
-  say_begun(), wait_for_others();
-#endif
   wait_for_end_before();
   if (tid >= MULTIPLIERS) {
     if (EACH > 1) fewer_registers<24>();
@@ -115,20 +80,16 @@ extern "C" __global__ void PAIRED __launch_bounds__(THREADS, 1) likeliest(const 
   for (int tile = 0, i = 0; tile < own_tiles; ++tile) {
     for (int step = 0; step < STEPS; ++step, ++i) {
       wait_at(&room.brought[i % STAGES], i / STAGES % 2);
-      if (SKEW && tid >= 128 && i + SKEW < steps) wait_at(&room.brought[(i + SKEW) % STAGES], (i + SKEW) / STAGES % 2);
       begin_multiplying();
 #pragma unroll
       for (int g = 0; g < EACH; ++g)
         multiply_soon(sum[g], room.x[i % STAGES] + (group + g) * TILE * TILE, room.weight[i % STAGES], step > 0);
       commit();
       all_multiplied_but<1>();
-      if (step && lane == 0) arrive_at_both(&room.read[(i - 1) % STAGES]);
+      if (step && lane == 0) arrive(&room.read[(i - 1) % STAGES]);
     }
     all_multiplied_but<0>();
-    if (lane == 0) arrive_at_both(&room.read[(i - 1) % STAGES]);
-#ifdef NOTHING
-    if (p.height > 0) { for (int g = 0; g < EACH; ++g) { read_not_before(sum[g]); top[g][0] += int(sum[g][0]); } continue; }
-#endif
+    if (lane == 0) arrive(&room.read[(i - 1) % STAGES]);
     int begin = row_of(tile) + lane % 4 * 2;
 #pragma unroll
     for (int g = 0; g < EACH; ++g) {
@@ -147,9 +108,6 @@ extern "C" __global__ void PAIRED __launch_bounds__(THREADS, 1) likeliest(const 
       }
     }
   }
-#if MULTICAST
-  asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-#endif
 #pragma unroll
   for (int g = 0; g < EACH; ++g)
 #pragma unroll
