@@ -11,6 +11,7 @@ from .config import LanguageModelConfig
 from .graphed import SHORTEST
 from .head_loss import head_loss, is_plain
 from .hub import PretrainedModel
+from .mamba_at_once import as_made
 
 
 class LanguageModel(PretrainedModel):
@@ -75,7 +76,10 @@ class LanguageModel(PretrainedModel):
     @torch.no_grad()
     def step_likeliest(self, tokens: Tensor, state: State, out: WayOut) -> None:
         """`largest` of `step`, handed over: without logits in memory, where nothing would be missed by that."""
-        hidden = self.backbone.step(self.embedding(tokens), state)
+        if as_made(self.embedding, kinds=(nn.Embedding,)) and self.embedding.max_norm is None:
+            hidden = self.backbone.step(self.embedding.weight, state, rows=tokens)
+        else:
+            hidden = self.backbone.step(self.embedding(tokens), state)
         if is_plain(self.lm_head) and autocast_dtype(hidden) == hidden.dtype:
             likeliest(hidden, self.lm_head.weight, out)
         else:
