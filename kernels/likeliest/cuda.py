@@ -32,7 +32,8 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         x.dtype == weight.dtype == torch.bfloat16
         and len(x) > 0
         and x.shape[1] % 8 == 0
-        and TILE <= len(weight) < 2**31
+        and TILE <= len(weight) < 2**30
+        and x.data_ptr() % 16 == 0
         and capable(x)
         and tiles_serve(x)
         and has_room(x)

@@ -21,7 +21,7 @@ from ..triton_runtime import (
 )
 
 PIECE = 16  # rows of a program of the backward: fixed, so that sums over rows depend on nothing else
-FEW = 512  # rows whose norm is over so soon that it pays to begin, and to let the next begin, early
+FEW = 256  # rows, as of a step, whose norm begins, and lets the next kernel begin, before the one before has ended
 TILE = 4096  # elements of a tile, unless a row is longer
 
 

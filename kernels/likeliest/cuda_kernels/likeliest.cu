@@ -15,8 +15,8 @@ constexpr int MULTIPLIERS = 128 * WARPGROUPS, THREADS = MULTIPLIERS + (EACH > 1 
 
 struct Problem {
   TensorMap x, weight;  // (B, WIDTH) in tiles of 64 GROUPS x 64, (V, WIDTH) in tiles of ROWS x 64
-  int64* keys;          // (blocks, B): number and place as one, see `keep`
-  int64 n_rows, height; // B, V
+  int64* keys;           // (blocks, B): the largest
+  int64 n_rows, height;  // B, V
 };
 struct Room {
   alignas(1024) bf16 x[STAGES][GROUPS * TILE * TILE], weight[STAGES][ROWS * TILE];
@@ -26,6 +26,14 @@ extern "C" __constant__ int shared_bytes = sizeof(Room) + 1024;
 
 // Two numbers of bfloat16 as integers of 16 bits in their order; NaN, which is one of 0x7fff, stands above all.
 INLINE unsigned in_order(unsigned pair) { return pair ^ (signs(pair) & 0x7fff7fff); }
+// A number, in order, and its row of the weight: the larger for a larger number, and among equal ones for an earlier row.
+INLINE int64 key(int number, int row) { return int64(number) << 32 | unsigned(~row); }
+INLINE int64 larger(int64 x, int64 y) { return x > y ? x : y; }
+INLINE int64 across(int64 x, int mask) {
+  unsigned low = __float_as_uint(across(__uint_as_float(unsigned(x)), mask));
+  unsigned high = __float_as_uint(across(__uint_as_float(unsigned(x >> 32)), mask));
+  return int64(high) << 32 | low;
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CONSTANT Problem p) {
   Room& room = *reinterpret_cast<Room*>((reinterpret_cast<unsigned long long>(own_room()) + 1023) / 1024 * 1024);
@@ -74,9 +82,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CO
   // 8 j + lane % 4 * 2 and the next: sum[..][4 j + 2 half] and the next.
   int group = tid / 128 * EACH;
   float sum[EACH][ROWS / 2];
-  int top[EACH][2], row[EACH][2];  // the largest until now, in order, and its row
+  int64 top[EACH][2];
 #pragma unroll
-  for (int g = 0; g < EACH; ++g) top[g][0] = top[g][1] = -1 << 16, row[g][0] = row[g][1] = 0;
+  for (int g = 0; g < EACH; ++g) top[g][0] = top[g][1] = key(-1 << 16, 0);
   for (int tile = 0, i = 0; tile < own_tiles; ++tile) {
     for (int step = 0; step < STEPS; ++step, ++i) {
       wait_at(&room.brought[i % STAGES], i / STAGES % 2);
@@ -96,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CO
       read_not_before(sum[g]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int best = -1 << 31;  // the number above, and below what is the larger the earlier the row
+        int best = -1 << 31;  // in short: a number, and how far its row is from the last that 16 bits could say
 #pragma unroll
         for (int j = 0; j < ROWS / 8; ++j) {
           unsigned pair = in_order(floats_to_bf16(sum[g][4 * j + 2 * half], sum[g][4 * j + 2 * half + 1]));
@@ -104,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CO
           best = best > low ? best : low;
           best = best > high ? best : high;
         }
-        if (best >> 16 > top[g][half]) top[g][half] = best >> 16, row[g][half] = begin + 0xffff - (best & 0xffff);
+        top[g][half] = larger(top[g][half], key(best >> 16, begin + 0xffff - (best & 0xffff)));
       }
     }
   }
@@ -113,13 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) likeliest(const GRID_CO
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int mask = 1; mask < 4; mask *= 2) {
-        int other = int(__float_as_uint(across(__uint_as_float(top[g][half]), mask)));
-        int at = int(__float_as_uint(across(__uint_as_float(row[g][half]), mask)));
-        if (other > top[g][half] || (other == top[g][half] && at < row[g][half])) top[g][half] = other, row[g][half] = at;
-      }
+      for (int mask = 1; mask < 4; mask *= 2) top[g][half] = larger(top[g][half], across(top[g][half], mask));
       int b = (group + g) * TILE + tid % 128 / 32 * 16 + half * 8 + lane / 4;
-      if (lane % 4 == 0 && b < n_rows)
-        p.keys[int64(blockIdx.x) * n_rows + b] = int64(top[g][half]) << 32 | unsigned(~row[g][half]);
+      if (lane % 4 == 0 && b < n_rows) p.keys[int64(blockIdx.x) * n_rows + b] = top[g][half];
     }
 }

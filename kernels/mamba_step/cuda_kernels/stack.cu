@@ -16,14 +16,14 @@ static_assert(M % 256 == 0 && E % 256 == 0 && THREADS >= 4 * MOST, "sizes not se
 
 struct Problem {
   const bf16 *in_proj, *out_proj;
-  const bf16* norm;  // of the next block, or of the first one where this begins; 0 if there is none
-  const bf16* x;     // (B, M): what the stack begins with; or of which these rows are that
-  const int64* rows; // (B,), or 0
-  float* stream;     // (B, M)
-  bf16* scaled;      // (B, M): the stream times the norm's weight
-  float* squares;    // (M / 16, MOST): the stream's sums of squares, of 16 channels each
-  bf16* uz;          // (B, 2 E)
-  bf16* y;           // (B, E)
+  const bf16* norm;   // of the next block, or of the first one where this begins; 0 if there is none
+  const bf16* x;      // (B, M): what the stack begins with; or of which these rows are that
+  const int64* rows;  // (B,), or 0
+  float* stream;      // (B, M)
+  bf16* scaled;       // (B, M): the stream times the norm's weight
+  float* squares;     // (M / 16, MOST): the stream's sums of squares, of 16 channels each
+  bf16* uz;           // (B, 2 E)
+  bf16* y;            // (B, E)
   double eps;
   int64 n_rows;  // B
 };
