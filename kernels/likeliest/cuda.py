@@ -15,14 +15,12 @@ from ..largest import WayOut
 from ..mamba_step.cuda_sources import addresses, capable, fits, give_up, has_room, source, tiles_serve
 
 TILE = 64
-# By 64s of sequences (three are as four): rows of a tile of the weight, the best one first; threads of a block; tiles
-# of the weight that are asked for at once: measured, benchmarks/results/gpu_model.md.
-HEIGHTS = {1: (128, 192, 64), 2: (192, 128, 64), 4: (192, 128, 64)}
+# By 64s of sequences (three are as four): rows of a tile of the weight, the best one first, and threads of a block.
+HEIGHTS = {1: (128, 192, 64), 2: (128, 192, 64), 4: (192, 128, 64)}  # measured, benchmarks/results/gpu_model.md
 THREADS = {1: 160, 2: 288, 4: 384}
-EARLY = {1: 4, 2: 4, 4: 0}
 WARPS = 16  # of settle.cu
 MOST = 256  # sequences of a launch: more are taken in turns
-ROOM = 227 * 1024 - 2048  # bytes of shared memory for tiles
+ROOM, EARLY = 227 * 1024 - 2048, 32 * 1024  # bytes of tiles in shared memory; of the weight's, asked for at once
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 
 
@@ -59,14 +57,14 @@ def likeliest(x: Tensor, weight: Tensor, out: WayOut | None) -> tuple[Tensor, Te
 
 
 class _Kernel:
-    def __init__(self, groups: int, V: int, M: int, device: int, height: int = 0, early: int | None = None):
+    def __init__(self, groups: int, V: int, M: int, device: int):
         processors, self.groups = nvrtc.processors(device), groups if groups < 3 else 4
         heights = [n for n in HEIGHTS[self.groups] if n <= V]
-        self.height = height or min(heights, key=lambda n: -(-V // n // processors) * n)  # all are done at once
+        self.height = min(heights, key=lambda n: -(-V // n // processors) * n)  # all are done at once
         self.blocks, self.threads = min(-(-V // self.height), processors), THREADS[self.groups]
-        stages = ROOM // ((self.groups * TILE + self.height) * TILE * 2)
-        sizes = {"WIDTH": M, "PROCESSORS": processors, "GROUPS": self.groups, "ROWS": self.height, "STAGES": stages}
-        sizes["EARLY"] = EARLY[self.groups] if early is None else early
+        of_x, of_weight = self.groups * TILE * TILE * 2, self.height * TILE * 2
+        sizes = {"WIDTH": M, "PROCESSORS": processors, "GROUPS": self.groups, "ROWS": self.height}
+        sizes |= {"STAGES": ROOM // (of_x + of_weight), "EARLY": EARLY // of_weight}
         self.find = nvrtc.kernel(source(str(_FOLDER / "likeliest.cu"), **sizes), "likeliest", device)
         self.settle = nvrtc.kernel(source(str(_FOLDER / "settle.cu"), FOUND=self.blocks, WARPS=WARPS), "settle", device)
 
