@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .backends import interpreting
 
@@ -79,18 +78,6 @@ def softplus_and_slope(x):
 
 
 _INTERPRETED = tl.constexpr(interpreting())
-
-
-@triton.jit
-def after_the_kernel_before(EARLY: tl.constexpr):
-    """Wait for the end of the kernel before; then let the next one begin.
-
-    What is read before a kernel's wait has to be written by one that stands before the last kernel in front of it that
-    has come through here: the end of all those is what this has seen.
-    """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

@@ -14,19 +14,23 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..triton_runtime import (
-    LOG2E,
-    after_the_kernel_before,
-    ceil_div,
-    early_launch,
-    load_float,
-    sigmoid,
-    softplus,
-)
+from ..triton_runtime import LOG2E, ceil_div, early_launch, load_float, sigmoid, softplus
 
 ELEMENTS, LANE = 4096, 64  # of a matrix, a program and a lane of it have at most
 WIDE = range(1025, 2048)  # model widths for which both are twice that: measured at 1,792 (at 768 it is slower)
 PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor of an H100
+
+
+@triton.jit
+def after_the_kernel_before(EARLY: tl.constexpr):
+    """Wait for the end of the kernel before; then let the next one begin.
+
+    What is read before a kernel's wait has to be written by one that stands before the last kernel in front of it that
+    has come through here: the end of all those is what this has seen.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

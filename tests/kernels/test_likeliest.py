@@ -40,7 +40,7 @@ def check(x, weight, places, bad):
     found, top = logits.gather(1, places[:, None])[:, 0], logits.max(1).values
     for row in (~bad).nonzero()[:, 0].tolist():
         place = places[row].item()
-        assert found[row] >= top[row] - top[row].abs() * 2**-8, f"row {row}: {found[row]} at {place}, not {top[row]}"
+        assert found[row] >= top[row] - top[row].abs() * 2**-7, f"row {row}: {found[row]} at {place}, not {top[row]}"
         first = (weight == weight[place]).all(1).nonzero()[0].item()
         assert place == first, f"row {row}: {place} ties with {first}"
 
