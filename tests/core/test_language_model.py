@@ -71,7 +71,8 @@ def test_the_likeliest_of_a_step(special):
         model.lm_head.register_forward_hook(lambda head, inputs, logits: -logits)
     elif special == "adapter":
         model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Linear(37, 37))
-    out = WayOut(*torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=int))
+    own, turn = torch.zeros(2, 2, dtype=torch.int64)
+    out = WayOut(own, torch.zeros(2, 2, dtype=torch.int64), turn)
     states = model.init_state(2), model.init_state(2)
     for token in tokens.T[:4]:
         model.step_likeliest(token, states[0], out)
