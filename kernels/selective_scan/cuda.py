@@ -156,7 +156,8 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
-    macros = (*macros, ("BACKWARDS", int(kernel in ("backward", "chunk_gradients", "sum_shares"))))
+    backwards = kernel in ("backward", "chunk_gradients", "sum_shares")
+    macros = (*macros, ("BACKWARDS", int(backwards)), ("FORWARD", int(kernel == "forward")))
     parts = [f"#define {name} {value}" for name, value in macros]
     parts_of = {"backward": "backward_parts", "forward": "forward_parts", "forward_pairs": "forward_parts"}
     files = ("device", "numbers", "common", *([parts_of[kernel]] if kernel in parts_of else []), kernel)
