@@ -158,7 +158,8 @@ def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, wa
 
 @cache
 def _source(kernel: str, macros: tuple[tuple[str, Any], ...]) -> str:
-    macros = (*macros, ("BACKWARDS", int(kernel in ("backward", "chunk_gradients", "sum_shares"))))
+    backwards = kernel in ("backward", "chunk_gradients", "sum_shares")
+    macros = (*macros, ("BACKWARDS", int(backwards)), ("FORWARD", int(kernel == "forward")))
     parts = [f"#define {name} {value}" for name, value in macros]
     parts_of = {"backward": "backward_parts", "forward": "forward_parts", "forward_pairs": "forward_parts"}
     files = ("device", "numbers", "common", *([parts_of[kernel]] if kernel in parts_of else []), kernel)
@@ -408,23 +409,45 @@ _ROWS_A_PROCESSOR = 40
 _MOST_PAIRS = 6  # of a block: 96 KiB of shared memory
 
 
+def _in_pairs(layout: _Layout) -> bool:
+    """Whether pairs of warps may run it: as many states as have been measured (benchmarks/SCAN_NOTES.md)."""
+    return 8 < layout.n_states <= 16
+
+
+def _run_tile(layout: _Layout, runs: int, walked: bool, processors: int) -> tuple[Tile, bool]:
+    """(The forward's tile, whether pairs of warps run it). runs: sequences or chunks; walked: chunk after chunk."""
+    rows = runs * layout.n_channels
+    if _in_pairs(layout) and (walked or rows < 64 * processors):
+        return _pairs_tile(layout, runs, processors), True
+    return _forward_tile(layout.n_states, rows, layout.vector, processors), False
+
+
+def _at_once(p: _Plan) -> bool:
+    """Whether the forward runs the chunks of a sequence at once, where it may have several.
+
+    Pairs that walk take about as long for a step whether a multiprocessor has 8 rows or 24. A step of all chunks takes
+    as long as the fullest multiprocessor does: with 20 rows a chunk of a sequence as long as those walk them. With
+    fewer than 48 rows it is no faster.
+    """
+    layout = p.layout
+    if not _in_pairs(layout):
+        return layout.n_seqs * layout.n_channels < _ROWS_A_PROCESSOR * p.processors
+    p.lay_out(_run_tile(layout, p.n_chunks, False, p.processors)[0])
+    fullest = -(-p.n_chunks * p.n_tiles // p.processors) * p.tile.channels
+    return max(fullest, 48) * layout.n_seqs <= _ROWS_A_PROCESSOR // 2 * p.n_chunks
+
+
 @lru_cache(maxsize=1024)
 def _forward_plan(layout: _Layout) -> _Plan:
     p = _Plan(layout)
-    in_pairs = 8 < layout.n_states <= 16  # of as many states as have been measured: benchmarks/SCAN_NOTES.md
-    limit = _ROWS_A_PROCESSOR * p.processors // (2 if in_pairs else 1)
-    p.at_once = p.several and layout.n_seqs * layout.n_channels < limit
-    runs = p.n_chunks if p.at_once else layout.n_seqs
-    rows = runs * layout.n_channels
-    tile = _forward_tile(layout.n_states, rows, layout.vector, p.processors)
+    p.at_once = p.several and _at_once(p)
     if p.at_once:
-        p.lay_out(tile)
+        p.lay_out(_forward_tile(layout.n_states, p.n_chunks * layout.n_channels, layout.vector, p.processors))
         p.scan("forward", p.n_chunks * p.n_tiles, ("OWN", 0), ("ENDS", 1))
         p.carry(backwards=False)
     walked = p.several and not p.at_once
-    pairs = in_pairs and (walked or rows < 64 * p.processors)
-    if pairs:
-        tile = _pairs_tile(layout, runs, p.processors)
+    runs = p.n_chunks if p.at_once else layout.n_seqs
+    tile, pairs = _run_tile(layout, runs, walked, p.processors)
     p.lay_out(tile)
     p.scan("forward", runs * p.n_tiles, ("OWN", int(walked)), ("ENDS", 0), pairs=pairs)
     return p

@@ -44,6 +44,7 @@ inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float exp2_fast(float x) { float y = exp2f(x); return std::fabs(y) < 1.17549435e-38f ? 0.0f : y; }
 inline float log2_fast(float x) { return log2f(x); }
+inline float or_zero(float x) { return x < 0.0f ? 0.0f : x; }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float inverse_root(float x) { return 1.0f / sqrtf(x); }
 inline float half_to_float(unsigned bits) { uint16_t b = bits; _Float16 x; std::memcpy(&x, &b, 2); return x; }

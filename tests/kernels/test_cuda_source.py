@@ -94,7 +94,7 @@ def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monke
     tensors = cast(inputs(70, 36, states, 1, 1), torch.float32)
     arguments = {"delta_softplus": True, "return_final_state": True}
     first = results_of(selective_scan, tensors, "cuda", **arguments)
-    for processors, rows in ((132, 0), (132, 10**9), (1, 10**9), (0, 0)):  # of 0 processors any rows are many
+    for processors, rows in ((132, 0), (132, 10**9), (1, 10**9), (0.01, 0)):  # of a hundredth any rows are many
         monkeypatch.setattr(nvrtc, "processors", lambda device, n=processors: n)
         monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", rows)
         forget()
@@ -341,6 +341,24 @@ def test_pairs_of_a_block_fill_the_multiprocessors_evenly(runs, channels, groups
     layout = SimpleNamespace(n_states=16, n_channels=channels, groups=groups, vector=2)
     tile = cuda._pairs_tile(layout, runs, 132)
     assert pairs == tile.WARPS
+
+
+@pytest.mark.parametrize(
+    ("sequences", "channels", "length", "at_once"),
+    [
+        (1, 1536, 8192, True), (1, 1024, 4096, True), (5, 512, 8192, True), (1, 512, 2**20, True),
+        (1, 1536, 4096, False),  # two chunks: two passes over one are no shorter
+        (1, 2304, 8192, False),  # 144 blocks at once: the fullest multiprocessor would have two
+        (3, 768, 8192, False), (2, 2048, 8192, False),
+    ],
+)  # fmt: skip
+def test_chunks_are_run_at_once_where_they_fill_the_multiprocessors(sequences, channels, length, at_once, monkeypatch):
+    """132 of them."""
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
+    u = torch.empty(sequences * length, channels, dtype=torch.bfloat16, device="meta")
+    A, B = torch.empty(channels, 16, device="meta"), torch.empty(len(u), 1, 16, dtype=torch.bfloat16, device="meta")
+    _, layout = cuda._ready(u, u, A, B, B, A[:, 0], u, A[:, 0], None, sequences, True, False)
+    assert cuda._at_once(cuda._Plan(layout)) == at_once
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   // A tile, or its first half, which may be all that there is of it where a sequence ends.
   auto run = [&](int step, bool whole) __attribute__((always_inline)) {
     constexpr int HALF_ITS = (ITS + 1) / 2;
-    static_assert(T % (2 * AT_ONCE) == 0, "half a tile is some groups of steps");
+    static_assert(T % (4 * AT_ONCE) == 0, "half a tile is some pairs of groups of steps");
     const int groups = (whole ? T : T / 2) / AT_ONCE;
     const int left = stop - step;
 #if !STATIC_B
@@ -173,9 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     read(0);
     decay(0);
     if (groups > 1) read(1);
-#pragma unroll
-    for (int g = 0; g < T / AT_ONCE; ++g) {
-      if (g == groups) break;
+    auto run_group = [&](int g) __attribute__((always_inline)) {
       if (g + 1 < groups) decay(g + 1);
       if (g + 2 < groups) read(g + 2);
       float y[AT_ONCE][CL];
@@ -204,6 +202,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       for (int k = 0; k < AT_ONCE; ++k)
         leave_parts(shared.warp[a.warp].y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
 #endif
+    };
+#pragma unroll
+    for (int g = 0; g < groups; g += 2) {  // two a turn: of one the compiler does not write all turns out
+      if (!whole && g * AT_ONCE >= left) break;
+      run_group(g);
+      run_group(g + 1);
     }
     __syncthreads();
 
@@ -213,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       if (!whole && i == HALF_ITS) break;
       const int t = i * ROWS + a.row;
       float y[V];
-      add_parts(of_column.y[t], t, column, y);
+      add_parts(of_column.y[t], ROWS % 2 ? t : a.row, column, y);  // t is even where the row is
       finish(y, u[i], skip);
 #if GATE
       gate(y, z[i]);

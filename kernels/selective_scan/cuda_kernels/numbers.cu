@@ -108,6 +108,14 @@ INLINE float exp_negative(float x) {
   return __fmaf_rn(e, lost * LN2, e);
 }
 
+// max(x, 0), or NaN. By one instruction in forward.cu alone: forward_pairs.cu is slower with it, since the compiler then
+// has its loads wait for each other (benchmarks/SCAN_NOTES.md).
+#if FORWARD
+INLINE float positive(float x) { return or_zero(x); }
+#else
+INLINE float positive(float x) { return x < 0.0f ? 0.0f : x; }
+#endif
+
 // log(1 + exp(x)), given e = exp(-|x|): max(x, 0) + log1p(e), log1p(e) / e as a polynomial (relative error 3.4e-8), since
 // a rounded 1 + e has lost what a small e holds.
 INLINE float softplus_of(float x, float e) {
@@ -120,5 +128,5 @@ INLINE float softplus_of(float x, float e) {
   p = __fmaf_rn(p, e, 0.3331812024116516f);
   p = __fmaf_rn(p, e, -0.4999944567680359f);
   p = __fmaf_rn(p, e, 0.9999999403953552f);
-  return __fmaf_rn(e, p, x < 0.0f ? 0.0f : x);  // a NaN falls through
+  return __fmaf_rn(e, p, positive(x));
 }
