@@ -11,6 +11,9 @@ constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those bef
 constexpr bool WIDE = N > 32;
 template <typename X, bool AS_IT_IS> struct Kept { typedef X type; };
 template <typename X> struct Kept<X, false> { typedef float type; };
+// Whether a tile's rows are asked for only behind the sums of the tile after it. Until they come they hold one of the six
+// scoreboards by which all loads of a warp are waited for. Above 16 states it is slower.
+constexpr bool ASK_LATE = N <= 16;
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
 static_assert(STRETCH % T == 0 && EVERY % STRETCH == 0, "pieces of time must nest");
 constexpr int BC = WARPS * WC;             // channels of a block
