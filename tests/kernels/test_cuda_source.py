@@ -343,6 +343,15 @@ def test_pairs_of_a_block_fill_the_multiprocessors_evenly(runs, channels, groups
     assert pairs == tile.WARPS
 
 
+@pytest.mark.parametrize(
+    ("states", "channels", "warps"), [(16, 5120, 10), (8, 5120, 5), (4, 5120, 3), (64, 2048, 8), (16, 64, 1)]
+)
+def test_warps_that_walk_chunks_fill_the_multiprocessors_evenly(states, channels, warps):
+    layout = SimpleNamespace(n_states=states, n_channels=channels, groups=1, vector=2)
+    tile = cuda._backward_tile(states, channels, 2, 132, 227 * 1024, True)
+    assert warps == cuda._walking_tile(layout, tile, 1, 132).WARPS
+
+
 @pytest.mark.slow
 def test_shared_memory_of_pairs_fits(emulation, tmp_path):
     """Of as many as a block may have, on a GPU for a desk: 99 KiB."""
