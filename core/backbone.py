@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -68,6 +69,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, stream: Tensor | None, padding: Padding | None = None, **options: Any
     ) -> tuple[Tensor, Tensor, Any]:
+        if padding is None and type(self.mixer) is Mamba:  # what wraps one may have more to do
+            found = self.mixer.forward_with(self.norm, x, stream, **options)
+            if found is not None:
+                return self.dropout(found[0]), *found[1:]
         normed, residual = self.norm(x, stream, projected=self.mixer.projects_input)
         if padding is None:
             out = self.mixer(normed, **options)
@@ -171,18 +176,22 @@ class Backbone(nn.Module):
             raise ValueError("a bidirectional backbone has no state: every output depends on the whole sequence")
         return [block.mixer.init_state(batch_size, max_length) for block in self.layers]
 
-    def step(self, x: Tensor, state: State) -> Tensor:
-        """One token: x (B, d_model) -> y (B, d_model); `state` updated in place. For inference: no gradients."""
+    def step(self, x: Tensor, state: State, *, rows: Tensor | None = None) -> Tensor:
+        """One token: x (B, d_model) -> y (B, d_model); `state` updated in place. For inference: no gradients.
+
+        rows  int64 (B,): of x, which is then an embedding's weight; they have to be there
+        """
         if self.config.bidirectional:
             raise ValueError("a bidirectional backbone has no step: every output depends on the whole sequence")
-        stream = self._step_at_once(x, state)
+        stream = self._step_at_once(x, state, rows)
         if stream is not None:
             return self.norm_f.step(stream, None)[0]
+        x = x if rows is None else F.embedding(rows, x)
         for block, block_state in zip(self.layers, state, strict=True):
             x, stream = block.step(x, stream, block_state)
         return self.norm_f.step(x, stream)[0]
 
-    def _step_at_once(self, x: Tensor, state: State) -> Tensor | None:
+    def _step_at_once(self, x: Tensor, state: State, rows: Tensor | None) -> Tensor | None:
         """The stream after all blocks, where kernels take these as a whole; None, and nothing is done, elsewhere."""
         if not x.is_cuda or self.config.mixers != {"mamba"} or not self.config.final_norm:
             return None
@@ -191,7 +200,7 @@ class Backbone(nn.Module):
         weights = [b.mixer.weights_with(b.norm, x, s) for b, s in zip(self.layers, state, strict=True)]
         if None in weights:
             return None
-        return mamba_stack_step(x, state, weights, self.config.norm_eps)
+        return mamba_stack_step(x, state, weights, self.config.norm_eps, rows=rows)
 
 
 def aux_loss(model: nn.Module) -> Tensor | float:

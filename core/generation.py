@@ -63,6 +63,9 @@ class AutoregressiveModel(Protocol):
 
         On a GPU it is captured in a CUDA graph (graphed.py), so it may not wait for the GPU while that is done; a model
         whose steps are not all the same kernels says so by an attribute `step_is_one_graph`, False.
+
+        Where a class has beside it a `step_likeliest(tokens, state, out: kernels.WayOut)`, that is called instead where
+        nothing but the likeliest tokens is asked for: those go out (`kernels.hand_over`), and no logits come back.
         """
         ...
 
@@ -135,8 +138,13 @@ def generate(
 
 def collect(steps: Iterable[Step]) -> list[list[int]]:
     """The continuation of each prompt as a whole: `collect(generate(...))`."""
-    continuations = zip(*(step.tokens for step in steps), strict=True)
-    return [[token for tokens in continuation for token in tokens] for continuation in continuations]
+    continuations: list[list[int]] = []
+    for step in steps:
+        # At once: lists that pile up make Python look through all of its objects for garbage, for 0.2 s each time.
+        continuations = continuations or [[] for _ in step.tokens]
+        for continuation, tokens in zip(continuations, step.tokens, strict=True):
+            continuation += tokens
+    return continuations
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..kernels import backends, hand_over
+from ..kernels import WayOut, backends, hand_over
 from .config import SamplingConfig
 from .lti import LTIMixer
 from .replayed import recording
@@ -36,6 +36,12 @@ def serves(device: torch.device) -> bool:
     return device.type == "cuda" and backends.choose(None, device, torch.int64) == "triton"
 
 
+def tells_the_likeliest(model: Any) -> bool:
+    """Whether the model has a `step_likeliest`, from where it has its `step`: a class may change that alone."""
+    owner = next(owner for owner in (model, *type(model).__mro__) if "step" in vars(owner))
+    return "step_likeliest" in vars(owner)
+
+
 class _StepGraph:
     """One step of a model for B sequences, and the memory that it works on."""
 
@@ -46,20 +52,26 @@ class _StepGraph:
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # read by the step, and then its result
         # The same, or -1 where there is nothing to choose from, for each step in flight, where the host reads it.
         self.chosen = torch.zeros(IN_FLIGHT, batch, dtype=torch.int64, pin_memory=True)
-        self.turn = torch.zeros(1, dtype=torch.int64, device=device)  # of `chosen`, for the step to come
+        self.turn = torch.zeros(batch, dtype=torch.int64, device=device)  # of `chosen`, for the step to come
         self.uniform = torch.zeros(BLOCK, batch, dtype=torch.float64, device=device)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)  # of `uniform`, for the step to come
         self.recent = None if recent is None else torch.empty_like(recent)
         if self.recent is not None:
             self.recent.fill_(-1)
 
+        out = WayOut(self.tokens, self.chosen, self.turn)
+        no_logits = config.temperature == 0 and recent is None and tells_the_likeliest(model)
+
         def step() -> None:
+            if no_logits:
+                model.step_likeliest(self.tokens, self.state, out)
+                return
             logits = model.step(self.tokens, self.state)
             uniform = self.uniform.index_select(0, self.row)[0] if config.temperature else None
             tokens, bad = choose(logits, config, self.recent, uniform)
             if self.recent is not None:
                 self.recent.copy_(with_token(self.recent, tokens, config))
-            hand_over(tokens, bad, self.tokens, self.chosen, self.turn)
+            hand_over(tokens, bad, out)
             if config.temperature:
                 self.row.add_(1).remainder_(BLOCK)
 

@@ -12,11 +12,15 @@ from .mamba_at_once import as_made
 NO_TARGET = -100
 
 
+def is_plain(head: nn.Linear) -> bool:
+    """Whether nothing would be missed if the head's weight alone were used: no adapter, hook or bias."""
+    return as_made(head) and head.bias is None and not all_modules._has_any_global_hook()
+
+
 def head_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of head(hidden (B, L, D)) against targets (B, L) other than NO_TARGET."""
     dtype = autocast_dtype(hidden)
-    plain = as_made(head) and head.bias is None and not all_modules._has_any_global_hook()
-    if plain and autocast_dtype(head.weight) == dtype:
+    if is_plain(head) and autocast_dtype(head.weight) == dtype:
         return linear_cross_entropy(
             hidden.flatten(0, 1), head.weight, targets.flatten(), dtype=dtype, ignore_index=NO_TARGET
         )

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from ..kernels import WayOut, hand_over, largest, likeliest
+from .autocast import autocast_dtype
 from .backbone import Backbone, State
 from .batching import at_places
 from .config import LanguageModelConfig
 from .graphed import SHORTEST
-from .head_loss import head_loss
+from .head_loss import head_loss, is_plain
 from .hub import PretrainedModel
+from .mamba_at_once import as_made
 
 
 class LanguageModel(PretrainedModel):
@@ -69,3 +72,15 @@ class LanguageModel(PretrainedModel):
     def step(self, tokens: Tensor, state: State) -> Tensor:
         """One token for each sequence: int (B,) -> logits (B, vocab_size); `state` updated in place."""
         return self.lm_head(self.backbone.step(self.embedding(tokens), state))
+
+    @torch.no_grad()
+    def step_likeliest(self, tokens: Tensor, state: State, out: WayOut) -> None:
+        """`largest` of `step`, handed over: without logits in memory, where nothing would be missed by that."""
+        if as_made(self.embedding, kinds=(nn.Embedding,)) and self.embedding.max_norm is None:
+            hidden = self.backbone.step(self.embedding.weight, state, rows=tokens)
+        else:
+            hidden = self.backbone.step(self.embedding(tokens), state)
+        if is_plain(self.lm_head) and autocast_dtype(hidden) == hidden.dtype:
+            likeliest(hidden, self.lm_head.weight, out)
+        else:
+            hand_over(*largest(self.lm_head(hidden)), out)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels import MambaWeights, causal_conv1d_step, mamba_step, selective_scan_step
 from ..kernels.backends import watched
-from .mamba_at_once import as_made, at_once, at_once_onwards
+from .mamba_at_once import as_made, at_once, at_once_onwards, norm_and_at_once
 from .norm import AddLayerNorm, AddRMSNorm
 from .padding import forward_as_pack
 from .pieces import causal_conv1d, selective_scan
@@ -156,6 +156,28 @@ class Mamba(SelectiveSSM):
                 return onwards[0], MambaState(*onwards[1:])
         y, after = super().forward(self.in_proj(hidden), state, return_state=return_state, cu_seqlens=cu_seqlens)
         return self.out_proj(y) if after is None else (self.out_proj(y), after)
+
+    def forward_with(
+        self,
+        norm: AddRMSNorm,
+        x: Tensor,
+        stream: Tensor | None,
+        state: MambaState | None = None,
+        *,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, MambaState | None] | None:
+        """The norm and then this block at once: (out, the new stream, the state after it if asked for).
+
+        None where they have to be run one after the other, or where that is no slower.
+        """
+        if cu_seqlens is not None:
+            return None
+        found = norm_and_at_once(norm, self, x, stream, (None, None) if state is None else state)
+        if found is None:
+            return None
+        out, stream, *after = found
+        return out, stream, MambaState(*after) if return_state else None
 
     def step(self, hidden: Tensor, state: MambaState) -> Tensor:
         """hidden (B, d_model) -> (B, d_model); `state` updated in place."""

@@ -9,15 +9,18 @@ from torch.nn.modules import module as all_modules
 from ..kernels.mamba_block import (
     Behind,
     BlockWeights,
+    Front,
     ScanWeights,
     mamba_block,
     mamba_block_and_norm,
     mamba_block_onwards,
+    norm_and_block_pay,
+    norm_and_mamba_block,
     serves,
 )
 from . import parallel
 from .autocast import autocast_dtype
-from .norm import AddRMSNorm
+from .norm import AddLayerNorm, AddRMSNorm
 from .pieces import border_of
 
 
@@ -101,6 +104,28 @@ def at_once_onwards(
     if any(state is not None and state.shape != shape for state, shape in zip(states, shapes, strict=True)):
         return None
     return mamba_block_onwards(hidden, found[0], *states, dtype=found[1])
+
+
+def norm_and_at_once(
+    norm: AddRMSNorm, mixer: nn.Module, x: Tensor, stream: Tensor | None, states: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """`mixer` of `norm(x, stream)` from states, as of `at_once_onwards`: (out, the new stream, the states at the end).
+
+    None where the two have to be run by themselves: as of `at_once_onwards`, if one is not what it was made as, or if
+    it would not be faster.
+    """
+    own: dict[str, Any] = mixer._parameters
+    if x.device.type != "cpu" or torch.is_grad_enabled() or not norm_and_block_pay(x, len(own["D"])):
+        return None  # at once: the host would ask again for the block alone
+    if parallel.current() is not None or all_modules._has_any_global_hook():
+        return None
+    if not as_made(norm, mixer, kinds=(AddRMSNorm, AddLayerNorm, type(mixer))):
+        return None
+    found = _weights_and_dtype(mixer, x, (mixer,), True)
+    if found is None:
+        return None
+    front = Front(norm.weight, norm.bias if isinstance(norm, AddLayerNorm) else None, norm.eps)
+    return norm_and_mamba_block(x, stream, front, found[0], *states, dtype=found[1])
 
 
 def _weights_and_dtype(

@@ -4,7 +4,8 @@ from .backends import info, plain_operations
 from .causal_conv1d import causal_conv1d, causal_conv1d_step
 from .cross_scan import cross_scan
 from .expert_rows import Order, combine, dispatch, route, sort_by_expert
-from .largest import hand_over, largest
+from .largest import WayOut, hand_over, largest
+from .likeliest import likeliest
 from .linear_cross_entropy import linear_cross_entropy
 from .mamba_step import MambaWeights, mamba_stack_step, mamba_step
 from .norm import layer_norm, rms_norm
@@ -13,6 +14,7 @@ from .selective_scan import selective_scan, selective_scan_step
 __all__ = [
     "MambaWeights",
     "Order",
+    "WayOut",
     "causal_conv1d",
     "causal_conv1d_step",
     "combine",
@@ -22,6 +24,7 @@ __all__ = [
     "info",
     "largest",
     "layer_norm",
+    "likeliest",
     "linear_cross_entropy",
     "mamba_stack_step",
     "mamba_step",

@@ -118,7 +118,7 @@ def info() -> dict[str, str]:
             "selective_scan": scan, "cross_scan": scan, "causal_conv1d": usual, "rms_norm": usual, "layer_norm": usual,
             "mamba_step": usual, "selective_scan_step": other, "causal_conv1d_step": other,
             "route": other, "sort_by_expert": other, "dispatch": other, "combine": other, "largest": other,
-            "hand_over": other, "linear_cross_entropy": other,
+            "hand_over": other, "likeliest": other, "linear_cross_entropy": other,
         }  # fmt: skip
         found |= {f"{kernel} on {name}": backend for kernel, backend in chosen.items()}
     return found

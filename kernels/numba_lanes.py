@@ -28,10 +28,10 @@ LANES = 16
 intrinsic: Any = extending.intrinsic  # a kernel calls one without its first argument, which no type checker knows
 
 _FLOAT, _INT, _MASK = ir.FloatType(), ir.IntType(32), ir.IntType(16)
-_FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
-_FLAGS = ("contract", "nsz")  # as numba_runtime's EXACT: fused multiply-adds, no sums reordered
+FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
+FLAGS = ("contract", "nsz")  # as numba_runtime's EXACT: fused multiply-adds, no sums reordered
 _asked: str | None = config.CPU_FEATURES  # pyright: ignore[reportAttributeAccessIssue] - set by numba's environment
-_AVX512 = "+avx512dq" in (get_host_cpu_features() if _asked is None else _asked).split(",")
+AVX512 = "+avx512dq" in (get_host_cpu_features() if _asked is None else _asked).split(",")
 _POWERS = (-126.0, 127.0)  # of two, that are normal numbers
 
 
@@ -46,16 +46,16 @@ _lanes = _LanesType()
 @register_model(_LanesType)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager, numba_type):
-        super().__init__(manager, numba_type, _FLOATS)
+        super().__init__(manager, numba_type, FLOATS)
 
 
 def _constant(vector: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(vector, [ir.Constant(vector.element, value)] * LANES)
 
 
-def _filled(builder: ir.IRBuilder, scalar: Any) -> Any:
-    one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), scalar, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), _constant(_INTS, 0))
+def filled(builder: ir.IRBuilder, scalar: Any) -> Any:
+    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), scalar, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined), _constant(_INTS, 0))
 
 
 def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: Any) -> Any:
@@ -65,8 +65,8 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: Any) -> Any:
 
 def _avx512(builder: ir.IRBuilder, name: str, vector: Any, other: Any) -> Any:
     """AVX-512's operation of that name, on all lanes, with the rounding of the moment."""
-    unused, every, rounding = ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_MASK, -1), ir.Constant(_INT, 4)
-    return _call(builder, f"llvm.x86.avx512.mask.{name}.ps.512", _FLOATS, vector, other, unused, every, rounding)
+    unused, every, rounding = ir.Constant(FLOATS, ir.Undefined), ir.Constant(_MASK, -1), ir.Constant(_INT, 4)
+    return _call(builder, f"llvm.x86.avx512.mask.{name}.ps.512", FLOATS, vector, other, unused, every, rounding)
 
 
 @intrinsic
@@ -74,7 +74,7 @@ def fill(typingctx, x):
     """`x` in every lane."""
 
     def codegen(context, builder, signature, args):
-        return _filled(builder, args[0])
+        return filled(builder, args[0])
 
     return _lanes(types.float32), codegen
 
@@ -83,8 +83,8 @@ def _arithmetic(symbol: Callable, instruction: str) -> None:
     @intrinsic
     def compute(typingctx, a, b):
         def codegen(context, builder, signature, args):
-            vectors = (x if t is _lanes else _filled(builder, x) for x, t in zip(args, signature.args, strict=True))
-            return getattr(builder, instruction)(*vectors, flags=_FLAGS)
+            vectors = (x if t is _lanes else filled(builder, x) for x, t in zip(args, signature.args, strict=True))
+            return getattr(builder, instruction)(*vectors, flags=FLAGS)
 
         return _lanes(*(x if x is _lanes else types.float32 for x in (a, b))), codegen
 
@@ -107,7 +107,7 @@ def _address(context, builder, array_type, array, row, column) -> Any:
     steps = cgutils.unpack_tuple(builder, struct.strides)
     offset = builder.add(builder.mul(row, steps[0]), builder.mul(column, steps[1]))
     first = builder.bitcast(struct.data, ir.IntType(8).as_pointer())
-    return builder.bitcast(builder.gep(first, [offset], source_etype=ir.IntType(8)), _FLOATS.as_pointer())
+    return builder.bitcast(builder.gep(first, [offset], source_etype=ir.IntType(8)), FLOATS.as_pointer())
 
 
 def _whole(builder: ir.IRBuilder, count: Any) -> Any:
@@ -123,13 +123,13 @@ def load(typingctx, array, row, column, count):
         address = _address(context, builder, signature.args[0], *args[:3])
         with _whole(builder, args[3]) as (then, otherwise):
             with then:
-                whole, whole_block = builder.load(address, align=4, typ=_FLOATS), builder.basic_block
+                whole, whole_block = builder.load(address, align=4, typ=FLOATS), builder.basic_block
             with otherwise:
-                room = cgutils.alloca_once(builder, _FLOATS)
-                builder.store(_constant(_FLOATS, 0.0), room)
+                room = cgutils.alloca_once(builder, FLOATS)
+                builder.store(_constant(FLOATS, 0.0), room)
                 cgutils.raw_memcpy(builder, room, address, args[3], 4)
-                part, part_block = builder.load(room, typ=_FLOATS), builder.basic_block
-        out = builder.phi(_FLOATS)
+                part, part_block = builder.load(room, typ=FLOATS), builder.basic_block
+        out = builder.phi(FLOATS)
         out.add_incoming(whole, whole_block)
         out.add_incoming(part, part_block)
         return out
@@ -147,7 +147,7 @@ def store(typingctx, x, array, row, column, count):
             with then:
                 builder.store(args[0], address, align=4)
             with otherwise:
-                room = cgutils.alloca_once(builder, _FLOATS)
+                room = cgutils.alloca_once(builder, FLOATS)
                 builder.store(args[0], room)
                 cgutils.raw_memcpy(builder, address, room, args[4], 4)
         return context.get_dummy_value()
@@ -187,39 +187,39 @@ def _of_two(codegen: Callable) -> Any:
 
 
 def _floor(builder, x):
-    return _call(builder, f"llvm.floor.v{LANES}f32", _FLOATS, x)
+    return _call(builder, f"llvm.floor.v{LANES}f32", FLOATS, x)
 
 
 def _bounded(builder, x, lowest, highest):
     for predicate, limit in (("<", lowest), (">", highest)):
-        bound = _constant(_FLOATS, limit)
+        bound = _constant(FLOATS, limit)
         x = builder.select(builder.fcmp_ordered(predicate, x, bound), bound, x)  # a NaN falls through
     return x
 
 
 def _fraction(builder, x):
-    if _AVX512:
+    if AVX512:
         return _avx512(builder, "reduce", x, ir.Constant(_INT, 0b1001))  # what floor takes off
     x = _bounded(builder, x, *_POWERS)
-    return builder.fsub(x, _floor(builder, x), flags=_FLAGS)
+    return builder.fsub(x, _floor(builder, x), flags=FLAGS)
 
 
 def _scale(builder, x, power):
-    if _AVX512:
+    if AVX512:
         return _avx512(builder, "scalef", x, power)
     whole = builder.fptosi(_floor(builder, _bounded(builder, power, *_POWERS)), _INTS)
     exponent = builder.shl(builder.add(whole, _constant(_INTS, 127)), _constant(_INTS, 23))
-    return builder.fmul(x, builder.bitcast(exponent, _FLOATS), flags=_FLAGS)
+    return builder.fmul(x, builder.bitcast(exponent, FLOATS), flags=FLAGS)
 
 
 def _near_reciprocal(builder, x):
-    if _AVX512:
-        unused, every = ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_MASK, -1)
-        return _call(builder, "llvm.x86.avx512.rcp14.ps.512", _FLOATS, x, unused, every)
-    return builder.fdiv(_constant(_FLOATS, 1.0), x, flags=_FLAGS)
+    if AVX512:
+        unused, every = ir.Constant(FLOATS, ir.Undefined), ir.Constant(_MASK, -1)
+        return _call(builder, "llvm.x86.avx512.rcp14.ps.512", FLOATS, x, unused, every)
+    return builder.fdiv(_constant(FLOATS, 1.0), x, flags=FLAGS)
 
 
-_absolute = _of_one(lambda builder, x: _call(builder, f"llvm.fabs.v{LANES}f32", _FLOATS, x))
+_absolute = _of_one(lambda builder, x: _call(builder, f"llvm.fabs.v{LANES}f32", FLOATS, x))
 _whole_part = _of_one(_floor)
 _fraction_of = _of_one(_fraction)
 _about_one_over = _of_one(_near_reciprocal)  # to 14 bits at least

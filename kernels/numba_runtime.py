@@ -50,7 +50,7 @@ REDUCE = {"contract", "nsz", "reassoc"}
 def jit(kernel: Callable) -> Callable:
     """`numba.njit` for a kernel: no GIL, machine code cached on disk.
 
-    The cache looks at the kernel's own file only: after a change of this file or numba_lanes.py, delete `__pycache__`.
+    The cache looks at the kernel's own file only: after a change of another that it calls, delete `__pycache__`.
     """
     return numba.njit(nogil=True, cache=True, fastmath=EXACT, error_model="numpy")(kernel)
 
@@ -158,8 +158,16 @@ TILE = 64  # channels of a tile
 
 
 @inline()
+def aligned(rows, width):
+    """A float32 array that begins with a cache line: of a vector that lies in two, both have to be loaded."""
+    room = np.empty(rows * width + 16, np.float32)
+    first = 16 - room.ctypes.data // 4 % 16
+    return room[first : first + rows * width].reshape((rows, width))
+
+
+@inline()
 def buffer(rows):
-    return np.empty((rows, TILE), np.float32)
+    return aligned(rows, TILE)
 
 
 @jit

@@ -155,6 +155,12 @@ _kernels: dict[int, tuple[Any, list[str], int]] = {}
 _INTERPRETING = interpreting()  # asked once: it takes a launch's time
 
 
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that may begin before the one before it has ended."""
+    early = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
+
+
 def launch(kernel: Any, blocks: int, *given: Any, **named: Any) -> None:
     """kernel[(blocks,)](*given, **named), on the current device, for a third of the host's time.
 

@@ -1,3 +1,3 @@
-from .interface import hand_over, largest
+from .interface import WayOut, hand_over, largest
 
-__all__ = ["hand_over", "largest"]
+__all__ = ["WayOut", "hand_over", "largest"]

@@ -1,6 +1,7 @@
 """The place of the largest number in each row: the choice of the next token where nothing is drawn; and its way out."""
 
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,22 +21,31 @@ def largest(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     return found.indices, ~found.values.isfinite()
 
 
-@torch.no_grad()
-def hand_over(
-    tokens: Tensor, bad: Tensor, own: Tensor, ring: Tensor, turn: Tensor, *, backend: str | None = None
-) -> None:
-    """What a step of decoding has chosen, to where the next step and the host will read it: own and ring[turn].
+class WayOut(NamedTuple):
+    """Where a step of decoding leaves the tokens that it has chosen; all contiguous int64."""
 
-    tokens int64 (B,), bad bool (B,), own int64 (B,) and ring int64 (K, B), contiguous; turn int64 (1,) goes on by one,
-    from K - 1 to 0. Where bad, the ring gets -1. The ring may lie in pinned memory of the host while the others are on
-    a GPU, for the backend "triton": then no copy has to follow, which the GPU's next kernel would wait for. ValueError
+    own: Tensor  # (B,), for the next step
+    ring: Tensor  # (K, B), for the host: steps by turns. It may lie in pinned memory of the host, for a GPU's kernels
+    turn: Tensor  # (B,): the turn that it is, which goes on by one, from K - 1 to 0; one for each sequence
+
+
+@torch.no_grad()
+def hand_over(tokens: Tensor, bad: Tensor, out: WayOut, *, backend: str | None = None) -> None:
+    """tokens int64 (B,) go out, those for the host as -1 where bad, bool (B,).
+
+    Into the host's memory a kernel writes (backend "triton"): the GPU's next kernel would wait for a copy. ValueError
     for a ring of other rows.
     """
-    if ring.shape[1:] != tokens.shape or not ring.is_contiguous():
-        raise ValueError(f"ring must be contiguous, (steps, {len(tokens)}); got {tuple(ring.shape)}")
+    check_way_out(out, len(tokens))
     if choose(backend, tokens.device, tokens.dtype) == "triton":
-        import_module(".triton", __package__).hand_over(tokens, bad, own, ring, turn)
+        import_module(".triton", __package__).hand_over(tokens, bad, *out)
     else:
-        own.copy_(tokens)
-        ring[turn] = torch.where(bad, -1, tokens)[None].to(ring.device)
-        turn.add_(1).remainder_(len(ring))
+        out.own.copy_(tokens)
+        told = torch.where(bad, -1, tokens)[None]
+        out.ring.scatter_(0, out.turn[None].to(out.ring.device), told.to(out.ring.device))
+        out.turn.add_(1).remainder_(len(out.ring))
+
+
+def check_way_out(out: WayOut, n_rows: int) -> None:
+    if out.ring.shape[1:] != (n_rows,) or not out.ring.is_contiguous():
+        raise ValueError(f"ring must be contiguous, (steps, {n_rows}); got {tuple(out.ring.shape)}")

@@ -45,14 +45,13 @@ def largest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _hand_over(tokens, bad, own, ring, turn, n, TURNS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.load(turn)
     for first in range(0, n, BLOCK):
         b = first + tl.arange(0, BLOCK)
         token, none = tl.load(tokens + b, mask=b < n, other=0), tl.load(bad + b, mask=b < n, other=0)
+        at = tl.load(turn + b, mask=b < n, other=0)
         tl.store(own + b, token, mask=b < n)
         tl.store(ring + at * n + b, tl.where(none != 0, -1, token), mask=b < n)
-    tl.debug_barrier()  # all have read it
-    tl.store(turn, (at + 1) % TURNS)
+        tl.store(turn + b, (at + 1) % TURNS, mask=b < n)
 
 
 def hand_over(tokens: Tensor, bad: Tensor, own: Tensor, ring: Tensor, turn: Tensor) -> None:

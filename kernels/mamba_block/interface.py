@@ -164,6 +164,52 @@ def mamba_block_onwards(
     return out, *states[0]
 
 
+class Front(NamedTuple):
+    """The norm before a block, of the stream with what was added to it: `layer_norm` where there is a bias."""
+
+    weight: Tensor  # (M,)
+    bias: Tensor | None
+    eps: float
+
+
+def norm_and_block_pay(x: Tensor, n_channels: int) -> bool:
+    """Whether to ask `norm_and_mamba_block` for x and so many inner channels, as far as these tell."""
+    if x.dim() != 3 or not x.numel() or choose(None, x.device, x.dtype) != "numba":
+        return False
+    return module(__package__ or "", "cpu").pays(x, n_channels)
+
+
+@torch.no_grad()
+def norm_and_mamba_block(
+    x: Tensor, stream: Tensor | None, front: Front, weights: BlockWeights, conv_state: Tensor | None = None,
+    ssm_state: Tensor | None = None, *, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """`mamba_block` of one scan for inference with the norm before it: (out, the new stream, conv_state, ssm_state).
+
+    x and stream (B, L, M) as those of `rms_norm` and its residual; dtype and the states as of `mamba_block_onwards`.
+    It is for a CPU, for float32 alone, and for batches that the threads can share out. None for all else, for shapes
+    that do not fit together, which the parts refuse, and where one after the other is no slower.
+    """
+    (scan, *more), given = weights.scans, (x, stream, *front[:2], *_flat(weights), conv_state, ssm_state)
+    tensors = [t for t in given if t is not None]
+    if more or dtype != torch.float32 or any(t.dtype != dtype for t in tensors) or traced(*tensors):
+        return None
+    n_channels, n_states, rank = *scan.A_log.shape, scan.dt_proj.shape[-1]
+    if rank > NARROW or not norm_and_block_pay(x, n_channels):
+        return None
+    (n_seqs, _, width), taps = x.shape, scan.conv.shape[-1]
+    expected = (
+        *(x.shape, x.shape, (width,), (width,), (2 * n_channels, width), (width, n_channels)),
+        *((n_channels, 1, taps), (n_channels,), (rank + 2 * n_states, n_channels), (n_channels, rank), (n_channels,)),
+        *(scan.A_log.shape, (n_channels,), (n_seqs, n_channels, taps - 1), (n_seqs, n_channels, n_states)),
+    )
+    if weights.in_proj is None or weights.out_proj is None:
+        return None
+    if any(t is not None and t.shape != shape for t, shape in zip(given, expected, strict=True)):
+        return None
+    return module(__package__ or "", "cpu").forward(x, stream, front, weights, conv_state, ssm_state)
+
+
 def _settings(
     hidden: Tensor, weights: BlockWeights, dtype: torch.dtype, backend: str | None, *,
     reverse: tuple[bool, ...] = (False,), scale: float = 1.0, border: Border | None = None, save: bool = False,

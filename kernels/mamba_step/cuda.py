@@ -22,12 +22,12 @@ FEWEST, MOST, WIDEST = 3, 64, 1024  # sequences, and M, that `step` serves: meas
 WARPS = 8  # of a block of threads
 TILED = 41  # sequences from which in_proj is by tiles, where that serves: measured
 STAGES, EARLY = 12, 6  # of tiles
-_pack = struct.Struct("9qdq").pack  # struct Problem of stack.cu
+_pack = struct.Struct("10qdq").pack  # struct Problem of stack.cu
 
 
 def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence, centred: bool) -> bool:
     """Whether `step` takes these."""
-    w, (n_rows, width) = weights[0], x.shape
+    w, n_rows, width = weights[0], len(states[0][0]), x.shape[1]
     shapes = w.in_proj.shape, w.x_proj.shape, w.conv.shape
     return (
         FEWEST <= n_rows <= MOST
@@ -41,12 +41,17 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
 
 
 def step(
-    x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence, eps: float, centred: bool
+    x: Tensor,
+    states: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence,
+    eps: float,
+    centred: bool,
+    rows: Tensor | None = None,
 ) -> Tensor | None:
     """The stream (B, M), float32, after all blocks; None where NVRTC fails."""
     if not serves(x, states, weights, centred):
         return None
-    w, (n_rows, width), device = weights[0], x.shape, x.get_device()
+    w, n_rows, width, device = weights[0], len(states[0][0]), x.shape[1], x.get_device()
     n_channels = len(w.A_log)
     octets = -(-n_rows // 8)
     with torch.cuda.device_of(x):
@@ -67,8 +72,8 @@ def step(
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
             behind = weights[i + 1].norm if i + 1 < len(weights) else None
             if i == 0:
-                begin(_pack(*addresses(one.in_proj, one.out_proj, one.norm, x, *written), eps, n_rows))
-            argument = _pack(*addresses(one.in_proj, one.out_proj, behind, None, *written), eps, n_rows)
+                begin(_pack(*addresses(one.in_proj, one.out_proj, one.norm, x, rows, *written), eps, n_rows))
+            argument = _pack(*addresses(one.in_proj, one.out_proj, behind, None, None, *written), eps, n_rows)
             if tiled is None:
                 enter(argument)
             else:

@@ -68,4 +68,4 @@ def addresses(*tensors: Tensor | None) -> list[int]:
 
 def give_up(device: int, error: nvrtc.Unavailable) -> None:
     _broken.add(device)
-    warnings.warn(f"a step of Mamba blocks runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"decoding runs in Triton, which is slower: {error}", RuntimeWarning, stacklevel=4)

@@ -26,7 +26,7 @@ STAGES, EARLY = (12, 8), 8  # tiles on their way, of in_proj and of out_proj; an
 
 def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence) -> bool:
     """Whether `step` takes these."""
-    w, (n_rows, width) = weights[0], x.shape
+    w, n_rows, width = weights[0], len(states[0][0]), x.shape[1]
     shapes = w.in_proj.shape, w.x_proj.shape, w.conv.shape
     return (
         FEWEST <= n_rows <= MOST
@@ -40,12 +40,17 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
 
 
 def step(
-    x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence, eps: float, centred: bool
+    x: Tensor,
+    states: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence,
+    eps: float,
+    centred: bool,
+    rows: Tensor | None = None,
 ) -> Tensor | None:
     """The stream (B, M), float32, after all blocks; None where NVRTC fails."""
     if not serves(x, states, weights):
         return None
-    (n_rows, width), device, n_channels = x.shape, x.get_device(), len(weights[0].A_log)
+    n_rows, width, device, n_channels = len(states[0][0]), x.shape[1], x.get_device(), len(weights[0].A_log)
     with torch.cuda.device_of(x):
         try:
             gather, enter, leave = _kernels(width, n_channels, centred, device)
@@ -57,10 +62,10 @@ def step(
         sums = torch.empty(SPLITS, n_rows, width, dtype=torch.float32, device=x.device)
         uz = x.new_empty(n_rows, 2 * n_channels)
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
-            gather(None if i else x, sums, one.norm, one.norm_bias, stream, normed, eps)
+            gather(None if i else x, rows, sums, one.norm, one.norm_bias, stream, normed, eps)
             enter(normed, one.in_proj, uz)
             leave(cuda_halves.run(project, scan, uz, *state, one), one.out_proj, sums)
-        gather(None, sums, None, None, stream, normed, eps)
+        gather(None, None, sums, None, None, stream, normed, eps)
     return stream
 
 
@@ -69,9 +74,9 @@ class _Gather:
         self.threads = M // 8
         self.kernel = nvrtc.kernel(source("gather.cu", M=M, SPLITS=SPLITS, CENTRED=int(centred)), "gather", device)
 
-    def __call__(self, x, sums, weight, shift, stream: Tensor, normed: Tensor, eps: float) -> None:
-        tensors = addresses(x, sums, weight, shift, stream, normed)
-        self.kernel(len(stream), self.threads, struct.pack("6qdq", *tensors, eps, len(stream)), early=True)
+    def __call__(self, x, rows, sums, weight, shift, stream: Tensor, normed: Tensor, eps: float) -> None:
+        tensors = addresses(x, rows, sums, weight, shift, stream, normed)
+        self.kernel(len(stream), self.threads, struct.pack("7qdq", *tensors, eps, len(stream)), early=True)
 
 
 class _Product:

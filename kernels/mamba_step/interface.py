@@ -54,22 +54,25 @@ def mamba_step(
 
 
 def mamba_stack_step(
-    x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence[MambaWeights], eps: float = 1e-5
-) -> Tensor | None:
+    x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence[MambaWeights], eps: float = 1e-5,
+    *, rows: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """One token of each of B sequences through several norms and Mamba blocks, on a GPU: the stream at the end.
 
-    x, states and weights as of `mamba_step`. Returns stream + out of the last block, (B, M) float32. None, and nothing
-    is done, where `mamba_step` for each block is to be called: where it is the faster, or there is no such kernel.
-    Raises ValueError if shapes disagree.
+    x, states and weights as of `mamba_step`; with rows, int64 (B,), x is an embedding's weight (V, M), of which these
+    are meant, and have to be there. Returns stream + out of the last block, (B, M) float32. None, and nothing is done,
+    where `mamba_step` for each block is to be called: where it is the faster, or there is no such kernel. Raises
+    ValueError if shapes disagree.
     """
     if choose(None, x.device, x.dtype, in_cuda=True) != "cuda":
         return None
     for state, one in zip(states, weights, strict=True):
-        _check(x, None, *state, one)
+        _check(x if rows is None else x[:1].expand(len(rows), -1), None, *state, one)
+    rows = None if rows is None else rows.long().contiguous()
     with torch.no_grad():
         centred = weights[0].norm_bias is not None
         for name in (".cuda", ".cuda_wide"):
-            stream = import_module(name, __package__).step(x, states, weights, eps, centred)
+            stream = import_module(name, __package__).step(x, states, weights, eps, centred, rows)
             if stream is not None:
                 return stream
     return None

@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..backends import interpreting
-from ..triton_runtime import LOG2E, ceil_div, load_float, sigmoid, softplus
+from ..triton_runtime import LOG2E, ceil_div, early_launch, load_float, sigmoid, softplus
 
 ELEMENTS, LANE = 4096, 64  # of a matrix, a program and a lane of it have at most
 WIDE = range(1025, 2048)  # model widths for which both are twice that: measured at 1,792 (at 768 it is slower)
@@ -123,12 +122,6 @@ def _scan(
     tl.store(state + state_at, h, mask=inside)
     out = tl.sum(h * readout[None, :], axis=1) + skip * x
     tl.store(y + row, out * gate * sigmoid(gate), mask=in_e)
-
-
-def early_launch(device: torch.device) -> dict[str, bool]:
-    """Options of a kernel that may begin before the one before it has ended."""
-    early = not interpreting() and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
 
 def _tile(n_out: int, width: int, model_width: int) -> dict[str, int]:

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from ..causal_conv1d.triton import step as conv_step
-from ..triton_runtime import LOG2E, ceil_div, load_float, multiply_add, sigmoid, softplus
+from ..triton_runtime import LOG2E, ceil_div, early_launch, load_float, multiply_add, sigmoid, softplus
 from . import cuda_halves, cuda_middle
-from .triton_few import after_the_kernel_before, early_launch
+from .triton_few import after_the_kernel_before
 
 BLOCK = 16  # sequences of a program of the scan, and channels: what the matrix units take at least
 EARLY_SCAN = 64  # sequences up to which the scan begins while the product before it ends: measured

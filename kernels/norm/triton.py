@@ -9,10 +9,12 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..triton_runtime import ceil_div, launch, load_float, sum_first_axis, with_rows
+from ..triton_runtime import ceil_div, early_launch, launch, load_float, sum_first_axis, with_rows
 
 PIECE = 16  # rows of a program of the backward: fixed, so that sums over rows depend on nothing else
+FEW = 256  # rows, as of a step, whose norm may begin, and lets the next kernel begin, before the one before has ended
 TILE = 4096  # elements of a tile, unless a row is longer
 
 
@@ -28,8 +30,11 @@ def _statistics(values, inside, width, eps, CENTRED: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows", "rows_a_factor"])
 def _forward(
     x, residual, weight, bias, stream, y, factors, shift, eps, x_stride, residual_stride, n_rows, rows_a_factor, width,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     inside = (row < n_rows) & (d < width)
@@ -107,7 +112,7 @@ def forward(x, residual, weight, bias, eps, centred, dtype, factors=None, shift=
         launch(
             _forward, ceil_div(n_rows, shape["ROWS"]), x, added, weight, bias, stream, y, factors, shift, eps,
             x.stride(0), 0 if residual is None else added.stride(0), n_rows, _rows_a_factor(n_rows, factors), width,
-            **shape, CENTRED=centred,
+            **shape, CENTRED=centred, **(early_launch(x.device) if n_rows <= FEW else {"EARLY": False}),
         )  # fmt: skip
     return y, x.new_empty(0, dtype=torch.float32) if stream is None else stream
 

@@ -21,7 +21,7 @@ SIDE = 8  # tiles that it takes side by side: whole rows come from memory much f
 
 
 @jit
-def _project(t, W, w, dt):
+def project(t, W, w, dt):
     """dt = t W, of a whole piece: four steps share what is loaded of W."""
     wide()
     for d in range(0, w, LANES):
@@ -38,7 +38,7 @@ def _project(t, W, w, dt):
 
 
 @jit
-def _discretise(u, delta, projected, D, bias, order, ahead, c0, w, use_softplus, dt, dtu, y):
+def discretise(u, delta, projected, D, bias, order, ahead, c0, w, use_softplus, dt, dtu, y):
     """dt = softplus(delta + bias), dt u and, to begin y with, the skip D u. Where it is `projected`, delta is in dt."""
     wide()
     for i in range(order.size):
@@ -64,7 +64,7 @@ def _advanced(h, x, a, xu, b):
 
 
 @jit
-def _scan(dt, dtu, A2, B, B_tile, C, C_tile, K, w, state, y):
+def advance(dt, dtu, A2, B, B_tile, C, C_tile, K, w, state, y):
     """h = exp2(dt A log2 e) h + dt u B and y += C h over the piece."""
     wide()
     n_states = state.shape[0]
@@ -91,7 +91,7 @@ def _scan(dt, dtu, A2, B, B_tile, C, C_tile, K, w, state, y):
 
 
 @jit
-def _gate(tile, z, z0, order, ahead, c0, w, y):
+def gate(tile, z, z0, order, ahead, c0, w, y):
     """y = tile silu(z), or the tile as it is where there is no z."""
     wide()
     for i in range(order.size):
@@ -145,10 +145,10 @@ def forward(first, last, tiles, bounds, delta, delta0, W, u, A2, B, B0, Bs, C, C
                 if save and begin % CHECKPOINT == 0:
                     store(h[k], states, c0, c1, checkpoints[slot])
                 if rank > 0:
-                    _project(t_, W_[k], w, dt)
-                _discretise(u, delta, rank > 0, D_[k], bias_[k], order, ahead, c0, w, use_softplus, dt, dtu, y_)
-                _scan(dt, dtu, A_[k], B_, Bs_[k], C_, Cs_[k], order.size, w, h[k], y_)
-                _gate(y_, z, z0, order, ahead, c0, w, y)
+                    project(t_, W_[k], w, dt)
+                discretise(u, delta, rank > 0, D_[k], bias_[k], order, ahead, c0, w, use_softplus, dt, dtu, y_)
+                advance(dt, dtu, A_[k], B_, Bs_[k], C_, Cs_[k], order.size, w, h[k], y_)
+                gate(y_, z, z0, order, ahead, c0, w, y)
         for k in range(side):
             c0, c1, _ = tiles[leftmost + k]
             store(h[k], states, c0, c1, final[s])

@@ -33,7 +33,6 @@ _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _POINTERS = (
     *("u", "delta", "z", "dy", "B", "C", "A", "D", "bias", "cu_seqlens", "first", "own", "sums", "entering", "share_A"),
-    "kept",
     *("y", "final_state", "saved", "du", "ddelta", "dz", "dh0", "share_B", "share_C", "share_D", "share_bias"),
     *("dA", "dB", "dC", "dD", "dbias"),
 )
@@ -74,12 +73,13 @@ class Tile(NamedTuple):
     V: int  # channels of a lane where rows are shared out
     WARPS: int  # of a block
     MIN_BLOCKS: int = 1  # that a multiprocessor is to have room for
+    TEAM: int = 1  # warps that share the states of the same channels
     AT_ONCE: int = 2  # steps whose states the forward computes together
 
     @property
     def channels(self) -> int:
         """Of a block."""
-        return 32 // self.S * self.CL * self.WARPS
+        return 32 // self.S * self.CL * (self.WARPS // self.TEAM)
 
 
 def _lanes(n_states: int) -> tuple[int, int]:
@@ -139,24 +139,30 @@ def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room:
     states, lanes = _lanes(n_states)
     if states == 1:
         return _narrow(vector, 3 if rows >= 1024 * processors and not gate else 2)
+    if states == 8:  # 16 states in each of the four warps of a block, as if there were no more
+        return Tile(4, 4, 2, 8, 1, 4, TEAM=4)
     # Of 4 warps the blocks take up to 113 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
     warps = 4 if lanes >= 4 and room >= 113 * 1024 else 2
-    return _fitting(states, lanes, 2, 4 if states == 8 else 8, vector, warps)
+    return _fitting(states, lanes, 2, 8, vector, warps)
 
 
-def _parts_tile(tile: Tile) -> Tile:
-    """Of chunk_gradients where it runs parts of chunks from 0. With one channel to a lane there are more warps."""
-    if tile.NL != 4:
-        return _fitting(tile.NL, tile.S, tile.CL, 16, tile.V, tile.WARPS)
-    return _fitting(tile.NL, tile.S, 1, 32, tile.V, tile.WARPS)._replace(MIN_BLOCKS=16 // tile.WARPS)
+def _parts_tile(layout: "_Layout", tile: Tile) -> Tile:
+    """Of chunk_gradients where it runs parts of chunks from 0. With one channel to a lane there are more warps.
+
+    tile: the backward's.
+    """
+    states, lanes = _lanes(layout.n_states)
+    if states != 4:
+        return _fitting(states, lanes, tile.CL, 16, layout.vector, tile.WARPS)
+    return _fitting(states, lanes, 1, 32, layout.vector, tile.WARPS)._replace(MIN_BLOCKS=16 // tile.WARPS)
 
 
-def _walking_tile(layout: "_Layout", tile: Tile, runs: int, processors: int) -> Tile:
+def _walking_tile(layout: "_Layout", runs: int, processors: int) -> Tile:
     """Of chunk_gradients where it walks chunks step by step, so by as many warps as can be: half as many states to a
-    lane as in the backward's tile. runs: chunks."""
-    lanes = 2 * tile.S
-    warps = _most_even(layout, runs, 32 // lanes, processors, _MOST_WALKING)
-    return _fitting(tile.NL // 2, lanes, 1, 32, tile.V, warps)
+    lane as in the backward. runs: chunks."""
+    states, lanes = _lanes(layout.n_states)
+    warps = _most_even(layout, runs, 16 // lanes, processors, _MOST_WALKING)
+    return _fitting(states // 2, 2 * lanes, 1, 32, layout.vector, warps)
 
 
 def _narrow(vector: int, blocks: int) -> Tile:
@@ -361,7 +367,7 @@ class _Plan:
         on = self.layout
         types = zip(("U", "DELTA", "Z", "DY", "MB", "MC"), (_TYPES[t] for t in on.types), strict=True)
         # Rows that are turned into floats: 4 elements at a time meet each bank of shared memory once.
-        floats = source.startswith("forward") or (source in ("backward", "chunk_gradients") and on.n_states <= 32)
+        floats = source.startswith(("forward", "backward")) or (source == "chunk_gradients" and on.n_states <= 32)
         matrix_vector = min(on.matrix_vector, 4) if floats else on.matrix_vector
         all_macros = (
             ("N", on.n_states), ("VB", matrix_vector), ("CHUNK", self.chunk), ("UNIT", self.unit),
@@ -483,14 +489,14 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     n_parts = p.pieces(p.part)
     tile = _backward_tile(states, p.n_chunks * width, layout.vector, p.processors, _room(layout.device), layout.gate)
     if p.several:
-        p.lay_out(_parts_tile(tile))
+        p.lay_out(_parts_tile(layout, tile))
         p.add("chunk_gradients", "chunk_gradients", n_parts * p.n_tiles, 32 * p.tile.WARPS, ("SPANS", 0))
     p.lay_out(tile)
     if not from_zero:
         p.carry(backwards=True)
     if p.unit < min(p.length, p.chunk) and p.n_chunks * p.n_tiles <= _BLOCKS_A_PROCESSOR * p.processors:
         p.span = p.unit
-        p.lay_out(_walking_tile(layout, tile, p.n_chunks, p.processors))
+        p.lay_out(_walking_tile(layout, p.n_chunks, p.processors))
         p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32 * p.tile.WARPS, ("SPANS", 1))
         p.lay_out(tile)
     n_spans = p.pieces(p.span)
@@ -507,12 +513,9 @@ def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool
     terms = [p.n_units if static else p.tiles_of_group for static in layout.static]
     of_units = p.n_units * width
     of_parts = n_parts * width
-    stretch = p.every // 2  # STRETCH of backward_parts.cu: states are kept of a stretch that another one follows
-    keeps = states > 32 and p.length > stretch
-    kept = 32 * tile.WARPS * tile.CL * tile.NL * (stretch // tile.T - 1) if keeps else 0  # of a block
     parts = (
         0 if from_zero else of_parts * states, of_parts, n_spans * width * states if p.span < p.chunk else 0,
-        n_spans * p.n_tiles * kept, of_units * states, of_units, of_units,
+        of_units * states, of_units, of_units,
         *(n * of for n, of in zip(terms, of_matrix, strict=True)),
     )  # fmt: skip
     p.offsets = [0, *accumulate(-(-n // 4) * 4 for n in parts)]
@@ -547,14 +550,14 @@ def _backward(
     }  # fmt: skip
     scratch = torch.empty(p.offsets[-1], device=u.device)
     base = scratch.data_ptr()
-    own, sums, entering, kept, share_A, share_D, share_bias, share_B, share_C = (base + 4 * at for at in p.offsets[:-1])
+    own, sums, entering, share_A, share_D, share_bias, share_B, share_C = (base + 4 * at for at in p.offsets[:-1])
     if layout.packed:  # the pieces of packed sequences leave numbers out
-        scratch[p.offsets[4] : p.offsets[-1 if any(layout.static) else 7]].zero_()
+        scratch[p.offsets[3] : p.offsets[-1 if any(layout.static) else 6]].zero_()
     own = None if from_zero else own
     first = _floats(dfinal)
     pointers = _pointers(
         **tensors, **gradients, saved=saved, first=first, own=own, sums=sums,
-        entering=entering if p.span < p.chunk else own, kept=kept, share_A=share_A, share_B=share_B, share_C=share_C,
+        entering=entering if p.span < p.chunk else own, share_A=share_A, share_B=share_B, share_C=share_C,
         share_D=None if D is None else share_D,
         share_bias=None if delta_bias is None else share_bias,
     )  # fmt: skip

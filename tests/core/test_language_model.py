@@ -1,10 +1,11 @@
-"""The language model's loss without all logits: that of the logits, and by the head's own forward where it has one."""
+"""The language model's loss and likeliest tokens without logits: those of the logits, and by a head's own forward."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, head_loss
+from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, graphed, head_loss
+from polymamba.kernels import WayOut
 
 
 def model_and_tokens(dtype: torch.dtype = torch.float32, **options):
@@ -58,3 +59,34 @@ def test_a_loss_and_nothing_else():
     model, tokens, targets = model_and_tokens()
     with pytest.raises(ValueError, match="give neither return_state nor logits_at"):
         model(tokens, targets=targets, return_state=True)
+
+
+@pytest.mark.parametrize("special", ["plain", "bias", "hook", "adapter"])
+def test_the_likeliest_of_a_step(special):
+    """Handed over as what is the largest of the logits, whatever makes these."""
+    model, tokens, _ = model_and_tokens(tie_embeddings=False)
+    if special == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(37) * 9)
+    elif special == "hook":
+        model.lm_head.register_forward_hook(lambda head, inputs, logits: -logits)
+    elif special == "adapter":
+        model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Linear(37, 37))
+    own, turn = torch.zeros(2, 2, dtype=torch.int64)
+    out = WayOut(own, torch.zeros(2, 2, dtype=torch.int64), turn)
+    states = model.init_state(2), model.init_state(2)
+    for token in tokens.T[:4]:
+        model.step_likeliest(token, states[0], out)
+        assert out.own.equal(model.step(token, states[1]).argmax(1))
+    assert out.ring[1].equal(out.own)
+
+
+def test_whose_step_tells_the_likeliest():
+    class Masked(LanguageModel):
+        def step(self, tokens, state):
+            return super().step(tokens, state).index_fill(1, torch.tensor([3]), -torch.inf)
+
+    model = model_and_tokens()[0]
+    assert graphed.tells_the_likeliest(model)
+    assert not graphed.tells_the_likeliest(Masked(model.config))
+    model.step = lambda tokens, state: torch.zeros(len(tokens), 37)
+    assert not graphed.tells_the_likeliest(model)

@@ -264,3 +264,77 @@ def test_states_of_the_wrong_shape_are_refused(wrong):
     for bad in (state._replace(conv=torch.zeros(wrong)), state._replace(ssm=torch.zeros(wrong))):
         with pytest.raises(ValueError, match="initial_state has shape"):
             model(x, bad, return_state=True)
+
+
+@pytest.fixture
+def with_norms(monkeypatch, calls):
+    """How often a block ran with the norm before it: on two threads, of a CPU that this is for."""
+    from polymamba.kernels.numba_lanes import AVX512
+
+    if not AVX512:
+        pytest.skip("for a CPU with AVX-512")
+    n_threads, run, found = torch.get_num_threads(), mamba_at_once.norm_and_mamba_block, []
+
+    def counted(*args, **options):
+        out = run(*args, **options)
+        found.extend([] if out is None else [out])
+        return out
+
+    monkeypatch.setattr(mamba_at_once, "norm_and_mamba_block", counted)
+    monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 1)
+    torch.set_num_threads(2)
+    yield found
+    torch.set_num_threads(n_threads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_with_the_norm_before_it(norm, with_norms, calls):
+    """With and without a state, a batch and parts of it."""
+    model = Backbone(BackboneConfig(d_model=64, n_layer=2, d_state=5, norm=norm)).eval()
+    x = torch.randn(4, 120, 64)
+    y, state = model(x, return_state=True)
+    assert len(with_norms) == 2
+    first, at_cut = model(x[:, :50], return_state=True)
+    second = model(x[:, 50:], at_cut)
+    assert len(with_norms) == 6
+    assert torch.equal(torch.cat((first, second), 1), y)
+    alone = [model(row[None], return_state=True) for row in x]
+    assert len(with_norms) == 6
+    assert len(calls) == 0  # with a state it is `mamba_block_onwards`
+    assert_close({"y": y}, {"y": torch.cat([y for y, _ in alone])}, 1e-5)
+    for layer, blocks in enumerate(zip(*(s for _, s in alone), strict=True)):
+        for ours, theirs in zip(state[layer], zip(*blocks, strict=True), strict=True):
+            assert_close({"state": ours}, {"state": torch.cat(theirs)}, 1e-5)
+
+
+@torch.no_grad()
+def test_with_the_norm_before_it_hooks_and_dropout_work(with_norms):
+    model, x = Backbone(BackboneConfig(d_model=64, n_layer=1, d_state=5, dropout=0.5)), torch.randn(2, 30, 64)
+    assert (model.layers[0](x, None)[0] == 0).float().mean() > 0.3
+    assert len(with_norms) == 1
+    model.eval()
+    expected, block = model(x), model.layers[0]
+    for module in (block.norm, block.mixer, block.mixer.in_proj, block.mixer.out_proj):
+        seen = []
+        handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        with_norms.clear()
+        y = model(x)
+        assert (len(seen), len(with_norms)) == (1, 0), module
+        assert_close({"y": y}, {"y": expected}, 1e-5)
+        handle.remove()
+    model(x)
+    assert len(with_norms) == 1
+
+
+@torch.no_grad()
+def test_with_the_norm_before_it_is_not_for_autocast_or_what_wraps_a_mixer(with_norms):
+    model, x = Backbone(BackboneConfig(d_model=64, n_layer=1, d_state=5)).eval(), torch.randn(2, 30, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _, _ = model.layers[0](x, None)
+    assert out.dtype == torch.bfloat16
+    model.layers[0].mixer = torch.compile(model.layers[0].mixer, backend="eager")
+    model(x)
+    assert not with_norms
+    with pytest.raises(ValueError, match="residual is"):
+        Backbone(BackboneConfig(d_model=64, n_layer=1)).layers[0](x, x[:1])

@@ -60,7 +60,7 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
     "16 states": (16, 34, 1, [0, 75], False, "", ""),
     "several of all": (5, 12, 2, [0, 0, 31, 70, 140], True, "", ""),
     "4 states, static B and C": (4, 7, 1, [0, 40, 75], False, "BC", "z delta_bias"),
-    "64 states, static C": (64, 10, 1, [0, 35], True, "C", "D initial_state"),
+    "64 states, static C": (64, 20, 1, [0, 35], True, "C", "D initial_state"),
     "several of 40 states": (40, 6, 1, [0, 33, 34, 130], False, "", ""),
     "one state": (1, 20, 1, [0, 66], False, "", "z"),
     "32 states, static B": (32, 6, 1, [0, 33, 34], False, "B", ""),
@@ -87,7 +87,7 @@ def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, asse
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("states", [1, 4, 16])
+@pytest.mark.parametrize("states", [1, 4, 16, 40])
 def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, monkeypatch, results_of, cast):
     """Few and many rows for a multiprocessor, chunks one after another and at once, units walked by one block and by
     several, and tensors at odd addresses."""
@@ -348,8 +348,7 @@ def test_pairs_of_a_block_fill_the_multiprocessors_evenly(runs, channels, groups
 )
 def test_warps_that_walk_chunks_fill_the_multiprocessors_evenly(states, channels, warps):
     layout = SimpleNamespace(n_states=states, n_channels=channels, groups=1, vector=2)
-    tile = cuda._backward_tile(states, channels, 2, 132, 227 * 1024, True)
-    assert warps == cuda._walking_tile(layout, tile, 1, 132).WARPS
+    assert warps == cuda._walking_tile(layout, 1, 132).WARPS
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from polymamba.kernels import hand_over, largest
+from polymamba.kernels import WayOut, hand_over, largest
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -25,16 +25,17 @@ def test_places_and_what_has_none(backend, width, device_of):
 def test_what_is_handed_over(backend, device_of):
     """To the next step and, by turns, to the host; more sequences than a program takes at once."""
     device, n = device_of(backend), 130
-    own, turn = torch.zeros(n, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    own, turn = torch.zeros(2, n, dtype=torch.int64, device=device)
     ring = torch.zeros(2, n, dtype=torch.int64, pin_memory=device != "cpu")
+    out = WayOut(own, ring, turn)
     found = [torch.arange(n) * k for k in (1, 5, 7)]
     bad = torch.zeros(n, dtype=torch.bool)
     bad[129] = True
     for tokens in found:
-        hand_over(tokens.to(device), bad.to(device), own, ring, turn, backend=backend)
+        hand_over(tokens.to(device), bad.to(device), out, backend=backend)
     if device != "cpu":
         torch.cuda.synchronize()
     assert own.tolist() == found[2].tolist()
-    assert turn.tolist() == [1]
+    assert turn.tolist() == [1] * n
     assert [row[:129] for row in ring.tolist()] == [found[2].tolist()[:129], found[1].tolist()[:129]]
     assert ring[:, 129].tolist() == [-1, -1]

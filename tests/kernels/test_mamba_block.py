@@ -8,8 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from polymamba.kernels import causal_conv1d, selective_scan
-from polymamba.kernels.mamba_block import BlockWeights, ScanWeights, mamba_block, serves
+from polymamba.kernels import causal_conv1d, layer_norm, rms_norm, selective_scan
+from polymamba.kernels.mamba_block import (
+    BlockWeights,
+    Front,
+    ScanWeights,
+    mamba_block,
+    mamba_block_onwards,
+    norm_and_mamba_block,
+    serves,
+)
 
 BACKENDS = ["numba", "triton"]
 
@@ -247,3 +255,133 @@ def test_without_gradients_it_is_the_same(backend, cast):
     assert plain.grad_fn is None
     assert trained.grad_fn is not None
     assert torch.equal(plain, trained)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """And a CPU that the block with its norm is for; short sequences are, too."""
+    if not import_module("polymamba.kernels.numba_lanes").AVX512:
+        pytest.skip("for a CPU with AVX-512")
+    monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+BEHIND_A_NORM = {
+    "usual": {"length": 401, "channels": 128, "states": 16, "rank": 4},
+    "odd": {"batch": 4, "length": 97, "channels": 75, "states": 3, "rank": 5, "width": 128},
+    "one step": {"length": 1, "channels": 64, "states": 1, "rank": 1},
+    "no taps before, no biases": {"length": 33, "taps": 1, "channels": 20, "absent": "conv_bias dt_bias"},
+    "more taps than steps": {"length": 2, "taps": 5, "channels": 20},
+}
+
+
+def in_double(x: Tensor, stream: Tensor | None, front: Front, weights: BlockWeights):
+    """(out, the new stream), by the parts."""
+    if front.bias is None:
+        normed, stream = rms_norm(x, front.weight, front.eps, residual=stream)
+    else:
+        normed, stream = layer_norm(x, front.weight, front.bias, front.eps, residual=stream)
+    return run(normed, backend="reference", **weights._asdict() | weights.scans[0]._asdict()), stream
+
+
+@pytest.mark.parametrize("behind", ["start", "stream", "stream, layer norm"])
+@pytest.mark.parametrize("name", BEHIND_A_NORM)
+def test_with_the_norm_before_it(name, behind, cast, assert_close, two_threads):
+    tensors = problem(**{"width": 64} | BEHIND_A_NORM[name])
+    x = tensors.pop("hidden")
+    generator = torch.Generator().manual_seed(3)
+    stream, weight, bias = (torch.randn(s, generator=generator, dtype=x.dtype) for s in (x.shape, *[x.shape[-1:]] * 2))
+    inputs = {"x": x, "stream": stream if "stream" in behind else None, "weight": weight}
+    inputs["bias"] = bias if "layer" in behind else None
+
+    def tensors_of(dtype: torch.dtype):
+        own = cast(inputs, dtype)
+        w = weights_of(cast(tensors, dtype))
+        return own["x"], own["stream"], Front(own["weight"], own["bias"], 1e-5), w
+
+    out, stream = in_double(*tensors_of(torch.float64))
+    found = norm_and_mamba_block(*tensors_of(torch.float32), dtype=torch.float32)
+    assert found is not None
+    assert_close({"out": found[0], "stream": found[1]}, {"out": out, "stream": stream}, 2e-6, name)
+    # In two parts, the second from where the first has ended: to the bit, and so is the state.
+    x, stream, front, w = tensors_of(torch.float32)
+    cut, state, parts = x.shape[1] // 3, (None, None), []
+    for part in (slice(None, cut), slice(cut, None)):
+        if x[:, part].numel():
+            at = None if stream is None else stream[:, part]
+            out, _, *state = norm_and_mamba_block(x[:, part], at, front, w, *state, dtype=torch.float32)
+            parts.append(out)
+    assert torch.equal(torch.cat(parts, 1), found[0])
+    normed = F.layer_norm if front.bias is not None else F.rms_norm
+    hidden = normed(x if stream is None else x + stream, x.shape[-1:], *front[: 1 + (front.bias is not None)], eps=1e-5)
+    _, *expected = mamba_block_onwards(hidden, w, None, None, dtype=torch.float32, backend="numba")
+    for ours, theirs, again in zip(found[2:], expected, state, strict=True):
+        assert_close({"state": ours}, {"state": theirs.double()}, 5e-6, name)
+        assert torch.equal(ours, again)
+
+
+def test_with_the_norm_before_it_a_sequence_is_itself(cast, two_threads):
+    """To the bit, whatever its batch mates are and however many."""
+    tensors = cast(problem(8, 120, 64, 128, 16, 4), torch.float32)
+    x, front = tensors.pop("hidden"), Front(torch.rand(64), None, 1e-5)
+    w = weights_of(tensors)
+    whole = norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
+    pair = norm_and_mamba_block(x[[5, 2]], None, front, w, dtype=torch.float32)
+    assert all(torch.equal(a[[5, 2]], b) for a, b in zip(whole, pair, strict=True))
+
+
+def test_with_the_norm_before_it_what_it_leaves_to_the_parts(cast, two_threads, monkeypatch):
+    tensors = cast(problem(2, 9, 64, 32), torch.float32)
+    x, w = tensors.pop("hidden"), weights_of(tensors)
+    conv, ssm = torch.zeros(2, 32, 3), torch.zeros(2, 32, 3)
+    usual = {"x": x, "stream": x, "front": Front(torch.ones(64), torch.ones(64), 1e-5), "weights": w}
+    usual |= {"conv_state": conv, "ssm_state": ssm, "dtype": torch.float32}
+    (front, (scan,)), found = (usual["front"], w.scans), []
+    changes = {
+        "a thread would have nothing to do": {
+            "x": x[:1],
+            "stream": x[:1],
+            "conv_state": conv[:1],
+            "ssm_state": ssm[:1],
+        },
+        "no step": {"x": x[:, :0], "stream": x[:, :0]},
+        "no batch": {"x": x[0]},
+        "another width": {"x": torch.zeros(2, 9, 128), "stream": None},
+        "double": {"x": x.double()},
+        "autocast": {"dtype": torch.bfloat16},
+        "a stream of one row": {"stream": x[:1]},
+        "an empty stream": {"stream": x[:, :0]},
+        "a stream in half": {"stream": x.bfloat16()},
+        "a transposed stream": {"stream": x.mT},
+        "a norm of another width": {"front": front._replace(weight=torch.ones(32))},
+        "a norm in half": {"front": front._replace(bias=torch.ones(64).half())},
+        "a convolution's state in half": {"conv_state": conv.bfloat16()},
+        "a state of another width": {"ssm_state": ssm[:, :16]},
+        "a state of one row": {"conv_state": conv[:1]},
+        "no projection": {"weights": w._replace(in_proj=None)},
+        "a wider projection": {"weights": w._replace(out_proj=torch.zeros(128, 32))},
+        "two scans": {"weights": w._replace(scans=w.scans * 2)},
+        "a wide rank": {"weights": w._replace(scans=(scan._replace(dt_proj=torch.zeros(32, 100)),))},
+    }
+    assert norm_and_mamba_block(**usual) is not None
+    for name, change in changes.items():
+        assert norm_and_mamba_block(**usual | change) is None, name
+    torch.vmap(lambda stream: found.append(norm_and_mamba_block(**usual | {"stream": stream})) or stream)(x[None])
+    assert found == [None]
+    monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 10)
+    assert norm_and_mamba_block(**usual) is None
+
+
+def test_with_the_norm_before_it_under_another_default(cast, two_threads):
+    tensors = cast(problem(2, 20, 64, 70, 5, 3), torch.float32)
+    x, front, w = tensors.pop("hidden"), Front(torch.ones(64), None, 1e-5), weights_of(tensors)
+    expected = norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))

@@ -95,6 +95,18 @@ def test_stack(case, on_the_cpu, assert_close):
     assert_close(steps(*given), steps_of_float64(*given), 1e-2, case)
 
 
+@pytest.mark.parametrize("of", [cuda, cuda_wide])
+def test_from_an_embedding(of, on_the_cpu, monkeypatch):
+    """Of which rows are read in place: to the bit what the stack makes of them otherwise."""
+    monkeypatch.setattr(cuda_middle, "WIDEST", 0 if of is cuda_wide else cuda_middle.WIDEST)
+    monkeypatch.setattr(cuda_wide, "STAGES", (3, 3))
+    table, states, weights = problem(5, 256, 256, 16, 2, n_layers=1)
+    rows = torch.tensor([4, 0, 4, 2, 1])
+    copies = [[tuple(t.clone() for t in state) for state in states] for _ in range(2)]
+    plain = of.step(table[rows], copies[0], weights, 1e-5, False)
+    assert of.step(table, copies[1], weights, 1e-5, False, rows).equal(plain)
+
+
 def test_what_the_stack_does_not_serve(on_the_cpu):
     x, states, weights = problem(*CASES["few"])
     assert cuda.serves(x, states, weights, False)

@@ -83,7 +83,7 @@ def test_a_part_of_the_lanes_is_moved(count):
     assert np.allclose(out, expected, rtol=1e-6)
 
 
-@pytest.mark.skipif("NUMBA_CPU_NAME" in os.environ or not lanes._AVX512, reason="for a CPU with AVX-512")
+@pytest.mark.skipif("NUMBA_CPU_NAME" in os.environ or not lanes.AVX512, reason="for a CPU with AVX-512")
 def test_without_avx512():
     """The tests above, compiled for a CPU whose vectors are half as long."""
     environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}

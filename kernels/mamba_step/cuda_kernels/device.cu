@@ -167,6 +167,67 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[32], const void* a, co
                : PIECES
                : "memory");
 }
+// The same for a tile b of 64, 128 or 192 rows, and c = a b^T where not `more`: to be committed, and read after a wait.
+#define MULTIPLY_IF(p, shape, sums, a, b) \
+  "wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" sums "}, %" #a ", %" #b ", " #p ", 1, 1, 0, 0;"
+#define BEGIN_IF(more) "{.reg .pred p, q; setp.ne.b32 p, %" #more ", 0; setp.eq.b32 q, %" #more ", %" #more ";"
+#define SUMS_128 SUMS_64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_192 SUMS_128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define THIRTY_TWO(c, i) EIGHT(c, i), EIGHT(c, i + 8), EIGHT(c, i + 16), EIGHT(c, i + 24)
+#define PIECES_IF \
+  "l"(x), "l"(y), "l"(x + 2), "l"(y + 2), "l"(x + 4), "l"(y + 4), "l"(x + 6), "l"(y + 6), "r"(int(more))
+__device__ __forceinline__ void multiply_soon(float (&c)[32], const void* a, const void* b, bool more) {
+  unsigned long long x = tile_at(a), y = tile_at(b);
+  asm volatile(BEGIN_IF(40) MULTIPLY_IF(p, "m64n64k16", SUMS_64, 32, 33) MULTIPLY_IF(q, "m64n64k16", SUMS_64, 34, 35)
+                   MULTIPLY_IF(q, "m64n64k16", SUMS_64, 36, 37) MULTIPLY_IF(q, "m64n64k16", SUMS_64, 38, 39) "}"
+               : THIRTY_TWO(c, 0)
+               : PIECES_IF
+               : "memory");
+}
+__device__ __forceinline__ void multiply_soon(float (&c)[64], const void* a, const void* b, bool more) {
+  unsigned long long x = tile_at(a), y = tile_at(b);
+  asm volatile(BEGIN_IF(72) MULTIPLY_IF(p, "m64n128k16", SUMS_128, 64, 65) MULTIPLY_IF(q, "m64n128k16", SUMS_128, 66, 67)
+                   MULTIPLY_IF(q, "m64n128k16", SUMS_128, 68, 69) MULTIPLY_IF(q, "m64n128k16", SUMS_128, 70, 71) "}"
+               : THIRTY_TWO(c, 0), THIRTY_TWO(c, 32)
+               : PIECES_IF
+               : "memory");
+}
+__device__ __forceinline__ void multiply_soon(float (&c)[96], const void* a, const void* b, bool more) {
+  unsigned long long x = tile_at(a), y = tile_at(b);
+  asm volatile(BEGIN_IF(104) MULTIPLY_IF(p, "m64n192k16", SUMS_192, 96, 97) MULTIPLY_IF(q, "m64n192k16", SUMS_192, 98, 99)
+                   MULTIPLY_IF(q, "m64n192k16", SUMS_192, 100, 101) MULTIPLY_IF(q, "m64n192k16", SUMS_192, 102, 103) "}"
+               : THIRTY_TWO(c, 0), THIRTY_TWO(c, 32), THIRTY_TWO(c, 64)
+               : PIECES_IF
+               : "memory");
+}
+__device__ __forceinline__ void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int n> __device__ __forceinline__ void all_multiplied_but() {  // the last n committed
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
+}
+// All bits of each half the sign of that.
+__device__ __forceinline__ unsigned signs(unsigned pair) {
+  unsigned y;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(y) : "r"(pair));
+  return y;
+}
+// By all threads of four warps: what some leave others may take, up to 65,536 of a block.
+template <int n> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n)); }
+template <int n> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n)); }
+template <int n> __device__ __forceinline__ void read_not_before(float (&c)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+#undef MULTIPLY_IF
+#undef BEGIN_IF
+#undef SUMS_128
+#undef SUMS_192
+#undef THIRTY_TWO
+#undef PIECES_IF
 #undef MULTIPLY
 #undef BEGIN
 #undef END

@@ -7,7 +7,8 @@ constexpr int THREADS = M / 8, WARPS = THREADS / 32;
 static_assert(M % 256 == 0 && THREADS <= 1024, "sizes not served");
 
 struct Problem {
-  const bf16* x;               // (B, M), what the first block begins with; 0 elsewhere
+  const bf16* x;               // (B, M), what the first block begins with, or of which these rows are that; 0 elsewhere
+  const int64* rows;           // (B,), or 0
   const float* sums;           // (SPLITS, B, M), what the last block left
   const bf16 *weight, *shift;  // of the norm; 0 behind the last block; shift may be 0
   float* stream;               // (B, M)
@@ -43,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gather(const GRID_CONST
   wait_for_kernel_before();
   float row[8], total = 0.0f, squares = 0.0f;
   if (p.x) {
-    x.load(p.x + at);
+    x.load(p.x + (p.rows ? p.rows[blockIdx.x] : int64(blockIdx.x)) * M + c);
 #pragma unroll
     for (int k = 0; k < 8; ++k) row[k] = x.get(k);
   } else {

@@ -16,13 +16,14 @@ static_assert(M % 256 == 0 && E % 256 == 0 && THREADS >= 4 * MOST, "sizes not se
 
 struct Problem {
   const bf16 *in_proj, *out_proj;
-  const bf16* norm;  // of the next block, or of the first one where this begins; 0 if there is none
-  const bf16* x;     // (B, M): what the stack begins with
-  float* stream;     // (B, M)
-  bf16* scaled;      // (B, M): the stream times the norm's weight
-  float* squares;    // (M / 16, MOST): the stream's sums of squares, of 16 channels each
-  bf16* uz;          // (B, 2 E)
-  bf16* y;           // (B, E)
+  const bf16* norm;   // of the next block, or of the first one where this begins; 0 if there is none
+  const bf16* x;      // (B, M): what the stack begins with; or of which these rows are that
+  const int64* rows;  // (B,), or 0
+  float* stream;      // (B, M)
+  bf16* scaled;       // (B, M): the stream times the norm's weight
+  float* squares;     // (M / 16, MOST): the stream's sums of squares, of 16 channels each
+  bf16* uz;           // (B, 2 E)
+  bf16* y;            // (B, E)
   double eps;
   int64 n_rows;  // B
 };
@@ -133,8 +134,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) begin(const GRID_CONSTA
 #pragma unroll 1
   for (int b = blockIdx.x; b < n_rows; b += BLOCKS) {
     float sum = 0.0f;
+    const bf16* row = p.x + (p.rows ? p.rows[b] : int64(b)) * M;
     for (int d = tid; d < M; d += THREADS) {
-      float x = one(p.x + int64(b) * M + d);
+      float x = one(row + d);
       p.stream[int64(b) * M + d] = x;
       put(p.scaled + int64(b) * M + d, x * one(p.norm + d));
       sum = __fmaf_rn(x, x, sum);

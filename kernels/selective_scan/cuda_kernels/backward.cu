@@ -4,11 +4,9 @@
 // A block walks a span of steps: a chunk, or a unit where blocks are few. What enters it is the same to the bit either way
 // (chunk_gradients.cu), and so are the shares, which are of units.
 //
-// A warp takes its channels of a span in pieces of STRETCH steps, from the last to the first, each from the last state
-// that the forward saved. It runs the piece once to find the state before each tile of T steps; then it takes the tiles
+// A warp takes its channels of a span in pieces of EVERY steps, from the last to the first, each from the state that the
+// forward saved. It runs the piece once to find the state before each tile of T steps; then it takes the tiles
 // from the last to the first: it runs one again, its states and decays now kept in registers, and goes back through it.
-// The saved state may be that before an earlier piece: that is run first, then, and the states before its tiles are kept
-// in memory, each lane's where it alone reads them, until its turn comes.
 //
 // What is done once for each element (softplus, gates, the gradients themselves) all lanes of the block share out, so
 // that a row is one piece of memory. The end of a tile stands in one stretch with the second pass through the next one:
@@ -72,6 +70,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   const int64 of_tile = int64(a.tile) * p.n_tokens * (p.n_channels / p.per_group) * N + a.group * N;
   float* share_B = first_row(p.share_B + of_tile, p.share_stride, p, span);
   float* share_C = first_row(p.share_C + of_tile, p.share_stride, p, span);
+  // The lane's place among those who add up the same states over channels.
+  const int summand = (TEAM == 1 ? threadIdx.x / S : a.warp / TEAM * GROUPS + a.lane / S) * OF_WARP + a.n % OF_WARP;
 #endif
 
   Elements next;
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       float total[KINDS][V], gradient[V];
 #pragma unroll
       for (int kind = 0; kind < KINDS; ++kind)
-        add_parts(block.warp[a.column / WC].sums[kind][t], t, a.column % WC, total[kind]);
+        add_states(block, kind, t, a, total[kind]);
       const bool there = step < mine_end;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
@@ -137,102 +137,65 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     }
   };
 
-  // Of the state before tile k + 1 of an earlier piece, NV numbers of the lane.
-  auto kept = [&](int k, int v) {
-    return p.kept + (((int64(blockIdx.x) * KEPT + k) * OF_LANE + v) * THREADS + threadIdx.x) * NV;
-  };
-
-  for (int first = (end - 1) / STRETCH * STRETCH; first >= span.begin && end > 0; first -= STRETCH) {
-    const int saved_at = STRETCH == EVERY ? first : first / EVERY * EVERY;
+  for (int first = (end - 1) / EVERY * EVERY; first >= span.begin && end > 0; first -= EVERY) {
     Pairs h;
-    load_states(h, p.saved + (span.start / EVERY + span.s + saved_at / EVERY) * N * p.n_channels, p, a);
-    const int last = ((end - first < STRETCH ? end - first : STRETCH) - 1) / T;  // tile of the piece
+    load_states(h, p.saved + (span.start / EVERY + span.s + first / EVERY) * N * p.n_channels, p, a);
+    const int last = ((end - first < EVERY ? end - first : EVERY) - 1) / T;  // tile of the piece
 
-    for (int from = saved_at; from <= first; from += STRETCH) {
-      const bool at_hand = STRETCH == EVERY || from == first;  // or a piece before, run for the state at its end
-      // All that the piece loads is asked for before anything waits.
+    // All that the piece loads is asked for before anything waits.
 #if !STATIC_B
-      MatrixRows<MB, STRETCH, THREADS> rows_B;
-      rows_B.load(B, p.B_stride, threadIdx.x, from, end);
+    MatrixRows<MB, EVERY, THREADS> rows_B;
+    rows_B.load(B, p.B_stride, threadIdx.x, first, end);
 #endif
 #if !STATIC_C
-      MatrixRows<MC, STRETCH, THREADS> rows_C;
-      if (at_hand) rows_C.load(C, p.C_stride, threadIdx.x, from, end);
+    MatrixRows<MC, EVERY, THREADS> rows_C;
+    rows_C.load(C, p.C_stride, threadIdx.x, first, end);
 #endif
-      Packed<U, V> u[TILES][ITS];
-      Packed<DELTA, V> delta[TILES][ITS];
+    Packed<U, V> u[TILES][ITS];
+    Packed<DELTA, V> delta[TILES][ITS];
 #pragma unroll
-      for (int k = 0; k < TILES; ++k) {
-        load_rows(u[k], u_rows, a, from + k * T, mine_end);
-        load_rows(delta[k], delta_rows, a, from + k * T, mine_end);
-      }
-      // Whether the piece was run before the one after it: if that was there.
-      const bool known = STRETCH < EVERY && from == first && first == saved_at && first + STRETCH < end;
-      __syncthreads();  // all are done with the last piece's rows of B and C
+    for (int k = 0; k < TILES; ++k) {
+      load_rows(u[k], u_rows, a, first + k * T, mine_end);
+      load_rows(delta[k], delta_rows, a, first + k * T, mine_end);
+    }
+    __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
-      put_rows<MB>(rows_B, &block.B[0][0]);
+    rows_B.put(&block.B[0][0], threadIdx.x);
 #endif
 #if !STATIC_C
-      if (at_hand) put_rows<MC>(rows_C, &block.C[0][0]);
+    rows_C.put(&block.C[0][0], threadIdx.x);
 #endif
-      auto leave_steps = [&](int k) {  // the step sizes of a tile
+    auto leave_steps = [&](int k) {  // the step sizes of a tile
 #pragma unroll
-        for (int i = 0; i < ITS; ++i) {
-          const int t = k * T + i * ROWS + a.row;
-          float steps[2 * V], slope[V];
+      for (int i = 0; i < ITS; ++i) {
+        const int t = k * T + i * ROWS + a.row;
+        float steps[2 * V], slope[V];
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            float& dt = steps[2 * v];
-            dt = step_size(delta[k][i].get(v) + bias[v], slope[v]);
-            if (from + t >= end) dt = 0.0f;  // leaves the state, and its gradient, as they are
-            steps[2 * v + 1] = dt * u[k][i].get(v);
-          }
-          store_floats(&block.steps[t][a.column][0], steps);
+        for (int v = 0; v < V; ++v) {
+          float& dt = steps[2 * v];
+          dt = step_size(delta[k][i].get(v) + bias[v], slope[v]);
+          if (first + t >= end) dt = 0.0f;  // leaves the state, and its gradient, as they are
+          steps[2 * v + 1] = dt * u[k][i].get(v);
+        }
+        store_floats(&block.steps[t][a.column][0], steps);
 #if SOFTPLUS
-          store_floats(&block.slope[t][a.column], slope);
+        store_floats(&block.slope[t][a.column], slope);
 #endif
-        }
-      };
-      auto pass = [&](int k) {  // through a tile, for the state after it
-        if (at_hand) {
-#pragma unroll
-          for (int v = 0; v < OF_LANE; ++v) store_some(shared.before[k][v][a.lane], h, v);
-        } else if (k > 0) {
-#pragma unroll
-          for (int v = 0; v < OF_LANE; ++v) store_some(kept(k - 1, v), h, v);
-        }
-#pragma unroll
-        for (int t = 0; t < T; ++t) {
-          Step x;
-          Pairs decay;
-          x.read(block, k * T + t, a);
-          advance(h, decay, x);
-        }
-      };
-      const int tiles = at_hand ? last : TILES;
-      if (known) {
-        float states[KEPT][OF_LANE][NV];
-#pragma unroll
-        for (int k = 0; k < KEPT; ++k)
-#pragma unroll
-          for (int v = 0; v < OF_LANE; ++v) load_floats(kept(k, v), states[k][v]);
-#pragma unroll
-        for (int k = 0; k < TILES; ++k) leave_steps(k);
-#pragma unroll
-        for (int v = 0; v < OF_LANE; ++v) {
-          store_some(shared.before[0][v][a.lane], h, v);
-#pragma unroll
-          for (int k = 0; k + 1 < KEPT; ++k) store_floats(shared.before[k + 1][v][a.lane], states[k][v]);
-          set_some(h, v, states[KEPT - 1][v]);
-        }
-        __syncthreads();
-      } else {
-#pragma unroll
-        for (int k = 0; k < TILES; ++k) leave_steps(k);
-        __syncthreads();
-        for (int k = 0; k < tiles; ++k) pass(k);
       }
-      if (STRETCH == EVERY) break;  // so that the compiler knows: it makes fewer instructions of all the rest
+    };
+#pragma unroll
+    for (int k = 0; k < TILES; ++k) leave_steps(k);
+    __syncthreads();
+    for (int k = 0; k < last; ++k) {  // through a tile, for the state after it
+#pragma unroll
+      for (int v = 0; v < OF_LANE; ++v) store_some(shared.before[k][v][a.lane], h, v);
+#pragma unroll
+      for (int t = 0; t < T; ++t) {
+        Step x;
+        Pairs decay;
+        x.read(block, k * T + t, a);
+        advance(h, decay, x);
+      }
     }
 
     for (int k = last; k >= 0; --k) {
@@ -320,10 +283,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         leave_parts(shared.sums[2][t], t, a.lane, y);
 #endif
 #if !STATIC_B
-        store_floats(&block.summands[t][0][threadIdx.x / S * NP + a.n], dB);
+        store_floats(&block.summands[t][0][a.warp % TEAM][summand], dB);
 #endif
 #if !STATIC_C
-        store_floats(&block.summands[t][1][threadIdx.x / S * NP + a.n], dC);
+        store_floats(&block.summands[t][1][a.warp % TEAM][summand], dC);
 #endif
       }
       if (k > 0) {

@@ -1,24 +1,18 @@
 // What scan_backward keeps in shared memory and in registers, and how dB and dC are summed over channels.
 
-// Steps of a piece: above 32 states half of those between saved states, so that two blocks fit a multiprocessor.
-constexpr int STRETCH = N > 32 ? EVERY / 2 : EVERY;
-constexpr int TILES = STRETCH / T;         // of a piece
+constexpr int TILES = EVERY / T;           // of a piece: the steps between saved states
 constexpr int NV = 4;                      // numbers moved at once
 constexpr int OF_LANE = CL * NL / NV;      // times that this is done for all of a lane's states: by state, then channel
 constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those before its tiles but the first
-// Above 32 states B and C lie in shared memory as they are, not as floats: so hardly anything spills. Up to 32 it is
-// slower.
-constexpr bool WIDE = N > 32;
-template <typename X, bool AS_IT_IS> struct Kept { typedef X type; };
-template <typename X> struct Kept<X, false> { typedef float type; };
 // Whether a tile's rows are asked for only behind the sums of the tile after it. Until they come they hold one of the six
 // scoreboards by which all loads of a warp are waited for. Above 16 states it is slower.
 constexpr bool ASK_LATE = N <= 16;
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
-static_assert(STRETCH % T == 0 && EVERY % STRETCH == 0, "pieces of time must nest");
-constexpr int BC = WARPS * WC;             // channels of a block
-constexpr int SUMMANDS = WARPS * GROUPS;   // of a sum over them, for dB and dC: each lane has added up its own channels
-constexpr int SUMMAND_ROW = SUMMANDS * NP + NP % 32;  // rows of different sums on different banks
+static_assert(TEAM == 1 || (TEAM % 2 == 0 && CL == 2 && V == 1), "two lanes for two channels, half of a team each");
+constexpr int TEAMS = WARPS / TEAM;        // of a block
+constexpr int BC = TEAMS * WC;             // channels of a block
+constexpr int SUMMANDS = TEAMS * GROUPS;   // of a sum over them, for dB and dC: each lane has added up its own channels
+constexpr int SUMMAND_ROW = SUMMANDS * OF_WARP + OF_WARP % 32;  // rows of different sums on different banks
 constexpr int SUMS = T * 2 * NP;           // numbers that a tile's dB and dC have
 constexpr int READ = SUMS >= 4 * THREADS ? 4 : SUMS >= 2 * THREADS ? 2 : 1;  // of which a thread adds these up at once
 constexpr int CHAINS = 4;                  // in which it does so, side by side
@@ -31,30 +25,32 @@ struct WarpShared {
 };
 struct Shared {
   WarpShared warp[WARPS];
-  alignas(16) float steps[STRETCH][BC][2];  // dt and dt u
+  alignas(16) float steps[EVERY][BC][2];  // dt and dt u
 #if SOFTPLUS
-  alignas(16) float slope[STRETCH][BC];
+  alignas(16) float slope[EVERY][BC];
 #endif
   alignas(16) float dout[T][BC];
 
   // Once no tile is at hand: of dD and dbias.
   INLINE float (&of_rows())[2][ROWS][BC] { return reinterpret_cast<float(&)[2][ROWS][BC]>(steps); }
 #if !STATIC_B
-  alignas(16) Kept<MB, WIDE>::type B[STRETCH][NP];
+  alignas(16) float B[EVERY][NP];
 #endif
 #if !STATIC_C
-  alignas(16) Kept<MC, WIDE>::type C[STRETCH][NP];
+  alignas(16) float C[EVERY][NP];
 #endif
 #if !STATIC_B || !STATIC_C
-  alignas(16) float summands[T][2][SUMMAND_ROW];  // of dB and dC
+  alignas(16) float summands[T][2][TEAM][SUMMAND_ROW];  // of dB and dC
 #endif
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
-// A lane's place among those who share out rows: here they are rows of the block's channels.
+// A lane's place among those who share out rows: here they are rows of the block's channels. Where a team shares states,
+// the two channels that lie side by side in a lane of it are those of two lanes here, half a row apart.
+constexpr int HALF_ROW = BC / V / 2;
 INLINE void place_in_block(const Problem& p, Place& a) {
-  const int first = a.tile * BC;
-  a.row = threadIdx.x / (BC / V), a.column = threadIdx.x % (BC / V) * V;
+  const int first = a.tile * BC, place = threadIdx.x % (BC / V);
+  a.row = threadIdx.x / (BC / V), a.column = TEAM > 1 ? place % HALF_ROW * 2 + place / HALF_ROW : place * V;
   a.e = a.group * p.per_group + int64(first) + a.column;
   a.in_row = int64(first) + a.column < p.per_group;
 }
@@ -95,27 +91,24 @@ INLINE void load_rows(Packed<X, V> (&x)[ITS], const Rows<X>& rows, const Place& 
   }
 }
 
-// Rows of B or C to shared memory: of X, as X or as floats.
-template <typename X, typename Y, typename Rows> INLINE void put_rows(const Rows& rows, Y* to) {
-  if constexpr (sizeof(X) != sizeof(Y)) {
-    rows.put(to, threadIdx.x);
+// The sums over states of one kind at row t of a tile, for a lane's V channels. Of the parts that a team has left, two
+// lanes with channels side by side add up a half each, for both channels, as these lie, and exchange what they got: one
+// channel alone would be read number by number.
+INLINE void add_states(const Shared& block, int kind, int t, const Place& a, float (&total)[V]) {
+  const int team = a.column / WC * TEAM, column = a.column % WC;
+  if constexpr (TEAM == 1) {
+    add_parts(block.warp[team].sums[kind][t], t, column, total);
   } else {
+    const bool second = column % 2;
+    float sum[2];
 #pragma unroll
-    for (int i = 0; i < Rows::ITS; ++i) {
-      const int k = i * THREADS + threadIdx.x;
-      if (k < Rows::TOTAL) rows.x[i].store(to + k * VB);
+    for (int w = 0; w < TEAM / 2; ++w) {
+      float some[2];
+      add_parts(block.warp[team + second * (TEAM / 2) + w].sums[kind][t], t, column - second, some);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) sum[j] = w ? sum[j] + some[j] : some[j];
     }
-  }
-}
-
-// A lane's states of a row.
-template <typename X> INLINE void read_states(const X* from, float (&x)[NL]) {
-#pragma unroll
-  for (int v = 0; v < NL / NV; ++v) {
-    Packed<X, NV> some;
-    some.load(from + v * NV);
-#pragma unroll
-    for (int i = 0; i < NV; ++i) x[v * NV + i] = some.get(i);
+    total[0] = (second ? sum[1] : sum[0]) + across(second ? sum[0] : sum[1], HALF_ROW);
   }
 }
 
@@ -179,36 +172,36 @@ struct Step {
   // Step t of the piece: what the state needs.
   INLINE void read(const Shared& block, int t, const Place& a) {
     float steps[2 * CL];
-    load_floats(&block.steps[t][a.warp * WC + a.lane / S * CL][0], steps);
+    load_floats(&block.steps[t][a.warp / TEAM * WC + a.lane / S * CL][0], steps);
 #pragma unroll
     for (int j = 0; j < CL; ++j) dt[j] = steps[2 * j], dtu[j] = steps[2 * j + 1];
 #if !STATIC_B
-    read_states(&block.B[t][a.n], b);
+    load_floats(&block.B[t][a.n], b);
 #endif
   }
   // Step t of the tile that begins at `first`: what the way back needs besides.
   INLINE void read_more(const Shared& block, int first, int t, const Place& a) {
-    load_floats(&block.dout[t][a.warp * WC + a.lane / S * CL], dout);
+    load_floats(&block.dout[t][a.warp / TEAM * WC + a.lane / S * CL], dout);
 #if !STATIC_C
-    read_states(&block.C[first + t][a.n], c);
+    load_floats(&block.C[first + t][a.n], c);
 #endif
   }
 };
 
 #if !STATIC_B || !STATIC_C
 // A tile's dB and dC over the lanes of the block, to its share: that of the steps from `first` on, short of `end`.
-INLINE void add_over_block(const float (&summands)[T][2][SUMMAND_ROW], float* share_B, float* share_C, int stride,
+INLINE void add_over_block(const float (&summands)[T][2][TEAM][SUMMAND_ROW], float* share_B, float* share_C, int stride,
                            int first, int end) {
 #pragma unroll
   for (int i = 0; i < (SUMS + THREADS * READ - 1) / (THREADS * READ); ++i) {
     const int o = (i * THREADS + threadIdx.x) * READ;
     if (SUMS % (THREADS * READ) && o >= SUMS) break;
     const int n = o % NP, of_C = o / NP % 2, t = o / NP / 2;
-    const float* row = &summands[t][of_C][n];
+    const float* row = &summands[t][of_C][n / OF_WARP][n % OF_WARP];
     float sum[READ], part[CHAINS][READ], x[READ];  // every CHAINS-th summand in a sum of its own: they wait less
 #pragma unroll
     for (int w = 0; w < SUMMANDS; ++w) {
-      load_floats(row + w * NP, x);
+      load_floats(row + w * OF_WARP, x);
 #pragma unroll
       for (int k = 0; k < READ; ++k) part[w % CHAINS][k] = w < CHAINS ? x[k] : part[w % CHAINS][k] + x[k];
     }

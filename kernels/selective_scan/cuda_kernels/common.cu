@@ -4,26 +4,29 @@
 // channels next to each other, so that what it reads of B and C serves several. Steps go by tiles of T. What is done
 // for each (step, channel) once, and not for each state (softplus, gates, loads and stores), is shared out among the
 // lanes in another way, of the warp or of the whole block: a lane takes V channels of some rows of the tile. The two
-// meet in shared memory.
+// meet in shared memory. In the backward a team of several warps may share the states of the same channels, each with
+// NL states in S lanes.
 //
 // No result may depend on V, CL, T or WARPS: sums over states are over NL states in a lane and then over S lanes, in
 // order. So the number of sequences may choose CL (how many channels share a warp's work) and changes no bit.
 //
-// Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, EVERY (steps between saved
-// states), CHUNK, PART (steps of a chunk that are run from 0 to find what enters chunks), UNIT and SPAN (steps of the
+// Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, TEAM (warps that share the
+// states of their channels), EVERY (steps between saved states), CHUNK, PART (steps of a chunk that are run from 0 to find what enters chunks), UNIT and SPAN (steps of the
 // backward: those of a share of dA, dD and dbias, and those that a block walks), ENTERING (steps of the pieces of which it
 // is told what gradient enters them), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, BACKWARDS (whether it
 // reads as backward.cu does: device.cu), and the types U, DELTA, Z, DY, MB, MC of the tensors.
 //
 // Letters: N states, D channels, G groups; T tokens of all sequences laid end to end where a shape names them.
 
-constexpr int NP = NL * S;                // N, filled up
+constexpr int OF_WARP = NL * S;           // states that a warp has of its channels
+constexpr int NP = TEAM * OF_WARP;        // N, filled up
 constexpr int GROUPS = 32 / S;            // of lanes that share a channel
 constexpr int WC = GROUPS * CL;           // channels of a warp
 constexpr int ROW_LANES = WC / V;         // lanes that share a row of a tile
-constexpr int ROWS = 32 / ROW_LANES;      // rows that a warp takes at once
+constexpr int ROWS = 32 * TEAM / ROW_LANES;  // rows that a team takes at once
 constexpr int ITS = T / ROWS;             // times that it does so in a tile
 constexpr int THREADS = 32 * WARPS;
+static_assert(WARPS % TEAM == 0, "teams fill a block");
 static_assert(ROW_LANES >= 1 && ROW_LANES <= 32 && ITS >= 1 && T % ROWS == 0, "a tile does not fit its warp");
 static_assert(EVERY % T == 0 && UNIT % EVERY == 0 && SPAN % UNIT == 0 && CHUNK % SPAN == 0, "pieces of time must nest");
 static_assert(CHUNK % PART == 0 && PART % T == 0, "and parts of chunks");
@@ -36,7 +39,6 @@ struct Problem {
   const float* first;                     // (S, D, N): what enters the first chunk of a sequence
   float *own, *sums;                      // (part, N, D), (part, D)
   float *entering, *share_A;              // (piece, N, D): the gradient that enters it, from the right; (unit, N, D)
-  float* kept;                            // of scan_backward: states of each block
   U* y; float *final_state, *saved;       // saved (slot, N, D): the state before every EVERY-th step
   U* du; DELTA* ddelta; Z* dz; float* dh0;
   float *share_B, *share_C, *share_D, *share_bias;
@@ -50,7 +52,7 @@ struct Problem {
 // Sums and step sizes ------------------------------------------------------------------------------------------------
 
 // Sums over the S lanes of a channel, by way of shared memory: at a step t each lane leaves its parts for its CL
-// channels in a row of 32 CL numbers, and whoever wants the sums for V channels reads all S parts of each. The parts of
+// channels in a row of 32 CL numbers, and whoever wants the sums for K channels reads all S parts of each. The parts of
 // a channel lie side by side; pieces of four change places so that lanes that store, or read, meet different banks.
 constexpr int PART_ROW = 32 * CL;
 
@@ -60,9 +62,9 @@ INLINE void leave_parts(float* row, int t, int lane, const float (&x)[CL]) {
   store_floats(row + part_at(t, lane * CL), x);
 }
 
-// The sums for V channels from `column` on, over the lanes in order.
-INLINE void add_parts(const float* row, int t, int column, float (&sum)[V]) {
-  constexpr int READ = V >= CL ? V * S : V, PIECE = READ % 4 == 0 ? 4 : READ, TIMES = V >= CL ? 1 : S;
+// The sums for K channels from `column` on, over the lanes in order.
+template <int K> INLINE void add_parts(const float* row, int t, int column, float (&sum)[K]) {
+  constexpr int READ = K >= CL ? K * S : K, PIECE = READ % 4 == 0 ? 4 : READ, TIMES = K >= CL ? 1 : S;
   float x[TIMES][READ];
 #pragma unroll
   for (int q = 0; q < TIMES; ++q) {
@@ -76,10 +78,10 @@ INLINE void add_parts(const float* row, int t, int column, float (&sum)[V]) {
     }
   }
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
+  for (int v = 0; v < K; ++v) {
 #pragma unroll
     for (int q = 0; q < S; ++q) {
-      const float part = V >= CL ? x[0][(v / CL * S + q) * CL + v % CL] : x[q % TIMES][v % READ];
+      const float part = K >= CL ? x[0][(v / CL * S + q) * CL + v % CL] : x[q % TIMES][v % READ];
       sum[v] = q ? sum[v] + part : part;
     }
   }
@@ -158,12 +160,12 @@ struct Place {
   INLINE Place(const Problem& p, int tile_number) {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS;
     group = tile_number / p.tiles_of_group, tile = tile_number % p.tiles_of_group;
-    int64 first = (int64(tile) * WARPS + warp) * WC;  // of the group's channels
+    int64 first = (int64(tile) * (WARPS / TEAM) + warp / TEAM) * WC;  // of the group's channels
     int mine = lane / S * CL;
     d = group * p.per_group + first + mine;
     int64 left = p.per_group - first - mine;
     there = left < 0 ? 0 : left > CL ? CL : left;
-    n = lane % S * NL;
+    n = warp % TEAM * OF_WARP + lane % S * NL;
     row = lane / ROW_LANES, column = lane % ROW_LANES * V;
     e = group * p.per_group + first + column;
     in_row = first + column < p.per_group;

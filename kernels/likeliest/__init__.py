@@ -1,0 +1,3 @@
+from .interface import likeliest
+
+__all__ = ["likeliest"]
