@@ -110,20 +110,25 @@ def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Til
 def _pairs_tile(layout: "_Layout", runs: int, processors: int) -> Tile:
     """Of the forward in pairs of warps (forward_pairs.cu). runs: sequences or chunks.
 
-    Where rows are few, a lane has one channel, and a block as many pairs as leave the fullest multiprocessor with the
-    fewest: the more a block has, the longer are the pieces of memory that it moves.
+    Where rows are few, a lane has one channel, and a block many pairs: the more it has, the longer are the pieces of
+    memory that it moves.
     """
     states, lanes = _lanes(layout.n_states)
     if runs * layout.n_channels * lanes >= 256 * processors:
         return _fitting(states, lanes, 2, 16, layout.vector, 4)._replace(MIN_BLOCKS=2)
-
-    def fullest(pairs: int) -> int:
-        """Pairs of a multiprocessor."""
-        blocks = runs * layout.groups * -(-layout.n_channels // layout.groups // (32 // lanes * pairs))
-        return -(-blocks // processors) * pairs
-
-    pairs = min(range(_MOST_PAIRS, 0, -1), key=fullest)
+    pairs = _most_even(layout, runs, 32 // lanes, processors, _MOST_PAIRS)
     return _fitting(states, lanes, 1, 32, layout.vector, pairs)._replace(MIN_BLOCKS=8 // pairs)
+
+
+def _most_even(layout: "_Layout", runs: int, channels: int, processors: int, most: int) -> int:
+    """Of warps, or pairs of them, with so many channels each: up to `most` of a block, as many as leave the fullest
+    multiprocessor with the fewest."""
+
+    def fullest(of_block: int) -> int:
+        blocks = runs * layout.groups * -(-layout.n_channels // layout.groups // (channels * of_block))
+        return -(-blocks // processors) * of_block
+
+    return min(range(most, 0, -1), key=fullest)
 
 
 def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room: int, gate: bool) -> Tile:
@@ -139,6 +144,25 @@ def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room:
     # Of 4 warps the blocks take up to 113 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
     warps = 4 if lanes >= 4 and room >= 113 * 1024 else 2
     return _fitting(states, lanes, 2, 8, vector, warps)
+
+
+def _parts_tile(layout: "_Layout", tile: Tile) -> Tile:
+    """Of chunk_gradients where it runs parts of chunks from 0. With one channel to a lane there are more warps.
+
+    tile: the backward's.
+    """
+    states, lanes = _lanes(layout.n_states)
+    if states != 4:
+        return _fitting(states, lanes, tile.CL, 16, layout.vector, tile.WARPS)
+    return _fitting(states, lanes, 1, 32, layout.vector, tile.WARPS)._replace(MIN_BLOCKS=16 // tile.WARPS)
+
+
+def _walking_tile(layout: "_Layout", runs: int, processors: int) -> Tile:
+    """Of chunk_gradients where it walks chunks step by step, so by as many warps as can be: half as many states to a
+    lane as in the backward. runs: chunks."""
+    states, lanes = _lanes(layout.n_states)
+    warps = _most_even(layout, runs, 16 // lanes, processors, _MOST_WALKING)
+    return _fitting(states // 2, 2 * lanes, 1, 32, layout.vector, warps)
 
 
 def _narrow(vector: int, blocks: int) -> Tile:
@@ -407,6 +431,7 @@ _BLOCKS_A_PROCESSOR = 1.25  # up to these of the backward, each walks a unit, no
 # pairs of warps may walk them.
 _ROWS_A_PROCESSOR = 40
 _MOST_PAIRS = 6  # of a block: 96 KiB of shared memory
+_MOST_WALKING = 10  # warps of a block of chunk_gradients
 
 
 def _in_pairs(layout: _Layout) -> bool:
@@ -481,22 +506,21 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, bat
 def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool) -> _Plan:
     """from_zero: no gradient enters a chunk."""
     p = _Plan(layout)
-    states, width, lanes = layout.n_states, layout.n_channels, _lanes(layout.n_states)
+    states, width = layout.n_states, layout.n_channels
     if states > 1:
         p.part = min(p.chunk, _PART)
     n_parts = p.pieces(p.part)
     tile = _backward_tile(states, p.n_chunks * width, layout.vector, p.processors, _room(layout.device), layout.gate)
     if p.several:
-        p.lay_out(_fitting(*lanes, tile.CL, 16, layout.vector, tile.WARPS))
-        p.add("chunk_gradients", "chunk_gradients", n_parts * p.n_tiles, 32 * tile.WARPS, ("SPANS", 0))
+        p.lay_out(_parts_tile(layout, tile))
+        p.add("chunk_gradients", "chunk_gradients", n_parts * p.n_tiles, 32 * p.tile.WARPS, ("SPANS", 0))
     p.lay_out(tile)
     if not from_zero:
         p.carry(backwards=True)
     if p.unit < min(p.length, p.chunk) and p.n_chunks * p.n_tiles <= _BLOCKS_A_PROCESSOR * p.processors:
         p.span = p.unit
-        # A chunk is walked step by step, so by as many warps as can be: half as many states to a lane.
-        p.lay_out(_fitting(lanes[0] // 2, 2 * lanes[1], 1, 16, layout.vector, 1))
-        p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32, ("SPANS", 1))
+        p.lay_out(_walking_tile(layout, p.n_chunks, p.processors))
+        p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32 * p.tile.WARPS, ("SPANS", 1))
         p.lay_out(tile)
     n_spans = p.pieces(p.span)
     p.scan("backward", n_spans * p.n_tiles)

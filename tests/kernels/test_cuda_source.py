@@ -361,6 +361,14 @@ def test_chunks_are_run_at_once_where_they_fill_the_multiprocessors(sequences, c
     assert cuda._at_once(cuda._Plan(layout)) == at_once
 
 
+@pytest.mark.parametrize(
+    ("states", "channels", "warps"), [(16, 5120, 10), (8, 5120, 5), (4, 5120, 3), (64, 2048, 8), (16, 64, 1)]
+)
+def test_warps_that_walk_chunks_fill_the_multiprocessors_evenly(states, channels, warps):
+    layout = SimpleNamespace(n_states=states, n_channels=channels, groups=1, vector=2)
+    assert warps == cuda._walking_tile(layout, 1, 132).WARPS
+
+
 @pytest.mark.slow
 def test_shared_memory_of_pairs_fits(emulation, tmp_path):
     """Of as many as a block may have, on a GPU for a desk: 99 KiB."""

@@ -202,7 +202,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
       // Loaded while the tile before was computed; now the next tile's are.
       const Elements now = next;
       const int before = k > 0 ? first + (k - 1) * T : first - T;
-      load(before, before < span.begin ? before : mine_end);
+      auto ask = [&]() { load(before, before < span.begin ? before : mine_end); };
+      if (!ASK_LATE) ask();
       finish();
       Pairs states[T + 1], decays[T];
       EACH_PAIR states[0][j][i] = h[j][i];
@@ -215,6 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         advance(states[t + 1], decays[t], x);
       }
 
+      if (ASK_LATE) ask();
 #pragma unroll
       for (int i = 0; i < ITS; ++i) {
 #pragma unroll

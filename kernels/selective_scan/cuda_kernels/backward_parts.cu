@@ -4,6 +4,9 @@ constexpr int TILES = EVERY / T;           // of a piece: the steps between save
 constexpr int NV = 4;                      // numbers moved at once
 constexpr int OF_LANE = CL * NL / NV;      // times that this is done for all of a lane's states: by state, then channel
 constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those before its tiles but the first
+// Whether a tile's rows are asked for only behind the sums of the tile after it. Until they come they hold one of the six
+// scoreboards by which all loads of a warp are waited for. Above 16 states it is slower.
+constexpr bool ASK_LATE = N <= 16;
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
 static_assert(TEAM == 1 || (TEAM % 2 == 0 && CL == 2 && V == 1), "two lanes for two channels, half of a team each");
 constexpr int TEAMS = WARPS / TEAM;        // of a block

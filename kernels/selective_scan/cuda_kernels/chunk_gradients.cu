@@ -5,14 +5,15 @@
 // the arithmetic of scan_backward, so that it does not matter to a bit who comes by it.
 
 constexpr int RUN = SPANS ? CHUNK : PART;
+constexpr int BC = WARPS * WC;  // channels of a block, which shares out rows: each is a long piece of memory
 
-struct WarpShared {
+// For two tiles: one is left here while another warp still reads the other.
+struct Shared {
 #if !STATIC_C
-  alignas(16) float C[T][NP];
+  alignas(16) float C[2][T][NP];
 #endif
-  alignas(16) float dt[T][WC], dout[T][WC];
+  alignas(16) float dt[2][T][BC], dout[2][T][BC];
 };
-struct Shared { WarpShared warp[WARPS]; };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
 struct Tile {
@@ -22,20 +23,24 @@ struct Tile {
   Packed<Z, V> z[ITS];
 #endif
 #if !STATIC_C
-  MatrixRows<MC, T, 32> C;
+  MatrixRows<MC, T, THREADS> C;
 #endif
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradients(const Problem p) {
   extern __shared__ float4 room[];
   const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  const Place a(p, blockIdx.x % n_tiles);
+  Place a(p, blockIdx.x % n_tiles);
+  const int64 first = int64(a.tile) * BC;
+  a.row = threadIdx.x / (BC / V), a.column = threadIdx.x % (BC / V) * V;
+  a.e = a.group * p.per_group + first + a.column;
+  a.in_row = first + a.column < p.per_group;
   const int64 number = blockIdx.x / n_tiles;
   const Piece chunk(p, number, pieces_of(p.length, RUN), RUN);
   const int length = chunk.length, begin = chunk.begin;
-  if (a.e - a.column >= (a.group + 1) * p.per_group || begin >= (SPANS && length == 0 ? 1 : length)) return;
+  if (begin >= (SPANS && length == 0 ? 1 : length)) return;
   if (!SPANS && begin < CHUNK) return;
-  WarpShared& shared = reinterpret_cast<Shared*>(room)->warp[a.warp];
+  Shared& shared = *reinterpret_cast<Shared*>(room);
   const int end = begin + RUN < length ? begin + RUN : length;
 
   Pairs A2, grad;
@@ -72,15 +77,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
     z_rows.load(next.z, a, step, end);
 #endif
 #if !STATIC_C
-    next.C.load(C, p.C_stride, a.lane, step, end);
+    next.C.load(C, p.C_stride, threadIdx.x, step, end);
 #endif
   };
   const int stop = SPANS ? begin + SPAN : begin;
   int step = begin + (end - 1 - begin) / T * T;
   load(step, end);
-  for (; step >= stop; step -= T) {
+  for (int turn = 0; step >= stop; step -= T, turn ^= 1) {
 #if !STATIC_C
-    next.C.put(&shared.C[0][0], a.lane);
+    next.C.put(&shared.C[turn][0][0], threadIdx.x);
 #endif
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
@@ -96,19 +101,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
         dout[v] *= gate * sigmoid(gate);
 #endif
       }
-      store_floats(&shared.dt[t][a.column], dt);
-      store_floats(&shared.dout[t][a.column], dout);
+      store_floats(&shared.dt[turn][t][a.column], dt);
+      store_floats(&shared.dout[turn][t][a.column], dout);
     }
-    __syncwarp();
+    __syncthreads();
     load(step - T, step - T < begin ? 0 : end);
 #pragma unroll
     for (int t = T - 1; t >= 0; --t) {
       float dt[CL], dout[CL];
-      load_floats(&shared.dt[t][a.lane / S * CL], dt);
-      load_floats(&shared.dout[t][a.lane / S * CL], dout);
+      load_floats(&shared.dt[turn][t][a.warp * WC + a.lane / S * CL], dt);
+      load_floats(&shared.dout[turn][t][a.warp * WC + a.lane / S * CL], dout);
 #if !STATIC_C
       float c[NL];
-      load_floats(&shared.C[t][a.n], c);
+      load_floats(&shared.C[turn][t][a.n], c);
 #endif
 #pragma unroll
       for (int j = 0; j < CL; ++j) total[j] += dt[j];
@@ -121,7 +126,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
         grad[j][i] = __fmul_rn(grad[j][i], exp2_fast(__fmul_rn(dt[j], A2[j][i])));
       }
     }
-    __syncwarp();
 #if SPANS
     if (step % SPAN == 0)
       store_by_state(p.entering + chunk.number_of(p, step - 1, SPAN) * N * p.n_channels, grad, p, a);
