@@ -61,7 +61,7 @@ class _Project:
     def __init__(self, n_rows: int, E: int, R: int, W: int, device: int):
         groups = E // CHANNELS
         cluster = next(n for n in CLUSTERS if groups % n == 0)
-        # One block for each processor, or two: measured.
+        # One block for each processor, or up to three: measured.
         seqs = 8 if groups * -(-n_rows // 8) <= nvrtc.processors(device) else 16
         self.blocks, self.threads, self.splits = groups * -(-n_rows // seqs), 2 * (R + 32), groups // cluster
         sizes = {"E": E, "R": R, "W": W, "CHANNELS": CHANNELS, "CLUSTER": cluster, "SEQS": seqs}
@@ -76,7 +76,8 @@ class _Scan:
         groups = E // CHANNELS
         self.seqs = min(MOST, -(-n_rows // max(1, nvrtc.processors(device) // groups)))
         self.blocks, room = groups * -(-n_rows // self.seqs), -(-self.seqs // 8) * 8
-        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "SLOTS": SLOTS, "EARLY": EARLY}
+        rounds = -(-self.seqs * (R + 32) // (4 * CHANNELS))
+        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "ROUNDS": rounds, "SLOTS": SLOTS, "EARLY": EARLY}
         self.kernel = nvrtc.kernel(source("scan.cu", **sizes, WARPS=CHANNELS // 32), "scan", device)
 
     def __call__(self, *tensors: Tensor, n_rows: int) -> None:

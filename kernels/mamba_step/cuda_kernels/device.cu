@@ -105,6 +105,19 @@ __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gat
                "l"(from), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate)))
                : "memory");
 }
+// What passes through the L2 cache but once: by this policy it is the first to leave it.
+__device__ __forceinline__ unsigned long long first_to_leave() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gate* gate, unsigned long long policy) {
+  asm volatile("{mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;"
+               "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;}" ::
+                   "r"(unsigned(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate))), "l"(policy)
+               : "memory");
+}
 // To the place of `to` in another block of the cluster, behind its gate; this one's shared memory has to stay till then.
 __device__ __forceinline__ void copy_to(void* to, const void* from, int bytes, Gate* gate, int rank) {
   asm volatile("{.reg .u32 there, beside;"
@@ -120,6 +133,12 @@ __device__ __forceinline__ void written() { asm volatile("fence.proxy.async.shar
 __device__ __forceinline__ void give(void* to, const void* from, int bytes) {
   asm volatile("{cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2; cp.async.bulk.commit_group;}" ::"l"(to),
                "r"(unsigned(__cvta_generic_to_shared(from))), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void give(void* to, const void* from, int bytes, unsigned long long policy) {
+  asm volatile("{cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3; "
+               "cp.async.bulk.commit_group;}" ::"l"(to),
+               "r"(unsigned(__cvta_generic_to_shared(from))), "r"(bytes), "l"(policy)
                : "memory");
 }
 template <int n> __device__ __forceinline__ void all_read_but() {  // but the last n

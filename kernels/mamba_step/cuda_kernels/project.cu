@@ -11,7 +11,9 @@
 // CHANNELS and SEQS.
 
 constexpr int N = 16, OUT = R + 2 * N, WARPS = OUT / 16, THREADS = 32 * WARPS, OCTETS = SEQS / 8;
-constexpr int PARTS = CHANNELS / 32, AHEAD = PARTS < 6 ? PARTS : 6;  // of x_proj's rows, and of them on their way
+// Blocks of a processor, and so how many of x_proj's rows' parts may be on their way to registers. With room for two, an
+// H200 runs 62 clusters at once, and of the 64 that have 256 sequences two had to wait for the others.
+constexpr int AT_ONCE = SEQS > 8 ? 3 : 2, PARTS = CHANNELS / 32, AHEAD = SEQS > 8 ? 2 : 6;
 constexpr int PASSES = (SEQS + WARPS - 1) / WARPS;  // of the convolution, a warp a sequence
 constexpr int WINDOW = CHANNELS * (W - 1);
 constexpr int STRIDE = OUT + 4;  // of sums, so that lanes meet in no bank
@@ -48,7 +50,8 @@ template <int K> struct Eight {
   INLINE float get(int channel, int k) const { return words[(channel * K + k) / 8].get((channel * K + k) % 8); }
 };
 
-extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 2) project(const GRID_CONSTANT Problem p) {
+extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, AT_ONCE)
+    project(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   int group = int(blockIdx.x) % GROUPS, rank = group % CLUSTER, first = int(blockIdx.x) / GROUPS * SEQS;

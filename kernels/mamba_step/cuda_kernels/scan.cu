@@ -7,13 +7,15 @@
 // states in an order of its own, so that the lanes of a warp meet in no bank.
 //
 // Letters: B sequences, E inner width, R rank of dt, N states (16); macros, but B, as are SPLITS, SEQS (that there
-// is room for), SLOTS, EARLY and WARPS.
+// is room for), ROUNDS (of the block's threads, that bring in what x_proj has made of its sequences), SLOTS, EARLY and
+// WARPS.
 
 constexpr int N = 16, OUT = R + 2 * N, THREADS = 32 * WARPS, CHANNELS = 32 * WARPS, GROUPS = E / CHANNELS;
 constexpr int OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS, DEEP = (R + 31) / 32;
 constexpr int PAIR = 2;    // sequences that a warp takes a step of at a time
 constexpr int BEHIND = 2;  // sequences that may be on their way back when a slot is taken anew
 constexpr int AHEAD = 4;   // sequences whose u and z are on their way
+constexpr bool MANY = ROUNDS > 1;  // sequences: for few, longer code costs more than it gains
 constexpr int PIECE = 32 * N * sizeof(float);
 static_assert(E % CHANNELS == 0 && R % 16 == 0 && SLOTS > BEHIND && AHEAD % PAIR == 0, "sizes not served");
 
@@ -27,7 +29,7 @@ struct Problem {
 };
 struct Shared {
   alignas(128) float h[WARPS][SLOTS][32 * N];
-  alignas(16) float low[ROWS][OUT + 4], dt[WARPS][32][ROWS + 1];
+  alignas(16) float low[ROWS][OUT + 4], dt[WARPS][32][8 + 1];  // dt of 8 sequences
   Gate brought[WARPS][SLOTS];
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
@@ -36,7 +38,7 @@ INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
 INLINE float softplus(float x) { return softplus_of(x, exp_negative(-fabsf(x))); }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTANT Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
   int seqs = int(p.seqs), first = int(blockIdx.x) / GROUPS * seqs, channel = int(blockIdx.x) % GROUPS * CHANNELS + warp * 32;
@@ -45,12 +47,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
   let_next_begin();
 
   // States and weights, before what the kernel before makes.
+  unsigned long long policy = first_to_leave();
   auto place = [&](int seq) { return p.ssm_state + (int64(first + seq) * E + channel) * N; };
+  auto bring_states = [&](int seq) {
+    int slot = seq % SLOTS;
+    if constexpr (MANY) bring(s.h[warp][slot], place(seq), PIECE, &s.brought[warp][slot], policy);
+    else bring(s.h[warp][slot], place(seq), PIECE, &s.brought[warp][slot]);
+  };
+  auto give_states = [&](int seq) {
+    if constexpr (MANY) give(place(seq), s.h[warp][seq % SLOTS], PIECE, policy);
+    else give(place(seq), s.h[warp][seq % SLOTS], PIECE);
+  };
   if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < SLOTS; ++i) open(&s.brought[warp][i]);
     all_open();
-    for (int i = 0; i < SLOTS && i < EARLY && i < n_here; ++i) bring(s.h[warp][i], place(i), PIECE, &s.brought[warp][i]);
+    for (int i = 0; i < SLOTS && i < EARLY && i < n_here; ++i) bring_states(i);
   }
   uint4 wide[2][DEEP][2];
 #pragma unroll
@@ -67,8 +79,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
 #pragma unroll
   for (int k = 0; k < 4; ++k) logs[k].load(p.A_log + int64(e) * N + (k ^ turned) * 4);
   wait_for_end_before();
-  if (lane == 0)
-    for (int i = EARLY; i < SLOTS && i < n_here; ++i) bring(s.h[warp][i], place(i), PIECE, &s.brought[warp][i]);
+
+  // What x_proj has made, of all sequences of the block, is asked for at once, and before more of the states.
+  float4 part[ROUNDS][SPLITS];
+#pragma unroll
+  for (int r = 0; r < ROUNDS; ++r) {
+    int i = tid + r * THREADS, seq = i / (OUT / 4), k = i % (OUT / 4) * 4;
+    if (seq < n_here)
+#pragma unroll
+      for (int j = 0; j < SPLITS; ++j) part[r][j] = fresh4(p.projected + (int64(j) * p.n_rows + first + seq) * OUT + k);
+  }
   Packed<bf16, 1> u[AHEAD], z[AHEAD];
   auto fetch = [&](int seq, int i) {
     int64 row = int64(first + seq);
@@ -77,24 +97,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i)
     if (i < n_here) fetch(i, i);
-
-  // What x_proj has made, of all sequences of the block.
-  for (int i = tid; i < n_here * (OUT / 4); i += THREADS) {
-    int seq = i / (OUT / 4), k = i % (OUT / 4) * 4;
-    float4 part[SPLITS];
+  if (lane == 0)
+    for (int i = EARLY; i < SLOTS && i < n_here; ++i) bring_states(i);
 #pragma unroll
-    for (int j = 0; j < SPLITS; ++j) part[j] = fresh4(p.projected + (int64(j) * p.n_rows + first + seq) * OUT + k);
-    float total[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
+  for (int r = 0; r < ROUNDS; ++r) {
+    int i = tid + r * THREADS, seq = i / (OUT / 4), k = i % (OUT / 4) * 4;
+    if (seq >= n_here) continue;
+    float total[4] = {part[r][0].x, part[r][0].y, part[r][0].z, part[r][0].w};
 #pragma unroll
     for (int j = 1; j < SPLITS; ++j)
-      total[0] += part[j].x, total[1] += part[j].y, total[2] += part[j].z, total[3] += part[j].w;
+      total[0] += part[r][j].x, total[1] += part[r][j].y, total[2] += part[r][j].z, total[3] += part[r][j].w;
     store_floats(&s.low[seq][k], total);
   }
   __syncthreads();
 
-  // dt's wide projection: a warp's 32 channels, 8 sequences at a time.
-#pragma unroll
-  for (int o = 0; o < OCTETS; ++o) {
+  // dt's wide projection: a warp's 32 channels of 8 sequences, each time before they are taken.
+  auto widen = [&](int o) {
     float dt[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
     for (int i = 0; i < DEEP; ++i) {
@@ -114,12 +132,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
     for (int band = 0; band < 2; ++band)
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        s.dt[warp][band * 16 + g + k / 2 * 8][o * 8 + 2 * t + k % 2] = dt[band][k];
-  }
+        s.dt[warp][band * 16 + g + k / 2 * 8][2 * t + k % 2] = dt[band][k];
+    __syncwarp();
+  };
+  if (OCTETS == 1) widen(0);
   float A2[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) A2[k] = -exp2_fast(logs[k / 4].get(k % 4) * LOG2E) * LOG2E;
-  __syncwarp();
 
   // n sequences side by side, PAIR or one.
   auto step = [&](int n, int seq, const Packed<bf16, 1>* packed_u, const Packed<bf16, 1>* packed_z) {
@@ -129,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
     for (int j = 0; j < PAIR; ++j) {
       if (j >= n) break;
       x[j] = packed_u[j].get(0), out[j] = 0.0f;
-      size[j] = softplus(s.dt[warp][lane][seq + j] + bias), driven[j] = size[j] * x[j];
+      size[j] = softplus(s.dt[warp][lane][(seq + j) % 8] + bias), driven[j] = size[j] * x[j];
       own[j] = s.h[warp][(seq + j) % SLOTS] + lane * N;
     }
 #pragma unroll
@@ -158,12 +177,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
     if (lane == 0) {
 #pragma unroll
       for (int j = 0; j < PAIR; ++j)
-        if (j < n) give(place(seq + j), s.h[warp][(seq + j) % SLOTS], PIECE);
+        if (j < n) give_states(seq + j);
       for (int j = 0; j < n; ++j) {
-        int next = seq + j - BEHIND + SLOTS, freed = next % SLOTS;
+        int next = seq + j - BEHIND + SLOTS;
         if (seq + j >= BEHIND && next < n_here) {
           all_read_but<BEHIND>();
-          bring(s.h[warp][freed], place(next), PIECE, &s.brought[warp][freed]);
+          bring_states(next);
         }
       }
     }
@@ -178,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan(const GRID_CONSTAN
   };
 #pragma unroll 1
   for (int base = 0; base < n_here; base += AHEAD) {
+    if (OCTETS > 1 && base % 8 == 0) widen(base / 8);
 #pragma unroll
     for (int i = 0; i < AHEAD; i += PAIR) {
       if (base + i + PAIR <= n_here) step(PAIR, base + i, u + i, z + i);
