@@ -183,6 +183,8 @@ class Backbone(nn.Module):
         """
         if self.config.bidirectional:
             raise ValueError("a bidirectional backbone has no step: every output depends on the whole sequence")
+        if rows is not None and not (x.is_contiguous() and x.data_ptr() % 16 == 0):  # kernels read 16 bytes at a time
+            x, rows = F.embedding(rows, x), None
         stream = self._step_at_once(x, state, rows)
         if stream is not None:
             return self.norm_f.step(stream, None)[0]

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 from torch.utils import _pytree as pytree
 
 from ..kernels import WayOut, backends, hand_over
@@ -38,8 +39,8 @@ def serves(device: torch.device) -> bool:
 
 def tells_the_likeliest(model: Any) -> bool:
     """Whether the model has a `step_likeliest`, from where it has its `step`: a class may change that alone."""
-    owner = next(owner for owner in (model, *type(model).__mro__) if "step" in vars(owner))
-    return "step_likeliest" in vars(owner)
+    owner = next((owner for owner in (model, *type(model).__mro__) if "step" in vars(owner)), None)
+    return owner is not None and "step_likeliest" in vars(owner)  # None: it finds its step in what it wraps
 
 
 class _StepGraph:
@@ -100,9 +101,14 @@ class _StepGraph:
 
 
 def _places(modules: list[nn.Module]) -> tuple[Any, ...]:
-    """Where a graph reads its weights, and as what; and whether what is made now is of inference mode alone."""
+    """Where a graph reads its weights, and as what; what is called, hooks among it; whether in inference mode."""
     tensors = (x for module in modules for x in (*module._parameters.values(), *module._buffers.values()))
-    return torch.is_inference_mode_enabled(), *((x.data_ptr(), x.dtype) for x in tensors if x is not None)
+    called = (
+        (type(m), "forward" in vars(m), "step" in vars(m), *m._forward_hooks, *m._forward_pre_hooks) for m in modules
+    )
+    everywhere = *all_modules._global_forward_hooks, *all_modules._global_forward_pre_hooks
+    weights = ((x.data_ptr(), x.dtype) for x in tensors if x is not None)
+    return torch.is_inference_mode_enabled(), everywhere, *called, *weights
 
 
 # Of a model, which leaves of its state grow with the tokens.

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from ..kernels import WayOut, hand_over, largest, likeliest
 from .autocast import autocast_dtype
@@ -76,11 +77,19 @@ class LanguageModel(PretrainedModel):
     @torch.no_grad()
     def step_likeliest(self, tokens: Tensor, state: State, out: WayOut) -> None:
         """`largest` of `step`, handed over: without logits in memory, where nothing would be missed by that."""
-        if as_made(self.embedding, kinds=(nn.Embedding,)) and self.embedding.max_norm is None:
+        unseen = not all_modules._has_any_global_hook()
+        if unseen and self._reads_rows():
             hidden = self.backbone.step(self.embedding.weight, state, rows=tokens)
         else:
             hidden = self.backbone.step(self.embedding(tokens), state)
-        if is_plain(self.lm_head) and autocast_dtype(hidden) == hidden.dtype:
+        if unseen and is_plain(self.lm_head) and autocast_dtype(hidden) == hidden.dtype:
             likeliest(hidden, self.lm_head.weight, out)
         else:
             hand_over(*largest(self.lm_head(hidden)), out)
+
+    def _reads_rows(self) -> bool:
+        """Whether the backbone's step may read the embedding's weight by itself, of each token that the head knows."""
+        embedding, backbone = self.embedding, self.backbone
+        plain = as_made(embedding, kinds=(nn.Embedding,)) and embedding.max_norm is None
+        own_step = type(backbone).step is Backbone.step and "step" not in vars(backbone)
+        return plain and own_step and len(self.lm_head.weight) <= len(embedding.weight)

@@ -47,5 +47,6 @@ def hand_over(tokens: Tensor, bad: Tensor, out: WayOut, *, backend: str | None =
 
 
 def check_way_out(out: WayOut, n_rows: int) -> None:
-    if out.ring.shape[1:] != (n_rows,) or not out.ring.is_contiguous():
-        raise ValueError(f"ring must be contiguous, (steps, {n_rows}); got {tuple(out.ring.shape)}")
+    for name, x, shape in zip(out._fields, out, ((n_rows,), (len(out.ring), n_rows), (n_rows,)), strict=True):
+        if x.shape != shape or x.dtype != torch.int64 or not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, int64 {shape}; got {x.dtype} {tuple(x.shape)}")

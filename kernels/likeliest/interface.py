@@ -20,6 +20,8 @@ def likeliest(
     another order are rounded to another number. A row's result depends on that row alone. No gradients.
 
     out  what is found is also handed over, as by `hand_over`
+
+    The weight has to be there before the kernel that makes x begins: it is asked for before that has ended.
     """
     if x.shape[1:] != weight.shape[1:] or weight.dim() != 2:
         raise ValueError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (B, M) and (V, M)")
