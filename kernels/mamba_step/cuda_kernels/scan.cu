@@ -79,8 +79,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
   for (int k = 0; k < 4; ++k) logs[k].load(p.A_log + int64(e) * N + (k ^ turned) * 4);
   wait_for_end_before();
+  Packed<bf16, 1> u[AHEAD], z[AHEAD];
+  auto fetch = [&](int seq, int i) {
+    int64 row = int64(first + seq);
+    u[i].word[0] = fresh2(p.u + row * E + e), z[i].word[0] = fresh2(p.uz + (2 * row + 1) * E + e);
+  };
+  auto ask_for_more = [&] {
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i)
+      if (i < n_here) fetch(i, i);
+    if (lane == 0)
+      for (int i = EARLY; i < SLOTS && i < n_here; ++i) bring_states(i);
+  };
+  if (!MANY) ask_for_more();
 
-  // What x_proj has made, of all sequences of the block, is asked for at once, and before more of the states.
+  // What x_proj has made, of all sequences of the block: of many before more of the states, which would hold it up.
   float4 part[ROUNDS][SPLITS];
 #pragma unroll
   for (int r = 0; r < ROUNDS; ++r) {
@@ -89,16 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
       for (int j = 0; j < SPLITS; ++j) part[r][j] = fresh4(p.projected + (int64(j) * p.n_rows + first + seq) * OUT + k);
   }
-  Packed<bf16, 1> u[AHEAD], z[AHEAD];
-  auto fetch = [&](int seq, int i) {
-    int64 row = int64(first + seq);
-    u[i].word[0] = fresh2(p.u + row * E + e), z[i].word[0] = fresh2(p.uz + (2 * row + 1) * E + e);
-  };
-#pragma unroll
-  for (int i = 0; i < AHEAD; ++i)
-    if (i < n_here) fetch(i, i);
-  if (lane == 0)
-    for (int i = EARLY; i < SLOTS && i < n_here; ++i) bring_states(i);
+  if (MANY) ask_for_more();
 #pragma unroll
   for (int r = 0; r < ROUNDS; ++r) {
     int i = tid + r * THREADS, seq = i / (OUT / 4), k = i % (OUT / 4) * 4;
