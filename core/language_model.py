@@ -92,4 +92,5 @@ class LanguageModel(PretrainedModel):
         embedding, backbone = self.embedding, self.backbone
         plain = as_made(embedding, kinds=(nn.Embedding,)) and embedding.max_norm is None
         own_step = type(backbone).step is Backbone.step and "step" not in vars(backbone)
-        return plain and own_step and len(self.lm_head.weight) <= len(embedding.weight)
+        known = getattr(self.lm_head, "weight", None)  # of an adapter, who knows
+        return plain and own_step and known is not None and len(known) <= len(embedding.weight)

@@ -164,7 +164,8 @@ def tensor_map(matrix: Tensor, n_rows: int, n_columns: int) -> bytes:
         return struct.pack("5q88x", address, height, width, n_rows, n_columns)
     room = ctypes.create_string_buffer(128 + 64)
     place = (ctypes.addressof(room) + 63) // 64 * 64
-    sizes, stride = (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(2 * (matrix.stride(0) if height > 1 else width))
+    step = matrix.stride(0) if height > 1 else width  # of one row it may be anything
+    sizes, stride = (ctypes.c_uint64 * 2)(width, height), (ctypes.c_uint64 * 1)(2 * step)
     box, steps = (ctypes.c_uint32 * 2)(n_columns, n_rows), (ctypes.c_uint32 * 2)(1, 1)
     bf16, plain, swizzle_128, promote_256, zeros = 9, 0, 3, 3, 0
     code = _driver().cuTensorMapEncodeTiled(

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from .. import nvrtc
 from ..sequences import checkpoint_slots
+from . import cuda_tiles as tiles
 from . import triton as fallback
+from .cuda_tiles import Layout, Tile
 from .triton import checkpoint_every, saved_shape
 
 __all__ = ["backward", "forward", "saved_shape", "usable"]
@@ -61,123 +63,6 @@ def _chunk_and_unit(n_channels: int, n_states: int) -> tuple[int, int]:
     if n_channels > 512:
         return 2048 if n_channels > 1024 else 1024, 256
     return 512, 512
-
-
-class Tile(NamedTuple):
-    """How a warp's work is laid out: the macros of cuda_kernels/common.cu."""
-
-    NL: int  # states of a lane
-    S: int  # lanes of a channel
-    CL: int  # channels of a lane
-    T: int  # steps of a tile
-    V: int  # channels of a lane where rows are shared out
-    WARPS: int  # of a block
-    MIN_BLOCKS: int = 1  # that a multiprocessor is to have room for
-    TEAM: int = 1  # warps that share the states of the same channels
-    AT_ONCE: int = 2  # steps whose states the forward computes together
-
-    @property
-    def channels(self) -> int:
-        """Of a block."""
-        return 32 // self.S * self.CL * (self.WARPS // self.TEAM)
-
-
-def _lanes(n_states: int) -> tuple[int, int]:
-    """(states of a lane, lanes of a channel). It fixes the order of sums over states: by the number of states alone."""
-    if n_states == 1:
-        return 1, 1
-    if n_states <= 32:
-        return 4, 1 if n_states <= 4 else 2 if n_states <= 8 else 4 if n_states <= 16 else 8
-    return 8, 8
-
-
-def _forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Tile:
-    """rows: sequences (or chunks) times channels. What follows from them changes no bit of a result.
-
-    Two channels to a lane read B and C half as often as one; one makes more warps where rows are few. Registers are
-    kept to 128 where there are warps enough to use the room. Measured: benchmarks/SCAN_NOTES.md.
-    """
-    states, lanes = _lanes(n_states)
-    if states == 1:
-        return _narrow(vector, 4 if rows >= 1024 * processors else 2)
-    if states == 8:
-        return _fitting(states, lanes, 4, 8, vector, 1)._replace(MIN_BLOCKS=8)
-    if rows * lanes < 256 * processors:
-        return _fitting(states, lanes, 1, 16, vector, 2)
-    return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
-
-
-def _pairs_tile(layout: "_Layout", runs: int, processors: int) -> Tile:
-    """Of the forward in pairs of warps (forward_pairs.cu). runs: sequences or chunks.
-
-    Where rows are few, a lane has one channel, and a block many pairs: the more it has, the longer are the pieces of
-    memory that it moves.
-    """
-    states, lanes = _lanes(layout.n_states)
-    if runs * layout.n_channels * lanes >= 256 * processors:
-        return _fitting(states, lanes, 2, 16, layout.vector, 4)._replace(MIN_BLOCKS=2)
-    pairs = _most_even(layout, runs, 32 // lanes, processors, _MOST_PAIRS)
-    return _fitting(states, lanes, 1, 32, layout.vector, pairs)._replace(MIN_BLOCKS=8 // pairs)
-
-
-def _most_even(layout: "_Layout", runs: int, channels: int, processors: int, most: int) -> int:
-    """Of warps, or pairs of them, with so many channels each: up to `most` of a block, as many as leave the fullest
-    multiprocessor with the fewest."""
-
-    def fullest(of_block: int) -> int:
-        blocks = runs * layout.groups * -(-layout.n_channels // layout.groups // (channels * of_block))
-        return -(-blocks // processors) * of_block
-
-    return min(range(most, 0, -1), key=fullest)
-
-
-def _backward_tile(n_states: int, rows: int, vector: int, processors: int, room: int, gate: bool) -> Tile:
-    """room: bytes of shared memory that a block may have.
-
-    Channels of a lane and of a block fix the order in which dB and dC are summed: they do not follow from `rows`.
-    """
-    states, lanes = _lanes(n_states)
-    if states == 1:
-        return _narrow(vector, 3 if rows >= 1024 * processors and not gate else 2)
-    if states == 8:  # 16 states in each of the four warps of a block, as if there were no more
-        return Tile(4, 4, 2, 8, 1, 4, TEAM=4)
-    # Of 4 warps the blocks take up to 113 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
-    warps = 4 if lanes >= 4 and room >= 113 * 1024 else 2
-    return _fitting(states, lanes, 2, 8, vector, warps)
-
-
-def _parts_tile(layout: "_Layout", tile: Tile) -> Tile:
-    """Of chunk_gradients where it runs parts of chunks from 0. With one channel to a lane there are more warps.
-
-    tile: the backward's.
-    """
-    states, lanes = _lanes(layout.n_states)
-    if states != 4:
-        return _fitting(states, lanes, tile.CL, 16, layout.vector, tile.WARPS)
-    return _fitting(states, lanes, 1, 32, layout.vector, tile.WARPS)._replace(MIN_BLOCKS=16 // tile.WARPS)
-
-
-def _walking_tile(layout: "_Layout", runs: int, processors: int) -> Tile:
-    """Of chunk_gradients where it walks chunks step by step, so by as many warps as can be: half as many states to a
-    lane as in the backward. runs: chunks."""
-    states, lanes = _lanes(layout.n_states)
-    warps = _most_even(layout, runs, 16 // lanes, processors, _MOST_WALKING)
-    return _fitting(states // 2, 2 * lanes, 1, 32, layout.vector, warps)
-
-
-def _narrow(vector: int, blocks: int) -> Tile:
-    """For one state: cuda_kernels/narrow_*.cu, whose warps share out time."""
-    return Tile(1, 1, vector, 8, vector, 1, MIN_BLOCKS=blocks)
-
-
-def _fitting(states: int, lanes: int, channels: int, steps: int, vector: int, warps: int) -> Tile:
-    """A tile whose rows a warp can share out: at most 32 lanes to a row, and at most `steps` rows at once."""
-    channels = min(channels, vector * lanes)
-    while vector > 1 and channels * steps < lanes * vector:
-        vector //= 2
-    while channels * steps < lanes:
-        channels *= 2
-    return Tile(states, lanes, channels, steps, vector, warps)
 
 
 @cache
@@ -255,31 +140,6 @@ def _pointers(**tensors: Tensor | int | None) -> bytes:
     return _pack_pointers(*[x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in map(get, _POINTERS)])
 
 
-class _Layout(NamedTuple):
-    """All of a call that a plan follows from. Types and strides: of u, delta, z, dy, B, C; 0 for what is absent."""
-
-    device: int
-    n_tokens: int
-    n_channels: int
-    n_states: int
-    n_seqs: int
-    batch: int
-    packed: bool
-    groups: int
-    vector: int  # channels that are moved at once
-    matrix_vector: int  # elements of B and C that are
-    static: tuple[bool, bool]  # whether B and C are
-    types: tuple[torch.dtype, ...]
-    strides: tuple[int, ...]  # from token to token, in bytes
-    y_stride: int  # of y, likewise, and of u's gradient
-    ddelta_stride: int  # of delta's gradient
-    dz_stride: int  # of z's
-    group_strides: tuple[int, int]  # of B and C, in elements
-    softplus: bool
-    reverse: bool
-    gate: bool
-
-
 def _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, reverse, dy=None):
     """(The inputs as the kernels take them, by name; their layout)."""
     n_channels, n_states = A.shape
@@ -297,7 +157,7 @@ def _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, rev
         n_seqs = cu_seqlens.shape[0] - 1
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     rows = u, delta, u if z is None else z, u if dy is None else dy, B, C
-    layout = _Layout(
+    layout = Layout(
         _device(u), u.shape[0], n_channels, n_states, n_seqs, batch, cu_seqlens is not None, groups, vector,
         _widest(min(most, n_states & -n_states), *matrices), static, tuple([x.dtype for x in rows]),
         tuple([x.stride(0) * x.element_size() for x in rows]), n_channels * u.element_size(),
@@ -324,7 +184,7 @@ class _Launch(NamedTuple):
 class _Plan:
     """What is launched for a layout, how often, and with what numbers: all but addresses."""
 
-    def __init__(self, layout: _Layout):
+    def __init__(self, layout: Layout):
         self.layout = layout
         self.processors = nvrtc.processors(layout.device)
         self.length = layout.n_tokens // max(layout.batch, 1)  # of each sequence; of all if packed
@@ -427,24 +287,9 @@ def _give_up(device: int, error: nvrtc.Unavailable) -> None:
 _PART = 512  # most steps of a chunk that are run from 0 at once, to find the gradients that enter chunks
 _FEW_TERMS = 8  # of a sum of shares: up to these one thread adds up all of them
 _BLOCKS_A_PROCESSOR = 1.25  # up to these of the backward, each walks a unit, not a chunk, which takes one pass more
-# Below these (sequence, channel) rows, chunks are run all at once, which takes each exp twice; below half as many where
-# pairs of warps may walk them.
+# Below these (sequence, channel) rows, chunks are run all at once, which takes each exp twice; half as many count where
+# pairs of warps may walk them (`_at_once`).
 _ROWS_A_PROCESSOR = 40
-_MOST_PAIRS = 6  # of a block: 96 KiB of shared memory
-_MOST_WALKING = 10  # warps of a block of chunk_gradients
-
-
-def _in_pairs(layout: _Layout) -> bool:
-    """Whether pairs of warps may run it: as many states as have been measured (benchmarks/SCAN_NOTES.md)."""
-    return 8 < layout.n_states <= 16
-
-
-def _run_tile(layout: _Layout, runs: int, walked: bool, processors: int) -> tuple[Tile, bool]:
-    """(The forward's tile, whether pairs of warps run it). runs: sequences or chunks; walked: chunk after chunk."""
-    rows = runs * layout.n_channels
-    if _in_pairs(layout) and (walked or rows < 64 * processors):
-        return _pairs_tile(layout, runs, processors), True
-    return _forward_tile(layout.n_states, rows, layout.vector, processors), False
 
 
 def _at_once(p: _Plan) -> bool:
@@ -452,27 +297,30 @@ def _at_once(p: _Plan) -> bool:
 
     Pairs that walk take about as long for a step whether a multiprocessor has 8 rows or 24. A step of all chunks takes
     as long as the fullest multiprocessor does: with 20 rows a chunk of a sequence as long as those walk them. With
-    fewer than 48 rows it is no faster.
+    fewer than 48 rows it is no faster. Of packed sequences the host does not know how long they are: there it is rows
+    alone.
     """
-    layout = p.layout
-    if not _in_pairs(layout):
-        return layout.n_seqs * layout.n_channels < _ROWS_A_PROCESSOR * p.processors
-    p.lay_out(_run_tile(layout, p.n_chunks, False, p.processors)[0])
+    layout, rows = p.layout, p.layout.n_seqs * p.layout.n_channels
+    if not tiles.in_pairs(layout):
+        return rows < _ROWS_A_PROCESSOR * p.processors
+    if layout.packed:
+        return rows < _ROWS_A_PROCESSOR // 2 * p.processors
+    p.lay_out(tiles.run_tile(layout, p.n_chunks, False, p.processors)[0])
     fullest = -(-p.n_chunks * p.n_tiles // p.processors) * p.tile.channels
     return max(fullest, 48) * layout.n_seqs <= _ROWS_A_PROCESSOR // 2 * p.n_chunks
 
 
 @lru_cache(maxsize=1024)
-def _forward_plan(layout: _Layout) -> _Plan:
+def _forward_plan(layout: Layout) -> _Plan:
     p = _Plan(layout)
     p.at_once = p.several and _at_once(p)
     if p.at_once:
-        p.lay_out(_forward_tile(layout.n_states, p.n_chunks * layout.n_channels, layout.vector, p.processors))
+        p.lay_out(tiles.forward_tile(layout.n_states, p.n_chunks * layout.n_channels, layout.vector, p.processors))
         p.scan("forward", p.n_chunks * p.n_tiles, ("OWN", 0), ("ENDS", 1))
         p.carry(backwards=False)
     walked = p.several and not p.at_once
     runs = p.n_chunks if p.at_once else layout.n_seqs
-    tile, pairs = _run_tile(layout, runs, walked, p.processors)
+    tile, pairs = tiles.run_tile(layout, runs, walked, p.processors)
     p.lay_out(tile)
     p.scan("forward", runs * p.n_tiles, ("OWN", int(walked)), ("ENDS", 0), pairs=pairs)
     return p
@@ -503,23 +351,24 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, bat
 
 
 @lru_cache(maxsize=1024)
-def _backward_plan(layout: _Layout, from_zero: bool, has_D: bool, has_bias: bool) -> _Plan:
+def _backward_plan(layout: Layout, from_zero: bool, has_D: bool, has_bias: bool) -> _Plan:
     """from_zero: no gradient enters a chunk."""
     p = _Plan(layout)
     states, width = layout.n_states, layout.n_channels
     if states > 1:
         p.part = min(p.chunk, _PART)
     n_parts = p.pieces(p.part)
-    tile = _backward_tile(states, p.n_chunks * width, layout.vector, p.processors, _room(layout.device), layout.gate)
+    rows, room = p.n_chunks * width, _room(layout.device)
+    tile = tiles.backward_tile(states, rows, layout.vector, p.processors, room, layout.gate)
     if p.several:
-        p.lay_out(_parts_tile(layout, tile))
+        p.lay_out(tiles.parts_tile(layout, tile))
         p.add("chunk_gradients", "chunk_gradients", n_parts * p.n_tiles, 32 * p.tile.WARPS, ("SPANS", 0))
     p.lay_out(tile)
     if not from_zero:
         p.carry(backwards=True)
     if p.unit < min(p.length, p.chunk) and p.n_chunks * p.n_tiles <= _BLOCKS_A_PROCESSOR * p.processors:
         p.span = p.unit
-        p.lay_out(_walking_tile(layout, p.n_chunks, p.processors))
+        p.lay_out(tiles.walking_tile(layout, p.n_chunks, p.processors))
         p.add("chunk_gradients", "chunk_gradients", p.n_chunks * p.n_tiles, 32 * p.tile.WARPS, ("SPANS", 1))
         p.lay_out(tile)
     n_spans = p.pieces(p.span)

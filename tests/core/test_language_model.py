@@ -61,10 +61,26 @@ def test_a_loss_and_nothing_else():
         model(tokens, targets=targets, return_state=True)
 
 
-@pytest.mark.parametrize("special", ["plain", "bias", "hook", "adapter"])
+class Wrapped(torch.nn.Module):
+    """A backbone in another module, which knows of a step what it needs."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def step(self, x, state):
+        return -self.backbone.step(x, state)
+
+
+@pytest.mark.parametrize("special", ["plain", "bias", "hook", "adapter", "backbone", "head of more rows"])
 def test_the_likeliest_of_a_step(special):
     """Handed over as what is the largest of the logits, whatever makes these."""
     model, tokens, _ = model_and_tokens(tie_embeddings=False)
+    init_state = model.init_state
+    if special == "backbone":
+        model.backbone = Wrapped(model.backbone)
+    if special == "head of more rows":
+        model.lm_head = torch.nn.Linear(model.lm_head.in_features, 50, bias=False)
     if special == "bias":
         model.lm_head.bias = torch.nn.Parameter(torch.randn(37) * 9)
     elif special == "hook":
@@ -73,7 +89,7 @@ def test_the_likeliest_of_a_step(special):
         model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Linear(37, 37))
     own, turn = torch.zeros(2, 2, dtype=torch.int64)
     out = WayOut(own, torch.zeros(2, 2, dtype=torch.int64), turn)
-    states = model.init_state(2), model.init_state(2)
+    states = init_state(2), init_state(2)
     for token in tokens.T[:4]:
         model.step_likeliest(token, states[0], out)
         assert out.own.equal(model.step(token, states[1]).argmax(1))
@@ -88,5 +104,30 @@ def test_whose_step_tells_the_likeliest():
     model = model_and_tokens()[0]
     assert graphed.tells_the_likeliest(model)
     assert not graphed.tells_the_likeliest(Masked(model.config))
+    assert not graphed.tells_the_likeliest(torch.compile(model))  # what wraps a model has its step by another way
     model.step = lambda tokens, state: torch.zeros(len(tokens), 37)
     assert not graphed.tells_the_likeliest(model)
+
+
+def test_global_hooks_see_all_of_a_step():
+    model, tokens, _ = model_and_tokens()
+    out, seen = WayOut(*(torch.zeros(*shape, dtype=torch.int64) for shape in ((2,), (2, 2), (2,)))), [[], []]
+    for names, step in zip(seen, (model.step, lambda *given: model.step_likeliest(*given, out)), strict=True):
+        hook = lambda module, *_, names=names: names.append(type(module).__name__)  # noqa: E731
+        handle = torch.nn.modules.module.register_module_forward_hook(hook)
+        step(tokens[:, 0], model.init_state(2))
+        handle.remove()
+    assert "Embedding" in seen[0]
+    assert seen[1] == seen[0]
+
+
+def test_a_graph_is_another_ones_when_a_hook_comes_or_goes():
+    model, _, _ = model_and_tokens()
+    modules = list(model.modules())
+    before = graphed._places(modules)
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    with_hook = graphed._places(modules)
+    handle.remove()
+    assert before == graphed._places(modules) != with_hook
+    model.backbone.forward = model.backbone.forward
+    assert graphed._places(modules) != before

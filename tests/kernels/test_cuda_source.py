@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from polymamba.kernels.cross_scan import cuda as cross_cuda
 from polymamba.kernels.mamba_block import Behind, BlockWeights, ScanWeights, mamba_block, mamba_block_and_norm
-from polymamba.kernels.selective_scan import cuda
+from polymamba.kernels.selective_scan import cuda, cuda_tiles
 from polymamba.kernels.vss_block import VSSWeights, vss_block, vss_block_reference
 
 
@@ -321,7 +321,7 @@ def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     limit = kilobytes * 1024 if kilobytes < 227 else (228 // 2 - 1) * 1024
-    tile = cuda._backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
+    tile = cuda_tiles.backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
     macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
     macros |= {"STATIC_B": 0, "STATIC_C": 0, "PART": 512, "ENTERING": 512}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
@@ -339,7 +339,7 @@ def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
 def test_pairs_of_a_block_fill_the_multiprocessors_evenly(runs, channels, groups, pairs):
     """132 of them."""
     layout = SimpleNamespace(n_states=16, n_channels=channels, groups=groups, vector=2)
-    tile = cuda._pairs_tile(layout, runs, 132)
+    tile = cuda_tiles.pairs_tile(layout, runs, 132)
     assert pairs == tile.WARPS
 
 
@@ -366,7 +366,7 @@ def test_chunks_are_run_at_once_where_they_fill_the_multiprocessors(sequences, c
 )
 def test_warps_that_walk_chunks_fill_the_multiprocessors_evenly(states, channels, warps):
     layout = SimpleNamespace(n_states=states, n_channels=channels, groups=1, vector=2)
-    assert warps == cuda._walking_tile(layout, 1, 132).WARPS
+    assert warps == cuda_tiles.walking_tile(layout, 1, 132).WARPS
 
 
 @pytest.mark.slow
@@ -374,9 +374,9 @@ def test_shared_memory_of_pairs_fits(emulation, tmp_path):
     """Of as many as a block may have, on a GPU for a desk: 99 KiB."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    layout = SimpleNamespace(n_states=16, n_channels=8 * cuda._MOST_PAIRS, groups=1, vector=2)
-    tile = cuda._pairs_tile(layout, 1, 1)
-    assert tile.WARPS == cuda._MOST_PAIRS
+    layout = SimpleNamespace(n_states=16, n_channels=8 * cuda_tiles.MOST_PAIRS, groups=1, vector=2)
+    tile = cuda_tiles.pairs_tile(layout, 1, 1)
+    assert tile.WARPS == cuda_tiles.MOST_PAIRS
     macros = {"N": 16, "VB": 4, "CHUNK": 2048, "PART": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1}
     macros |= {"GATE": 1, "STATIC_B": 0, "STATIC_C": 0, "OWN": 1, "ENDS": 0}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")

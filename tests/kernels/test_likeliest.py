@@ -82,9 +82,11 @@ def test_by_the_product(dtype):
 def test_refuses_other_sizes():
     with pytest.raises(ValueError, match=r"x is \(2, 3\) and weight \(5, 4\)"):
         likeliest(torch.zeros(2, 3), torch.zeros(5, 4))
-    out = WayOut(*torch.zeros(3, 2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"ring must be contiguous, int64 \(2, 3\)"):
-        likeliest(torch.zeros(3, 4), torch.zeros(5, 4), out)
+    whole = WayOut(*(torch.zeros(*shape, dtype=torch.int64) for shape in ((3,), (2, 3), (3,))))
+    likeliest(torch.zeros(3, 4), torch.zeros(5, 4), whole)
+    for name, other in (("own", torch.zeros(3)), ("ring", whole.ring[:, :2]), ("turn", whole.turn[:1])):
+        with pytest.raises(ValueError, match=f"{name} must be contiguous, int64"):
+            likeliest(torch.zeros(3, 4), torch.zeros(5, 4), whole._replace(**{name: other}))
 
 
 @pytest.mark.gpu

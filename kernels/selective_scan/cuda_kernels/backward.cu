@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #if !STATIC_C
     rows_C.put(&block.C[0][0], threadIdx.x);
 #endif
-    auto leave_steps = [&](int k) {  // the step sizes of a tile
+    auto leave_steps = [&](int k) {  // the step sizes of a tile. (Written in place, 32 states take 1 % longer.)
 #pragma unroll
       for (int i = 0; i < ITS; ++i) {
         const int t = k * T + i * ROWS + a.row;

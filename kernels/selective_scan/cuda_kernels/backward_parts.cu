@@ -3,7 +3,7 @@
 constexpr int TILES = EVERY / T;           // of a piece: the steps between saved states
 constexpr int NV = 4;                      // numbers moved at once
 constexpr int OF_LANE = CL * NL / NV;      // times that this is done for all of a lane's states: by state, then channel
-constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those before its tiles but the first
+constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those before its tiles but the last
 // Whether a tile's rows are asked for only behind the sums of the tile after it. Until they come they hold one of the six
 // scoreboards by which all loads of a warp are waited for. Above 16 states it is slower.
 constexpr bool ASK_LATE = N <= 16;
@@ -48,6 +48,7 @@ extern "C" __constant__ int shared_bytes = sizeof(Shared);
 // A lane's place among those who share out rows: here they are rows of the block's channels. Where a team shares states,
 // the two channels that lie side by side in a lane of it are those of two lanes here, half a row apart.
 constexpr int HALF_ROW = BC / V / 2;
+static_assert(TEAM == 1 || (HALF_ROW <= 16 && 32 % HALF_ROW == 0), "those two lanes are of one warp");
 INLINE void place_in_block(const Problem& p, Place& a) {
   const int first = a.tile * BC, place = threadIdx.x % (BC / V);
   a.row = threadIdx.x / (BC / V), a.column = TEAM > 1 ? place % HALF_ROW * 2 + place / HALF_ROW : place * V;

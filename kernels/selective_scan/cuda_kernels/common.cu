@@ -7,14 +7,16 @@
 // meet in shared memory. In the backward a team of several warps may share the states of the same channels, each with
 // NL states in S lanes.
 //
-// No result may depend on V, CL, T or WARPS: sums over states are over NL states in a lane and then over S lanes, in
-// order. So the number of sequences may choose CL (how many channels share a warp's work) and changes no bit.
+// No result may depend on V, T or a forward's CL and WARPS: sums over states are over NL states in a lane and then over S
+// lanes, in order. So the number of sequences may choose CL (how many channels share a warp's work) and changes no bit.
+// (In which order channels are summed for dB and dC follows from the backward's CL, WARPS and TEAM, and from nothing else.)
 //
 // Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, TEAM (warps that share the
-// states of their channels), EVERY (steps between saved states), CHUNK, PART (steps of a chunk that are run from 0 to find what enters chunks), UNIT and SPAN (steps of the
-// backward: those of a share of dA, dD and dbias, and those that a block walks), ENTERING (steps of the pieces of which it
-// is told what gradient enters them), SOFTPLUS, GATE (whether there is a z), STATIC_B, STATIC_C, BACKWARDS (whether it
-// reads as backward.cu does: device.cu), and the types U, DELTA, Z, DY, MB, MC of the tensors.
+// states of their channels), EVERY (steps between saved states), CHUNK, PART (steps of a chunk that are run from 0 to find
+// what enters chunks), UNIT and SPAN (steps of the backward: those of a share of dA, dD and dbias, and those that a block
+// walks), ENTERING (steps of the pieces of which it is told what gradient enters them), SOFTPLUS, GATE (whether there is a
+// z), STATIC_B, STATIC_C, BACKWARDS (whether it reads as backward.cu does: device.cu), FORWARD (whether it is forward.cu:
+// numbers.cu), and the types U, DELTA, Z, DY, MB, MC of the tensors.
 //
 // Letters: N states, D channels, G groups; T tokens of all sequences laid end to end where a shape names them.
 
