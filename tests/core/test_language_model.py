@@ -76,7 +76,7 @@ class Wrapped(torch.nn.Module):
 def test_the_likeliest_of_a_step(special):
     """Handed over as what is the largest of the logits, whatever makes these."""
     model, tokens, _ = model_and_tokens(tie_embeddings=False)
-    init_state = model.init_state
+    states = model.init_state(2), model.init_state(2)
     if special == "backbone":
         model.backbone = Wrapped(model.backbone)
     if special == "head of more rows":
@@ -89,7 +89,6 @@ def test_the_likeliest_of_a_step(special):
         model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Linear(37, 37))
     own, turn = torch.zeros(2, 2, dtype=torch.int64)
     out = WayOut(own, torch.zeros(2, 2, dtype=torch.int64), turn)
-    states = init_state(2), init_state(2)
     for token in tokens.T[:4]:
         model.step_likeliest(token, states[0], out)
         assert out.own.equal(model.step(token, states[1]).argmax(1))
