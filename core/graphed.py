@@ -27,9 +27,9 @@ BLOCK = 64  # steps whose uniform numbers are brought to the GPU at once
 ROOM = 256  # a state that grows has room for a multiple of it, so that a graph serves prompts of many lengths
 WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set up in them
 # Prompts that are read by a graph have so many tokens each at least, all of a convolution's window among them, and so
-# many together at most: more keep a GPU busy for longer than it takes to launch the kernels. The states of so many
-# sequences at most are kept.
-SHORTEST, MOST_TOKENS, MOST_SEQUENCES = 16, 8192, 64
+# many together at most: more keep a GPU busy for longer than it takes to launch the kernels, on a slow host, too. Of
+# their states the graph keeps so many bytes at most.
+SHORTEST, MOST_TOKENS, MOST_BYTES = 16, 32_768, 1 << 30
 
 
 def serves(device: torch.device) -> bool:
@@ -124,6 +124,16 @@ def _tokens_in(state: Any, model: Any) -> int:
     return max((leaves[i].shape[1] for i in _growing[model]), default=0)
 
 
+_sizes: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def _bytes_of_state(model: Any) -> int:
+    """That of one sequence, before its first token."""
+    if model not in _sizes:
+        _sizes[model] = sum(x.numel() * x.element_size() for x in pytree.tree_leaves(model.init_state(1)))
+    return _sizes[model]
+
+
 # The last graph of a model, while no decoder works with it: (what it was captured for, the graph).
 _graphs: WeakKeyDictionary[Any, tuple[Any, _StepGraph]] = WeakKeyDictionary()
 
@@ -175,7 +185,7 @@ def read_by_graph(model: Any, tokens: Tensor) -> tuple[Tensor, Any] | None:
     if (
         tokens.shape[1] < SHORTEST
         or tokens.numel() > MOST_TOKENS
-        or len(tokens) > MOST_SEQUENCES
+        or len(tokens) * _bytes_of_state(model) > MOST_BYTES
         or not _are_ours(modules)
         or model.training
         or torch.is_autocast_enabled("cuda")
