@@ -8,6 +8,9 @@ an array of size 0; weights of the products as `numba_products.packed` lays them
 Letters: T tokens of all sequences, S sequences, M model width, E inner width, N states, R rank of dt, W taps.
 """
 
+import os
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,11 +29,16 @@ PIECE = 192  # tokens: a multiple of the scan's piece and of the heights of the 
 SHORTEST, LARGEST = 96, 1 << 19
 
 
+@cache
+def _processors() -> int:
+    """That this process may use. Not torch's threads: their number must not change a bit of a result."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pays(x: Tensor, n_channels: int) -> bool:
-    """Whether x (S, L, M) is worth it: sequences for all threads alike, long enough, and weights that a cache holds."""
+    """Whether x (S, L, M) is worth it: sequences for all processors alike, long enough, weights that a cache holds."""
     n_seqs, length, width = x.shape
-    n_threads = torch.get_num_threads()
-    shares = -(-n_seqs // n_threads) * n_threads  # as if all threads had as much to do as the one that has most
+    shares = -(-n_seqs // _processors()) * _processors()  # as if all had as much to do as the one that has most
     fits = length >= SHORTEST and width % TILE == 0 and 3 * width * n_channels <= LARGEST
     return fits and 20 * shares <= 21 * n_seqs and lanes.AVX512
 

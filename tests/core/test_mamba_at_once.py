@@ -268,12 +268,12 @@ def test_states_of_the_wrong_shape_are_refused(wrong):
 
 @pytest.fixture
 def with_norms(monkeypatch, calls):
-    """How often a block ran with the norm before it: on two threads, of a CPU that this is for."""
+    """How often a block ran with the norm before it: by two processors, of a kind that this is for."""
     from polymamba.kernels.numba_lanes import AVX512
 
     if not AVX512:
         pytest.skip("for a CPU with AVX-512")
-    n_threads, run, found = torch.get_num_threads(), mamba_at_once.norm_and_mamba_block, []
+    run, found = mamba_at_once.norm_and_mamba_block, []
 
     def counted(*args, **options):
         out = run(*args, **options)
@@ -282,9 +282,8 @@ def with_norms(monkeypatch, calls):
 
     monkeypatch.setattr(mamba_at_once, "norm_and_mamba_block", counted)
     monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 1)
-    torch.set_num_threads(2)
-    yield found
-    torch.set_num_threads(n_threads)
+    monkeypatch.setattr("polymamba.kernels.mamba_block.cpu._processors", lambda: 2)
+    return found
 
 
 @torch.no_grad()

@@ -258,15 +258,12 @@ def test_without_gradients_it_is_the_same(backend, cast):
 
 
 @pytest.fixture
-def two_threads(monkeypatch):
-    """And a CPU that the block with its norm is for; short sequences are, too."""
+def two_processors(monkeypatch):
+    """Of a kind that the block with its norm is for; short sequences are, too."""
     if not import_module("polymamba.kernels.numba_lanes").AVX512:
         pytest.skip("for a CPU with AVX-512")
     monkeypatch.setattr("polymamba.kernels.mamba_block.cpu.SHORTEST", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    monkeypatch.setattr("polymamba.kernels.mamba_block.cpu._processors", lambda: 2)
 
 
 BEHIND_A_NORM = {
@@ -289,7 +286,7 @@ def in_double(x: Tensor, stream: Tensor | None, front: Front, weights: BlockWeig
 
 @pytest.mark.parametrize("behind", ["start", "stream", "stream, layer norm"])
 @pytest.mark.parametrize("name", BEHIND_A_NORM)
-def test_with_the_norm_before_it(name, behind, cast, assert_close, two_threads):
+def test_with_the_norm_before_it(name, behind, cast, assert_close, two_processors):
     tensors = problem(**{"width": 64} | BEHIND_A_NORM[name])
     x = tensors.pop("hidden")
     generator = torch.Generator().manual_seed(3)
@@ -323,17 +320,23 @@ def test_with_the_norm_before_it(name, behind, cast, assert_close, two_threads):
         assert torch.equal(ours, again)
 
 
-def test_with_the_norm_before_it_a_sequence_is_itself(cast, two_threads):
-    """To the bit, whatever its batch mates are and however many."""
+def test_with_the_norm_before_it_a_sequence_is_itself(cast, two_processors):
+    """To the bit, whatever its batch mates are and however many, and however many threads there are."""
     tensors = cast(problem(8, 120, 64, 128, 16, 4), torch.float32)
     x, front = tensors.pop("hidden"), Front(torch.rand(64), None, 1e-5)
     w = weights_of(tensors)
     whole = norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, whole, norm_and_mamba_block(x, None, front, w, dtype=torch.float32)))
+    finally:
+        torch.set_num_threads(n_threads)
     pair = norm_and_mamba_block(x[[5, 2]], None, front, w, dtype=torch.float32)
     assert all(torch.equal(a[[5, 2]], b) for a, b in zip(whole, pair, strict=True))
 
 
-def test_with_the_norm_before_it_what_it_leaves_to_the_parts(cast, two_threads, monkeypatch):
+def test_with_the_norm_before_it_what_it_leaves_to_the_parts(cast, two_processors, monkeypatch):
     tensors = cast(problem(2, 9, 64, 32), torch.float32)
     x, w = tensors.pop("hidden"), weights_of(tensors)
     conv, ssm = torch.zeros(2, 32, 3), torch.zeros(2, 32, 3)
@@ -341,7 +344,7 @@ def test_with_the_norm_before_it_what_it_leaves_to_the_parts(cast, two_threads, 
     usual |= {"conv_state": conv, "ssm_state": ssm, "dtype": torch.float32}
     (front, (scan,)), found = (usual["front"], w.scans), []
     changes = {
-        "a thread would have nothing to do": {
+        "a processor would have nothing to do": {
             "x": x[:1],
             "stream": x[:1],
             "conv_state": conv[:1],
@@ -375,7 +378,7 @@ def test_with_the_norm_before_it_what_it_leaves_to_the_parts(cast, two_threads, 
     assert norm_and_mamba_block(**usual) is None
 
 
-def test_with_the_norm_before_it_under_another_default(cast, two_threads):
+def test_with_the_norm_before_it_under_another_default(cast, two_processors):
     tensors = cast(problem(2, 20, 64, 70, 5, 3), torch.float32)
     x, front, w = tensors.pop("hidden"), Front(torch.ones(64), None, 1e-5), weights_of(tensors)
     expected = norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
