@@ -85,6 +85,8 @@ def test_bound():
 
 
 def test_command_and_report(tmp_path, monkeypatch, capsys):
+    # The command may lower the precision of products of its own process; all later tests of this one would have it.
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     words = "run.py copying --mixer mamba --longest 5 --batch 2 --steps 20 --tested 4 8 --d-model 16 --device cpu"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--folder", str(tmp_path)])
     main()
