@@ -4,11 +4,13 @@
                               [--backend triton]
 
 bf16 inputs, float32 A, D and bias, softplus; medians of `triton.testing.do_bench` (CUDA events; it overwrites the
-second-level cache between runs). A time is of the kernels launched as one CUDA graph, as `--cuda-graph` launches them;
-in brackets behind it of the same launched by Python, for which a short one may have to wait. The limit is the larger of
-two times: each input read and each output written once at the copy bandwidth measured in the same run, and one exp2 a
-(token, channel, state) at 16 a cycle and multiprocessor at 1.98 GHz. "Official" are mamba-ssm's CUDA kernels (built for
-sm_90) on an H100 in another run, launched by Python, for orientation.
+second-level cache between runs). A time is of calls recorded as one CUDA graph, as `--cuda-graph` launches them: of a
+short scan up to eight, each on inputs of its own, so that none is found in the second-level cache and the 3 us between
+two events are shared. In brackets behind it the time of a single call launched by Python, for which a short one may
+have to wait. The limit is the larger of two times: each input read and each output written once at the copy bandwidth
+measured in the same run, and one exp2 a (token, channel, state) at 16 a cycle and multiprocessor at 1.98 GHz.
+"Official" are mamba-ssm's CUDA kernels (built for sm_90) on an H100 in another run, launched by Python, for
+orientation.
 
 The picture: time against length at the shape of Figure 8 of the Mamba paper (batch 1, 1024 channels, 16 states), beside
 PyTorch's causal attention of the same width (16 heads of 64).
@@ -47,6 +49,7 @@ BLOCKS = {  # batch, length, d_model: official forward, forward and backward, ms
     (1, 1048576, 256): (16.5, 88.2, 13.9),
 }
 CLOCK = 1.98e9
+MOST_CALLS = 8  # recorded together
 
 
 def copy_bandwidth() -> float:
@@ -74,35 +77,37 @@ class Milliseconds(NamedTuple):
     launched: float
 
     @classmethod
-    def of(cls, work: Callable[[], object]) -> "Milliseconds":
-        """Of work in a stream of its own."""
-        launched = do_bench(work, return_mode="median")
-        replayed = Replayed(lambda _: work(), torch.device("cuda"))
+    def of(cls, *works: Callable[[], object]) -> "Milliseconds":
+        """Of one of several equal works in a stream of its own: recorded, of all of them; launched, of the first."""
+        launched = do_bench(works[0], return_mode="median")
+        replayed = Replayed(lambda _: [work() for work in works], torch.device("cuda"))
         for _ in range(WARM_UPS + 1):
             replayed(())
-        return cls(do_bench(lambda: replayed(()), return_mode="median"), launched)
+        return cls(do_bench(lambda: replayed(()), return_mode="median") / len(works), launched)
 
     def __str__(self) -> str:
         return f"{self.graphed:.3f} ({self.launched:.3f})"
 
 
-def measure(inputs: list[torch.Tensor | None], backend: str | None) -> tuple[Milliseconds, Milliseconds, float]:
-    """(of the forward, of the backward, MiB that both add at their peak)."""
-    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    present = [x for x in leaves if x is not None]
+def measure(sets: list[list[torch.Tensor | None]], backend: str | None) -> tuple[Milliseconds, Milliseconds, float]:
+    """(of the forward, of the backward, MiB that both add at their peak). sets: of inputs, one a call."""
+    leaves = [[None if x is None else x.detach().requires_grad_() for x in inputs] for inputs in sets]
 
-    def forward() -> torch.Tensor:
-        return selective_scan(*leaves[:7], delta_bias=leaves[7], delta_softplus=True, backend=backend)
+    def forward(given: list[torch.Tensor | None]) -> torch.Tensor:
+        return selective_scan(*given[:7], delta_bias=given[7], delta_softplus=True, backend=backend)
+
+    def backward(given: list[torch.Tensor | None], y: torch.Tensor, dy: torch.Tensor) -> object:
+        return torch.autograd.grad(y, [x for x in given if x is not None], dy, retain_graph=True)
 
     with torch.no_grad():
-        of_forward = Milliseconds.of(forward)
+        of_forward = Milliseconds.of(*[partial(forward, given) for given in leaves])
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    y = forward()
+    y = forward(leaves[0])
     dy = torch.randn_like(y)
-    torch.autograd.grad(y, present, dy, retain_graph=True)
+    backward(leaves[0], y, dy)
     peak = torch.cuda.max_memory_allocated() - before
-    of_backward = Milliseconds.of(lambda: torch.autograd.grad(y, present, dy, retain_graph=True))
+    of_backward = Milliseconds.of(*[partial(backward, given, forward(given), dy) for given in leaves])
     return of_forward, of_backward, peak / 2**20
 
 
@@ -115,7 +120,8 @@ def table(bandwidth: float, backend: str | None) -> list[str]:
         batch, channels, length, states, groups, gate = shape
         elements = batch * channels * length
         with own_stream(torch.device("cuda")):
-            *times, peak = measure(scan_inputs(*shape), backend)
+            n_calls = min(max(2**27 // elements, 1), MOST_CALLS)
+            *times, peak = measure([scan_inputs(*shape) for _ in range(n_calls)], backend)
         matrices = 2 * batch * length * groups * states * 2
         moved = elements * 2 * (4 if gate else 3) + matrices, elements * 2 * (7 if gate else 5) + 2 * matrices
         cells = [f"{batch}, {channels}, {length}, {states}", str(groups), "yes" if gate else "no"]

@@ -311,7 +311,8 @@ def _at_once(p: _Plan) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _forward_plan(layout: Layout) -> _Plan:
+def _forward_plan(layout: Layout, by_four: bool) -> _Plan:
+    """by_four: whether four channels of a row may be moved at once."""
     p = _Plan(layout)
     p.at_once = p.several and _at_once(p)
     if p.at_once:
@@ -320,7 +321,7 @@ def _forward_plan(layout: Layout) -> _Plan:
         p.carry(backwards=False)
     walked = p.several and not p.at_once
     runs = p.n_chunks if p.at_once else layout.n_seqs
-    tile, pairs = tiles.run_tile(layout, runs, walked, p.processors)
+    tile, pairs = tiles.run_tile(layout, runs, walked, p.processors, by_four)
     p.lay_out(tile)
     p.scan("forward", runs * p.n_tiles, ("OWN", int(walked)), ("ENDS", 0), pairs=pairs)
     return p
@@ -334,7 +335,8 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, bat
         y = torch.empty(u.shape, dtype=u.dtype, device=on)
     else:
         layout = layout._replace(y_stride=y.stride(0) * y.element_size())
-    p = _forward_plan(layout)
+    rows = (tensors["u"], tensors["delta"], y, *([] if z is None else [tensors["z"]]))
+    p = _forward_plan(layout, layout.n_channels // layout.groups % 4 == 0 and _widest(4, *rows) == 4)
     final = torch.empty(layout.n_seqs, *A.shape, device=on)
     saved = torch.empty(saved_shape(u.shape[0], layout.n_seqs, *A.shape) if save else (0, *A.shape), device=on)
     first = _floats(initial_state)

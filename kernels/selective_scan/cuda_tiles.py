@@ -160,9 +160,13 @@ def in_pairs(layout: Layout) -> bool:
     return 8 < layout.n_states <= 16
 
 
-def run_tile(layout: Layout, runs: int, walked: bool, processors: int) -> tuple[Tile, bool]:
-    """(The forward's tile, whether pairs of warps run it). runs: sequences or chunks; walked: chunk after chunk."""
+def run_tile(layout: Layout, runs: int, walked: bool, processors: int, by_four: bool = False) -> tuple[Tile, bool]:
+    """(The forward's tile, whether pairs of warps run it). runs: sequences or chunks; walked: chunk after chunk.
+
+    by_four: whether four channels of a row may be moved at once.
+    """
     rows = runs * layout.n_channels
     if in_pairs(layout) and (walked or rows < 64 * processors):
         return pairs_tile(layout, runs, processors), True
-    return forward_tile(layout.n_states, rows, layout.vector, processors), False
+    tile = forward_tile(layout.n_states, rows, layout.vector, processors)
+    return tile._replace(V=4) if by_four and tile[:6] == (4, 4, 2, 16, 2, 4) else tile, False

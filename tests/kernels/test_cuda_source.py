@@ -121,6 +121,21 @@ def test_emulated_in_bfloat16(on_the_cpu, results_of, cast, assert_close):
     assert_close({"final_state": actual["final_state"]}, expected, 1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 2.5e-6), (torch.float32, 5e-7)])
+def test_emulated_step_sizes_keep_their_digits(dtype, error, on_the_cpu):
+    """dt from 6e-6 to 20: the state after one step from 0, where u and B are 1, is dt itself."""
+    delta = torch.linspace(-8, 16, 64).to(dtype)
+    bias = torch.full((64,), -4.0)
+    bias[32:] = 4.0
+    one, A = torch.ones(1, 64, dtype=dtype), torch.full((64, 16), -1.0)
+    B = torch.ones(1, 1, 16, dtype=dtype)
+    _, state, _ = cuda.forward(one, delta[None], A, B, B, None, None, bias, None, None, 1, True, False, False)
+    expected = torch.nn.functional.softplus((delta.float() + bias).double())
+    assert expected.min() < 1e-5
+    assert expected.max() > 19
+    assert ((state[0].double() / expected[:, None] - 1).abs() < error).all()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 @pytest.mark.parametrize(("channels", "states"), [(10, 3), (7, 16), (12, 1)])
 def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu, results_of, cast, assert_close):

@@ -30,7 +30,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
   Pairs A2, grad, sum_dA;  // grad: dL/dh after the step at hand
   load_by_channel(A2, p.A, a);
-  EACH_PAIR A2[j][i] *= LOG2E;
   zero(grad);
   zero(sum_dA);
   if (p.entering)
@@ -76,13 +75,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
   Elements next;
   auto load = [&](int step, int end) {
-    load_rows(next.dy, dy_rows, a, step, end);
     load_rows(next.u, u_rows, a, step, end);
 #if GATE
     load_rows(next.z, z_rows, a, step, end);
 #endif
+    load_rows(next.dy, dy_rows, a, step, end);
   };
   load(end > 0 ? (end - 1) / T * T : 0, mine_end);
+
+  EACH_PAIR A2[j][i] *= LOG2E;  // which waits, so all else is asked for first
 
   Late late;
   late.clear(end);
@@ -143,6 +144,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     const int last = ((end - first < EVERY ? end - first : EVERY) - 1) / T;  // tile of the piece
 
     // All that the piece loads is asked for before anything waits.
+    Packed<U, V> u[TILES][ITS];
+    Packed<DELTA, V> delta[TILES][ITS];
+#pragma unroll
+    for (int k = 0; k < TILES; ++k) {
+      load_rows(delta[k], delta_rows, a, first + k * T, mine_end);
+      load_rows(u[k], u_rows, a, first + k * T, mine_end);
+    }
 #if !STATIC_B
     MatrixRows<MB, EVERY, THREADS> rows_B;
     rows_B.load(B, p.B_stride, threadIdx.x, first, end);
@@ -151,13 +159,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     MatrixRows<MC, EVERY, THREADS> rows_C;
     rows_C.load(C, p.C_stride, threadIdx.x, first, end);
 #endif
-    Packed<U, V> u[TILES][ITS];
-    Packed<DELTA, V> delta[TILES][ITS];
-#pragma unroll
-    for (int k = 0; k < TILES; ++k) {
-      load_rows(u[k], u_rows, a, first + k * T, mine_end);
-      load_rows(delta[k], delta_rows, a, first + k * T, mine_end);
-    }
     __syncthreads();  // all are done with the last piece's rows of B and C
 #if !STATIC_B
     rows_B.put(&block.B[0][0], threadIdx.x);
@@ -277,16 +278,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             d_dt[j] = __fmaf_rn(d_exponent, A2[j][i], d_dt[j]);
           }
         }
-        leave_parts(shared.sums[0][t], t, a.lane, d_dtu);
-        leave_parts(shared.sums[1][t], t, a.lane, d_dt);
+        if (SUMS_FIRST) leave_parts(shared.sums[0][t], t, a.lane, d_dtu), leave_parts(shared.sums[1][t], t, a.lane, d_dt);
 #if GATE
         leave_parts(shared.sums[2][t], t, a.lane, y);
 #endif
+        if (!SUMS_FIRST) leave_parts(shared.sums[0][t], t, a.lane, d_dtu);
 #if !STATIC_B
-        store_floats(&block.summands[t][0][a.warp % TEAM][summand], dB);
+        if (SUMS_FIRST) store_floats(&block.summands[t][0][a.warp % TEAM][summand], dB);
 #endif
 #if !STATIC_C
         store_floats(&block.summands[t][1][a.warp % TEAM][summand], dC);
+#endif
+        if (!SUMS_FIRST) leave_parts(shared.sums[1][t], t, a.lane, d_dt);
+#if !STATIC_B
+        if (!SUMS_FIRST) store_floats(&block.summands[t][0][a.warp % TEAM][summand], dB);
 #endif
       }
       if (k > 0) {

@@ -7,6 +7,9 @@ constexpr int KEPT = TILES > 1 ? TILES - 1 : 1;  // states of a piece: those bef
 // Whether a tile's rows are asked for only behind the sums of the tile after it. Until they come they hold one of the six
 // scoreboards by which all loads of a warp are waited for. Above 16 states it is slower.
 constexpr bool ASK_LATE = N <= 16;
+// Whether the sums that du and ddelta are made of are left before all others of a step: 17 to 32 states take 8 % longer
+// otherwise, and 16 states 1.5 % longer so (benchmarks/SCAN_NOTES.md).
+constexpr bool SUMS_FIRST = N > 16 && TEAM == 1;
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
 static_assert(TEAM == 1 || (TEAM % 2 == 0 && CL == 2 && V == 1), "two lanes for two channels, half of a team each");
 constexpr int TEAMS = WARPS / TEAM;        // of a block

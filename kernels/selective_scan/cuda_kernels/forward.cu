@@ -1,14 +1,20 @@
-// The scan forwards. Macros besides those of common.cu: OWN, whether a sequence may have several chunks that one warp
+// The scan forwards. In which order statements stand that do not depend on each other is measured: it decides which of a
+// warp's loads share a scoreboard (benchmarks/SCAN_NOTES.md). Macros besides those of common.cu: OWN, whether a sequence may have several chunks that one warp
 // walks one after another; ENDS, whether only the chunks' ends from 0 are wanted (own and sums), and not y.
 
-struct WarpShared {
+// Those who share out rows meet other banks in the part of the next warp than in this one's, so that four channels of
+// each may be moved at once.
+struct Sizes : Padding<(V > CL ? 4 : 0)> {
   alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
-#if !ENDS
+};
+struct Parts : Padding<(V > CL ? 8 : 0)> {
   alignas(16) float y[T][PART_ROW];  // of S lanes each
-#endif
 };
 struct Shared {
-  WarpShared warp[WARPS];
+  Sizes in[WARPS];
+#if !ENDS
+  Parts out[WARPS];
+#endif
 #if !STATIC_B
   alignas(16) float B[T][NP];
 #endif
@@ -29,16 +35,16 @@ struct Step {
 #endif
 
   INLINE void read(const Shared& shared, int t, const Place& a) {
-    float sizes[2 * CL];
-    load_floats(&shared.warp[a.warp].sizes[t][a.lane / S * 2 * CL], sizes);
-#pragma unroll
-    for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
-#if !STATIC_B
-    load_floats(&shared.B[t][a.n], b);
-#endif
 #if !STATIC_C && !ENDS
     load_floats(&shared.C[t][a.n], c);
 #endif
+#if !STATIC_B
+    load_floats(&shared.B[t][a.n], b);
+#endif
+    float sizes[2 * CL];
+    load_floats(&shared.in[a.warp].sizes[t][a.lane / S * 2 * CL], sizes);
+#pragma unroll
+    for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
   }
 };
 
@@ -48,8 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   Place a(p, blockIdx.x % n_tiles);
   share_rows(p, a);
   Shared& shared = *reinterpret_cast<Shared*>(room);
-  WarpShared& of_column = shared.warp[a.column / WC];  // the warp that has the lane's channels of a row
-  const int column = a.column % WC;
+  const int of = a.column / WC, column = a.column % WC;  // the warp that has the lane's channels of a row, and where
 
   // p.own is what enters each chunk, or (ENDS) where their ends go; without it one warp walks a whole sequence.
   const int64 number = blockIdx.x / n_tiles;
@@ -108,11 +113,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #if GATE && !ENDS
     z_rows.load(next_z, left - row);
 #endif
-#if !STATIC_B
-    B.load(left);
-#endif
 #if !STATIC_C && !ENDS
     C.load(left);
+#endif
+#if !STATIC_B
+    B.load(left);
 #endif
   };
   load(stop - piece.begin);
@@ -126,12 +131,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     static_assert(T % (4 * AT_ONCE) == 0, "half a tile is some pairs of groups of steps");
     const int groups = (whole ? T : T / 2) / AT_ONCE;
     const int left = stop - step;
-#if !STATIC_B
-    B.put(&shared.B[0][0]);
-#endif
-#if !STATIC_C && !ENDS
-    C.put(&shared.C[0][0]);
-#endif
 #if !ENDS
     Packed<U, V> u[ITS];
 #endif
@@ -141,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       if (!whole && i == HALF_ITS) break;
-      leave_sizes(of_column.sizes, i * ROWS + a.row, left, column, next_delta[i], next_u[i], bias);
+      leave_sizes(shared.in[of].sizes, i * ROWS + a.row, left, column, next_delta[i], next_u[i], bias);
 #if !ENDS
       u[i] = next_u[i];
 #endif
@@ -149,6 +148,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
       z[i] = next_z[i];
 #endif
     }
+#if !STATIC_B
+    B.put(&shared.B[0][0]);
+#endif
+#if !STATIC_C && !ENDS
+    C.put(&shared.C[0][0]);
+#endif
     __syncthreads();
     if (whole) load(left - T);
     // Its branch keeps the loads above where they are: the compiler would put them off.
@@ -174,8 +179,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     decay(0);
     if (groups > 1) read(1);
     auto run_group = [&](int g) __attribute__((always_inline)) {
-      if (g + 1 < groups) decay(g + 1);
       if (g + 2 < groups) read(g + 2);
+      if (g + 1 < groups) decay(g + 1);
+      Pairs drive[AT_ONCE];
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; ++k) {
+        const Step& x = in[g % 3][k];
+#if STATIC_B
+        EACH_PAIR drive[k][j][i] = __fmul_rn(x.dtu[j], b_static[j][i]);
+#else
+        EACH_PAIR drive[k][j][i] = __fmul_rn(x.dtu[j], x.b[i]);
+#endif
+      }
       float y[AT_ONCE][CL];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
@@ -183,24 +198,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #pragma unroll
         for (int j = 0; j < CL; ++j) y[k][j] = 0.0f, total[j] += x.dt[j];
         EACH_PAIR {
-#if STATIC_B
-          const float drive = __fmul_rn(x.dtu[j], b_static[j][i]);
-#else
-          const float drive = __fmul_rn(x.dtu[j], x.b[i]);
-#endif
-          h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive);
-          if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive);
-#if STATIC_C && !ENDS
-          y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
-#elif !ENDS
-          y[k][j] = __fmaf_rn(x.c[i], h[j][i], y[k][j]);
-#endif
+          h[j][i] = __fmaf_rn(decays[g % 2][k][j][i], h[j][i], drive[k][j][i]);
+          if (OWN) own[j][i] = __fmaf_rn(decays[g % 2][k][j][i], own[j][i], drive[k][j][i]);
         }
+#if STATIC_C && !ENDS
+        EACH_PAIR y[k][j] = __fmaf_rn(c_static[j][i], h[j][i], y[k][j]);
+#elif !ENDS
+        EACH_PAIR y[k][j] = __fmaf_rn(x.c[i], h[j][i], y[k][j]);
+#endif
       }
 #if !ENDS
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k)
-        leave_parts(shared.warp[a.warp].y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
+        leave_parts(shared.out[a.warp].y[g * AT_ONCE + k], g * AT_ONCE + k, a.lane, y[k]);
 #endif
     };
 #pragma unroll
@@ -212,18 +222,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     __syncthreads();
 
 #if !ENDS
+    float y[ITS][V];
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       if (!whole && i == HALF_ITS) break;
       const int t = i * ROWS + a.row;
-      float y[V];
-      add_parts(of_column.y[t], ROWS % 2 ? t : a.row, column, y);  // t is even where the row is
-      finish(y, u[i], skip);
+      add_parts(shared.out[of].y[t], ROWS % 2 ? t : a.row, column, y[i]);  // t is even where the row is
+    }
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) {
+      if (!whole && i == HALF_ITS) break;
+      finish(y[i], u[i], skip);
 #if GATE
-      gate(y, z[i]);
+      gate(y[i], z[i]);
 #endif
       Packed<U, V> out;
-      out.set(y);
+      out.set(y[i]);
       out.store_if(i * ROWS < left - row, y_rows.at(i * ROWS));
     }
     if (whole) y_rows.go_on();

@@ -1,6 +1,10 @@
 // What scan_forward of forward.cu and that of forward_pairs.cu have in common. The warps of a block share out rows
 // together, so that each is a long piece of memory, and B and C lie in shared memory once.
 
+// So many numbers beside others in shared memory, to move the next ones to other banks.
+template <int COUNT> struct Padding { float unused[COUNT]; };
+template <> struct Padding<0> {};
+
 // A lane's place among those who share out rows: they are those of the block's channels.
 INLINE void share_rows(const Problem& p, Place& a) {
   constexpr int LANES = WARPS * WC / V;  // that share a row
