@@ -44,17 +44,22 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
     return median_seconds(work, torch.device("cuda"), repeats)
 
 
-def write_on(model: LanguageModel, batch: int, prompt: int, n_new: int) -> None:
-    prompts = list(torch.randint(model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)))
+def prompts_of(model: LanguageModel, batch: int, length: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randint(model.config.vocab_size, (batch, length), generator=generator))
+
+
+def write_on(model: LanguageModel, prompts: list[torch.Tensor], n_new: int) -> None:
     for _ in generation.generate(model, prompts, n_new, GREEDY):
         pass
 
 
 def generations(model: LanguageModel, name: str, batch: int, bandwidth: float, prompt: int = 128, n_new: int = 256):
-    whole = seconds(lambda: write_on(model, batch, prompt, n_new))
-    step = (whole - seconds(lambda: write_on(model, batch, prompt, n_new // 2))) / (n_new - n_new // 2)
+    prompts = prompts_of(model, batch, prompt)
+    whole = seconds(lambda: write_on(model, prompts, n_new))
+    step = (whole - seconds(lambda: write_on(model, prompts, n_new // 2))) / (n_new - n_new // 2)
     graphed, generation.GRAPHED = generation.GRAPHED, 10**9
-    plain = seconds(lambda: write_on(model, batch, prompt, n_new), 1)
+    plain = seconds(lambda: write_on(model, prompts, n_new), 1)
     generation.GRAPHED = graphed
     moved = sum(p.nbytes for p in model.parameters()) + 2 * sum(
         s.nbytes for s in pytree.tree_leaves(model.init_state(batch))
@@ -85,7 +90,8 @@ def report_transformer(bandwidth: float) -> list[str]:
         size = sum(p.numel() for p in model.parameters())
         for batch in (32, 64, 128):
             try:
-                taken = seconds(lambda model=model, batch=batch: write_on(model, batch, 2048, 128), 2)
+                prompts = prompts_of(model, batch, 2048)
+                taken = seconds(lambda model=model, prompts=prompts: write_on(model, prompts, 128), 2)
                 speed = f"{batch * 128 / taken:,.0f} | {taken:.2f}"
             except torch.OutOfMemoryError:
                 speed = "out of memory | "

@@ -125,9 +125,9 @@ def generate(
 
     Raises InputError for an empty prompt or stop sequence, and, while it runs, for logits that are not finite.
     """
-    generators, filters = begin(prompts, max_new_tokens, seeds, stop)
+    seeds, filters = begin(prompts, max_new_tokens, seeds, stop)
     logits, state = prefill(model, prompts, state, chunk=chunk, advance=advance)
-    draws = Draws(config, generators, recent_tokens(prompts, max_new_tokens, config, logits))
+    draws = Draws(config, seeded(seeds), recent_tokens(prompts, max_new_tokens, config, logits))
     one_graph = getattr(model, "step_is_one_graph", True)
     if one_graph and max_new_tokens >= GRAPHED and isinstance(model, torch.nn.Module) and serves(logits.device):
         decoder: Decoder = GraphedDecoder(model, logits, state, draws, max_new_tokens)
@@ -166,8 +166,9 @@ def prefill(
     tensors = model.parameters() if isinstance(model, torch.nn.Module) else pytree.tree_leaves(model.init_state(1))
     device = next((x.device for x in tensors), None)
     logits = None
-    for start in range(0, max(len(prompt) for prompt in prompts), chunk):
-        rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
+    lengths = [len(prompt) for prompt in prompts]
+    for start in range(0, max(lengths), chunk):
+        rows = [row for row, length in enumerate(lengths) if length > start]
         pieces = [_piece(prompts[row], start, chunk).long() for row in rows]
         before = state if state is None or len(rows) == len(prompts) else select_state(state, rows)
         at_last, after = read(model, pieces, before, only_last=True, device=device)
@@ -218,8 +219,8 @@ def read(
 
 def begin(
     prompts: Sequence[Tensor], max_new_tokens: int, seeds: Sequence[int] | None, stop: Sequence[Sequence[int]]
-) -> tuple[list[torch.Generator], list["StopFilter"]]:
-    """What draws for each prompt, and what holds its stop sequences back: see `generate`."""
+) -> tuple[Sequence[int], list["StopFilter"]]:
+    """A seed for each prompt, and what holds its stop sequences back: see `generate`."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if seeds is None:
@@ -228,7 +229,12 @@ def begin(
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; each needs its own")
     if any(len(sequence) == 0 for sequence in stop):
         raise InputError("a stop sequence is empty; it needs at least one token")
-    return [torch.Generator().manual_seed(seed) for seed in seeds], [StopFilter(stop) for _ in prompts]
+    return seeds, [StopFilter(stop) for _ in prompts]
+
+
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    """What draws for each prompt. Of many it takes a while to make: once a GPU has the prompts to read."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ from .generation import (
     decode,
     prefill,
     read,
+    seeded,
     select_state,
     with_equal_room,
 )
@@ -94,7 +95,7 @@ def speculate(
 
     Raises InputError as `generate` does, and for a drafter with another number of tokens.
     """
-    generators, filters = begin(prompts, max_new_tokens, seeds, stop)
+    seeds, filters = begin(prompts, max_new_tokens, seeds, stop)
     logits, state = prefill(model, prompts, chunk=chunk, advance=advance)
     vocab_size = logits.shape[-1]
     if isinstance(drafter, str):
@@ -103,7 +104,7 @@ def speculate(
         drafts = ModelDrafter(drafter, prompts, chunk, advance)
     if drafts.vocab_size != vocab_size:
         raise InputError(f"the drafter has {drafts.vocab_size} tokens, the model {vocab_size}; they must be the same")
-    draws = Draws(config, generators, recent_tokens(prompts, max_new_tokens, config, logits))
+    draws = Draws(config, seeded(seeds), recent_tokens(prompts, max_new_tokens, config, logits))
     tally = Tally() if tally is None else tally
     return decode(_Speculator(model, logits, state, drafts, draws, speculation, tally), filters, max_new_tokens)
 
