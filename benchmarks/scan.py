@@ -5,12 +5,12 @@
 
 bf16 inputs, float32 A, D and bias, softplus; medians of `triton.testing.do_bench` (CUDA events; it overwrites the
 second-level cache between runs). A time is of calls recorded as one CUDA graph, as `--cuda-graph` launches them: of a
-short scan up to eight, each on inputs of its own, so that none is found in the second-level cache and the 3 us between
-two events are shared. In brackets behind it the time of a single call launched by Python, for which a short one may
-have to wait. The limit is the larger of two times: each input read and each output written once at the copy bandwidth
-measured in the same run, and one exp2 a (token, channel, state) at 16 a cycle and multiprocessor at 1.98 GHz.
-"Official" are mamba-ssm's CUDA kernels (built for sm_90) on an H100 in another run, launched by Python, for
-orientation.
+short scan in the table up to eight, each on inputs of its own, so that none is found in the second-level cache and the
+3 us between two events are shared; of all else, and in the picture, one. In brackets behind it the time of a single
+call launched by Python, for which a short one may have to wait. The limit is the larger of two times: each input read
+and each output written once at the copy bandwidth measured in the same run, and one exp2 a (token, channel, state) at
+16 a cycle and multiprocessor at 1.98 GHz. "Official" are mamba-ssm's CUDA kernels (built for sm_90) on an H100 in
+another run, launched by Python, for orientation.
 
 The picture: time against length at the shape of Figure 8 of the Mamba paper (batch 1, 1024 channels, 16 states), beside
 PyTorch's causal attention of the same width (16 heads of 64).
@@ -107,7 +107,7 @@ def measure(sets: list[list[torch.Tensor | None]], backend: str | None) -> tuple
     dy = torch.randn_like(y)
     backward(leaves[0], y, dy)
     peak = torch.cuda.max_memory_allocated() - before
-    of_backward = Milliseconds.of(*[partial(backward, given, forward(given), dy) for given in leaves])
+    of_backward = Milliseconds.of(*[partial(backward, given, forward(given), torch.randn_like(dy)) for given in leaves])
     return of_forward, of_backward, peak / 2**20
 
 

@@ -229,6 +229,7 @@ def begin(
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; each needs its own")
     if any(len(sequence) == 0 for sequence in stop):
         raise InputError("a stop sequence is empty; it needs at least one token")
+    seeded([min(seeds), max(seeds)] if seeds else [])  # raises for a seed that is none before a prompt is read
     return seeds, [StopFilter(stop) for _ in prompts]
 
 

@@ -20,7 +20,7 @@ class Layout(NamedTuple):
     batch: int
     packed: bool
     groups: int
-    vector: int  # channels that are moved at once
+    vector: int  # channels that are moved at once, at least
     matrix_vector: int  # elements of B and C that are
     static: tuple[bool, bool]  # whether B and C are
     types: tuple[torch.dtype, ...]
@@ -55,6 +55,10 @@ class Tile(NamedTuple):
     def channels(self) -> int:
         """Of a block."""
         return 32 // self.S * self.CL * (self.WARPS // self.TEAM)
+
+
+# Of the forward for 9 to 16 states where rows are many: the one in which four channels are moved at once.
+MANY_ROWS = Tile(NL=4, S=4, CL=2, T=16, V=2, WARPS=4, MIN_BLOCKS=4)
 
 
 def lanes_of(n_states: int) -> tuple[int, int]:
@@ -169,4 +173,6 @@ def run_tile(layout: Layout, runs: int, walked: bool, processors: int, by_four: 
     if in_pairs(layout) and (walked or rows < 64 * processors):
         return pairs_tile(layout, runs, processors), True
     tile = forward_tile(layout.n_states, rows, layout.vector, processors)
-    return tile._replace(V=4) if by_four and tile[:6] == (4, 4, 2, 16, 2, 4) else tile, False
+    if by_four and tile == MANY_ROWS:
+        tile = tile._replace(V=4)
+    return tile, False

@@ -5,6 +5,8 @@
 // Shared memory starts as NaN, so that what nobody wrote shows.
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstdint>
 #include <cstring>
 #include <ucontext.h>
@@ -64,12 +66,16 @@ inline float across(float x, int mask) {
 }
 inline float add_across(float x, int mask) { return x + across(x, mask); }
 inline void* product_added(const void* from, int step, int stride) { return (char*)from + int64_t(step) * stride; }
+// A GPU moves what is aligned to its size, and faults for anything else.
+inline void check_aligned(const void* at, size_t size) {
+  if (reinterpret_cast<uintptr_t>(at) % size) std::fprintf(stderr, "%zu bytes at %p are not aligned\n", size, at), std::abort();
+}
 template <typename X, unsigned long K> inline void load_if(bool wanted, unsigned (&x)[K], const X* from) {
   std::memset(x, 0, sizeof x);
-  if (wanted) std::memcpy(x, from, sizeof(X));
+  if (wanted) check_aligned(from, sizeof(X)), std::memcpy(x, from, sizeof(X));
 }
 template <typename X> inline void store_if(bool wanted, void* to, X x) {
-  if (wanted) *static_cast<X*>(to) = x;
+  if (wanted) check_aligned(to, sizeof(X)), *static_cast<X*>(to) = x;
 }
 
 // Of kernels/mamba_step: a kernel is run after another, so none waits.

@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   };
   load(end > 0 ? (end - 1) / T * T : 0, mine_end);
 
-  EACH_PAIR A2[j][i] *= LOG2E;  // which waits, so all else is asked for first
+  EACH_PAIR A2[j][i] *= LOG2E;  // which waits, so what the first tile needs is asked for first
 
   Late late;
   late.clear(end);

@@ -1,9 +1,10 @@
 // The scan forwards. In which order statements stand that do not depend on each other is measured: it decides which of a
-// warp's loads share a scoreboard (benchmarks/SCAN_NOTES.md). Macros besides those of common.cu: OWN, whether a sequence may have several chunks that one warp
-// walks one after another; ENDS, whether only the chunks' ends from 0 are wanted (own and sums), and not y.
+// warp's loads share a scoreboard (benchmarks/SCAN_NOTES.md). Macros besides those of common.cu: OWN, whether a sequence
+// may have several chunks that one warp walks one after another; ENDS, whether only the chunks' ends from 0 are wanted
+// (own and sums), and not y.
 
-// Those who share out rows meet other banks in the part of the next warp than in this one's, so that four channels of
-// each may be moved at once.
+// Those who share out rows meet other banks in the part of the next warp than in this one's, so that four channels may be
+// moved at once where a lane has two. (Where it has one, this changes nothing.)
 struct Sizes : Padding<(V > CL ? 4 : 0)> {
   alignas(16) float sizes[T][2 * WC];  // dt of CL channels, dt u of these, dt of the next CL ...
 };
