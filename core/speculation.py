@@ -21,7 +21,7 @@ Letters: B sequences, V vocabulary, K drafts, R recent tokens.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
+from ..kernels.unchanged import unchanged
 from .config import SamplingConfig, SpeculationConfig
 from .drafting import Drafter, Drafts, ModelDrafter, NgramDrafter
 from .errors import InputError
@@ -125,6 +126,7 @@ class _Speculator(Decoder):
         self.model, self.logits, self.state = model, logits, state
         self.drafter, self.draws, self.speculation, self.tally = drafter, draws, speculation, tally
         self.unread: list[list[int]] = []  # what each row's state does not stand for yet
+        self.kept: dict[Any, Any] = {}  # of the model's weights: forwards are too short to make it each time
 
     def advance(self) -> list[list[int]]:
         if self.unread:
@@ -138,6 +140,12 @@ class _Speculator(Decoder):
         drafts = self.drafter.propose(self.speculation.draft_length, self.draws)
         too_long = torch.tensor([len(tokens) > REREAD for tokens in self.unread], device=drafts.tokens.device)
         drafts = _without(drafts, too_long)
+        if not drafts.tokens.shape[1] and all(len(tokens) == 1 for tokens in self.unread):
+            # Nothing can be rejected, so the state may change in place, and a step is cheaper than a forward.
+            tokens = torch.tensor(self.unread, device=drafts.tokens.device)[:, 0]
+            self.unread = self.draws.draw(self.model.step(tokens, self.state))[:, None].tolist()
+            self.tally.forwards += len(self.unread)
+            return self.unread
         logits, after = self._read(drafts)
         recents = _recents(drafts, self.draws)
         p = _at_each(logits, self.draws.config, recents)
@@ -162,13 +170,10 @@ class _Speculator(Decoder):
         """Logits (B, K + 1, V) before each draft and after the last, the state after it."""
         device = drafts.tokens.device
         lengths = drafts.lengths.tolist()
-        if not any(lengths) and all(len(tokens) == 1 for tokens in self.unread):
-            # Nothing can be rejected, so the state may change in place, and a step is cheaper than a forward.
-            logits = self.model.step(torch.tensor(self.unread, device=device)[:, 0], self.state)
-            return logits[:, None], self.state
         unread = [torch.tensor(tokens, device=device) for tokens in self.unread]
         pieces = [torch.cat((u, d[:n])) for u, d, n in zip(unread, drafts.tokens, lengths, strict=True)]
-        logits, after = read(self.model, pieces, self.state)
+        with unchanged(self.kept):
+            logits, after = read(self.model, pieces, self.state)
         last = torch.tensor([len(u) - 1 for u in unread], device=device)[:, None]
         ahead = torch.arange(drafts.tokens.shape[1] + 1, device=device).minimum(drafts.lengths[:, None])
         return logits[torch.arange(len(pieces), device=device)[:, None], last + ahead], after

@@ -10,6 +10,7 @@ Letters: T tokens of all sequences, S sequences, M model width, E inner width, N
 
 import os
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,14 @@ from ..numba_lanes import LANES
 from ..numba_runtime import LOG2E, TILE, aligned, buffer, copied, jit, load, parallel, store, wide
 from ..selective_scan import cpu_forward as scan
 from ..selective_scan.cpu_pieces import load_group
+from ..unchanged import keeps, made
 
 PIECE = 192  # tokens: a multiple of the scan's piece and of the heights of the products' tiles
 # From where on, and up to where, it is faster than the block by operations (measured): tokens of a sequence; numbers of
 # in_proj and out_proj together, which lie in a core's own cache.
 SHORTEST, LARGEST = 96, 1 << 19
+# And where the weights lie ready (../unchanged.py), up to so many tokens of a sequence, and numbers.
+FEW, LARGEST_OF_FEW = 32, 1 << 22
 
 
 @cache
@@ -36,8 +40,11 @@ def _processors() -> int:
 
 
 def pays(x: Tensor, n_channels: int) -> bool:
-    """Whether x (S, L, M) is worth it: sequences for all processors alike, long enough, weights that a cache holds."""
+    """Whether x (S, L, M) is worth it: sequences for all processors alike, long enough, weights that a cache holds; or
+    a few tokens of a sequence for each processor at most, and nothing to be made of the weights."""
     n_seqs, length, width = x.shape
+    if keeps() and length <= FEW and n_seqs <= _processors():
+        return width % TILE == 0 and 3 * width * n_channels <= LARGEST_OF_FEW and lanes.AVX512
     shares = -(-n_seqs // _processors()) * _processors()  # as if all had as much to do as the one that has most
     fits = length >= SHORTEST and width % TILE == 0 and 3 * width * n_channels <= LARGEST
     return fits and 20 * shares <= 21 * n_seqs and lanes.AVX512
@@ -128,23 +135,33 @@ def _state(x: Tensor | None, n_seqs: int) -> np.ndarray:
     return np.empty((n_seqs, 0, 0), np.float32) if x is None else x.detach().mT.contiguous().numpy()
 
 
+def _ready(front, weights) -> tuple[Any, ...]:
+    """Norm and weights as `_forward` takes them: (before what has to do with the sequences' states, behind it)."""
+    (w,), width = weights.scans, weights.in_proj.shape[1]
+    (E, N), rank, n_taps = w.A_log.shape, w.dt_proj.shape[1], w.conv.shape[2]
+    in_proj, x_proj, out_proj = map(products.packed, (weights.in_proj[:E], w.x_proj, weights.out_proj))
+    return (
+        *(_array(front.weight, width), _array(front.bias, width), np.float32(front.eps), front.bias is not None),
+        *(in_proj, products.packed(weights.in_proj[E:], TILE)),
+        *(_array(w.conv[:, 0].mT, n_taps, E), _array(w.conv_bias, 1, E), x_proj),
+        *(_array(w.dt_proj.mT, rank, E), _array(w.dt_bias, 1, E), _array(w.A_log.mT.exp() * -LOG2E, N, E)),
+        *(_array(w.D, 1, E), out_proj),
+    )
+
+
 def forward(x, residual, front, weights, conv_state, ssm_state):
     """As `interface.norm_and_mamba_block`; all are float32."""
-    (w,), (n_seqs, length, width) = weights.scans, x.shape
-    (E, N), rank, n_taps = w.A_log.shape, w.dt_proj.shape[1], w.conv.shape[2]
+    (w,), (n_seqs, length, _) = weights.scans, x.shape
+    (E, N), n_taps = w.A_log.shape, w.conv.shape[2]
     rows = x.detach().flatten(0, 1).contiguous()
     onto = rows[:0] if residual is None else residual.detach().flatten(0, 1).contiguous()
     stream = rows if residual is None else torch.empty_like(rows)
     out = torch.empty_like(rows)
     last_inputs, last_states = x.new_empty(n_seqs, n_taps - 1, E), x.new_empty(n_seqs, N, E)
-    in_proj, x_proj, out_proj = map(products.packed, (weights.in_proj[:E], w.x_proj, weights.out_proj))
-    gate_proj = products.packed(weights.in_proj[E:], TILE)
+    ready = made(lambda: _ready(front, weights), front.weight, front.bias, weights.in_proj, weights.out_proj, *w)
     parallel(
-        *(_forward, n_seqs, length, rows.numpy(), onto.numpy()),
-        *(_array(front.weight, width), _array(front.bias, width), np.float32(front.eps), front.bias is not None),
-        *(in_proj, gate_proj, _array(w.conv[:, 0].mT, n_taps, E), _array(w.conv_bias, 1, E), x_proj),
-        *(_array(w.dt_proj.mT, rank, E), _array(w.dt_bias, 1, E), _array(w.A_log.mT.exp() * -LOG2E, N, E)),
-        *(_array(w.D, 1, E), out_proj, _state(conv_state, n_seqs), _state(ssm_state, n_seqs)),
+        *(_forward, n_seqs, length, rows.numpy(), onto.numpy(), *ready),
+        *(_state(conv_state, n_seqs), _state(ssm_state, n_seqs)),
         *(stream.numpy(), out.numpy(), last_inputs.numpy(), last_states.numpy()),
     )
     return out.view_as(x), stream.view_as(x), last_inputs.mT.contiguous(), last_states.mT.contiguous()

@@ -170,6 +170,21 @@ def test_greedy_is_the_very_text(drafter, draft_length, config, pattern):
     assert texts(model, drafters(model)[drafter], prompts, 25, config, drafting(draft_length)) == plain
 
 
+def test_greedy_is_the_very_text_where_a_few_tokens_are_one_call(monkeypatch):
+    """As on a CPU with AVX-512 (kernels/mamba_block/cpu.py)."""
+    from polymamba.kernels import numba_lanes
+    from polymamba.kernels.mamba_block import cpu
+
+    calls, real = [], cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *given: calls.append(len(given[0])) or real(*given))
+    torch.manual_seed(0)
+    backbone = BackboneConfig(d_model=64, n_layer=2)
+    model, prompts = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=29)).eval(), prompts_of()[:1]
+    plain = collect(generate(model, prompts, 40, GREEDY))
+    assert texts(model, "ngram", prompts, 40, GREEDY, drafting(4)) == plain
+    assert bool(calls) == numba_lanes.AVX512
+
+
 @torch.no_grad()
 def read_again_for_each_round(model, drafter, prompt, max_new_tokens, config, speculation, seed) -> list[int]:
     """One sequence, no state: the whole of it through model and drafter for every token of every round."""

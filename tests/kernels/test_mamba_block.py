@@ -1,5 +1,6 @@
 """The block as one operation of autograd: every backend against its parts by the references, in float64."""
 
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -18,6 +19,7 @@ from polymamba.kernels.mamba_block import (
     norm_and_mamba_block,
     serves,
 )
+from polymamba.kernels.unchanged import unchanged
 
 BACKENDS = ["numba", "triton"]
 
@@ -334,6 +336,35 @@ def test_with_the_norm_before_it_a_sequence_is_itself(cast, two_processors):
         torch.set_num_threads(n_threads)
     pair = norm_and_mamba_block(x[[5, 2]], None, front, w, dtype=torch.float32)
     assert all(torch.equal(a[[5, 2]], b) for a, b in zip(whole, pair, strict=True))
+
+
+def test_a_few_tokens_where_the_weights_lie_ready(cast, monkeypatch):
+    """One sequence for a processor at most, and a width that was not the width of a cache. What is kept is the weights
+    as they were, and of no other call."""
+    if not import_module("polymamba.kernels.numba_lanes").AVX512:
+        pytest.skip("for a CPU with AVX-512")
+    monkeypatch.setattr("polymamba.kernels.mamba_block.cpu._processors", lambda: 2)
+    tensors = cast(problem(3, 9, 64, 128, 16, 4), torch.float32)
+    x, front, w = tensors.pop("hidden"), Front(torch.rand(64), None, 1e-5), weights_of(tensors)
+
+    def few(x: Tensor, kept: dict | None) -> tuple[Tensor, ...] | None:
+        with nullcontext() if kept is None else unchanged(kept):
+            return norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
+
+    kept = {}
+    found = few(x[:2], kept)
+    assert few(x[:2], None) is None  # without, the parts are no slower
+    assert few(x, kept) is None
+    assert few(torch.zeros(1, 33, 64), kept) is None
+    hidden = F.rms_norm(x[:2], (64,), front.weight, 1e-5)
+    expected = mamba_block_onwards(hidden, w, None, None, dtype=torch.float32, backend="numba")
+    for ours, theirs in zip((found[0], *found[2:]), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=2e-6)
+    again = few(x[:2], kept)
+    w.out_proj.mul_(2)
+    assert all(map(torch.equal, found, again))
+    assert torch.equal(few(x[:2], kept)[0], found[0])
+    assert torch.allclose(few(x[:2], {})[0], 2 * found[0])
 
 
 def test_with_the_norm_before_it_what_it_leaves_to_the_parts(cast, two_processors, monkeypatch):
