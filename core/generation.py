@@ -229,11 +229,11 @@ def begin(
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; each needs its own")
     if any(len(sequence) == 0 for sequence in stop):
         raise InputError("a stop sequence is empty; it needs at least one token")
-    seeded([min(seeds), max(seeds)] if seeds else [])  # raises for a seed that is none before a prompt is read
+    seeded({min(seeds), max(seeds)} if len(seeds) else ())  # one out of range raises before the prompts are read
     return seeds, [StopFilter(stop) for _ in prompts]
 
 
-def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
     """What draws for each prompt. Of many it takes a while to make: once a GPU has the prompts to read."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+MOST = 512  # things that are kept
+
 _kept: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
 
 
@@ -29,12 +31,16 @@ def keeps() -> bool:
     return _kept.get() is not None
 
 
-def made(make: Callable[[], Any], *weights: torch.Tensor | None) -> Any:
-    """`make()`, which follows from the weights alone; what it was before where they have not changed since."""
+def made(make: Callable[..., Any], *given: Any) -> Any:
+    """`make(*given)`, of weights and numbers alone; what it was before for the same ones, where they are unchanged."""
     kept = _kept.get()
     if kept is None:
-        return make()
-    key = tuple(0 if w is None else w.data_ptr() for w in weights)
+        return make(*given)
+    # By tensors, not by where they lie: a sharded model's come to lie where others did. They are held, so that their
+    # ids are theirs alone.
+    key = make, *(id(x) if isinstance(x, torch.Tensor) else x for x in given)
     if key not in kept:
-        kept[key] = make(), weights  # which are held, so that no other tensor comes to lie there
+        if len(kept) == MOST:  # of a model whose weights are other tensors each time
+            kept.clear()
+        kept[key] = make(*given), given
     return kept[key][0]

@@ -10,7 +10,6 @@ Letters: T tokens of all sequences, S sequences, M model width, E inner width, N
 
 import os
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -135,17 +134,15 @@ def _state(x: Tensor | None, n_seqs: int) -> np.ndarray:
     return np.empty((n_seqs, 0, 0), np.float32) if x is None else x.detach().mT.contiguous().numpy()
 
 
-def _ready(front, weights) -> tuple[Any, ...]:
-    """Norm and weights as `_forward` takes them: (before what has to do with the sequences' states, behind it)."""
-    (w,), width = weights.scans, weights.in_proj.shape[1]
-    (E, N), rank, n_taps = w.A_log.shape, w.dt_proj.shape[1], w.conv.shape[2]
-    in_proj, x_proj, out_proj = map(products.packed, (weights.in_proj[:E], w.x_proj, weights.out_proj))
+def _ready(norm_weight, norm_bias, eps, in_proj, out_proj, conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D):
+    """What `_forward` takes of the norm and the weights."""
+    width, (E, N), rank, n_taps = in_proj.shape[1], A_log.shape, dt_proj.shape[1], conv.shape[2]
+    onto, low, back = map(products.packed, (in_proj[:E], x_proj, out_proj))
     return (
-        *(_array(front.weight, width), _array(front.bias, width), np.float32(front.eps), front.bias is not None),
-        *(in_proj, products.packed(weights.in_proj[E:], TILE)),
-        *(_array(w.conv[:, 0].mT, n_taps, E), _array(w.conv_bias, 1, E), x_proj),
-        *(_array(w.dt_proj.mT, rank, E), _array(w.dt_bias, 1, E), _array(w.A_log.mT.exp() * -LOG2E, N, E)),
-        *(_array(w.D, 1, E), out_proj),
+        *(_array(norm_weight, width), _array(norm_bias, width), np.float32(eps), norm_bias is not None),
+        *(onto, products.packed(in_proj[E:], TILE), _array(conv[:, 0].mT, n_taps, E), _array(conv_bias, 1, E), low),
+        *(_array(dt_proj.mT, rank, E), _array(dt_bias, 1, E), _array(A_log.mT.exp() * -LOG2E, N, E), _array(D, 1, E)),
+        back,
     )
 
 
@@ -158,7 +155,7 @@ def forward(x, residual, front, weights, conv_state, ssm_state):
     stream = rows if residual is None else torch.empty_like(rows)
     out = torch.empty_like(rows)
     last_inputs, last_states = x.new_empty(n_seqs, n_taps - 1, E), x.new_empty(n_seqs, N, E)
-    ready = made(lambda: _ready(front, weights), front.weight, front.bias, weights.in_proj, weights.out_proj, *w)
+    ready = made(_ready, front.weight, front.bias, front.eps, weights.in_proj, weights.out_proj, *w)
     parallel(
         *(_forward, n_seqs, length, rows.numpy(), onto.numpy(), *ready),
         *(_state(conv_state, n_seqs), _state(ssm_state, n_seqs)),

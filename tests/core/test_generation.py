@@ -214,6 +214,13 @@ def test_a_model_that_remembers_nothing():
         assert tokens == read_again_for_each_token(model, prompt, 6, GREEDY, 0)
 
 
+def test_a_seed_out_of_range_is_found_before_the_prompts_are_read():
+    read = []
+    with pytest.raises((RuntimeError, OverflowError, ValueError)):
+        generate(language_model(), prompts_of()[:3], 12, seeds=[0, 2**70, 1], advance=read.append)
+    assert not read
+
+
 def test_seeds_are_each_rows_own():
     model, prompts, order = language_model(), prompts_of(), [3, 0, 4, 2, 1]
     tokens = collect(generate(model, prompts, 12, seeds=SEEDS))

@@ -170,19 +170,31 @@ def test_greedy_is_the_very_text(drafter, draft_length, config, pattern):
     assert texts(model, drafters(model)[drafter], prompts, 25, config, drafting(draft_length)) == plain
 
 
-def test_greedy_is_the_very_text_where_a_few_tokens_are_one_call(monkeypatch):
-    """As on a CPU with AVX-512 (kernels/mamba_block/cpu.py)."""
+@pytest.mark.parametrize("drafter", ["ngram", "model"])
+def test_greedy_is_the_very_text_where_a_few_tokens_are_one_call(drafter, monkeypatch):
+    """As on a CPU with AVX-512 (kernels/mamba_block/cpu.py), of two prompts, one of which ends before the other."""
     from polymamba.kernels import numba_lanes
     from polymamba.kernels.mamba_block import cpu
 
     calls, real = [], cpu.forward
     monkeypatch.setattr(cpu, "forward", lambda *given: calls.append(len(given[0])) or real(*given))
-    torch.manual_seed(0)
-    backbone = BackboneConfig(d_model=64, n_layer=2)
-    model, prompts = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=29)).eval(), prompts_of()[:1]
-    plain = collect(generate(model, prompts, 40, GREEDY))
-    assert texts(model, "ngram", prompts, 40, GREEDY, drafting(4)) == plain
-    assert bool(calls) == numba_lanes.AVX512
+    monkeypatch.setattr(cpu, "_processors", lambda: 2)
+    torch.manual_seed(11)
+    backbone = BackboneConfig(d_model=64, n_layer=3)
+    config = LanguageModelConfig(backbone=backbone, vocab_size=29, tie_embeddings=False)
+    model, close = LanguageModel(config).eval(), LanguageModel(config).eval()
+    torch.nn.init.normal_(model.embedding.weight)
+    close.load_state_dict(model.state_dict())
+    close.lm_head.weight.data += 0.1 * model.lm_head.weight.std() * torch.randn(29, 64)
+    prompts = [torch.arange(40) % 7, (torch.arange(40) + 2) % 5]
+    end = [collect(generate(model, prompts, 40, GREEDY))[0][24:26]]
+    plain = collect(generate(model, prompts, 40, GREEDY, stop=end))
+    assert len(plain[0]) < len(plain[1])
+    tally, by = Tally(), "ngram" if drafter == "ngram" else close
+    assert collect(speculate(model, by, prompts, 40, GREEDY, drafting(4), stop=end, tally=tally)) == plain
+    assert tally.kept > 0
+    assert drafter == "ngram" or tally.kept < tally.drafted
+    assert set(calls) == ({1, 2} if numba_lanes.AVX512 else set())
 
 
 @torch.no_grad()

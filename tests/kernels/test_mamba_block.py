@@ -339,32 +339,40 @@ def test_with_the_norm_before_it_a_sequence_is_itself(cast, two_processors):
 
 
 def test_a_few_tokens_where_the_weights_lie_ready(cast, monkeypatch):
-    """One sequence for a processor at most, and a width that was not the width of a cache. What is kept is the weights
-    as they were, and of no other call."""
+    """One sequence for a processor at most. What is kept is each block's weights as they were, and of no other call."""
     if not import_module("polymamba.kernels.numba_lanes").AVX512:
         pytest.skip("for a CPU with AVX-512")
     monkeypatch.setattr("polymamba.kernels.mamba_block.cpu._processors", lambda: 2)
     tensors = cast(problem(3, 9, 64, 128, 16, 4), torch.float32)
-    x, front, w = tensors.pop("hidden"), Front(torch.rand(64), None, 1e-5), weights_of(tensors)
+    x, w = tensors.pop("hidden"), weights_of(tensors)
+    other = weights_of({name: 1.5 * t for name, t in tensors.items()})
+    plain, centred = Front(torch.rand(64), None, 1e-5), Front(torch.rand(64), torch.rand(64), 1e-5)
+    states = torch.randn(2, 128, 3), torch.randn(2, 128, 16)
 
-    def few(x: Tensor, kept: dict | None) -> tuple[Tensor, ...] | None:
+    def few(x: Tensor, kept: dict | None, front: Front = plain, w: BlockWeights = w) -> tuple[Tensor, ...] | None:
         with nullcontext() if kept is None else unchanged(kept):
-            return norm_and_mamba_block(x, None, front, w, dtype=torch.float32)
+            return norm_and_mamba_block(x, x, front, w, *states, dtype=torch.float32)
 
     kept = {}
-    found = few(x[:2], kept)
     assert few(x[:2], None) is None  # without, the parts are no slower
     assert few(x, kept) is None
     assert few(torch.zeros(1, 33, 64), kept) is None
-    hidden = F.rms_norm(x[:2], (64,), front.weight, 1e-5)
-    expected = mamba_block_onwards(hidden, w, None, None, dtype=torch.float32, backend="numba")
-    for ours, theirs in zip((found[0], *found[2:]), expected, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-5, atol=2e-6)
-    again = few(x[:2], kept)
+    loose = Front(plain.weight, None, 0.5)
+    for front, weights in ((plain, w), (centred, w), (plain, other), (loose, w), (plain, w)):
+        normed = F.rms_norm if front.bias is None else F.layer_norm
+        hidden = normed(2 * x[:2], (64,), *front[: 1 + (front.bias is not None)], eps=front.eps)
+        expected = mamba_block_onwards(hidden, weights, *states, dtype=torch.float32, backend="numba")
+        found = few(x[:2], kept, front, weights)
+        for ours, theirs in zip((found[0], *found[2:]), expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=5e-6)
+        assert torch.equal(found[1], 2 * x[:2])
+    assert len(kept) == 4
     w.out_proj.mul_(2)
-    assert all(map(torch.equal, found, again))
-    assert torch.equal(few(x[:2], kept)[0], found[0])
+    assert all(map(torch.equal, found, few(x[:2], kept)))
     assert torch.allclose(few(x[:2], {})[0], 2 * found[0])
+    monkeypatch.setattr("polymamba.kernels.unchanged.MOST", 4)
+    few(x[:2], kept, centred, other)
+    assert len(kept) == 1
 
 
 def test_with_the_norm_before_it_what_it_leaves_to_the_parts(cast, two_processors, monkeypatch):
