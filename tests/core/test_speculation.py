@@ -194,7 +194,8 @@ def test_greedy_is_the_very_text_where_a_few_tokens_are_one_call(drafter, monkey
     assert collect(speculate(model, by, prompts, 40, GREEDY, drafting(4), stop=end, tally=tally)) == plain
     assert tally.kept > 0
     assert drafter == "ngram" or tally.kept < tally.drafted
-    assert set(calls) == ({1, 2} if numba_lanes.AVX512 else set())
+    rows = {1} if drafter == "ngram" else {1, 2}  # lookup finds nothing before one has ended
+    assert set(calls) == (rows if numba_lanes.AVX512 else set())
 
 
 @torch.no_grad()
