@@ -13,7 +13,7 @@ from numba.core import cgutils, types
 from torch import Tensor
 
 from .numba_lanes import FLAGS, FLOATS, LANES, filled, intrinsic
-from .numba_runtime import jit, wide
+from .numba_runtime import inline, jit, wide
 
 HEIGHT = {3: 8, 4: 6}  # 24 sums, of the 32 registers that AVX-512 has: without it these products are slow
 
@@ -69,9 +69,25 @@ def _tile_of(height: int, vectors: int) -> Any:
     return tile
 
 
-_tile_3, _row_3 = _tile_of(HEIGHT[3], 3), _tile_of(1, 3)
-_tile_4, _row_4 = _tile_of(HEIGHT[4], 4), _tile_of(1, 4)
-_HEIGHT_3, _HEIGHT_4 = HEIGHT[3], HEIGHT[4]
+def _panel_of(vectors: int) -> Any:
+    """The function that makes a panel's columns of the result: tiles, and the rows that are left one by one."""
+    height = HEIGHT[vectors]
+    tile, row = _tile_of(height, vectors), _tile_of(1, vectors)
+
+    @inline()
+    def multiply_panel(a, rows, panel, out, out_row, column):
+        i = 0
+        while i + height <= rows:
+            tile(a, i, panel, out, out_row + i, column)
+            i += height
+        while i < rows:
+            row(a, i, panel, out, out_row + i, column)
+            i += 1
+
+    return multiply_panel
+
+
+_panel_3, _panel_4 = _panel_of(3), _panel_of(4)
 
 
 @jit
@@ -83,21 +99,10 @@ def multiply(a, rows, panels, out, out_row):
     wide()
     width = panels.shape[2]
     for p in range(panels.shape[0]):
-        i = 0
         if width == 3 * LANES:
-            while i + _HEIGHT_3 <= rows:
-                _tile_3(a, i, panels[p], out, out_row + i, p * width)
-                i += _HEIGHT_3
-            while i < rows:
-                _row_3(a, i, panels[p], out, out_row + i, p * width)
-                i += 1
+            _panel_3(a, rows, panels[p], out, out_row, p * width)
         else:
-            while i + _HEIGHT_4 <= rows:
-                _tile_4(a, i, panels[p], out, out_row + i, p * width)
-                i += _HEIGHT_4
-            while i < rows:
-                _row_4(a, i, panels[p], out, out_row + i, p * width)
-                i += 1
+            _panel_4(a, rows, panels[p], out, out_row, p * width)
 
 
 def packed(weight: Tensor, width: int = 0) -> np.ndarray:

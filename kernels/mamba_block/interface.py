@@ -187,8 +187,9 @@ def norm_and_mamba_block(
     """`mamba_block` of one scan for inference with the norm before it: (out, the new stream, conv_state, ssm_state).
 
     x and stream (B, L, M) as those of `rms_norm` and its residual; dtype and the states as of `mamba_block_onwards`.
-    It is for a CPU, for float32 alone, and for batches that the threads can share out. None for all else, for shapes
-    that do not fit together, which the parts refuse, and where one after the other is no slower.
+    It is for a CPU, for float32 alone, and for batches that the threads can share out or, where weights lie ready
+    (../unchanged.py), a few tokens. None for all else, for shapes that do not fit together, which the parts refuse, and
+    where one after the other is no slower.
     """
     (scan, *more), given = weights.scans, (x, stream, *front[:2], *_flat(weights), conv_state, ssm_state)
     tensors = [t for t in given if t is not None]

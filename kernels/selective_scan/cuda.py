@@ -335,8 +335,11 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, bat
         y = torch.empty(u.shape, dtype=u.dtype, device=on)
     else:
         layout = layout._replace(y_stride=y.stride(0) * y.element_size())
-    rows = (tensors["u"], tensors["delta"], y, *([] if z is None else [tensors["z"]]))
-    p = _forward_plan(layout, layout.n_channels // layout.groups % 4 == 0 and _widest(4, *rows) == 4)
+    by_four = tiles.moves_by_four(layout)
+    if by_four:
+        rows = (tensors["u"], tensors["delta"], y, *([] if z is None else [tensors["z"]]))
+        by_four = _widest(4, *rows) == 4
+    p = _forward_plan(layout, by_four)
     final = torch.empty(layout.n_seqs, *A.shape, device=on)
     saved = torch.empty(saved_shape(u.shape[0], layout.n_seqs, *A.shape) if save else (0, *A.shape), device=on)
     first = _floats(initial_state)

@@ -164,6 +164,11 @@ def in_pairs(layout: Layout) -> bool:
     return 8 < layout.n_states <= 16
 
 
+def moves_by_four(layout: Layout) -> bool:
+    """Whether its forward may move four channels of a row at once, where addresses allow it."""
+    return lanes_of(layout.n_states) == MANY_ROWS[:2] and layout.n_channels // layout.groups % 4 == 0
+
+
 def run_tile(layout: Layout, runs: int, walked: bool, processors: int, by_four: bool = False) -> tuple[Tile, bool]:
     """(The forward's tile, whether pairs of warps run it). runs: sequences or chunks; walked: chunk after chunk.
 

@@ -278,7 +278,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             d_dt[j] = __fmaf_rn(d_exponent, A2[j][i], d_dt[j]);
           }
         }
-        if (SUMS_FIRST) leave_parts(shared.sums[0][t], t, a.lane, d_dtu), leave_parts(shared.sums[1][t], t, a.lane, d_dt);
+        if (SUMS_FIRST) {
+          leave_parts(shared.sums[0][t], t, a.lane, d_dtu);
+          leave_parts(shared.sums[1][t], t, a.lane, d_dt);
+        }
 #if GATE
         leave_parts(shared.sums[2][t], t, a.lane, y);
 #endif

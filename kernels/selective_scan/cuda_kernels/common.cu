@@ -99,14 +99,9 @@ INLINE float exp_of_minus_abs(float x) {
 }
 INLINE float step_size_of(float x, float e) {
   if (!IN_SHORT) return softplus_of(x, e);
-  float p = 0.014141053892672062f;
-  p = __fmaf_rn(p, e, -0.06640192866325378f);
-  p = __fmaf_rn(p, e, 0.14922408759593964f);
-  p = __fmaf_rn(p, e, -0.23503875732421875f);
-  p = __fmaf_rn(p, e, 0.33109453320503235f);
-  p = __fmaf_rn(p, e, -0.4998696744441986f);
-  p = __fmaf_rn(p, e, 0.9999987483024597f);
-  return __fmaf_rn(e, p, positive(x));
+  constexpr float LOG1P[] = {0.014141053892672062f, -0.06640192866325378f, 0.14922408759593964f, -0.23503875732421875f,
+                             0.33109453320503235f,  -0.4998696744441986f,  0.9999987483024597f};
+  return __fmaf_rn(e, polynomial(LOG1P, e), positive(x));
 }
 
 INLINE float step_size(float x) { return SOFTPLUS ? step_size_of(x, exp_of_minus_abs(x)) : x; }

@@ -116,17 +116,19 @@ INLINE float positive(float x) { return or_zero(x); }
 INLINE float positive(float x) { return x < 0.0f ? 0.0f : x; }
 #endif
 
+// The highest power's coefficient first.
+template <int K> INLINE float polynomial(const float (&coefficients)[K], float x) {
+  float p = coefficients[0];
+#pragma unroll
+  for (int k = 1; k < K; ++k) p = __fmaf_rn(p, x, coefficients[k]);
+  return p;
+}
+
 // log(1 + exp(x)), given e = exp(-|x|): max(x, 0) + log1p(e), log1p(e) / e as a polynomial (relative error 3.4e-8), since
 // a rounded 1 + e has lost what a small e holds.
 INLINE float softplus_of(float x, float e) {
-  float p = 0.0051261018961668015f;
-  p = __fmaf_rn(p, e, -0.029074065387248993f);
-  p = __fmaf_rn(p, e, 0.0775160863995552f);
-  p = __fmaf_rn(p, e, -0.13602247834205627f);
-  p = __fmaf_rn(p, e, 0.19076880812644958f);
-  p = __fmaf_rn(p, e, -0.2483539879322052f);
-  p = __fmaf_rn(p, e, 0.3331812024116516f);
-  p = __fmaf_rn(p, e, -0.4999944567680359f);
-  p = __fmaf_rn(p, e, 0.9999999403953552f);
-  return __fmaf_rn(e, p, positive(x));
+  constexpr float LOG1P[] = {0.0051261018961668015f, -0.029074065387248993f, 0.0775160863995552f,
+                             -0.13602247834205627f,  0.19076880812644958f,   -0.2483539879322052f,
+                             0.3331812024116516f,    -0.4999944567680359f,   0.9999999403953552f};
+  return __fmaf_rn(e, polynomial(LOG1P, e), positive(x));
 }
