@@ -125,7 +125,7 @@ def generate(
 
     Raises InputError for an empty prompt or stop sequence, and, while it runs, for logits that are not finite.
     """
-    seeds, filters = begin(prompts, max_new_tokens, seeds, stop)
+    seeds = begin(prompts, max_new_tokens, seeds, stop)
     logits, state = prefill(model, prompts, state, chunk=chunk, advance=advance)
     draws = Draws(config, seeded(seeds), recent_tokens(prompts, max_new_tokens, config, logits))
     one_graph = getattr(model, "step_is_one_graph", True)
@@ -133,7 +133,7 @@ def generate(
         decoder: Decoder = GraphedDecoder(model, logits, state, draws, max_new_tokens)
     else:
         decoder = _OneByOne(model, logits, state, draws)
-    return decode(decoder, filters, max_new_tokens)
+    return decode(decoder, [StopFilter(stop) for _ in prompts], max_new_tokens)
 
 
 def collect(steps: Iterable[Step]) -> list[list[int]]:
@@ -166,10 +166,10 @@ def prefill(
     tensors = model.parameters() if isinstance(model, torch.nn.Module) else pytree.tree_leaves(model.init_state(1))
     device = next((x.device for x in tensors), None)
     logits = None
-    lengths = [len(prompt) for prompt in prompts]
+    lengths = [prompt.numel() for prompt in prompts]  # of many prompts, `len` and `long` of each take a while
     for start in range(0, max(lengths), chunk):
         rows = [row for row, length in enumerate(lengths) if length > start]
-        pieces = [_piece(prompts[row], start, chunk).long() for row in rows]
+        pieces = [_piece(prompts[row], start, chunk) for row in rows]
         before = state if state is None or len(rows) == len(prompts) else select_state(state, rows)
         at_last, after = read(model, pieces, before, only_last=True, device=device)
         if logits is None or len(rows) == len(prompts):
@@ -185,7 +185,8 @@ def prefill(
 
 
 def _piece(prompt: Tensor, start: int, chunk: int) -> Tensor:
-    return prompt if start == 0 and len(prompt) <= chunk else prompt[start : start + chunk]
+    piece = prompt if start == 0 and prompt.numel() <= chunk else prompt[start : start + chunk]
+    return piece if piece.dtype == torch.int64 else piece.long()
 
 
 def read(
@@ -201,7 +202,7 @@ def read(
     only_last  the logits are (B, V), those after each piece's last token
     device     where the model is, if the pieces are elsewhere: they are brought there as one
     """
-    sizes = [len(piece) for piece in pieces]
+    sizes = [piece.numel() for piece in pieces]
     equal = len(set(sizes)) == 1
     tokens, mask = (torch.stack(pieces) if equal else pad_sequence(pieces, batch_first=True)).to(device), None
     if only_last and state is None and equal:
@@ -219,8 +220,8 @@ def read(
 
 def begin(
     prompts: Sequence[Tensor], max_new_tokens: int, seeds: Sequence[int] | None, stop: Sequence[Sequence[int]]
-) -> tuple[Sequence[int], list["StopFilter"]]:
-    """A seed for each prompt, and what holds its stop sequences back: see `generate`."""
+) -> Sequence[int]:
+    """A seed for each prompt. What else `generate` cannot do is found before the prompts are read, too."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if seeds is None:
@@ -230,7 +231,7 @@ def begin(
     if any(len(sequence) == 0 for sequence in stop):
         raise InputError("a stop sequence is empty; it needs at least one token")
     seeded({min(seeds), max(seeds)} if len(seeds) else ())  # one out of range raises before the prompts are read
-    return seeds, [StopFilter(stop) for _ in prompts]
+    return seeds
 
 
 def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
@@ -384,7 +385,7 @@ def _check(model: AutoregressiveModel, prompts: Sequence[Tensor], state: State |
     for i, prompt in enumerate(prompts):
         if prompt.dim() != 1 or prompt.is_floating_point():
             raise ValueError(f"prompt {i} is {prompt.dtype} {tuple(prompt.shape)}; it must be integer, (length,)")
-        if len(prompt) == 0:
+        if prompt.numel() == 0:
             raise InputError(f"prompt {i} is empty; it needs at least one token to continue from")
     n_rows = set() if state is None else {len(s) for s in pytree.tree_leaves(state)}
     if n_rows - {len(prompts)}:

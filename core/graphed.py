@@ -223,7 +223,8 @@ class GraphedDecoder:
         if self.logits is not None:
             tokens, bad = self.draws.choose(self.logits)
             self.logits = None
-            self._begin(tokens)  # before the host waits for the prompts
+            self._begin(tokens)
+            self._fill()  # before the host waits for the prompts
             refuse(bad)
             chosen = tokens.tolist()
         else:
@@ -234,8 +235,7 @@ class GraphedDecoder:
                 chosen = [chosen[row] for row in self.rows]
             if min(chosen) < 0:
                 refuse(torch.tensor(chosen) < 0)
-        while self.n_left and len(self.in_flight) < IN_FLIGHT:
-            self._launch()
+        self._fill()
         return [[token] for token in chosen]
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -267,6 +267,10 @@ class GraphedDecoder:
         self.graph = graph
         graph.begin(tokens, self.state, recent)
         del self.state
+
+    def _fill(self) -> None:
+        while self.n_left and len(self.in_flight) < IN_FLIGHT:
+            self._launch()
 
     def _launch(self) -> None:
         assert self.graph is not None

@@ -40,6 +40,7 @@ from .generation import (
     Decoder,
     State,
     Step,
+    StopFilter,
     begin,
     decode,
     prefill,
@@ -96,7 +97,7 @@ def speculate(
 
     Raises InputError as `generate` does, and for a drafter with another number of tokens.
     """
-    seeds, filters = begin(prompts, max_new_tokens, seeds, stop)
+    seeds = begin(prompts, max_new_tokens, seeds, stop)
     logits, state = prefill(model, prompts, chunk=chunk, advance=advance)
     vocab_size = logits.shape[-1]
     if isinstance(drafter, str):
@@ -107,7 +108,8 @@ def speculate(
         raise InputError(f"the drafter has {drafts.vocab_size} tokens, the model {vocab_size}; they must be the same")
     draws = Draws(config, seeded(seeds), recent_tokens(prompts, max_new_tokens, config, logits))
     tally = Tally() if tally is None else tally
-    return decode(_Speculator(model, logits, state, drafts, draws, speculation, tally), filters, max_new_tokens)
+    speculator = _Speculator(model, logits, state, drafts, draws, speculation, tally)
+    return decode(speculator, [StopFilter(stop) for _ in prompts], max_new_tokens)
 
 
 class _Speculator(Decoder):

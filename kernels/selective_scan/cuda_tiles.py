@@ -73,8 +73,9 @@ def lanes_of(n_states: int) -> tuple[int, int]:
 def forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Tile:
     """rows: sequences (or chunks) times channels. What follows from them changes no bit of a result.
 
-    Two channels to a lane read B and C half as often as one; one makes more warps where rows are few. Registers are
-    kept to 128 where there are warps enough to use the room. Measured: benchmarks/SCAN_NOTES.md.
+    Two channels to a lane read B and C half as often as one; one makes more warps where rows are few, and is what
+    registers hold of rows where few lanes share them out. Registers are kept to 128 where there are warps enough to use
+    the room. Measured: benchmarks/SCAN_NOTES.md.
     """
     states, lanes = lanes_of(n_states)
     if states == 1:
@@ -83,7 +84,7 @@ def forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Tile
         return _fitting(states, lanes, 4, 8, vector, 1)._replace(MIN_BLOCKS=8)
     if rows * lanes < 256 * processors:
         return _fitting(states, lanes, 1, 16, vector, 2)
-    return _fitting(states, lanes, 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
+    return _fitting(states, lanes, 1 if lanes < 4 else 2, 16, vector, 4)._replace(MIN_BLOCKS=4)
 
 
 def pairs_tile(layout: Layout, runs: int, processors: int) -> Tile:
@@ -122,7 +123,7 @@ def backward_tile(n_states: int, rows: int, vector: int, processors: int, room: 
         return Tile(4, 4, 2, 8, 1, 4, TEAM=4)
     # Of 4 warps the blocks take up to 113 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
     warps = 4 if lanes >= 4 and room >= 113 * 1024 else 2
-    return _fitting(states, lanes, 2, 8, vector, warps)
+    return _fitting(states, lanes, 1 if lanes == 1 else 2, 8, vector, warps)
 
 
 def parts_tile(layout: Layout, tile: Tile) -> Tile:

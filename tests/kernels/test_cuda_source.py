@@ -1,9 +1,6 @@
-"""The CUDA sources of the scan without a GPU: run on the CPU by an emulator, and compiled by NVRTC."""
+"""The CUDA sources of the scan without a GPU: run on the CPU by an emulator. (Compiled: test_cuda_tiles.py.)"""
 
-import shutil
-import subprocess
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from polymamba.kernels import nvrtc, selective_scan
 pytest.importorskip("triton")
 
 from polymamba.kernels.mamba_block import Behind, BlockWeights, ScanWeights, mamba_block, mamba_block_and_norm
-from polymamba.kernels.selective_scan import cuda, cuda_tiles
+from polymamba.kernels.selective_scan import cuda
 
 
 def inputs(length: int, channels: int, states: int, groups: int, sequences: int) -> dict[str, torch.Tensor]:
@@ -295,140 +292,3 @@ def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch, forge
         y = selective_scan(**tensors, delta_softplus=True, backend="cuda")
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(selective_scan(**tensors, delta_softplus=True, backend="cuda"), y)  # a warning would raise
-
-
-# NVRTC -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("states", "architecture"),
-    [
-        (16, "sm_90"),
-        *(pytest.param(n, a, marks=pytest.mark.slow) for n, a in ((1, "sm_90"), (64, "sm_90"), (16, "sm_80"))),
-    ],
-)
-def test_every_source_compiles(states, architecture, compiler, forget, monkeypatch, tmp_path):
-    """As a forward and a backward would have them, for bf16 with a gate."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled = []
-
-    def compile_only(source, name, device):
-        compiled.append(name)
-        assert nvrtc.compile_source(source, architecture)[:4] == b"\x7fELF"
-        return lambda *arguments: None
-
-    monkeypatch.setattr(nvrtc, "EMULATED", True)
-    monkeypatch.setattr(nvrtc, "kernel", compile_only)
-    monkeypatch.setattr(cuda, "usable", lambda device: True)
-    monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
-    monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
-    forget()
-    u = torch.zeros(3 * cuda._chunk_and_unit(64, states)[0], 64, dtype=torch.bfloat16, device="meta")
-    A, B = torch.zeros(64, states, device="meta"), torch.zeros(len(u), 1, states, dtype=torch.bfloat16, device="meta")
-    arguments = (u, u, A, B, B, A[:, 0], u, A[:, 0], None, None, 1)
-    y, _, saved = cuda.forward(*arguments, True, False, True)
-    cuda.backward(y, None, *arguments, saved, True, False)
-    forget()
-    monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 0)  # chunks walked, which takes another kernel
-    cuda.forward(*arguments, True, False, True)
-    forget()
-    assert set(compiled) == {"scan_forward", "carry", "chunk_gradients", "scan_backward", "sum_shares"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kilobytes", [227, 163, 99])
-@pytest.mark.parametrize("states", [4, 8, 16, 32, 64])
-def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
-    """Of a block of the backward: in 227 KiB on Hopper (a second block beside it, too), 163 on an A100, 99 on a GPU for
-    a desk. The compiler is asked for the size."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    limit = kilobytes * 1024 if kilobytes < 227 else (228 // 2 - 1) * 1024
-    tile = cuda_tiles.backward_tile(states, 10**6, 2, 132, kilobytes * 1024, True)
-    macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
-    macros |= {"STATIC_B": 0, "STATIC_C": 0, "PART": 512, "ENTERING": 512}
-    types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
-    source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
-    path = tmp_path / "size.cpp"
-    path.write_text(emulation(source) + f'\nstatic_assert(sizeof(Shared) <= {limit}, "too much");\n')
-    done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-500:]
-
-
-@pytest.mark.parametrize(
-    ("runs", "channels", "groups", "pairs"),
-    [(1, 5120, 1, 5), (2, 2048, 1, 4), (8, 768, 1, 6), (4, 2048, 1, 4), (1, 64, 1, 1), (4, 768, 4, 3)],
-)
-def test_pairs_of_a_block_fill_the_multiprocessors_evenly(runs, channels, groups, pairs):
-    """132 of them."""
-    layout = SimpleNamespace(n_states=16, n_channels=channels, groups=groups, vector=2)
-    tile = cuda_tiles.pairs_tile(layout, runs, 132)
-    assert pairs == tile.WARPS
-
-
-@pytest.mark.parametrize(
-    ("sequences", "channels", "length", "at_once"),
-    [
-        (1, 1536, 8192, True), (1, 1024, 4096, True), (5, 512, 8192, True), (1, 512, 2**20, True),
-        (1, 1536, 4096, False),  # two chunks: two passes over one are no shorter
-        (1, 2304, 8192, False),  # 144 blocks at once: the fullest multiprocessor would have two
-        (3, 768, 8192, False), (2, 2048, 8192, False),
-    ],
-)  # fmt: skip
-def test_chunks_are_run_at_once_where_they_fill_the_multiprocessors(sequences, channels, length, at_once, monkeypatch):
-    """132 of them."""
-    monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
-    u = torch.empty(sequences * length, channels, dtype=torch.bfloat16, device="meta")
-    A, B = torch.empty(channels, 16, device="meta"), torch.empty(len(u), 1, 16, dtype=torch.bfloat16, device="meta")
-    _, layout = cuda._ready(u, u, A, B, B, A[:, 0], u, A[:, 0], None, sequences, True, False)
-    assert cuda._at_once(cuda._Plan(layout)) == at_once
-
-
-@pytest.mark.parametrize(
-    ("states", "channels", "warps"), [(16, 5120, 10), (8, 5120, 5), (4, 5120, 3), (64, 2048, 8), (16, 64, 1)]
-)
-def test_warps_that_walk_chunks_fill_the_multiprocessors_evenly(states, channels, warps):
-    layout = SimpleNamespace(n_states=states, n_channels=channels, groups=1, vector=2)
-    assert warps == cuda_tiles.walking_tile(layout, 1, 132).WARPS
-
-
-@pytest.mark.slow
-def test_shared_memory_of_pairs_fits(emulation, tmp_path):
-    """Of as many as a block may have, on a GPU for a desk: 99 KiB."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    layout = SimpleNamespace(n_states=16, n_channels=8 * cuda_tiles.MOST_PAIRS, groups=1, vector=2)
-    tile = cuda_tiles.pairs_tile(layout, 1, 1)
-    assert tile.WARPS == cuda_tiles.MOST_PAIRS
-    macros = {"N": 16, "VB": 4, "CHUNK": 2048, "PART": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1}
-    macros |= {"GATE": 1, "STATIC_B": 0, "STATIC_C": 0, "OWN": 1, "ENDS": 0}
-    types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
-    source = cuda._source("forward_pairs", tuple({**macros, **types, **tile._asdict()}.items()))
-    path = tmp_path / "size.cpp"
-    path.write_text(emulation(source) + '\nstatic_assert(sizeof(Shared) <= 99 * 1024, "too much");\n')
-    done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-500:]
-
-
-def test_what_nvrtc_says_is_passed_on(compiler):
-    with pytest.raises(nvrtc.Unavailable, match='identifier "nothing" is undefined'):
-        nvrtc.compile_source('extern "C" __global__ void f() { nothing(); }', "sm_90")
-
-
-def test_machine_code_is_kept(compiler, monkeypatch, tmp_path):
-    """Compiled once; whatever goes wrong with the folder only means that it is compiled again."""
-    source = 'extern "C" __global__ void f() {}'
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code = nvrtc._compile_or_recall(source, "sm_90")
-    assert [p.suffix for p in (tmp_path / "polymamba").iterdir()] == [".cubin"]
-    count = []
-    compile_source = nvrtc.compile_source
-    monkeypatch.setattr(nvrtc, "compile_source", lambda *a: count.append(a) or compile_source(*a))
-    assert nvrtc._compile_or_recall(source, "sm_90") == code
-    assert not count
-    nvrtc._compile_or_recall(source, "sm_80")
-    assert len(count) == 1
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert nvrtc._compile_or_recall(source, "sm_90") == code
-    assert len(count) == 2
