@@ -1,8 +1,5 @@
 from .interface import (
-    Behind,
-    BlockWeights,
     Front,
-    ScanWeights,
     mamba_block,
     mamba_block_and_norm,
     mamba_block_onwards,
@@ -10,6 +7,7 @@ from .interface import (
     norm_and_mamba_block,
     serves,
 )
+from .passes import Behind, BlockWeights, ScanWeights
 
 __all__ = [
     "Behind",
