@@ -1,9 +1,9 @@
 """Speculative decoding of a byte model against plain decoding: bytes a second, batch 1.
 
-    python benchmarks/speculation.py RUN TEXT [--draft RUN2] [--output results.md]
+    python benchmarks/speculation.py RUN TEXT [--draft RUN2] [--device cuda] [--output results.md]
 
 Prompts are pieces of TEXT from all over it; each way continues each of them, in turn, and its figure is the median over
-the prompts. What is drafted: by lookup (ngram), and, with --draft, by a smaller model.
+the prompts. What is drafted: by lookup (ngram), and, with --draft, by a smaller model. On a GPU weights are in bf16.
 """
 
 import argparse
@@ -68,10 +68,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--draft", type=Path)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    model = ByteLM.from_pretrained(args.run)
-    drafter = None if args.draft is None else ByteLM.from_pretrained(args.draft)
+    where = args.device, torch.float32 if args.device == "cpu" else torch.bfloat16
+    model = ByteLM.from_pretrained(args.run).to(*where)
+    drafter = None if args.draft is None else ByteLM.from_pretrained(args.draft).to(*where)
     lines = [
         *describe(),
         "",
