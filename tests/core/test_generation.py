@@ -323,6 +323,16 @@ def test_a_repetition_penalty_over_a_long_prompt():
         assert tokens == next_token_probabilities(logits, config, prompt[None].long()).argmax(-1).tolist()
 
 
+def test_prompts_of_any_integers_in_pieces():
+    model, prompt = language_model(), prompts_of()[1]
+    types = torch.int64, torch.int32, torch.uint8, torch.int16
+    given = [prompt.to(dtype) for dtype in types] + [prompt[:-1].to(torch.int32)]
+    expected = collect(generate(model, [prompt] * 4 + [prompt[:-1]], 6, seeds=range(5)))
+    for some in (slice(4), slice(5)):  # of one length and of several
+        found = collect(generate(model, given[some], 6, seeds=range(5)[some], chunk=5))
+        assert found == expected[some]
+
+
 def test_says_what_is_wrong():
     model, prompts = language_model(), prompts_of()
     _, state = prefill(model, prompts)

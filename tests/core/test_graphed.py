@@ -152,14 +152,20 @@ def test_from_a_state(monkeypatch):
     assert by_graph == plain
 
 
-def test_refuses_what_cannot_be_sampled_from():
-    """Row 1 alone comes, after some steps, to a token whose embedding is bad."""
-    model, prompts = model_of(vocab_size=500), prompts_of(2)
+@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=["mamba", "hybrid"])
+def test_refuses_what_cannot_be_sampled_from(pattern):
+    """Row 1 alone comes to a token whose embedding is bad, after some steps or in its prompt; nothing is left of it."""
+    model, prompts = model_of(pattern, vocab_size=500), prompts_of(2)
     first, second = collect(generate(model, prompts, 40, seeds=range(2)))
     harmless = {*torch.cat(prompts).tolist(), *first, *second[:3]}
     bad = next(token for token in second if token not in harmless)
+    good = model.embedding.weight[bad].detach().clone()
     with torch.no_grad():
         model.embedding.weight[bad] = torch.nan
-    steps = generate(model, prompts, 40, seeds=range(2))
-    with pytest.raises(InputError, match="row 1 of the batch: the model's logits are not finite"):
-        collect(steps)
+    for more in ([], [bad]):
+        given = [prompts[0], torch.tensor([*prompts[1].tolist(), *more])]
+        with pytest.raises(InputError, match="row 1 of the batch: the model's logits are not finite"):
+            collect(generate(model, given, 40, seeds=range(2)))
+    with torch.no_grad():
+        model.embedding.weight[bad] = good
+    assert collect(generate(model, prompts, 40, seeds=range(2))) == [first, second]

@@ -31,6 +31,7 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
     "16 states": (16, 34, 1, [0, 75], False, "", ""),
     "several of all": (5, 12, 2, [0, 0, 31, 70, 140], True, "", ""),
     "4 states, static B and C": (4, 7, 1, [0, 40, 75], False, "BC", "z delta_bias"),
+    "4 states in pairs": (4, 36, 1, [0, 75], False, "", ""),
     "64 states, static C": (64, 20, 1, [0, 35], True, "C", "D initial_state"),
     "several of 40 states": (40, 6, 1, [0, 33, 34, 130], False, "", ""),
     "one state": (1, 20, 1, [0, 66], False, "", "z"),
