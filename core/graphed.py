@@ -219,7 +219,7 @@ class GraphedDecoder:
         self.n_launched = 0
         self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.graph: _StepGraph | None = None
-        self.refused = False
+        self.spoilt = False
         self.autocast = torch.is_autocast_enabled("cuda")
 
     def advance(self) -> list[list[int]]:
@@ -230,11 +230,11 @@ class GraphedDecoder:
         buffer, event = self.in_flight.popleft()
         event.synchronize()
         chosen = buffer.tolist()
+        if min(chosen) < 0:
+            self.spoilt = True
+            refuse(torch.tensor(chosen)[self.rows] < 0)
         if len(self.rows) < len(chosen):
             chosen = [chosen[row] for row in self.rows]
-        if min(chosen) < 0:
-            self.refused = True
-            refuse(torch.tensor(chosen) < 0)
         self._fill()
         return [[token] for token in chosen]
 
@@ -249,7 +249,7 @@ class GraphedDecoder:
         """
         if self.in_flight:  # these still write to the host's memory, which may be freed from now on
             self.in_flight[-1][1].synchronize()
-        if self.graph is not None and not (self.autocast or self.refused) and _are_ours(list(self.model.modules())):
+        if self.graph is not None and not (self.autocast or self.spoilt) and _are_ours(list(self.model.modules())):
             self.graph.left.record(torch.cuda.current_stream(self.graph.tokens.device))
             _graphs[self.model] = (self.key, self.graph)
 

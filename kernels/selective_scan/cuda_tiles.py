@@ -121,7 +121,7 @@ def backward_tile(n_states: int, rows: int, vector: int, processors: int, room: 
         return _narrow(vector, 3 if rows >= 1024 * processors and not gate else 2)
     if states == 8:  # 16 states in each of the four warps of a block, as if there were no more
         return Tile(4, 4, 2, 8, 1, 4, TEAM=4)
-    # Of 4 warps the blocks take up to 113 KiB; with 2 lanes to a channel, too much for two to fit; with 1 they are slower.
+    # Of 4 warps blocks take up to 113 KiB; with 2 lanes to a channel, too much for two to fit. With 1 they are slower.
     warps = 4 if lanes >= 4 and room >= 113 * 1024 else 2
     return _fitting(states, lanes, 1 if lanes == 1 else 2, 8, vector, warps)
 
