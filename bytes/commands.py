@@ -104,8 +104,9 @@ class Generate:
     """Write the bytes themselves; without it what is no UTF-8 is replaced by U+FFFD."""
     draft: Literal["ngram"] | Path | None = None
     """Let bytes be guessed for the model to check several at a time: by the run folder of a smaller model, or ngram,
-    which guesses that what stands there already comes again. Faster where guesses are mostly right, as of source code
-    or at a low temperature; the text is another one of the same kind."""
+    which guesses that what stands there already comes again. On a CPU, faster where guesses are mostly right, as of
+    source code or at a low temperature; slower on a GPU, which writes a byte after the other by one graph. The text is
+    another one of the same kind."""
     speculation: OmitArgPrefixes[SpeculationConfig] = SpeculationConfig()
     sampling: OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     compute: OmitArgPrefixes[ComputeConfig] = ComputeConfig()
