@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .class_tokens import split_tokens
 from .model import ImageModel
-from .vim import Vim, split_tokens
+from .vim import Vim
 from .vmamba import VMamba
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..core.convert import load_strictly
 from ..core.errors import InputError
+from .class_tokens import resized_positions
 from .config import VimConfig, VMambaConfig
-from .vim import Vim, resized_positions
+from .vim import Vim
 from .vmamba import VMamba
 
 # Vim: what its code can do and this cannot, with the value that means it is not used.
