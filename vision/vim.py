@@ -224,7 +224,7 @@ class Vim(ImageModel):
         if torch.is_grad_enabled() or self.config.class_token == "double" or all_modules._has_any_global_hook():
             return False
         parts: list[Any] = [part for block in self.layers for part in (block, *block.children())]
-        parts += self.layers[-1].mixer.modules()
+        parts = [*parts, *self.layers[-1].mixer.modules()]
         return not any(part.training for part in parts) and as_made(*parts, kinds=_PARTS)
 
     def _at_token(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -191,7 +191,6 @@ def test_torch_export(name):
 
 
 @torch.no_grad()
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TESTED)
 def test_compiles_without_a_break(name):
     model = make(name)
