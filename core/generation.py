@@ -133,7 +133,7 @@ def generate(
         decoder: Decoder = GraphedDecoder(model, logits, state, draws, max_new_tokens)
     else:
         decoder = _OneByOne(model, logits, state, draws)
-    return decode(decoder, [StopFilter(stop) for _ in prompts], max_new_tokens)
+    return decode(decoder, len(prompts), max_new_tokens, stop)
 
 
 def collect(steps: Iterable[Step]) -> list[list[int]]:
@@ -243,10 +243,10 @@ def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
 
 
 @torch.no_grad()
-def decode(decoder: Decoder, filters: list["StopFilter"], max_new_tokens: int) -> Iterator[Step]:
+def decode(decoder: Decoder, n_prompts: int, max_new_tokens: int, stop: Sequence[Sequence[int]]) -> Iterator[Step]:
     """The loop of `generate`, by any decoder. Rows that have finished leave the batch."""
     try:
-        yield from _decode(decoder, filters, max_new_tokens)
+        yield from _decode(decoder, [StopFilter(stop) for _ in range(n_prompts)], max_new_tokens)
     finally:
         decoder.close()
 

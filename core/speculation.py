@@ -40,7 +40,6 @@ from .generation import (
     Decoder,
     State,
     Step,
-    StopFilter,
     begin,
     decode,
     prefill,
@@ -109,7 +108,7 @@ def speculate(
     draws = Draws(config, seeded(seeds), recent_tokens(prompts, max_new_tokens, config, logits))
     tally = Tally() if tally is None else tally
     speculator = _Speculator(model, logits, state, drafts, draws, speculation, tally)
-    return decode(speculator, [StopFilter(stop) for _ in prompts], max_new_tokens)
+    return decode(speculator, len(prompts), max_new_tokens, stop)
 
 
 class _Speculator(Decoder):

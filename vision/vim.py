@@ -223,8 +223,8 @@ class Vim(ImageModel):
         """Whether nobody would miss what the last block makes of tokens that its class token does not depend on."""
         if torch.is_grad_enabled() or self.config.class_token == "double" or all_modules._has_any_global_hook():
             return False
-        parts: list[Any] = [part for block in self.layers for part in (block, *block.children())]
-        parts = [*parts, *self.layers[-1].mixer.modules()]
+        blocks = [part for block in self.layers for part in (block, *block.children())]
+        parts: list[Any] = [*blocks, *self.layers[-1].mixer.modules()]
         return not any(part.training for part in parts) and as_made(*parts, kinds=_PARTS)
 
     def _at_token(self, x: Tensor) -> tuple[Tensor, Tensor]:

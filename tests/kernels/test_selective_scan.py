@@ -237,9 +237,8 @@ def test_half_precision_inputs(dtype, backend, results_of, cast, assert_close):
         assert x.dtype == (mixed[given].dtype if given in mixed else dtype if name == "y" else torch.float32), name
     unit = torch.finfo(dtype).eps
     assert_close(actual, expected, unit)  # half a unit would be rounding at the largest entry
-    assert_close(
-        {"final_state": actual["final_state"]}, expected, 3e-6
-    )  # of delta in 16 bits step sizes are good to 2e-6
+    # In CUDA C++ step sizes of a delta in 16 bits are good to 2e-6.
+    assert_close({"final_state": actual["final_state"]}, expected, 3e-6 if backend == "cuda" else 1e-6)
 
 
 @pytest.mark.parametrize("backend", AT_SIZE)
