@@ -39,8 +39,8 @@ _POINTERS = (
     *("dA", "dB", "dC", "dD", "dbias"),
 )
 _NUMBERS = (
-    *("B_group", "C_group", "length", "n_tokens", "n_seqs", "n_channels", "per_group", "tiles_of_group", "n_units"),
-    *("reverse", "backwards"),
+    *("B_group", "C_group", "length", "n_tokens", "n_seqs", "n_channels", "per_group", "tiles_of_group", "n_tiles"),
+    *("n_units", "reverse", "backwards"),
 )
 _STRIDES = (
     *("u_stride", "delta_stride", "z_stride", "dy_stride", "B_stride", "C_stride", "U_stride", "DELTA_stride"),
@@ -104,6 +104,7 @@ def _serves(u: Tensor, *others: Tensor | None, n_states: int) -> bool:
     return (
         0 < n_states <= MOST_STATES
         and u.numel() > 0
+        and u.shape[0] < 2**31
         and all(x.dtype in _TYPES for x in tensors)
         and all(abs(x.stride(0)) * x.element_size() < 2**31 for x in tensors)
         and usable(_device(u))
@@ -121,7 +122,11 @@ def _with_rows(x: Tensor, at_once: int = 1) -> Tensor:
 
 
 def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
+    """As rows of float32, of which 16 bytes can be moved at once."""
+    if x is None:
+        return None
+    x = x.float().contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _widest(most: int, *tensors: Tensor) -> int:
@@ -149,7 +154,7 @@ def _ready(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, batch, softplus, rev
     vector = 1 if n_channels // groups % 2 else 2
     u, delta = _with_rows(u, vector), _with_rows(delta, vector)
     z, dy = (None if x is None else _with_rows(x, vector) for x in (z, dy))
-    B, C = (x.float().contiguous() if x.dim() == 2 else _with_rows(x) for x in (B, C))
+    B, C = (_floats(x) if x.dim() == 2 else _with_rows(x) for x in (B, C))
     matrices = [x for x in (B, C) if x.dim() == 3]
     most = 16 // max((x.element_size() for x in matrices), default=4)
     n_seqs = batch
@@ -241,7 +246,7 @@ class _Plan:
         strides = (*on.strides, on.y_stride, on.ddelta_stride, on.dz_stride, 4 * on.groups * on.n_states)
         numbers = _pack_numbers(
             *on.group_strides, self.length, on.n_tokens, on.n_seqs, on.n_channels, on.n_channels // on.groups,
-            self.tiles_of_group, self.n_units, int(on.reverse), int(backwards),
+            self.tiles_of_group, self.n_tiles, self.n_units, int(on.reverse), int(backwards),
             *(-x if on.reverse else x for x in strides),
         )  # fmt: skip
         self.launches.append(_Launch(_function(source, name, on.device, all_macros), blocks, threads, numbers))

@@ -70,8 +70,7 @@ inline void* product_added(const void* from, int step, int stride) { return (cha
 inline void check_aligned(const void* at, size_t size) {
   if (reinterpret_cast<uintptr_t>(at) % size) std::fprintf(stderr, "%zu bytes at %p are not aligned\n", size, at), std::abort();
 }
-template <typename X, unsigned long K> inline void load_if(bool wanted, unsigned (&x)[K], const X* from) {
-  std::memset(x, 0, sizeof x);
+template <typename X, unsigned long K> inline void load_over(bool wanted, unsigned (&x)[K], const X* from) {
   if (wanted) check_aligned(from, sizeof(X)), std::memcpy(x, from, sizeof(X));
 }
 template <typename X> inline void store_if(bool wanted, void* to, X x) {

@@ -425,6 +425,22 @@ def test_the_backward_repeats_to_the_bit(backend, results_of, cast):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("backend", ["numba", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("states", [1, 12, 16])
+def test_tensors_may_begin_anywhere(states, backend, results_of, cast):
+    """Each of them one number past where its memory begins, and so where fewer numbers can be moved at once."""
+    tensors = cast(problem(length=70, channels=36, states=states), torch.float32)
+    arguments = {"delta_softplus": True, "return_final_state": True}
+
+    def moved(**given):
+        odd = {k: torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape) for k, x in given.items() if k in tensors}
+        return selective_scan(**{**given, **odd})
+
+    first = results_of(selective_scan, tensors, backend, **arguments)
+    again = results_of(moved, tensors, backend, **arguments)
+    assert all(torch.equal(x, again[name]) for name, x in first.items())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("backend", "states"), [("triton", 1), ("cuda", 4)])
 def test_offsets_beyond_32_bits(backend, states):

@@ -18,12 +18,10 @@
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const Problem p) {
   extern __shared__ float4 room[];
   Shared& block = *reinterpret_cast<Shared*>(room);
-  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  Place a(p, blockIdx.x % n_tiles);
+  Place a(p);
   place_in_block(p, a);
   WarpShared& shared = block.warp[a.warp];
-  const int64 number = blockIdx.x / n_tiles;
-  const Piece span(p, number, pieces_of(p.length, SPAN), SPAN);
+  const Piece span(p, a.number, pieces_of(p.length, SPAN), SPAN);
   const int length = span.length;
   const int end = span.begin + SPAN < length ? span.begin + SPAN : length;
   const int mine_end = a.in_row && span.begin < end ? end : 0;  // for the lane's channels in a row
@@ -45,12 +43,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
   zero(sum_dC);
 #endif
   float bias[V], skip[V], sum_dD[V], sum_dbias[V];
+  load_of_row(bias, p.bias, a);
+  load_of_row(skip, p.D, a);
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
-    skip[v] = p.D && a.in_row ? p.D[a.e + v] : 0.0f;
-    sum_dD[v] = sum_dbias[v] = 0.0f;
-  }
+  for (int v = 0; v < V; ++v) sum_dD[v] = sum_dbias[v] = 0.0f;
 
   const Rows<U> u_rows(p.u, p.u_stride, p, span, a), du_rows(p.du, p.U_stride, p, span, a);
   const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, span, a), ddelta_rows(p.ddelta, p.DELTA_stride, p, span, a);

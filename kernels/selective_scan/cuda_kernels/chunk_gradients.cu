@@ -29,14 +29,12 @@ struct Tile {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradients(const Problem p) {
   extern __shared__ float4 room[];
-  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  Place a(p, blockIdx.x % n_tiles);
+  Place a(p);
   const int64 first = int64(a.tile) * BC;
   a.row = threadIdx.x / (BC / V), a.column = threadIdx.x % (BC / V) * V;
   a.e = a.group * p.per_group + first + a.column;
   a.in_row = first + a.column < p.per_group;
-  const int64 number = blockIdx.x / n_tiles;
-  const Piece chunk(p, number, pieces_of(p.length, RUN), RUN);
+  const Piece chunk(p, a.number, pieces_of(p.length, RUN), RUN);
   const int length = chunk.length, begin = chunk.begin;
   if (begin >= (SPANS && length == 0 ? 1 : length)) return;
   if (!SPANS && begin < CHUNK) return;
@@ -59,8 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
   MC* C = first_row(p.C, p.C_stride, p, chunk) + a.group * p.C_group;
 #endif
   float bias[V], total[CL];
-#pragma unroll
-  for (int v = 0; v < V; ++v) bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
+  load_of_row(bias, p.bias, a);
 #pragma unroll
   for (int j = 0; j < CL; ++j) total[j] = 0.0f;
   const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, chunk, a);
@@ -132,8 +129,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) chunk_gradient
 #endif
   }
 #if !SPANS
-  store_by_state(p.own + number * N * p.n_channels, grad, p, a);
+  store_by_state(p.own + a.number * N * p.n_channels, grad, p, a);
   if (a.lane % S == 0)
-    for (int j = 0; j < a.there; ++j) p.sums[number * p.n_channels + a.d + j] = total[j];
+    for (int j = 0; j < a.there; ++j) p.sums[a.number * p.n_channels + a.d + j] = total[j];
 #endif
 }

@@ -45,7 +45,8 @@ struct Problem {
   U* du; DELTA* ddelta; Z* dz; float* dh0;
   float *share_B, *share_C, *share_D, *share_bias;
   float* dA; MB* dB; MC* dC; float *dD, *dbias;
-  int64 B_group, C_group, length, n_tokens, n_seqs, n_channels, per_group, tiles_of_group, n_units, reverse, backwards;
+  int64 B_group, C_group, length, n_tokens, n_seqs, n_channels, per_group, tiles_of_group, n_tiles, n_units;
+  int64 reverse, backwards;
   // From one step to the next, in bytes: negative if reversed. The outputs' have U's, DELTA's and Z's size. A product of
   // two numbers of 32 bits that is added to an address is one instruction.
   int u_stride, delta_stride, z_stride, dy_stride, B_stride, C_stride, U_stride, DELTA_stride, Z_stride, share_stride;
@@ -123,9 +124,13 @@ INLINE int64 pieces_of(int64 length, int steps) { return length > steps ? (lengt
 // piece at least, though it may be empty. Packed, piece p of sequence s has the number start / steps + s + p, which
 // leaves gaps: numbers whose piece begins beyond the end of its sequence, and not at 0.
 struct Piece {
-  int64 s, start; int length, begin;
+  int64 s; int start, length, begin;
 
-  INLINE Piece(const Problem& p, int64 number, int64 pieces_of_one, int steps = CHUNK) {
+  // All of a sequence.
+  INLINE Piece(const Problem& p, int64 s) : s(s), start(s * p.length), length(p.length), begin(0) {
+    if (p.cu_seqlens) start = p.cu_seqlens[s], length = p.cu_seqlens[s + 1] - start;
+  }
+  INLINE Piece(const Problem& p, int64 number, int64 pieces_of_one, int steps) {
     if (!p.cu_seqlens) {
       s = number / pieces_of_one;
       start = s * p.length, length = p.length;
@@ -142,6 +147,9 @@ struct Piece {
     }
   }
 
+  // Whether there is nothing in it, not even the end of a sequence of no steps.
+  INLINE bool beyond() const { return begin > 0 && begin >= length; }
+
   // The number of a piece of this sequence.
   INLINE int64 number_of(const Problem& p, int step, int steps) const {
     const int64 first = p.cu_seqlens ? start / steps + s : s * pieces_of(p.length, steps);
@@ -149,22 +157,17 @@ struct Piece {
   }
 };
 
-// What a block of the forward runs: a chunk, or all of a sequence if nobody says what enters the chunks (p.own). False
-// if there is nothing to run.
-INLINE bool find_run(const Problem& p, int64 number, Piece& piece, int& stop) {
-  if (!p.own) {
-    piece.begin = 0;
-    if (p.cu_seqlens) {
-      piece.s = number;
-      piece.start = p.cu_seqlens[number], piece.length = p.cu_seqlens[number + 1] - piece.start;
-    }
-  }
+// What a block of the forward runs, up to a step: a chunk, or all of a sequence if nobody says what enters the chunks
+// (p.own).
+INLINE Piece find_run(const Problem& p, int64 number, int& stop) {
+  const Piece piece = p.own ? Piece(p, number, pieces_of(p.length, CHUNK), CHUNK) : Piece(p, number);
   stop = p.own && piece.begin + CHUNK < piece.length ? piece.begin + CHUNK : piece.length;
-  return piece.begin < piece.length || piece.begin == 0;
+  return piece;
 }
 
-// A lane's place among the channels: as holder of states, and as one of those who share out rows.
+// A block's place; and a lane's among the channels, as holder of states, and as one of those who share out rows.
 struct Place {
+  int64 number;    // of the block's piece of time, or sequence
   int lane, warp, group, tile;
   int64 d;         // its first channel as holder of states
   int there;       // how many of its CL channels there are
@@ -173,9 +176,11 @@ struct Place {
   int64 e;         // its first channel there
   bool in_row;     // whether it is one
 
-  INLINE Place(const Problem& p, int tile_number) {
+  INLINE Place(const Problem& p) {
     lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS;
-    group = tile_number / p.tiles_of_group, tile = tile_number % p.tiles_of_group;
+    const unsigned n_tiles = p.n_tiles, of_group = p.tiles_of_group;  // a division of 64 bits takes much longer
+    number = blockIdx.x / n_tiles, tile = blockIdx.x % n_tiles, group = 0;
+    if (of_group < n_tiles) group = tile / of_group, tile %= of_group;
     int64 first = (int64(tile) * (WARPS / TEAM) + warp / TEAM) * WC;  // of the group's channels
     int mine = lane / S * CL;
     d = group * p.per_group + first + mine;
@@ -188,11 +193,7 @@ struct Place {
   }
 };
 
-INLINE int64 token_of(const Problem& p, int64 start, int length, int step) {
-  return start + (p.reverse ? length - 1 - step : step);
-}
-
-// The number of a step's row of a tensor whose rows are tokens, and the address of any row.
+// The address of a step's row of a tensor whose rows are tokens, and that of a sequence's first step.
 template <typename X> INLINE X* step_at(X* first, int stride, int step) {
 #if BACKWARDS
   return reinterpret_cast<X*>(product_added(first, step, stride));
@@ -201,7 +202,8 @@ template <typename X> INLINE X* step_at(X* first, int stride, int step) {
 #endif
 }
 template <typename X> INLINE X* first_row(X* x, int stride, const Problem& p, const Piece& piece) {
-  return reinterpret_cast<X*>((char*)x + token_of(p, piece.start, piece.length, 0) * (p.reverse ? -stride : stride));
+  const int token = piece.start + (p.reverse ? piece.length - 1 : 0);
+  return reinterpret_cast<X*>((char*)x + int64(token) * (p.reverse ? -stride : stride));
 }
 
 // Rows of a tensor (tokens, channels), by the step of the sequence: a lane's part.
@@ -223,18 +225,39 @@ template <typename X> struct Rows {
   }
 };
 
-// COUNT steps of B or C as floats to shared memory, (COUNT, NP), by LANES lanes; those from `end` on and what fills the
-// states up are zeros.
+// The numbers of a lane's V channels in a row; zeros where there are none. If this and load_by_channel moved several at
+// once, too, the backward would be 2 % slower: the compiler then has other loads of its loops wait for each other.
+INLINE void load_of_row(float (&x)[V], const float* from, const Place& a) {
+#if BACKWARDS
+#pragma unroll
+  for (int v = 0; v < V; ++v) x[v] = from && a.in_row ? from[a.e + v] : 0.0f;
+#else
+#pragma unroll
+  for (int v = 0; v < V; ++v) x[v] = 0.0f;
+  if (from && a.in_row) load_floats(from + a.e, x);
+#endif
+}
+
+// COUNT steps of B or C as floats to shared memory, (COUNT, NP), by LANES lanes. What fills the states up is zeros; so are
+// steps from `end` on, or what was there before (load_over).
 template <typename X, int COUNT, int LANES> struct MatrixRows {
   static constexpr int A_ROW = NP / VB, TOTAL = COUNT * A_ROW, ITS = (TOTAL + LANES - 1) / LANES;
   Packed<X, VB> x[ITS];
 
-  INLINE void load(X* first, int stride, int lane, int step, int end) {
+  INLINE void clear() {
+#pragma unroll
+    for (int i = 0; i < ITS; ++i) x[i].clear();
+  }
+  INLINE void load_over(X* first, int stride, int lane, int step, int end) {
 #pragma unroll
     for (int i = 0; i < ITS; ++i) {
       int k = i * LANES + lane, t = step + k / A_ROW, n = k % A_ROW * VB;
-      x[i].load_if(k < TOTAL && t < end && n < N, step_at(first, stride, t) + n);
+      x[i].load_over(k < TOTAL && t < end && n < N, step_at(first, stride, t) + n);
     }
+  }
+  INLINE void load(X* first, int stride, int lane, int step, int end) {
+    clear();
+    load_over(first, stride, lane, step, end);
   }
   INLINE void put(float* to, int lane) const {
 #pragma unroll
@@ -260,10 +283,20 @@ typedef float Pairs[CL][NL];
 
 INLINE void zero(Pairs& x) { EACH_PAIR x[j][i] = 0.0f; }
 
+// A channel's states lie together: unless some fill up a lane's, 16 bytes are moved at once.
+constexpr bool IN_FOURS = !BACKWARDS && N == NP && NL % 4 == 0;
+
 INLINE void load_by_channel(Pairs& x, const float* from, const Place& a) {
-  EACH_PAIR {
-    x[j][i] = 0.0f;
-    IF_THERE x[j][i] = from[by_channel(a, j, i)];
+  if constexpr (IN_FOURS) {
+    zero(x);
+#pragma unroll
+    for (int j = 0; j < CL; ++j)
+      if (j < a.there) load_floats(from + by_channel(a, j, 0), x[j]);
+  } else {
+    EACH_PAIR {
+      x[j][i] = 0.0f;
+      IF_THERE x[j][i] = from[by_channel(a, j, i)];
+    }
   }
 }
 INLINE void load_by_state(Pairs& x, const float* from, const Problem& p, const Place& a) {
@@ -273,7 +306,13 @@ INLINE void load_by_state(Pairs& x, const float* from, const Problem& p, const P
   }
 }
 INLINE void store_by_channel(float* to, const Pairs& x, const Place& a) {
-  EACH_PAIR IF_THERE to[by_channel(a, j, i)] = x[j][i];
+  if constexpr (IN_FOURS) {
+#pragma unroll
+    for (int j = 0; j < CL; ++j)
+      if (j < a.there) store_floats(to + by_channel(a, j, 0), x[j]);
+  } else {
+    EACH_PAIR IF_THERE to[by_channel(a, j, i)] = x[j][i];
+  }
 }
 INLINE void store_by_state(float* to, const Pairs& x, const Problem& p, const Place& a) {
   EACH_PAIR IF_THERE to[by_state(p, a, j, i)] = x[j][i];

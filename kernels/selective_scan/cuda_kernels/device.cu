@@ -71,24 +71,24 @@ __device__ __forceinline__ void* product_added(const void* from, int step, int s
 #define STORE_TWO "st.global.u32"
 #endif
 
-// What is at `from` where it is wanted, else zeros; without a branch, as below.
-__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned short* from) {
-  unsigned short y;
-  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u16 %0, 0; @p " LOAD "u16 %0, [%2];}" : "=h"(y) : "r"(int(wanted)), "l"(from));
+// What is at `from` where it is wanted, else what x holds; without a branch, as below.
+__device__ __forceinline__ void load_over(bool wanted, unsigned (&x)[1], const unsigned short* from) {
+  unsigned short y = x[0];
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; @p " LOAD "u16 %0, [%2];}" : "+h"(y) : "r"(int(wanted)), "l"(from));
   x[0] = y;
 }
-__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[1], const unsigned* from) {
-  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; mov.u32 %0, 0; @p " LOAD "u32 %0, [%2];}"
-      : "=r"(x[0]) : "r"(int(wanted)), "l"(from));
+__device__ __forceinline__ void load_over(bool wanted, unsigned (&x)[1], const unsigned* from) {
+  asm("{.reg .pred p; setp.ne.s32 p, %1, 0; @p " LOAD "u32 %0, [%2];}" : "+r"(x[0]) : "r"(int(wanted)), "l"(from));
 }
-__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[2], const uint2* from) {
-  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p " LOAD "v2.u32 {%0, %1}, [%3];}"
-      : "=r"(x[0]), "=r"(x[1]) : "r"(int(wanted)), "l"(from));
+__device__ __forceinline__ void load_over(bool wanted, unsigned (&x)[2], const uint2* from) {
+  asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p " LOAD "v2.u32 {%0, %1}, [%3];}"
+      : "+r"(x[0]), "+r"(x[1])
+      : "r"(int(wanted)), "l"(from));
 }
-__device__ __forceinline__ void load_if(bool wanted, unsigned (&x)[4], const uint4* from) {
-  asm("{.reg .pred p; setp.ne.s32 p, %4, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
-      "@p " LOAD "v4.u32 {%0, %1, %2, %3}, [%5];}"
-      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(int(wanted)), "l"(from));
+__device__ __forceinline__ void load_over(bool wanted, unsigned (&x)[4], const uint4* from) {
+  asm("{.reg .pred p; setp.ne.s32 p, %4, 0; @p " LOAD "v4.u32 {%0, %1, %2, %3}, [%5];}"
+      : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])
+      : "r"(int(wanted)), "l"(from));
 }
 
 // A store under a condition, without a branch: one would keep the compiler from mixing what stands before with what

@@ -36,32 +36,30 @@ struct Step {
 #endif
 
   INLINE void read(const Shared& shared, int t, const Place& a) {
+    float sizes[2 * CL];
+    load_floats(&shared.in[a.warp].sizes[t][a.lane / S * 2 * CL], sizes);
+#pragma unroll
+    for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
 #if !STATIC_C && !ENDS
     load_floats(&shared.C[t][a.n], c);
 #endif
 #if !STATIC_B
     load_floats(&shared.B[t][a.n], b);
 #endif
-    float sizes[2 * CL];
-    load_floats(&shared.in[a.warp].sizes[t][a.lane / S * 2 * CL], sizes);
-#pragma unroll
-    for (int j = 0; j < CL; ++j) dt[j] = sizes[j], dtu[j] = sizes[CL + j];
   }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const Problem p) {
   extern __shared__ float4 room[];
-  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  Place a(p, blockIdx.x % n_tiles);
+  Place a(p);
   share_rows(p, a);
   Shared& shared = *reinterpret_cast<Shared*>(room);
   const int of = a.column / WC, column = a.column % WC;  // the warp that has the lane's channels of a row, and where
 
   // p.own is what enters each chunk, or (ENDS) where their ends go; without it one warp walks a whole sequence.
-  const int64 number = blockIdx.x / n_tiles;
-  Piece piece(p, number, p.own ? pieces_of(p.length, CHUNK) : 1);
   int stop;
-  if (!find_run(p, number, piece, stop)) return;
+  const Piece piece = find_run(p, a.number, stop);
+  if (piece.beyond()) return;
   const int length = piece.length;
   if (ENDS && piece.begin + CHUNK >= length) return;  // nothing comes after the last
 
@@ -69,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(h);
-  if (!ENDS && p.own) load_by_state(h, p.own + number * N * p.n_channels, p, a);
+  if (!ENDS && p.own) load_by_state(h, p.own + a.number * N * p.n_channels, p, a);
   if (!ENDS && !p.own && p.first) load_by_channel(h, p.first + piece.s * N * p.n_channels, a);
 #if STATIC_B
   Pairs b_static;
@@ -80,11 +78,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   load_by_channel(c_static, p.C, a);
 #endif
   float bias[V], skip[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
-    skip[v] = p.D && a.in_row ? p.D[a.e + v] : 0.0f;
-  }
+  load_of_row(bias, p.bias, a);
+  load_of_row(skip, p.D, a);
 
   Moving<U> u_rows(p.u, p.u_stride, p, piece, a);
   Moving<DELTA> delta_rows(p.delta, p.delta_stride, p, piece, a);
@@ -109,18 +104,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
 #endif
   const int row = a.in_row ? a.row : 0x7fffff00;  // without a channel none is its own
   auto load = [&](int left) {
-    u_rows.load(next_u, left - row);
-    delta_rows.load(next_delta, left - row);
-#if GATE && !ENDS
-    z_rows.load(next_z, left - row);
-#endif
-#if !STATIC_C && !ENDS
-    C.load(left);
-#endif
 #if !STATIC_B
     B.load(left);
 #endif
+    delta_rows.load(next_delta, left - row);
+#if !STATIC_C && !ENDS
+    C.load(left);
+#endif
+    u_rows.load(next_u, left - row);
+#if GATE && !ENDS
+    z_rows.load(next_z, left - row);
+#endif
   };
+  clear(next_u), clear(next_delta);
+#if GATE && !ENDS
+  clear(next_z);
+#endif
+#if !STATIC_B
+  B.rows.clear();
+#endif
+#if !STATIC_C && !ENDS
+  C.rows.clear();
+#endif
   load(stop - piece.begin);
 
   Pairs own, before;  // the state that starts each chunk from 0; the state before the chunk
@@ -180,8 +185,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     decay(0);
     if (groups > 1) read(1);
     auto run_group = [&](int g) __attribute__((always_inline)) {
-      if (g + 2 < groups) read(g + 2);
-      if (g + 1 < groups) decay(g + 1);
       Pairs drive[AT_ONCE];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
@@ -192,6 +195,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
         EACH_PAIR drive[k][j][i] = __fmul_rn(x.dtu[j], x.b[i]);
 #endif
       }
+      if (g + 2 < groups) read(g + 2);
+      if (g + 1 < groups) decay(g + 1);
       float y[AT_ONCE][CL];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; ++k) {
@@ -218,6 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     for (int g = 0; g < groups; g += 2) {  // two a turn: of one the compiler does not write all turns out
       if (!whole && g * AT_ONCE >= left) break;
       run_group(g);
+      if (!whole && (g + 1) * AT_ONCE >= left) break;
       run_group(g + 1);
     }
     __syncthreads();
@@ -258,9 +264,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
   }
 
 #if ENDS
-  store_by_state(p.own + number * N * p.n_channels, h, p, a);
+  store_by_state(p.own + a.number * N * p.n_channels, h, p, a);
   if (a.lane % S == 0)
-    for (int j = 0; j < a.there; ++j) p.sums[number * p.n_channels + a.d + j] = total[j];
+    for (int j = 0; j < a.there; ++j) p.sums[a.number * p.n_channels + a.d + j] = total[j];
 #else
   if (stop == length) store_by_channel(p.final_state + piece.s * N * p.n_channels, h, a);
 #endif

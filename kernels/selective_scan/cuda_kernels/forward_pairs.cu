@@ -53,13 +53,13 @@ struct Step {
   }
 };
 
-// The states of all steps up to `stop`. number: of the chunk or the sequence.
-INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int64 number, int stop, Shared& shared) {
+// The states of all steps up to `stop`.
+INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int stop, Shared& shared) {
   Pairs A2, h;
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(h);
-  if (p.own) load_by_state(h, p.own + number * N * p.n_channels, p, a);
+  if (p.own) load_by_state(h, p.own + a.number * N * p.n_channels, p, a);
   if (!p.own && p.first) load_by_channel(h, p.first + piece.s * N * p.n_channels, a);
 #if STATIC_B
   Pairs b_static;
@@ -149,11 +149,8 @@ INLINE void run_states(const Problem& p, const Place& a, const Piece& piece, int
 // Step sizes before, and results after.
 INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, int stop, Shared& shared) {
   float bias[V], skip[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
-    skip[v] = p.D && a.in_row ? p.D[a.e + v] : 0.0f;
-  }
+  load_of_row(bias, p.bias, a);
+  load_of_row(skip, p.D, a);
   Moving<U> u_rows(p.u, p.u_stride, p, piece, a);
   Moving<DELTA> delta_rows(p.delta, p.delta_stride, p, piece, a);
   Moving<U> u_again_rows = u_rows;
@@ -196,6 +193,13 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
     for (int i = 0; i < ITS; ++i) leave_sizes(in.sizes[of], i * ROWS + a.row, left, column, delta[i], u[i], bias);
   };
 
+  clear(u), clear(delta);
+#if !STATIC_B
+  B.rows.clear();
+#endif
+#if !STATIC_C
+  C.rows.clear();
+#endif
   int left = stop - piece.begin;  // steps
   load(left);
   make(left);
@@ -205,6 +209,10 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
   Packed<U, V> u_again[ITS];
 #if GATE
   Packed<Z, V> z[ITS];
+#endif
+  clear(u_again);
+#if GATE
+  clear(z);
 #endif
   int half = 0;
   meet();
@@ -236,16 +244,14 @@ INLINE void run_elements(const Problem& p, const Place& a, const Piece& piece, i
 
 extern "C" __global__ void __launch_bounds__(2 * THREADS, MIN_BLOCKS) scan_forward(const Problem p) {
   extern __shared__ float4 room[];
-  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  Place a(p, blockIdx.x % n_tiles);
+  Place a(p);
   share_rows(p, a);
   Shared& shared = *reinterpret_cast<Shared*>(room);
 
   // p.own is what enters each chunk; without it one pair walks a whole sequence.
-  const int64 number = blockIdx.x / n_tiles;
-  Piece piece(p, number, p.own ? pieces_of(p.length, CHUNK) : 1);
   int stop;
-  if (!find_run(p, number, piece, stop)) return;
+  const Piece piece = find_run(p, a.number, stop);
+  if (piece.beyond()) return;
   bool first = threadIdx.x < THREADS;
 #if WARPS % 4
   // A warp's place among those of the multiprocessor chooses one of its four schedulers. By turns the first warps of
@@ -256,6 +262,6 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, MIN_BLOCKS) scan_forwa
   first ^= *slot >> 2 & 1;
   __syncthreads();
 #endif
-  if (first) run_states(p, a, piece, number, stop, shared);
+  if (first) run_states(p, a, piece, stop, shared);
   else run_elements(p, a, piece, stop, shared);
 }

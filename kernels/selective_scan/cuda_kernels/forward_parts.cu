@@ -26,15 +26,21 @@ template <typename X> struct Moving {
   }
   INLINE X* at(int row) const { return step_at(next, stride, row); }
   INLINE void go_on() { next = at(T); }
-  // left: steps from the lane's first row on that there are; zeros for others.
+  // left: steps from the lane's first row on that there are. For others x keeps the numbers of an earlier tile, which
+  // costs nothing (dt is 0 there, and no y is stored): so x is cleared once, and not in each tile.
   INLINE void load(Packed<X, V> (&x)[ITS], int left) {
 #pragma unroll
-    for (int i = 0; i < ITS; ++i) x[i].load_if(i * ROWS < left, at(i * ROWS));
+    for (int i = 0; i < ITS; ++i) x[i].load_over(i * ROWS < left, at(i * ROWS));
     go_on();
   }
 };
 
-// Rows of B or C, tile by tile.
+template <typename X> INLINE void clear(Packed<X, V> (&x)[ITS]) {
+#pragma unroll
+  for (int i = 0; i < ITS; ++i) x[i].clear();
+}
+
+// Rows of B or C, tile by tile; beyond the last step those of an earlier tile, too.
 template <typename X> struct MovingMatrix {
   X* next;
   int stride;
@@ -45,7 +51,7 @@ template <typename X> struct MovingMatrix {
     next = step_at(first_row(x, stride, p, piece) + a.group * of_group, stride, piece.begin);
   }
   INLINE void load(int left) {
-    rows.load(next, stride, threadIdx.x % THREADS, 0, left);
+    rows.load_over(next, stride, threadIdx.x % THREADS, 0, left);
     next = step_at(next, stride, T);
   }
   INLINE void put(float* to) const { rows.put(to, threadIdx.x % THREADS); }

@@ -26,14 +26,12 @@ struct Tile {
 extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_backward(const Problem p) {
   extern __shared__ float4 room[];
   Shared& shared = *reinterpret_cast<Shared*>(room);
-  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  const Place a(p, blockIdx.x % n_tiles);
+  const Place a(p);
   const int warp = threadIdx.x / 32;
-  const int64 number = blockIdx.x / n_tiles;
-  const Piece chunk(p, number, pieces_of(p.length, CHUNK));
+  const Piece chunk(p, a.number, pieces_of(p.length, CHUNK), CHUNK);
   const int length = chunk.length;
   const int end = chunk.begin + CHUNK < length ? chunk.begin + CHUNK : length;
-  const int64 of_chunk = number * p.n_channels;
+  const int64 of_chunk = a.number * p.n_channels;
 
   Pairs A2, grad;  // grad: dL/dh after the steps at hand
   load_by_channel(A2, p.A, a);
@@ -49,13 +47,12 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_backwa
   load_by_channel(c_static, p.C, a);
 #endif
   float bias[V], skip[V], sums[5][V];  // for the gradients of A, D, bias, B and C
+  load_of_row(bias, p.bias, a);
+  load_of_row(skip, p.D, a);
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
-    skip[v] = p.D && a.in_row ? p.D[a.e + v] : 0.0f;
+  for (int k = 0; k < 5; ++k)
 #pragma unroll
-    for (int k = 0; k < 5; ++k) sums[k][v] = 0.0f;
-  }
+    for (int v = 0; v < V; ++v) sums[k][v] = 0.0f;
   const Rows<U> u_rows(p.u, p.u_stride, p, chunk, a), du_rows(p.du, p.U_stride, p, chunk, a);
   const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, chunk, a), ddelta_rows(p.ddelta, p.DELTA_stride, p, chunk, a);
   const Rows<DY> dy_rows(p.dy, p.dy_stride, p, chunk, a);

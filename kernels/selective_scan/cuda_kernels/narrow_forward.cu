@@ -27,13 +27,11 @@ struct Tile {
 extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_forward(const Problem p) {
   extern __shared__ float4 room[];
   Shared& shared = *reinterpret_cast<Shared*>(room);
-  const int64 n_tiles = p.n_channels / p.per_group * p.tiles_of_group;
-  const Place a(p, blockIdx.x % n_tiles);
+  const Place a(p);
   const int warp = threadIdx.x / 32;
-  const int64 number = blockIdx.x / n_tiles;
-  Piece piece(p, number, p.own ? pieces_of(p.length, CHUNK) : 1);
   int stop;
-  if (!find_run(p, number, piece, stop)) return;
+  const Piece piece = find_run(p, a.number, stop);
+  if (piece.beyond()) return;
   const int length = piece.length;
   if (ENDS && piece.begin + CHUNK >= length) return;  // nothing comes after the last
 
@@ -41,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_forwar
   load_by_channel(A2, p.A, a);
   EACH_PAIR A2[j][i] *= LOG2E;
   zero(h);
-  if (!ENDS && p.own) load_by_state(h, p.own + number * p.n_channels, p, a);
+  if (!ENDS && p.own) load_by_state(h, p.own + a.number * p.n_channels, p, a);
   if (!ENDS && !p.own && p.first) load_by_channel(h, p.first + piece.s * p.n_channels, a);
 #if STATIC_B
   Pairs b_static;
@@ -52,11 +50,8 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_forwar
   load_by_channel(c_static, p.C, a);
 #endif
   float bias[V], skip[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    bias[v] = p.bias && a.in_row ? p.bias[a.e + v] : 0.0f;
-    skip[v] = p.D && a.in_row ? p.D[a.e + v] : 0.0f;
-  }
+  load_of_row(bias, p.bias, a);
+  load_of_row(skip, p.D, a);
   const Rows<U> u_rows(p.u, p.u_stride, p, piece, a);
   const Rows<DELTA> delta_rows(p.delta, p.delta_stride, p, piece, a);
 #if !ENDS
@@ -181,8 +176,8 @@ extern "C" __global__ void __launch_bounds__(32 * SPLIT, MIN_BLOCKS) scan_forwar
 
   if (warp > 0) return;
 #if ENDS
-  store_by_state(p.own + number * p.n_channels, h, p, a);
-  for (int j = 0; j < a.there; ++j) p.sums[number * p.n_channels + a.d + j] = total[j];
+  store_by_state(p.own + a.number * p.n_channels, h, p, a);
+  for (int j = 0; j < a.there; ++j) p.sums[a.number * p.n_channels + a.d + j] = total[j];
 #else
   if (stop == length) store_by_channel(p.final_state + piece.s * p.n_channels, h, a);
 #endif

@@ -37,11 +37,13 @@ template <typename X, int K> struct Packed {
     }
   }
   // Zeros where it is not wanted.
-  INLINE void load_if(bool wanted, const X* from) {
-    if constexpr (BYTES == 2) ::load_if(wanted, word, reinterpret_cast<const unsigned short*>(from));
-    if constexpr (BYTES == 4) ::load_if(wanted, word, reinterpret_cast<const unsigned*>(from));
-    if constexpr (BYTES == 8) ::load_if(wanted, word, reinterpret_cast<const uint2*>(from));
-    if constexpr (BYTES == 16) ::load_if(wanted, word, reinterpret_cast<const uint4*>(from));
+  INLINE void load_if(bool wanted, const X* from) { clear(), load_over(wanted, from); }
+  // What was there where it is not wanted.
+  INLINE void load_over(bool wanted, const X* from) {
+    if constexpr (BYTES == 2) ::load_over(wanted, word, reinterpret_cast<const unsigned short*>(from));
+    if constexpr (BYTES == 4) ::load_over(wanted, word, reinterpret_cast<const unsigned*>(from));
+    if constexpr (BYTES == 8) ::load_over(wanted, word, reinterpret_cast<const uint2*>(from));
+    if constexpr (BYTES == 16) ::load_over(wanted, word, reinterpret_cast<const uint4*>(from));
   }
   INLINE void store(X* to) const {
     if constexpr (BYTES == 2) *reinterpret_cast<unsigned short*>(to) = word[0];
