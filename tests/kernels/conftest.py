@@ -111,11 +111,11 @@ def forget():
     """Has functions and plans forgotten that were made for another machine."""
     pytest.importorskip("triton")
     from polymamba.kernels.cross_scan import cuda as cross_cuda
-    from polymamba.kernels.selective_scan import cuda
+    from polymamba.kernels.selective_scan import cuda_plan
 
     def forgotten() -> None:
-        plans = cuda._forward_plan, cuda._backward_plan
-        for made in (cuda._function, *plans, cross_cuda._function, cross_cuda._launch_of):
+        plans = cuda_plan.forward_plan, cuda_plan.backward_plan
+        for made in (cuda_plan._function, *plans, cross_cuda._function, cross_cuda._launch_of):
             made.cache_clear()
 
     return forgotten
@@ -125,15 +125,15 @@ def forget():
 def on_the_cpu(monkeypatch, emulated, forget):
     """The CUDA path, its kernels emulated: chunks of 64 steps, units and parts of 32 above 4 states, tiles as on a GPU
     of one multiprocessor."""
-    from polymamba.kernels.selective_scan import cuda
+    from polymamba.kernels.selective_scan import cuda, cuda_plan
 
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(cuda, "usable", lambda device: True)
     monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
-    monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
-    monkeypatch.setattr(cuda, "_chunk_and_unit", lambda channels, states: (64, 32 if states > 4 else 64))
-    monkeypatch.setattr(cuda, "_PART", 32)
+    monkeypatch.setattr(cuda_plan, "_room", lambda device: 2**18)
+    monkeypatch.setattr(cuda_plan, "chunk_and_unit", lambda channels, states: (64, 32 if states > 4 else 64))
+    monkeypatch.setattr(cuda_plan, "_PART", 32)
     monkeypatch.setitem(INSTALLED, "cuda", True)
     forget()
     yield

@@ -10,7 +10,7 @@ from polymamba.kernels import nvrtc, selective_scan
 pytest.importorskip("triton")
 
 from polymamba.kernels.mamba_block import Behind, BlockWeights, ScanWeights, mamba_block, mamba_block_and_norm
-from polymamba.kernels.selective_scan import cuda
+from polymamba.kernels.selective_scan import cuda, cuda_plan
 
 
 def inputs(length: int, channels: int, states: int, groups: int, sequences: int) -> dict[str, torch.Tensor]:
@@ -43,9 +43,9 @@ CASES = {  # states, channels, groups, ends of sequences, reverse, what is stati
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_emulated(name, at_once, on_the_cpu, monkeypatch, results_of, cast, assert_close):
-    monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 10**9 if at_once else 0)
+    monkeypatch.setattr(cuda_plan, "_ROWS_A_PROCESSOR", 10**9 if at_once else 0)
     monkeypatch.setattr(nvrtc, "processors", lambda device: 132 if at_once else 1)
-    monkeypatch.setattr(cuda, "_FEW_TERMS", 0 if at_once else 8)
+    monkeypatch.setattr(cuda_plan, "_FEW_TERMS", 0 if at_once else 8)
     states, channels, groups, ends, reverse, static, absent = CASES[name]
     tensors = inputs(ends[-1], channels, states, groups, len(ends) - 1)
     tensors |= {m: tensors["A"] * (1.5 if m == "B" else -1.0) for m in static}
@@ -68,7 +68,7 @@ def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, forge
     first = results_of(selective_scan, tensors, "cuda", **arguments)
     for processors, rows in ((132, 0), (132, 10**9), (1, 10**9), (0.01, 0)):  # of a hundredth any rows are many
         monkeypatch.setattr(nvrtc, "processors", lambda device, n=processors: n)
-        monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", rows)
+        monkeypatch.setattr(cuda_plan, "_ROWS_A_PROCESSOR", rows)
         forget()
         again = results_of(selective_scan, tensors, "cuda", **arguments)
         assert all(torch.equal(x, again[name]) for name, x in first.items()), (processors, rows)
@@ -90,11 +90,9 @@ def test_four_channels_at_once(dtype, reverse, on_the_cpu, monkeypatch, assert_c
     """Where rows are many: groups, packed sequences, a last block that is not full, and room for y in a wider matrix,
     at an address where only two may be moved. The bits are those of two at once."""
     monkeypatch.setattr(nvrtc, "processors", lambda device: 0.01)
-    monkeypatch.setattr(cuda, "_chunk_and_unit", lambda channels, states: (128, 32))  # a sequence is one chunk
-    tiles = []
-    monkeypatch.setattr(
-        cuda._Plan, "lay_out", lambda self, tile, plain=cuda._Plan.lay_out: tiles.append(tile) or plain(self, tile)
-    )
+    monkeypatch.setattr(cuda_plan, "chunk_and_unit", lambda channels, states: (128, 32))  # a sequence is one chunk
+    tiles, plain = [], cuda_plan.Plan.lay_out
+    monkeypatch.setattr(cuda_plan.Plan, "lay_out", lambda self, tile: tiles.append(tile) or plain(self, tile))
     given = inputs(77, 72, 16, 2, 3)
     rows = {k: given[k][0].to(dtype) for k in ("u", "delta", "z", "B", "C")}
     A, D, bias, first = (given[k].float() for k in ("A", "D", "delta_bias", "initial_state"))
@@ -278,7 +276,7 @@ def test_without_nvrtc_triton_runs_and_a_warning_says_so_once(monkeypatch, forge
     monkeypatch.setattr(nvrtc, "EMULATED", True)
     monkeypatch.setattr(cuda, "usable", lambda device: device not in cuda._broken)
     monkeypatch.setattr(nvrtc, "processors", lambda device: 1)
-    monkeypatch.setattr(cuda, "_room", lambda device: 2**18)
+    monkeypatch.setattr(cuda_plan, "_room", lambda device: 2**18)
     monkeypatch.setattr(cuda, "_broken", set())
     monkeypatch.setitem(import_module("polymamba.kernels.backends").INSTALLED, "cuda", True)
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from polymamba.kernels.selective_scan import cuda, cuda_tiles
+from polymamba.kernels.selective_scan import cuda, cuda_plan, cuda_tiles
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def sources(monkeypatch, forget):
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: found.append((name, source)) or (lambda *_: None))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
     monkeypatch.setattr(cuda, "usable", lambda device: True)
-    monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
+    monkeypatch.setattr(cuda_plan, "_room", lambda device: 227 * 1024)
 
     def of(sequences: int, length: int, channels: int, states: int) -> list[tuple[str, str]]:
         n = sequences * length
@@ -50,9 +50,9 @@ def sources(monkeypatch, forget):
     ],
 )
 def test_every_source_compiles(states, architecture, compiler, sources, monkeypatch):
-    shape = 1, 3 * cuda._chunk_and_unit(64, states)[0], 64, states
+    shape = 1, 3 * cuda_plan.chunk_and_unit(64, states)[0], 64, states
     found = sources(*shape)
-    monkeypatch.setattr(cuda, "_ROWS_A_PROCESSOR", 0)  # chunks walked, which takes another kernel
+    monkeypatch.setattr(cuda_plan, "_ROWS_A_PROCESSOR", 0)  # chunks walked, which takes another kernel
     found += sources(*shape)
     assert {name for name, _ in found} == {"scan_forward", "carry", "chunk_gradients", "scan_backward", "sum_shares"}
     for source in {source for _, source in found}:
@@ -89,7 +89,7 @@ def test_shared_memory_fits(states, kilobytes, emulation, tmp_path):
     macros = {"N": states, "VB": 4, "CHUNK": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1, "GATE": 1}
     macros |= {"STATIC_B": 0, "STATIC_C": 0, "PART": 512, "ENTERING": 512}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
-    source = cuda._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
+    source = cuda_plan._source("backward", tuple({**macros, **types, **tile._asdict()}.items()))
     path = tmp_path / "size.cpp"
     path.write_text(emulation(source) + f'\nstatic_assert(sizeof(Shared) <= {limit}, "too much");\n')
     done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)
@@ -122,7 +122,7 @@ def test_chunks_are_run_at_once_where_they_fill_the_multiprocessors(sequences, c
     u = torch.empty(sequences * length, channels, dtype=torch.bfloat16, device="meta")
     A, B = torch.empty(channels, 16, device="meta"), torch.empty(len(u), 1, 16, dtype=torch.bfloat16, device="meta")
     _, layout = cuda._ready(u, u, A, B, B, A[:, 0], u, A[:, 0], None, sequences, True, False)
-    assert cuda._at_once(cuda._Plan(layout)) == at_once
+    assert cuda_plan._at_once(cuda_plan.Plan(layout)) == at_once
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_shared_memory_of_pairs_fits(emulation, tmp_path):
     macros = {"N": 16, "VB": 4, "CHUNK": 2048, "PART": 2048, "UNIT": 256, "SPAN": 2048, "EVERY": 32, "SOFTPLUS": 1}
     macros |= {"GATE": 1, "STATIC_B": 0, "STATIC_C": 0, "OWN": 1, "ENDS": 0}
     types = dict.fromkeys(("U", "DELTA", "Z", "DY", "MB", "MC"), "float")
-    source = cuda._source("forward_pairs", tuple({**macros, **types, **tile._asdict()}.items()))
+    source = cuda_plan._source("forward_pairs", tuple({**macros, **types, **tile._asdict()}.items()))
     path = tmp_path / "size.cpp"
     path.write_text(emulation(source) + '\nstatic_assert(sizeof(Shared) <= 99 * 1024, "too much");\n')
     done = subprocess.run(["g++", "-std=c++17", "-w", "-fsyntax-only", str(path)], capture_output=True, text=True)

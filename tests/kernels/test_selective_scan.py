@@ -140,12 +140,12 @@ def walked(request, monkeypatch, device_of):
     """(backend, chunks): `chunks(at_once)` has chunks run all at once or by one program after another. They have 32
     steps in Triton, 64 in CUDA C++: two units, if there is more than one state."""
     device_of(request.param)
-    module = import_module(f"polymamba.kernels.selective_scan.{request.param}")
+    name, threshold = {"triton": ("triton", "_WARPS_A_SM"), "cuda": ("cuda_plan", "_ROWS_A_PROCESSOR")}[request.param]
+    module = import_module(f"polymamba.kernels.selective_scan.{name}")
     if request.param == "triton":
         monkeypatch.setattr(module, "CHUNK", 32)
     else:
-        monkeypatch.setattr(module, "_chunk_and_unit", lambda channels, states: (64, 64 if states == 1 else 32))
-    threshold = {"triton": "_WARPS_A_SM", "cuda": "_ROWS_A_PROCESSOR"}[request.param]
+        monkeypatch.setattr(module, "chunk_and_unit", lambda channels, states: (64, 64 if states == 1 else 32))
     return request.param, lambda at_once: monkeypatch.setattr(module, threshold, 10**9 if at_once else 0)
 
 
