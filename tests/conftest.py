@@ -141,6 +141,7 @@ def emulated(emulation, tmp_path_factory):
         if not path.exists():
             path.with_suffix(".cpp").write_text(text)
             options = ["-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
+            options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # where a GPU faults, this stops
             subprocess.run(["g++", *options, str(path.with_suffix(".cpp")), "-o", str(path)], check=True)
         library = ctypes.CDLL(str(path))
 

@@ -1,8 +1,8 @@
 """The selective scan in CUDA C++: from tensors to launches (cuda_plan.py) of cuda_kernels/*.cu (by ../nvrtc.py).
 
 What Triton cannot say and this needs: which lane holds what, and sums by way of shared memory (SCAN_NOTES.md). It takes
-real A with up to 64 states in float32, bfloat16 and float16 on Ampere and later; all else, and any machine where NVRTC
-is missing or fails, goes to the Triton kernels, which read and write the same saved states.
+real A with up to 64 states in float32, bfloat16 and float16, and close to 2^31 tokens, on Ampere and later; all else,
+and any machine where NVRTC is missing or fails, goes to the Triton kernels, which read and write the same saved states.
 """
 
 import warnings
@@ -21,6 +21,7 @@ from .triton import saved_shape
 __all__ = ["backward", "forward", "saved_shape", "usable"]
 
 MOST_STATES = 64
+MOST_TOKENS = 2**31 - 2**14  # of all sequences: steps are counted in 32 bits, up to a chunk or two past the end
 _broken: set[int] = set()  # devices on which NVRTC failed
 
 
@@ -39,7 +40,7 @@ def _serves(u: Tensor, *others: Tensor | None, n_states: int) -> bool:
     return (
         0 < n_states <= MOST_STATES
         and u.numel() > 0
-        and u.shape[0] < 2**31
+        and u.shape[0] < MOST_TOKENS
         and all(x.dtype in plans.TYPES for x in tensors)
         and all(abs(x.stride(0)) * x.element_size() < 2**31 for x in tensors)
         and usable(_device(u))

@@ -3,8 +3,8 @@
 A sequence is run in chunks of time as in Triton (triton_chunks.py): one after another in one warp or pair of warps, or
 all at once. What a sequence's result is depends, to the bit, on nothing but that sequence and the parameters: chunks,
 their parts and checkpoints have fixed places, the sums over states a fixed order. How many sequences there are decides
-who runs the chunks and how many channels a lane takes (cuda_tiles.py); neither changes a bit. No atomics: shares, added
-up in order.
+who runs the chunks and how many channels a lane takes (cuda_tiles.py); neither changes a bit. (Of a state that u or B
+has made infinite, it may change that to NaN.) No atomics: shares, added up in order.
 """
 
 import struct

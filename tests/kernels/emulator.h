@@ -19,15 +19,15 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-struct float4 { float x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct float2 { float x, y; };
-struct uint2 { unsigned x, y; };
-struct uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
-alignas(16) float4 room[1 << 14];
+alignas(1024) float4 room[1 << 14];
 
 static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
@@ -89,8 +89,9 @@ inline void wait_for_end_before() {}
 inline void let_next_begin() {}
 // A cluster's blocks run side by side, so that any barrier is one of all of them.
 #define CLUSTERED(n)
-static std::vector<float4> rooms;
-inline float4* room_of(unsigned rank) { return rooms.data() + (size_t(rank) << 14); }
+struct alignas(1024) OwnRoom { float4 shared[1 << 14]; };
+static std::vector<OwnRoom> rooms;
+inline float4* room_of(unsigned rank) { return rooms[rank].shared; }
 inline float4* own_room() { return room_of(running / threads_of_block); }
 typedef unsigned long long Gate;
 inline void expect(Gate*, int) {}

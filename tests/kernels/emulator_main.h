@@ -19,7 +19,9 @@ extern "C" void launch(const Problem* p, int64_t blocks, int threads) {
   fibers.resize(at_once), exchange.resize(at_once);
   for (int64_t block = 0; block < blocks; block += blocks_of_cluster) {
     for (auto& x : room) x = {NAN, NAN, NAN, NAN};
-    rooms.assign(size_t(blocks_of_cluster) << 14, {NAN, NAN, NAN, NAN});
+    rooms.resize(blocks_of_cluster);
+    for (auto& one : rooms)
+      for (auto& x : one.shared) x = {NAN, NAN, NAN, NAN};
     done.assign(at_once, 0);
     for (int i = 0; i < at_once; ++i) {
       getcontext(&fibers[i]);

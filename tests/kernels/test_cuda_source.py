@@ -76,9 +76,8 @@ def test_neither_the_plan_nor_an_address_changes_a_bit(states, on_the_cpu, forge
     for by in (1, 2):  # elements: by two, pairs of channels may still be moved at once where they lie, and fours not
 
         def moved(by=by, **given):
-            names = ("u", "delta", "z", "B", "C")
-            odd = {k: torch.cat((given[k].flatten()[:by], given[k].flatten()))[by:].view(given[k].shape) for k in names}
-            return selective_scan(**{**given, **odd})
+            odd = {k: torch.cat((given[k].flatten()[:by], given[k].flatten()))[by:] for k in tensors}
+            return selective_scan(**{**given, **{k: x.view(given[k].shape) for k, x in odd.items()}})
 
         again = results_of(moved, tensors, "cuda", **arguments)
         assert all(torch.equal(x, again[name]) for name, x in first.items()), by

@@ -125,6 +125,12 @@ def test_chunks_are_run_at_once_where_they_fill_the_multiprocessors(sequences, c
     assert cuda_plan._at_once(cuda_plan.Plan(layout)) == at_once
 
 
+def test_more_tokens_than_32_bits_count_are_for_triton(monkeypatch):
+    monkeypatch.setattr(cuda, "usable", lambda device: True)
+    for n_tokens, served in ((2**31 - 2**15, True), (2**31 - 2**13, False), (2**31, False)):
+        assert cuda._serves(torch.empty(n_tokens, 1, dtype=torch.bfloat16, device="meta"), n_states=4) == served
+
+
 @pytest.mark.parametrize(
     ("states", "channels", "warps"), [(16, 5120, 10), (8, 5120, 5), (4, 5120, 3), (64, 2048, 8), (16, 64, 1)]
 )

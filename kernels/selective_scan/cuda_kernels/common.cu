@@ -33,7 +33,7 @@ static_assert(ROW_LANES >= 1 && ROW_LANES <= 32 && ITS >= 1 && T % ROWS == 0, "a
 static_assert(EVERY % T == 0 && UNIT % EVERY == 0 && SPAN % UNIT == 0 && CHUNK % SPAN == 0, "pieces of time must nest");
 static_assert(CHUNK % PART == 0 && PART % T == 0, "and parts of chunks");
 
-// One list of arguments for all kernels, as cuda.py fills it in. What is absent is null.
+// One list of arguments for all kernels, as cuda_plan.py fills it in. What is absent is null.
 struct Problem {
   U* u; DELTA* delta; Z* z; DY* dy; MB* B; MC* C;
   const float *A, *D, *bias;              // A, static B and C (D, N)
@@ -225,8 +225,8 @@ template <typename X> struct Rows {
   }
 };
 
-// The numbers of a lane's V channels in a row; zeros where there are none. If this and load_by_channel moved several at
-// once, too, the backward would be 2 % slower: the compiler then has other loads of its loops wait for each other.
+// The numbers of a lane's V channels in a row; zeros where there are none. The backward moves one at
+// a time, here and in load_by_channel: with several it was 2 % slower.
 INLINE void load_of_row(float (&x)[V], const float* from, const Place& a) {
 #if BACKWARDS
 #pragma unroll

@@ -26,8 +26,9 @@ template <typename X> struct Moving {
   }
   INLINE X* at(int row) const { return step_at(next, stride, row); }
   INLINE void go_on() { next = at(T); }
-  // left: steps from the lane's first row on that there are. For others x keeps the numbers of an earlier tile, which
-  // costs nothing (dt is 0 there, and no y is stored): so x is cleared once, and not in each tile.
+  // left: steps from the lane's first row on that there are. For others x keeps the numbers of an earlier tile, so that
+  // it is cleared once, and not in each tile. No y is stored there, and dt is 0, so that they do nothing to the state;
+  // only if one is infinite, and so the state, that may become NaN.
   INLINE void load(Packed<X, V> (&x)[ITS], int left) {
 #pragma unroll
     for (int i = 0; i < ITS; ++i) x[i].load_over(i * ROWS < left, at(i * ROWS));
