@@ -281,13 +281,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 #if GATE
         leave_parts(shared.sums[2][t], t, a.lane, y);
 #endif
-        if (!SUMS_FIRST) leave_parts(shared.sums[0][t], t, a.lane, d_dtu);
+        if (!SUMS_FIRST && !C_FIRST) leave_parts(shared.sums[0][t], t, a.lane, d_dtu);
 #if !STATIC_B
         if (SUMS_FIRST) store_floats(&block.summands[t][0][a.warp % TEAM][summand], dB);
 #endif
 #if !STATIC_C
         store_floats(&block.summands[t][1][a.warp % TEAM][summand], dC);
 #endif
+        if (C_FIRST) leave_parts(shared.sums[0][t], t, a.lane, d_dtu);
         if (!SUMS_FIRST) leave_parts(shared.sums[1][t], t, a.lane, d_dt);
 #if !STATIC_B
         if (!SUMS_FIRST) store_floats(&block.summands[t][0][a.warp % TEAM][summand], dB);

@@ -10,6 +10,8 @@ constexpr bool ASK_LATE = N <= 16;
 // Whether the sums that du and ddelta are made of are left before all others of a step: 17 to 32 states take 8 % longer
 // otherwise, and 16 states 1.5 % longer so (benchmarks/SCAN_NOTES.md).
 constexpr bool SUMS_FIRST = N > 16 && TEAM == 1;
+// Whether a step's dC is left before the sum that du is made of: 33 to 64 states take 1.8 % less so.
+constexpr bool C_FIRST = TEAM > 1;
 static_assert(NL % NV == 0, "a lane holds a multiple of 4 states");
 static_assert(TEAM == 1 || (TEAM % 2 == 0 && CL == 2 && V == 1), "two lanes for two channels, half of a team each");
 constexpr int TEAMS = WARPS / TEAM;        // of a block
