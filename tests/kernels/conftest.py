@@ -71,6 +71,33 @@ def _assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolera
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+def _problem(
+    batch: int = 1, length: int = 5, channels: int = 5, states: int = 3, groups: int = 1, *,
+    static: str = "", absent: str = "", sequences: int | None = None, is_complex: bool = False, seed: int = 1,
+) -> Tensors:  # fmt: skip
+    """A scan in float64. `static` names those of B and C that do not depend on the input, `absent` what is left out."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, of_complex: bool = False) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.complex128 if of_complex else torch.float64)
+
+    decay = -torch.rand(channels, states, generator=generator, dtype=torch.float64) - 0.1
+    tensors = {
+        "u": normal(batch, length, channels),
+        "delta": normal(batch, length, channels) * 1.5 - 1.0,
+        "A": decay + 1j * normal(channels, states) if is_complex else decay,
+        "B": normal(batch, length, groups, states, of_complex=is_complex),
+        "C": normal(batch, length, groups, states, of_complex=is_complex),
+        "D": normal(channels),
+        "z": normal(batch, length, channels),
+        "delta_bias": normal(channels) * 0.3,
+        "initial_state": normal(batch if sequences is None else sequences, channels, states, of_complex=is_complex),
+    }
+    for name in static:
+        tensors[name] = normal(channels, states, of_complex=is_complex)
+    return {name: None if name in absent.split() else x for name, x in tensors.items()}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter():
     """Triton's interpreter patches triton.language anew at every call of a device function: half of its time."""
@@ -99,6 +126,11 @@ def cast():
 @pytest.fixture(scope="session")
 def results_of():
     return _results_of
+
+
+@pytest.fixture(scope="session")
+def problem():
+    return _problem
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
-"""The selective scan: every backend against the reference and its own plain twins. (Official numbers: *_golden.py.)"""
+"""The selective scan: every backend against the reference. (Plain twins: *_twins.py. Official numbers: *_golden.py.)"""
 
 import math
+from collections.abc import Callable
 from importlib import import_module
-from itertools import pairwise
 
 import pytest
 import torch
@@ -19,42 +19,6 @@ AT_SIZE = [
     pytest.param("numba", marks=pytest.mark.slow),
     *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")),
 ]
-
-
-def problem(
-    batch: int = 1, length: int = 5, channels: int = 5, states: int = 3, groups: int = 1, *,
-    static: str = "", absent: str = "", sequences: int | None = None, is_complex: bool = False, seed: int = 1,
-) -> dict[str, Tensor | None]:  # fmt: skip
-    """Inputs in float64. `static` names those of B and C that do not depend on the input, `absent` what is left out."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, of_complex: bool = False) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.complex128 if of_complex else torch.float64)
-
-    decay = -torch.rand(channels, states, generator=generator, dtype=torch.float64) - 0.1
-    tensors = {
-        "u": normal(batch, length, channels),
-        "delta": normal(batch, length, channels) * 1.5 - 1.0,
-        "A": decay + 1j * normal(channels, states) if is_complex else decay,
-        "B": normal(batch, length, groups, states, of_complex=is_complex),
-        "C": normal(batch, length, groups, states, of_complex=is_complex),
-        "D": normal(channels),
-        "z": normal(batch, length, channels),
-        "delta_bias": normal(channels) * 0.3,
-        "initial_state": normal(batch if sequences is None else sequences, channels, states, of_complex=is_complex),
-    }
-    for name in static:
-        tensors[name] = normal(channels, states, of_complex=is_complex)
-    return {name: None if name in absent.split() else x for name, x in tensors.items()}
-
-
-def part(tensors: dict[str, Tensor | None], rows: slice, steps: slice, **changed: Tensor) -> dict[str, Tensor | None]:
-    """Some rows and steps of a problem; the initial state is left out unless given in `changed`."""
-    cut = {
-        name: x[rows, steps] if x is not None and x.dim() > 2 and name != "initial_state" else x
-        for name, x in tensors.items()
-    }
-    return {**cut, "initial_state": None, **changed}
 
 
 # Against the reference in float64 -----------------------------------------------------------------------------------
@@ -100,7 +64,7 @@ LARGE_OPTIONS = {
 }  # fmt: skip
 
 
-def settle(options: dict, is_complex: bool = False) -> tuple[dict[str, Tensor | None], dict]:
+def settle(problem: Callable, options: dict, is_complex: bool = False) -> tuple[dict[str, Tensor | None], dict]:
     """(inputs, keyword arguments) from an entry of the tables above."""
     options = dict(options)
     arguments = {"delta_softplus": options.pop("delta_softplus", True), "reverse": options.pop("reverse", False)}
@@ -113,8 +77,8 @@ def settle(options: dict, is_complex: bool = False) -> tuple[dict[str, Tensor | 
 
 @pytest.mark.parametrize("backend", ["torch", *FAST])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option(name, backend, results_of, cast, assert_close):
-    tensors, arguments = settle(OPTIONS[name])
+def test_every_option(problem, name, backend, results_of, cast, assert_close):
+    tensors, arguments = settle(problem, OPTIONS[name])
     expected = results_of(selective_scan, tensors, "reference", **arguments)
     exact = backend == "torch"
     actual = results_of(selective_scan, cast(tensors, torch.float64 if exact else torch.float32), backend, **arguments)
@@ -153,17 +117,17 @@ def walked(request, monkeypatch, device_of):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "wide tiles" else name for name in CHUNKED]
 )
-def test_chunks(name, at_once, walked, results_of, cast, assert_close):
+def test_chunks(problem, name, at_once, walked, results_of, cast, assert_close):
     backend, chunks = walked
     chunks(at_once)
-    tensors, arguments = settle(CHUNKED[name])
+    tensors, arguments = settle(problem, CHUNKED[name])
     expected = results_of(selective_scan, tensors, "torch", **arguments)
     actual = results_of(selective_scan, cast(tensors, torch.float32), backend, **arguments)
     assert_close(actual, expected, 3e-6, f"{name}, {backend}")
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_who_runs_the_chunks_changes_no_bit(reverse, walked, device_of):
+def test_who_runs_the_chunks_changes_no_bit(problem, reverse, walked, device_of):
     backend, chunks = walked
     device = device_of(backend)
     tensors = {k: x.float().to(device) for k, x in problem(batch=1, length=101, channels=40, states=16).items()}
@@ -178,16 +142,16 @@ def test_who_runs_the_chunks_changes_no_bit(reverse, walked, device_of):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_with_complex_decay(name, results_of, assert_close):
-    tensors, arguments = settle(OPTIONS[name], is_complex=True)
+def test_every_option_with_complex_decay(problem, name, results_of, assert_close):
+    tensors, arguments = settle(problem, OPTIONS[name], is_complex=True)
     expected = results_of(selective_scan, tensors, "reference", **arguments)
     assert_close(results_of(selective_scan, tensors, "torch", **arguments), expected, 1e-11, name)
 
 
 @pytest.mark.parametrize("backend", AT_SIZE)
 @pytest.mark.parametrize("name", LARGE_OPTIONS)
-def test_every_option_at_size(name, backend, device_of, results_of, cast, assert_close):
-    tensors, arguments = settle(LARGE_OPTIONS[name])
+def test_every_option_at_size(problem, name, backend, device_of, results_of, cast, assert_close):
+    tensors, arguments = settle(problem, LARGE_OPTIONS[name])
     expected = results_of(selective_scan, tensors, "torch", device=device_of(backend), **arguments)
     actual = results_of(selective_scan, cast(tensors, torch.float32), backend, **arguments)
     assert_close(actual, expected, 2e-5, f"{name}, {backend}")
@@ -195,15 +159,15 @@ def test_every_option_at_size(name, backend, device_of, results_of, cast, assert
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["groups", "packed", "static B", "bare"])
-def test_complex_decay_on_a_gpu(name, results_of, assert_close):
-    tensors, arguments = settle(OPTIONS[name], is_complex=True)
+def test_complex_decay_on_a_gpu(problem, name, results_of, assert_close):
+    tensors, arguments = settle(problem, OPTIONS[name], is_complex=True)
     expected = results_of(selective_scan, tensors, "torch", **arguments)
     assert_close(results_of(selective_scan, tensors, "torch", device="cuda", **arguments), expected, 1e-11, name)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_any_shape(data, results_of, cast, assert_close):
+def test_any_shape(problem, data, results_of, cast, assert_close):
     groups = data.draw(st.integers(1, 3), label="groups")
     options = {
         "batch": data.draw(st.integers(1, 3), label="batch"),
@@ -215,7 +179,7 @@ def test_any_shape(data, results_of, cast, assert_close):
         "absent": data.draw(st.sampled_from(["", "z", "D z", "delta_bias initial_state"])),
         "reverse": data.draw(st.booleans()),
     }
-    tensors, arguments = settle(options)
+    tensors, arguments = settle(problem, options)
     expected = results_of(selective_scan, tensors, "torch", **arguments)
     assert_close(
         results_of(selective_scan, cast(tensors, torch.float32), "numba", **arguments), expected, 2e-5, options
@@ -224,7 +188,7 @@ def test_any_shape(data, results_of, cast, assert_close):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_inputs(dtype, backend, results_of, cast, assert_close):
+def test_half_precision_inputs(problem, dtype, backend, results_of, cast, assert_close):
     """Sums stay in float32, so that only the rounding of what is returned is left; parameters stay in float32."""
     tensors = problem(batch=2, length=20, states=4)
     kept = {"A", "D", "delta_bias", "initial_state"}
@@ -242,7 +206,7 @@ def test_half_precision_inputs(dtype, backend, results_of, cast, assert_close):
 
 
 @pytest.mark.parametrize("backend", AT_SIZE)
-def test_half_precision_at_size(backend, device_of, results_of, cast, assert_close):
+def test_half_precision_at_size(problem, backend, device_of, results_of, cast, assert_close):
     tensors = problem(batch=2, length=2049, channels=300, states=16)
     kept = {"A", "D", "delta_bias", "initial_state"}
     mixed = {name: x.to(torch.float32 if name in kept else torch.bfloat16) for name, x in tensors.items()}
@@ -252,7 +216,7 @@ def test_half_precision_at_size(backend, device_of, results_of, cast, assert_clo
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_step_sizes_from_tiny_to_large(backend, results_of, cast, assert_close):
+def test_step_sizes_from_tiny_to_large(problem, backend, results_of, cast, assert_close):
     """dt from 1e-5 to 20 through softplus: the gradient of delta keeps its digits where dt is small, too."""
     steps = torch.logspace(math.log10(1e-5), math.log10(20), 24, dtype=torch.float64)
     for step in steps.chunk(4):
@@ -265,7 +229,7 @@ def test_step_sizes_from_tiny_to_large(backend, results_of, cast, assert_close):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
-def test_nan_comes_out_as_nan(name, backend, device_of):
+def test_nan_comes_out_as_nan(problem, name, backend, device_of):
     device = device_of(backend)
     tensors = {k: x.float().to(device) for k, x in problem(length=6).items()}
     tensors[name].select(1, 2).fill_(torch.nan)
@@ -276,7 +240,7 @@ def test_nan_comes_out_as_nan(name, backend, device_of):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_rows_of_a_larger_tensor(backend, device_of, assert_close):
+def test_rows_of_a_larger_tensor(problem, backend, device_of, assert_close):
     """What projections return: views with a stride between tokens, and a B whose last dimension is not contiguous."""
     device = device_of(backend)
     tensors = {k: x.float().to(device) for k, x in problem(batch=2, length=7, channels=6).items()}
@@ -291,177 +255,11 @@ def test_rows_of_a_larger_tensor(backend, device_of, assert_close):
     assert torch.equal(actual, expected)
 
 
-# Against its own plain twins ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ALL)
-def test_in_pieces_and_step_by_step(backend, device_of, assert_close):
-    device = device_of(backend)
-    batch, length = 2, 13
-    tensors = {k: x.float().to(device) for k, x in problem(batch, length, 6, 3, 2).items()}
-    start = tensors["initial_state"]
-    arguments = {"delta_softplus": True, "backend": backend}
-    y, final = selective_scan(**tensors, **arguments, return_final_state=True)
-
-    state, pieces = start, []
-    for first, last in ((0, 5), (5, 6), (6, 6), (6, 13)):
-        piece = part(tensors, slice(None), slice(first, last), initial_state=state)
-        out, state = selective_scan(**piece, **arguments, return_final_state=True)
-        pieces.append(out)
-    assert_close({"y": torch.cat(pieces, dim=1), "state": state}, {"y": y, "state": final}, 1e-6, "pieces")
-
-    state = start.clone()
-    constant = {name: tensors[name] for name in ("A", "D", "delta_bias")}
-    steps = [
-        selective_scan_step(
-            state, **{k: tensors[k][:, t] for k in ("u", "delta", "B", "C", "z")}, **constant, **arguments
-        )
-        for t in range(length)
-    ]
-    assert_close({"y": torch.stack(steps, dim=1), "state": state}, {"y": y, "state": final}, 1e-6, "steps")
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("static", ["", "B", "BC"])
-def test_step(static, backend, device_of, assert_close):
-    """Bare, with static matrices, and on a state that is a view: written in place."""
-    device = device_of(backend)
-    tensors = problem(batch=3, length=1, channels=37, static=static, absent="z D delta_bias")
-    row = {k: x if x is None or x.dim() == 2 or k == "initial_state" else x[:, 0] for k, x in tensors.items()}
-    state = row.pop("initial_state")
-    expected_state = state.clone()
-    expected = selective_scan_step(expected_state, **row, backend="reference")
-    view = state.float().to(device).mT.contiguous().mT
-    y = selective_scan_step(
-        view, **{k: None if x is None else x.float().to(device) for k, x in row.items()}, backend=backend
-    )
-    assert_close({"y": y.cpu(), "state": view.cpu()}, {"y": expected, "state": expected_state}, 1e-6)
-
-
-@pytest.mark.parametrize("backend", ALL)
-def test_reverse_is_flip_run_flip(backend, results_of, cast, assert_close):
-    tensors = cast(problem(batch=2, length=9), torch.float32)
-    by_time = ("u", "delta", "B", "C", "z")
-
-    def flipped(**inputs):
-        options = {name: inputs.pop(name) for name in ("backend", "delta_softplus", "return_final_state")}
-        inputs = {k: x.flip(1) if k in by_time else x for k, x in inputs.items()}
-        y, final = selective_scan(**inputs, **options)
-        return y.flip(1), final
-
-    arguments = {"delta_softplus": True, "return_final_state": True}
-    expected = results_of(flipped, tensors, backend, **arguments)
-    actual = results_of(selective_scan, tensors, backend, **arguments, reverse=True)
-    assert_close(actual, expected, 1e-6)
-    if backend in FAST:
-        assert all(torch.equal(x, expected[name]) for name, x in actual.items())
-
-
-OF_A_ROW = ("y", "final_state", *(f"grad_{name}" for name in ("u", "delta", "B", "C", "z", "initial_state")))
-
-
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("reverse", [False, True])
-def test_packed_is_each_alone(reverse, backend, results_of, cast):
-    """To the bit, gradients too: no sequence feels what it is packed with."""
-    ends = [0, 5, 5, 71, 74]
-    tensors = cast(problem(length=74, sequences=4, channels=3, states=2), torch.float32)
-    arguments = {"delta_softplus": True, "return_final_state": True, "reverse": reverse}
-    weight = torch.randn(1, 74, 3), torch.randn(4, 3, 2)
-    packed = results_of(
-        selective_scan, tensors, backend, weight, **arguments, cu_seqlens=torch.tensor(ends, dtype=torch.int32)
-    )
-    for s, (start, end) in enumerate(pairwise(ends)):
-        own, steps = slice(s, s + 1), slice(start, end)
-        inputs = part(tensors, slice(None), steps, initial_state=tensors["initial_state"][own])
-        alone = results_of(selective_scan, inputs, backend, (weight[0][:, steps], weight[1][own]), **arguments)
-        for name in OF_A_ROW:
-            of_state = name in ("final_state", "grad_initial_state")
-            assert torch.equal(packed[name][own] if of_state else packed[name][:, steps], alone[name]), (s, name)
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_a_row_does_not_feel_its_batch(backend, results_of, cast):
-    tensors = cast(problem(batch=3, length=9, channels=40, states=2), torch.float32)
-    arguments = {"delta_softplus": True, "return_final_state": True}
-    weight = torch.randn(3, 9, 40), torch.randn(3, 40, 2)
-    together = results_of(selective_scan, tensors, backend, weight, **arguments)
-    row = slice(1, 2)
-    inputs = part(tensors, row, slice(None), initial_state=tensors["initial_state"][row])
-    alone = results_of(selective_scan, inputs, backend, tuple(w[row] for w in weight), **arguments)
-    for name in OF_A_ROW:
-        assert torch.equal(together[name][row], alone[name]), name
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("states", [1, 16])
-def test_a_row_does_not_feel_its_batch_at_size(states, backend, results_of, cast):
-    """A batch that fills a GPU, and a row of it, which does not: their plans differ."""
-    tensors = cast(problem(batch=24, length=70, channels=2048, states=states), torch.float32)
-    arguments = {"delta_softplus": True, "return_final_state": True}
-    weight = torch.randn(24, 70, 2048), torch.randn(24, 2048, states)
-    together = results_of(selective_scan, tensors, backend, weight, **arguments)
-    row = slice(5, 6)
-    inputs = part(tensors, row, slice(None), initial_state=tensors["initial_state"][row])
-    alone = results_of(selective_scan, inputs, backend, tuple(w[row] for w in weight), **arguments)
-    for name in OF_A_ROW:
-        assert torch.equal(together[name][row], alone[name]), name
-
-
-@pytest.mark.parametrize("backend", ["numba", *(pytest.param(x, marks=pytest.mark.gpu) for x in ("triton", "cuda"))])
-def test_the_backward_repeats_to_the_bit(backend, results_of, cast):
-    """Whatever the timing of blocks, and with any number of threads."""
-    tensors = cast(problem(batch=5, length=200, channels=70, states=8), torch.float32)
-    arguments = {"delta_softplus": True, "return_final_state": True}
-    first = results_of(selective_scan, tensors, backend, **arguments)
-    threads = torch.get_num_threads()
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            again = results_of(selective_scan, tensors, backend, **arguments)
-            assert all(torch.equal(x, again[name]) for name, x in first.items()), n
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("backend", ["numba", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("states", [1, 12, 16])
-def test_tensors_may_begin_anywhere(states, backend, results_of, cast):
-    """Each of them one number past where its memory begins, and so where fewer numbers can be moved at once."""
-    tensors = cast(problem(length=70, channels=36, states=states), torch.float32)
-    arguments = {"delta_softplus": True, "return_final_state": True}
-
-    def moved(**given):
-        odd = {k: torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape) for k, x in given.items() if k in tensors}
-        return selective_scan(**{**given, **odd})
-
-    first = results_of(selective_scan, tensors, backend, **arguments)
-    again = results_of(moved, tensors, backend, **arguments)
-    assert all(torch.equal(x, again[name]) for name, x in first.items())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("backend", "states"), [("triton", 1), ("cuda", 4)])
-def test_offsets_beyond_32_bits(backend, states):
-    """A tensor of 2^31 elements and more: the last row is that of a short problem."""
-    length, channels = 2**20 + 3, 2048
-    u = torch.zeros(1, length, channels, dtype=torch.bfloat16, device="cuda")
-    delta = torch.ones_like(u)
-    tail = torch.randn(1, 5, channels, dtype=torch.bfloat16, device="cuda")
-    u[:, -5:] = tail
-    A = -torch.rand(channels, states, device="cuda") - 0.1
-    B = torch.ones(1, length, states, dtype=torch.bfloat16, device="cuda")
-    y = selective_scan(u, delta, A, B, B, backend=backend)
-    assert torch.equal(y[:, -5:], selective_scan(tail, delta[:, -5:], A, B[:, -5:], B[:, -5:], backend=backend))
-    assert not y[:, :-5].any()
-
-
 # Derivatives of the reference ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_complex", [False, True])
-def test_gradcheck(is_complex):
+def test_gradcheck(problem, is_complex):
     """The definition itself, against differences: first and second derivatives."""
     tensors = problem(length=3, channels=2, states=2, is_complex=is_complex)
     names = [name for name, x in tensors.items() if x is not None]
@@ -496,13 +294,13 @@ def test_gradcheck(is_complex):
         ({"backend": "triton", "u": torch.zeros(2, 5, 6, dtype=torch.float64)}, "'triton' does not take float64"),
     ],
 )
-def test_bad_input_is_refused(change, message, cast):
+def test_bad_input_is_refused(problem, change, message, cast):
     tensors = cast(problem(2, 5, 6, 3, 2), torch.float32)
     with pytest.raises(ValueError, match=message):
         selective_scan(**{**tensors, **change})
 
 
-def test_a_step_needs_groups():
+def test_a_step_needs_groups(problem):
     tensors = problem(batch=2, length=1)
     state = tensors.pop("initial_state")
     row = {k: x[:, 0] if k in ("u", "delta", "z") else x for k, x in tensors.items()}
