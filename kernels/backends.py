@@ -41,12 +41,13 @@ def interpreting() -> bool:
 
 
 def choose(
-    backend: str | None, device: torch.device, dtype: torch.dtype, *, is_complex: bool = False, in_cuda: bool = False
-) -> str:
+    backend: str | None, device: torch.device, dtype: torch.dtype, *, is_complex: bool = False, in_cuda: bool = False,
+    complex_in_triton: bool = False,
+) -> str:  # fmt: skip
     """The backend for these inputs; `backend` itself if it is given and can take them.
 
-    in_cuda: whether this operation has a kernel in CUDA C++. Raises ValueError if the forced backend is unknown, not
-    installed, or cannot take these inputs.
+    in_cuda, complex_in_triton: whether this operation has a kernel in CUDA C++, and one in Triton for complex A. Raises
+    ValueError if the forced backend is unknown, not installed, or cannot take these inputs.
     """
     if backend is None and _plain:
         backend = "plain"
@@ -66,7 +67,8 @@ def choose(
         raise ValueError("backend='cuda' needs Triton and a PyTorch that is built with CUDA")
     if not INSTALLED.get(backend, True):
         raise ValueError(f"backend={backend!r} is not installed here: pip install {backend}")
-    if backend in ("numba", "triton", "cuda") and (is_complex or dtype == torch.float64):
+    refused = dtype == torch.float64 or (is_complex and not (backend == "triton" and complex_in_triton))
+    if backend in ("numba", "triton", "cuda") and refused:
         kind = "complex A" if is_complex else "float64"
         raise ValueError(f"backend={backend!r} does not take {kind}: use backend='torch' or 'reference'")
     if backend == "plain" and is_complex:

@@ -8,7 +8,9 @@ from ..operators import Implementations, Operator
 from .plain import selective_scan_plain
 from .reference import selective_scan_reference, selective_scan_step_reference
 
-implementation = Implementations(__package__, torch="chunked", numba="cpu", triton="triton", cuda="cuda")
+implementation = Implementations(
+    __package__, torch="chunked", numba="cpu", triton="triton", triton_complex="triton_complex", cuda="cuda"
+)
 
 
 def selective_scan(
@@ -42,7 +44,9 @@ def selective_scan(
     inputs: plain (plain.py) takes neither states nor packs.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex(), in_cuda=True)
+    backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex(), in_cuda=True, complex_in_triton=True)
+    if backend == "triton" and A.is_complex():
+        backend = "triton_complex"
     if backend == "reference":
         return selective_scan_reference(
             *(u, delta, A, B, C, D, z),

@@ -35,7 +35,7 @@ def selective_scan_reference(
         dt = dt + delta_bias.to(accumulate)
     if delta_softplus:
         dt = F.softplus(dt, threshold=88.0 if accumulate == torch.float32 else 700.0)
-    B, C = (_per_channel(m, u.shape, A.dtype if m.is_complex() else accumulate) for m in (B, C))
+    B, C = (_per_channel(m, u.shape, A.dtype) for m in (B, C))
 
     decay = torch.exp(einsum(dt, A, "b l d, d n -> b l d n"))
     drive = einsum(dt, x, B, "b l d, b l d, b l d n -> b l d n")

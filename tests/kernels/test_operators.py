@@ -37,6 +37,14 @@ def test_scan_operator(packed, backend, device_of):
     torch.library.opcheck(OPERATORS.selective_scan.default, arguments)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton_complex"])
+def test_scan_operator_of_complex_decay(backend, device_of):
+    u, delta, A, B, C, *rest = scan_inputs(device_of("triton" if backend == "triton_complex" else backend))
+    A, B, C = (torch.complex(x, 0.5 * x).detach().requires_grad_() for x in (A, B, C))
+    arguments = (u, delta, A, B, C, *rest, None, None, 2, True, False, True, backend)
+    torch.library.opcheck(OPERATORS.selective_scan.default, arguments)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scan_operator_with_all_options_absent(backend, device_of):
     u, delta, A, B, C, *_ = scan_inputs(device_of(backend))

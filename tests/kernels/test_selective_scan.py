@@ -141,11 +141,23 @@ def test_who_runs_the_chunks_changes_no_bit(problem, reverse, walked, device_of)
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_with_complex_decay(problem, name, results_of, assert_close):
+def test_every_option_with_complex_decay(problem, name, backend, results_of, cast, assert_close):
     tensors, arguments = settle(problem, OPTIONS[name], is_complex=True)
     expected = results_of(selective_scan, tensors, "reference", **arguments)
-    assert_close(results_of(selective_scan, tensors, "torch", **arguments), expected, 1e-11, name)
+    exact = backend == "torch"
+    actual = results_of(selective_scan, tensors if exact else cast(tensors, torch.float32), backend, **arguments)
+    assert_close(actual, expected, 1e-11 if exact else 5e-6, f"{name}, {backend}")
+
+
+@pytest.mark.parametrize("name", [name for name in CHUNKED if name != "wide tiles"])
+def test_chunks_of_complex_decay(problem, name, device_of, monkeypatch, results_of, cast, assert_close):
+    device_of("triton")
+    monkeypatch.setattr(import_module("polymamba.kernels.selective_scan.triton_complex"), "CHUNK", 32)
+    tensors, arguments = settle(problem, CHUNKED[name], is_complex=True)
+    expected = results_of(selective_scan, tensors, "torch", **arguments)
+    assert_close(results_of(selective_scan, cast(tensors, torch.float32), "triton", **arguments), expected, 5e-6, name)
 
 
 @pytest.mark.parametrize("backend", AT_SIZE)
@@ -163,6 +175,14 @@ def test_complex_decay_on_a_gpu(problem, name, results_of, assert_close):
     tensors, arguments = settle(problem, OPTIONS[name], is_complex=True)
     expected = results_of(selective_scan, tensors, "torch", **arguments)
     assert_close(results_of(selective_scan, tensors, "torch", device="cuda", **arguments), expected, 1e-11, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LARGE_OPTIONS)
+def test_complex_decay_at_size(problem, name, results_of, cast, assert_close):
+    tensors, arguments = settle(problem, LARGE_OPTIONS[name], is_complex=True)
+    expected = results_of(selective_scan, tensors, "torch", device="cuda", **arguments)
+    assert_close(results_of(selective_scan, cast(tensors, torch.float32), "triton", **arguments), expected, 2e-5, name)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)

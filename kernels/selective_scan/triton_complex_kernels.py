@@ -1,0 +1,437 @@
+"""The Triton scan of complex A: lanes over channels, the states of a channel in its lane's registers, time in a loop.
+
+A complex number is a pair (real part, imaginary part), in memory side by side. The chunks of a sequence are always run
+all at once (triton_chunks.py says how), so that what a sequence gives does not depend on how many there are.
+
+    h_t = exp(dt A) h_{t-1} + dt u B;  y = 2 Re(C h) + D u, times silu(z)
+
+Of L, a gradient is dL/d(Re) + i dL/d(Im). That of h, G, takes 2 dL/dy conj(C) at each step and conj(exp(dt A)) on the
+way to the one before; B's is dt u G, C's 2 dL/dy conj(h), and that of dt A is conj(h_{t-1}) times G at the step before.
+
+Letters: T tokens of all sequences laid end to end, S sequences, D channels, N states, G groups. What is absent is None.
+"""
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from ..triton_runtime import LOG2E, load_float, load_rows, piece_of, sigmoid, softplus_and_slope, token_of
+from .triton_chunks import pairs_at, states_of, step_size, tile_of
+
+
+def _fit(function, degree: int) -> list[tl.constexpr]:
+    """A polynomial in x^2 on |x| <= pi / 4, the constant first; to 1e-9."""
+    nodes = np.polynomial.Chebyshev.interpolate(lambda t: function(np.sqrt(t)), degree, domain=[0, (np.pi / 4) ** 2])
+    return [tl.constexpr(float(c)) for c in nodes.convert(kind=np.polynomial.Polynomial).coef]
+
+
+_S0, _S1, _S2, _S3, _S4 = _fit(lambda x: np.sinc(x / np.pi), 4)
+_C0, _C1, _C2, _C3, _C4 = _fit(np.cos, 4)
+_QUARTER = tl.constexpr(np.pi / 2)
+QUARTERS = tl.constexpr(2 / np.pi)  # quarter turns of one radian
+
+
+@triton.jit
+def _turned(quarters):
+    """(cos, sin) of an angle in quarter turns: of the nearest whole number of them, and what is left of it."""
+    whole = tl.floor(quarters + 0.5)
+    x = (quarters - whole) * _QUARTER
+    square = x * x
+    cos = _C0 + square * (_C1 + square * (_C2 + square * (_C3 + square * _C4)))
+    sin = x * (_S0 + square * (_S1 + square * (_S2 + square * (_S3 + square * _S4))))
+    turn = whole.to(tl.int32) & 3
+    swap, sign = (turn & 1) != 0, tl.where(turn >= 2, -1.0, 1.0)
+    return sign * tl.where(swap, -sin, cos), sign * tl.where(swap, cos, sin)
+
+
+@triton.jit
+def decay_of(dt, A2, quarters):
+    """exp(dt A), of A2 = Re A log2(e) and the quarter turns of Im A."""
+    cos, sin = _turned(dt * quarters)
+    size = tl.exp2(dt * A2)
+    return size * cos, size * sin
+
+
+@triton.jit
+def times(a_re, a_im, b_re, b_im):
+    return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
+
+
+@triton.jit
+def load_complex(x, at, inside, COMPLEX: tl.constexpr = True):
+    """x[at]; zeros where not inside, where x is absent, and for the imaginary part of what is real."""
+    if COMPLEX:
+        re, im = load_float(x, 2 * at, inside), load_float(x, 2 * at + 1, inside)
+    else:
+        re, im = load_float(x, at, inside), tl.zeros(inside.shape, tl.float32)
+    return re, im
+
+
+@triton.jit
+def store_complex(x, at, re, im, inside, COMPLEX: tl.constexpr = True):
+    if COMPLEX:
+        tl.store(x + 2 * at, re, mask=inside)
+        tl.store(x + 2 * at + 1, im, mask=inside)
+    else:
+        tl.store(x + at, re, mask=inside)
+
+
+@triton.jit
+def _rows_of(x, token, stride, n, in_n, step, end, K: tl.constexpr, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
+    """The K rows (N, 1) of B or C from `step` on: (real parts, imaginary parts)."""
+    if COMPLEX:
+        re = load_rows(x, token, stride, 2 * n, in_n, step, end, K, REVERSE)
+        im = load_rows(x, token, stride, 2 * n + 1, in_n, step, end, K, REVERSE)
+    else:
+        re = load_rows(x, token, stride, n, in_n, step, end, K, REVERSE)
+        im = re
+    res, ims = (), ()
+    for i in tl.static_range(K):
+        res += (re[i].to(tl.float32)[:, None],)
+        ims += (im[i].to(tl.float32)[:, None] if COMPLEX else tl.zeros((1, 1), tl.float32),)
+    return res, ims
+
+
+@triton.jit(do_not_specialize=["length", "n_seqs", "zero"])
+def scan_forward(
+    u, delta, A, B, C, D, z, bias, first, cu_seqlens, entering, own, sums, y, final, saved, length, n_seqs, zero,
+    u_stride, delta_stride, z_stride, B_stride, B_group, C_stride, C_group,
+    n_channels: tl.constexpr, per_group: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STATIC_B: tl.constexpr, STATIC_C: tl.constexpr, COMPLEX_B: tl.constexpr, COMPLEX_C: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr,
+    ENDS: tl.constexpr,
+):  # fmt: skip
+    """A tile of channels of one chunk, from its state in `entering`, or that in `first` where no sequence has several.
+
+    ENDS: only what the chunk arrives at from 0, own (chunk, N, D), and its sum of dt, sums (chunk, D); not of a
+    sequence's last chunk, after which nothing comes. saved (slot, N, D): the state before every EVERY-th step.
+    """
+    n_tiles: tl.constexpr = n_channels // per_group * ((per_group + BLOCK_D - 1) // BLOCK_D)
+    number = tl.program_id(0) // n_tiles
+    s, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, CHUNK)
+    if (begin >= length) & (begin > 0):
+        return
+    if ENDS:
+        if begin + CHUNK >= length:
+            return
+    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
+    n, in_n = states_of(N, BLOCK_N)
+    at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
+    by_channel, _ = pairs_at(n, d, in_n, in_d, 1, N, zero)
+    A_re, A_im = load_complex(A, by_channel, inside)
+    A2, quarters = A_re * LOG2E, A_im * QUARTERS
+    skip, bias_row = load_float(D, d, in_d), load_float(bias, d, in_d)
+    if STATIC_B:
+        b_re, b_im = load_complex(B, by_channel, inside, COMPLEX_B)
+    else:
+        B += group * B_group
+    if STATIC_C:
+        c_re, c_im = load_complex(C, by_channel, inside, COMPLEX_C)
+    else:
+        C += group * C_group
+    if ENDS:
+        h_re, h_im = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    elif entering is None:
+        h_re, h_im = load_complex(first, s.to(tl.int64) * n_channels * N + by_channel, inside)
+    else:
+        h_re, h_im = load_complex(entering, number.to(tl.int64) * n_channels * N + at, inside)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    end = tl.minimum(begin + CHUNK, length)
+    for step in range(begin, end, K):
+        if saved is not None:
+            if step % EVERY == 0:
+                slot = start // EVERY + s + step // EVERY
+                store_complex(saved, slot * n_channels * N + at, h_re, h_im, inside)
+        token = token_of(start, length, step, REVERSE)
+        us = load_rows(u, token, u_stride, d, in_d, step, end, K, REVERSE)
+        deltas = load_rows(delta, token, delta_stride, d, in_d, step, end, K, REVERSE)
+        zs = us
+        if z is not None:
+            zs = load_rows(z, token, z_stride, d, in_d, step, end, K, REVERSE)
+        if not STATIC_B:
+            bs_re, bs_im = _rows_of(B, token, B_stride, n, in_n, step, end, K, REVERSE, COMPLEX_B)
+        if not ENDS and not STATIC_C:
+            cs_re, cs_im = _rows_of(C, token, C_stride, n, in_n, step, end, K, REVERSE, COMPLEX_C)
+        for i in tl.static_range(K):
+            x = us[i].to(tl.float32)
+            dt = step_size(deltas[i].to(tl.float32) + bias_row, step + i, end, SOFTPLUS, False)
+            total += dt
+            if not STATIC_B:
+                b_re, b_im = bs_re[i], bs_im[i]
+            e_re, e_im = decay_of(dt[None, :], A2, quarters)
+            h_re, h_im = times(e_re, e_im, h_re, h_im)
+            h_re += (dt * x)[None, :] * b_re
+            h_im += (dt * x)[None, :] * b_im
+            if not ENDS:
+                if not STATIC_C:
+                    c_re, c_im = cs_re[i], cs_im[i]
+                out = 2.0 * tl.sum(c_re * h_re - c_im * h_im, axis=0) + skip * x
+                if z is not None:
+                    gate = zs[i].to(tl.float32)
+                    out *= gate * sigmoid(gate)
+                row = token - i if REVERSE else token + i
+                tl.store(y + row * n_channels + d, out, mask=in_d & (step + i < end))
+    if ENDS:
+        store_complex(own, number.to(tl.int64) * n_channels * N + at, h_re, h_im, inside)
+        tl.store(sums + number.to(tl.int64) * n_channels + d, total, mask=in_d)
+    else:
+        if end == length:
+            store_complex(final, s.to(tl.int64) * n_channels * N + by_channel, h_re, h_im, inside)
+
+
+@triton.jit(do_not_specialize=["length"])
+def pass_states(
+    own, sums, A, first, cu_seqlens, length, n_channels: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr, BACKWARDS: tl.constexpr,
+):  # fmt: skip
+    """As that of triton_chunks.py. BACKWARDS gradients pass, which take the conjugate of a decay."""
+    per_state = tl.cdiv(n_channels, BLOCK)
+    s = tl.program_id(0) // (N * per_state)
+    n = tl.program_id(0) // per_state % N
+    d = tl.program_id(0) % per_state * BLOCK + tl.arange(0, BLOCK)
+    in_d = d < n_channels
+    if cu_seqlens is None:
+        chunks = tl.maximum(tl.cdiv(length, CHUNK), 1)
+        slot = s.to(tl.int64) * chunks
+    else:
+        start = tl.load(cu_seqlens + s).to(tl.int64)
+        chunks = tl.maximum(tl.cdiv((tl.load(cu_seqlens + s + 1) - start).to(tl.int32), CHUNK), 1)
+        slot = start // CHUNK + s
+    A_re, A_im = load_complex(A, d * N + n, in_d)
+    A2, quarters = A_re * LOG2E, A_im * QUARTERS
+    h_re, h_im = load_complex(first, (s.to(tl.int64) * n_channels + d) * N + n, in_d)
+    at = n * n_channels + d
+    for i in range(0, chunks, AHEAD):
+        ends_re, ends_im, totals = (), (), ()
+        for k in tl.static_range(AHEAD):
+            chunk = slot + (chunks - 1 - (i + k) if BACKWARDS else i + k)
+            there = in_d & (i + k < chunks - 1)  # nothing comes after the last
+            re, im = load_complex(own, chunk * (N * n_channels) + at, there)
+            ends_re += (re,)
+            ends_im += (im,)
+            totals += (tl.load(sums + chunk * n_channels + d, mask=there, other=0.0),)
+        for k in tl.static_range(AHEAD):
+            chunk = slot + (chunks - 1 - (i + k) if BACKWARDS else i + k)
+            store_complex(own, chunk * (N * n_channels) + at, h_re, h_im, in_d & (i + k < chunks))
+            e_re, e_im = decay_of(totals[k], A2, quarters)
+            if BACKWARDS:
+                e_im = -e_im
+            h_re, h_im = times(e_re, e_im, h_re, h_im)
+            h_re += ends_re[k]
+            h_im += ends_im[k]
+
+
+@triton.jit(do_not_specialize=["length", "n_seqs", "zero"])
+def chunk_gradients(
+    delta, A, C, dy, z, bias, cu_seqlens, own, sums, length, n_seqs, zero,
+    delta_stride, C_stride, C_group, dy_stride, z_stride,
+    n_channels: tl.constexpr, per_group: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STATIC_C: tl.constexpr, COMPLEX_C: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """G before a chunk if it is 0 after it, own (chunk, N, D), and the chunk's sum of dt, sums (chunk, D).
+
+    Not of a sequence's first chunk, before which nothing comes.
+    """
+    n_tiles: tl.constexpr = n_channels // per_group * ((per_group + BLOCK_D - 1) // BLOCK_D)
+    number = tl.program_id(0) // n_tiles
+    _, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, CHUNK)
+    if (begin == 0) | (begin >= length):
+        return
+    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
+    n, in_n = states_of(N, BLOCK_N)
+    at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
+    by_channel, _ = pairs_at(n, d, in_n, in_d, 1, N, zero)
+    A_re, A_im = load_complex(A, by_channel, inside)
+    A2, quarters = A_re * LOG2E, A_im * QUARTERS
+    bias_row = load_float(bias, d, in_d)
+    if STATIC_C:
+        c_re, c_im = load_complex(C, by_channel, inside, COMPLEX_C)
+    else:
+        C += group * C_group
+    g_re, g_im = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    end = tl.minimum(begin + CHUNK, length)
+    for j in range(tl.cdiv(end - begin, K) - 1, -1, -1):
+        step = begin + j * K
+        token = token_of(start, length, step, REVERSE)
+        deltas = load_rows(delta, token, delta_stride, d, in_d, step, end, K, REVERSE)
+        dys = load_rows(dy, token, dy_stride, d, in_d, step, end, K, REVERSE)
+        zs = dys
+        if z is not None:
+            zs = load_rows(z, token, z_stride, d, in_d, step, end, K, REVERSE)
+        if not STATIC_C:
+            cs_re, cs_im = _rows_of(C, token, C_stride, n, in_n, step, end, K, REVERSE, COMPLEX_C)
+        for i in tl.static_range(K - 1, -1, -1):
+            dt = step_size(deltas[i].to(tl.float32) + bias_row, step + i, end, SOFTPLUS, False)
+            total += dt
+            dout = dys[i].to(tl.float32)
+            if z is not None:
+                gate = zs[i].to(tl.float32)
+                dout *= gate * sigmoid(gate)
+            if not STATIC_C:
+                c_re, c_im = cs_re[i], cs_im[i]
+            e_re, e_im = decay_of(dt[None, :], A2, quarters)
+            g_re += 2.0 * dout[None, :] * c_re
+            g_im -= 2.0 * dout[None, :] * c_im
+            g_re, g_im = times(e_re, -e_im, g_re, g_im)
+    store_complex(own, number.to(tl.int64) * n_channels * N + at, g_re, g_im, inside)
+    tl.store(sums + number.to(tl.int64) * n_channels + d, total, mask=in_d)
+
+
+@triton.jit(do_not_specialize=["length", "n_seqs", "n_tokens"])
+def scan_backward(
+    dy, u, delta, A, B, C, D, z, bias, cu_seqlens, saved, own, du, ddelta, dB, dC, dD, dz, dbias, dh0,
+    length, n_seqs, n_tokens, dy_stride, u_stride, delta_stride, z_stride, B_stride, B_group, C_stride, C_group,
+    n_channels: tl.constexpr, per_group: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STATIC_B: tl.constexpr, STATIC_C: tl.constexpr, COMPLEX_B: tl.constexpr, COMPLEX_C: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr,
+    FROM_ZERO: tl.constexpr,
+):  # fmt: skip
+    """A tile of channels of one chunk. own (chunk, N, D): G after it (FROM_ZERO: 0); its share of dA takes the place.
+
+    Between two saved states, groups of K steps from the last to the first: each is reached from the saved state, its
+    states and decays kept in registers, and gone back through. Shares of dB and dC: (tile of the group, T, G, N), or
+    (chunk, N, D) if static; of dD and dbias: (chunk, D).
+    """
+    n_groups: tl.constexpr = n_channels // per_group
+    n_tiles: tl.constexpr = n_groups * ((per_group + BLOCK_D - 1) // BLOCK_D)
+    number = tl.program_id(0) // n_tiles
+    s, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, CHUNK)
+    group, tile, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
+    n, in_n = states_of(N, BLOCK_N)
+    at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, None)
+    by_channel, _ = pairs_at(n, d, in_n, in_d, 1, N, None)
+    chunk_at = number.to(tl.int64) * n_channels * N + at
+    A_re, A_im = load_complex(A, by_channel, inside)
+    A2, quarters = A_re * LOG2E, A_im * QUARTERS
+    skip, bias_row = load_float(D, d, in_d), load_float(bias, d, in_d)
+    g_re, g_im = load_complex(None if FROM_ZERO else own, chunk_at, inside)
+    nothing = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dA_re, dA_im = nothing, nothing
+    sum_dD, sum_dbias = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    share_at = (tile.to(tl.int64) * n_tokens * n_groups + group) * N + n
+    share_stride: tl.constexpr = n_groups * N
+    if STATIC_B:
+        b_re, b_im = load_complex(B, by_channel, inside, COMPLEX_B)
+        dB_re, dB_im = nothing, nothing
+    else:
+        B += group * B_group
+    if STATIC_C:
+        c_re, c_im = load_complex(C, by_channel, inside, COMPLEX_C)
+        dC_re, dC_im = nothing, nothing
+    else:
+        C += group * C_group
+
+    end = tl.minimum(begin + CHUNK, length)
+    for j in range(tl.cdiv(end - begin, K) - 1, -1, -1):
+        last = begin + j * K  # first step of the group at hand
+        piece = last // EVERY
+        h_re, h_im = load_complex(saved, (start // EVERY + s + piece) * n_channels * N + at, inside)
+        for step in range(piece * EVERY, last, K):
+            token = token_of(start, length, step, REVERSE)
+            us = load_rows(u, token, u_stride, d, in_d, step, end, K, REVERSE, True)
+            deltas = load_rows(delta, token, delta_stride, d, in_d, step, end, K, REVERSE, True)
+            if not STATIC_B:
+                bs_re, bs_im = _rows_of(B, token, B_stride, n, in_n, step, end, K, REVERSE, COMPLEX_B)
+            for i in tl.static_range(K):
+                dt = step_size(deltas[i].to(tl.float32) + bias_row, 0, 0, SOFTPLUS, True)
+                if not STATIC_B:
+                    b_re, b_im = bs_re[i], bs_im[i]
+                e_re, e_im = decay_of(dt[None, :], A2, quarters)
+                h_re, h_im = times(e_re, e_im, h_re, h_im)
+                h_re += (dt * us[i].to(tl.float32))[None, :] * b_re
+                h_im += (dt * us[i].to(tl.float32))[None, :] * b_im
+
+        token = token_of(start, length, last, REVERSE)
+        us = load_rows(u, token, u_stride, d, in_d, last, end, K, REVERSE)
+        deltas = load_rows(delta, token, delta_stride, d, in_d, last, end, K, REVERSE)
+        dys = load_rows(dy, token, dy_stride, d, in_d, last, end, K, REVERSE)
+        zs = us
+        if z is not None:
+            zs = load_rows(z, token, z_stride, d, in_d, last, end, K, REVERSE)
+        if not STATIC_B:
+            bs_re, bs_im = _rows_of(B, token, B_stride, n, in_n, last, end, K, REVERSE, COMPLEX_B)
+        if not STATIC_C:
+            cs_re, cs_im = _rows_of(C, token, C_stride, n, in_n, last, end, K, REVERSE, COMPLEX_C)
+        states_re, states_im, decays_re, decays_im = (h_re,), (h_im,), (), ()
+        dts, slopes = (), ()
+        for i in tl.static_range(K):
+            raw = deltas[i].to(tl.float32) + bias_row
+            dt, slope = raw, raw
+            if SOFTPLUS:
+                dt, slope = softplus_and_slope(raw)
+            dt = tl.where(last + i < end, dt, 0.0)
+            dts += (dt,)
+            slopes += (slope,)
+            if not STATIC_B:
+                b_re, b_im = bs_re[i], bs_im[i]
+            e_re, e_im = decay_of(dt[None, :], A2, quarters)
+            h_re, h_im = times(e_re, e_im, states_re[i], states_im[i])
+            drive = (dt * us[i].to(tl.float32))[None, :]
+            decays_re += (e_re,)
+            decays_im += (e_im,)
+            states_re += (h_re + drive * b_re,)
+            states_im += (h_im + drive * b_im,)
+
+        for i in tl.static_range(K - 1, -1, -1):
+            x, dt, dout = us[i].to(tl.float32), dts[i], dys[i].to(tl.float32)
+            row = token - i if REVERSE else token + i
+            row_at = row * n_channels + d
+            valid = last + i < end
+            if not STATIC_B:
+                b_re, b_im = bs_re[i], bs_im[i]
+            if not STATIC_C:
+                c_re, c_im = cs_re[i], cs_im[i]
+            h_re, h_im = states_re[i + 1], states_im[i + 1]
+            # y = (2 Re(C h) + D u) silu(z)
+            if z is not None:
+                gate = zs[i].to(tl.float32)
+                sig = sigmoid(gate)
+                out = 2.0 * tl.sum(c_re * h_re - c_im * h_im, axis=0) + skip * x
+                tl.store(dz + row_at, out * dout * sig * (1.0 + gate * (1.0 - sig)), mask=in_d & valid)
+                dout *= gate * sig
+            twice = 2.0 * dout[None, :]
+            if STATIC_C:
+                dC_re += twice * h_re
+                dC_im -= twice * h_im
+            else:
+                re, im = tl.sum(twice * h_re, axis=1), -tl.sum(twice * h_im, axis=1)
+                store_complex(dC, row * share_stride + share_at, re, im, in_n & valid, COMPLEX_C)
+            sum_dD += dout * x
+            g_re += twice * c_re
+            g_im -= twice * c_im
+            # h = exp(dt A) h + dt u B
+            drive = (dt * x)[None, :]
+            if STATIC_B:
+                dB_re += drive * g_re
+                dB_im += drive * g_im
+            else:
+                re, im = tl.sum(drive * g_re, axis=1), tl.sum(drive * g_im, axis=1)
+                store_complex(dB, row * share_stride + share_at, re, im, in_n & valid, COMPLEX_B)
+            d_dtu = tl.sum(g_re * b_re + g_im * b_im, axis=0)
+            g_re, g_im = times(decays_re[i], -decays_im[i], g_re, g_im)
+            exponent_re, exponent_im = times(states_re[i], -states_im[i], g_re, g_im)
+            dA_re += dt[None, :] * exponent_re
+            dA_im += dt[None, :] * exponent_im
+            d_dt = tl.sum(exponent_re * A_re + exponent_im * A_im, axis=0) + d_dtu * x
+            # dt = softplus(delta + bias)
+            if SOFTPLUS:
+                d_dt *= slopes[i]
+            sum_dbias += tl.where(valid, d_dt, 0.0)
+            tl.store(ddelta + row_at, d_dt, mask=in_d & valid)
+            tl.store(du + row_at, d_dtu * dt + dout * skip, mask=in_d & valid)
+
+    # Also a number that no chunk has (piece_of) has its shares: zeros.
+    if dh0 is not None:
+        if begin == 0:
+            store_complex(dh0, s.to(tl.int64) * n_channels * N + by_channel, g_re, g_im, inside)
+    store_complex(own, chunk_at, dA_re, dA_im, inside)
+    if STATIC_B:
+        store_complex(dB, chunk_at, dB_re, dB_im, inside, COMPLEX_B)
+    if STATIC_C:
+        store_complex(dC, chunk_at, dC_re, dC_im, inside, COMPLEX_C)
+    if dD is not None:
+        tl.store(dD + number.to(tl.int64) * n_channels + d, sum_dD, mask=in_d)
+    if dbias is not None:
+        tl.store(dbias + number.to(tl.int64) * n_channels + d, sum_dbias, mask=in_d)
