@@ -2,6 +2,7 @@
 
     python benchmarks/scan.py [--output benchmarks/results/scan_gpu.md] [--picture benchmarks/results/scan_gpu.png]
                               [--backend triton]
+    python benchmarks/scan.py --complex [--output ...]      complex A: the Triton kernels beside plain PyTorch
 
 bf16 inputs, float32 A, D and bias, softplus; medians of `triton.testing.do_bench` (CUDA events; it overwrites the
 second-level cache between runs). A time is of calls recorded as one CUDA graph, as `--cuda-graph` launches them: of a
@@ -48,6 +49,7 @@ BLOCKS = {  # batch, length, d_model: official forward, forward and backward, ms
     (8, 2048, 1024): (1.06, 4.60, 0.96),
     (1, 1048576, 256): (16.5, 88.2, 13.9),
 }
+COMPLEX_SHAPES = [(8, 2048, 2048, 16, 1, True), (128, 384, 197, 16, 1, True), (1, 512, 65536, 16, 1, True)]
 CLOCK = 1.98e9
 MOST_CALLS = 8  # recorded together
 
@@ -129,6 +131,31 @@ def table(bandwidth: float, backend: str | None) -> list[str]:
             limit = 1e3 * max(n_bytes / bandwidth, elements * states / exps)
             cells += [str(time), f"{limit:.3f}", f"{limit / time.graphed:.0%}", f"{peer:.3f}"]
         lines.append(f"| {' | '.join(cells)} | {peak:.0f} |")
+    return lines
+
+
+def complex_table() -> list[str]:
+    """Of complex A, B and C, as Python launches it."""
+    backends = "triton", "torch"
+    lines = [f"| B, D, L, N | {' | '.join(f'{b}: forward ms | backward ms | peak MiB' for b in backends)} |"]
+    lines += ["|" + "---|" * 7]
+    for shape in COMPLEX_SHAPES:
+        u, delta, A, B, C, D, z, bias = scan_inputs(*shape)
+        A, B, C = (torch.complex(x.float(), torch.randn_like(x.float())) for x in (A, B, C))
+        leaves = [x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)]
+        cells = [", ".join(map(str, shape[:4]))]
+        for backend in backends:
+            scan = partial(selective_scan, *leaves[:7], delta_bias=bias, delta_softplus=True, backend=backend)
+            with torch.no_grad():
+                cells.append(f"{do_bench(scan, return_mode='median'):.3f}")
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            y = scan()
+            back = partial(torch.autograd.grad, y, leaves, torch.randn_like(y), retain_graph=True)
+            back()
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+            cells += [f"{do_bench(back, return_mode='median'):.3f}", f"{peak:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -222,8 +249,12 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--backend")
+    parser.add_argument("--complex", action="store_true")
     args = parser.parse_args()
-    text = report(args.backend, args.picture)
+    if args.complex:
+        text = "\n".join(["# Selective scan of complex A on the GPU", "", *describe(), "", *complex_table()]) + "\n"
+    else:
+        text = report(args.backend, args.picture)
     print(text)
     if args.output:
         args.output.write_text(text)
