@@ -79,9 +79,10 @@ def selective_scan_step(
     """One step of `selective_scan` for decoding: returns y (B, D) and updates `state` (B, D, N) in place.
 
     u, delta, z are (B, D); B, C are (B, G, N), or (D, N) if static. For inference: no gradients. With
-    backend="cuda" the step is Triton's.
+    backend="cuda" the step is Triton's; of complex A it is PyTorch's, with backend="triton", too.
     """
     backend = "triton" if backend == "cuda" else backend
+    backend = "torch" if backend == "triton" and A.is_complex() else backend
     if B.dim() not in (2, 3) or C.dim() not in (2, 3):
         raise ValueError(
             f"B and C of a step must be (B, G, N), or (D, N) if static; got {tuple(B.shape)} and {tuple(C.shape)}"

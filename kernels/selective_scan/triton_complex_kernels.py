@@ -1,7 +1,10 @@
 """The Triton scan of complex A: lanes over channels, the states of a channel in its lane's registers, time in a loop.
 
-A complex number is a pair (real part, imaginary part), in memory side by side. The chunks of a sequence are always run
-all at once (triton_chunks.py says how), so that what a sequence gives does not depend on how many there are.
+The chunks of a sequence are always run all at once (triton_chunks.py says how), whatever else there is to do.
+
+Complex numbers that others see (final and initial states, B and C of tokens) are pairs side by side. Those that only
+these kernels see are two planes, of real and of imaginary parts: neighbours in memory are then neighbouring channels,
+by which Triton gives each lane a channel. (By pairs it gave each a state, and every sum over states crossed lanes.)
 
     h_t = exp(dt A) h_{t-1} + dt u B;  y = 2 Re(C h) + D u, times silu(z)
 
@@ -25,17 +28,25 @@ def _fit(function, degree: int) -> list[tl.constexpr]:
     return [tl.constexpr(float(c)) for c in nodes.convert(kind=np.polynomial.Polynomial).coef]
 
 
+# Of the strides the kernels learn nothing: so a row is computed as its batch is.
+_STRIDES = (
+    *("dy_stride", "u_stride", "delta_stride", "z_stride"),
+    *("B_stride", "B_group", "C_stride", "C_group"),
+)
+
 _S0, _S1, _S2, _S3, _S4 = _fit(lambda x: np.sinc(x / np.pi), 4)
 _C0, _C1, _C2, _C3, _C4 = _fit(np.cos, 4)
-_QUARTER = tl.constexpr(np.pi / 2)
-QUARTERS = tl.constexpr(2 / np.pi)  # quarter turns of one radian
+_TURNS = tl.constexpr(2 / np.pi)  # quarter turns of one radian
+# Pi / 2 in three parts (Cody and Waite): few bits, so that whole numbers times the first two are exact, and the rest.
+_QUARTER_HIGH, _QUARTER_MIDDLE = tl.constexpr(1.5703125), tl.constexpr(4.837512969970703125e-4)
+_QUARTER_LOW = tl.constexpr(np.pi / 2 - 1.5703125 - 4.837512969970703125e-4)
 
 
 @triton.jit
-def _turned(quarters):
-    """(cos, sin) of an angle in quarter turns: of the nearest whole number of them, and what is left of it."""
-    whole = tl.floor(quarters + 0.5)
-    x = (quarters - whole) * _QUARTER
+def _turned(angle, rest):
+    """(cos, sin) of angle + rest, of which `rest` is small."""
+    whole = tl.floor(angle * _TURNS + 0.5)
+    x = angle - whole * _QUARTER_HIGH - whole * _QUARTER_MIDDLE - whole * _QUARTER_LOW + rest
     square = x * x
     cos = _C0 + square * (_C1 + square * (_C2 + square * (_C3 + square * _C4)))
     sin = x * (_S0 + square * (_S1 + square * (_S2 + square * (_S3 + square * _S4))))
@@ -45,35 +56,69 @@ def _turned(quarters):
 
 
 @triton.jit
-def decay_of(dt, A2, quarters):
-    """exp(dt A), of A2 = Re A log2(e) and the quarter turns of Im A."""
-    cos, sin = _turned(dt * quarters)
+def decay_of(dt, A2, A_im):
+    """exp(dt A), of A2 = Re A log2(e). The angle keeps what its product loses, which may be the same at all steps."""
+    angle = dt * A_im
+    cos, sin = _turned(angle, tl.fma(dt, A_im, -angle))
     size = tl.exp2(dt * A2)
     return size * cos, size * sin
 
 
 @triton.jit
+def _lost(a, b, product):
+    """a b - product, exactly, by halves of the digits of a and b (Veltkamp and Dekker)."""
+    a_high, b_high = a * 4097.0, b * 4097.0
+    a_high, b_high = a_high - (a_high - a), b_high - (b_high - b)
+    a_low, b_low = a - a_high, b - b_high
+    return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+@triton.jit
+def _decay_over(total, lost, A2, A_im):
+    """exp((total + lost) A) over a chunk: its angle may be of many turns, and needs more than a float's digits."""
+    angle = total * A_im
+    cos, sin = _turned(angle, _lost(total, A_im, angle) + lost * A_im)
+    size = tl.exp2(total * A2)
+    return size * cos, size * sin
+
+
+@triton.jit
+def _add(total, lost, dt):
+    """(total + dt, what all these sums have lost): Knuth's two-sum."""
+    new = total + dt
+    back = new - total
+    return new, lost + ((total - (new - back)) + (dt - back))
+
+
+@triton.jit
 def times(a_re, a_im, b_re, b_im):
-    return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
+    return tl.fma(a_re, b_re, -(a_im * b_im)), tl.fma(a_re, b_im, a_im * b_re)
 
 
 @triton.jit
-def load_complex(x, at, inside, COMPLEX: tl.constexpr = True):
-    """x[at]; zeros where not inside, where x is absent, and for the imaginary part of what is real."""
-    if COMPLEX:
-        re, im = load_float(x, 2 * at, inside), load_float(x, 2 * at + 1, inside)
-    else:
-        re, im = load_float(x, at, inside), tl.zeros(inside.shape, tl.float32)
-    return re, im
+def load_pairs(x, at, inside):
+    """x[at] of pairs side by side; zeros where not inside and where x is absent."""
+    return load_float(x, 2 * at, inside), load_float(x, 2 * at + 1, inside)
 
 
 @triton.jit
-def store_complex(x, at, re, im, inside, COMPLEX: tl.constexpr = True):
+def store_pairs(x, at, re, im, inside):
+    tl.store(x + 2 * at, re, mask=inside)
+    tl.store(x + 2 * at + 1, im, mask=inside)
+
+
+@triton.jit
+def load_planes(x, at, plane, inside, COMPLEX: tl.constexpr = True):
+    """x[at] of two planes, or (not COMPLEX) of real parts alone; zeros where not inside and where x is absent."""
+    im = load_float(x, at + plane, inside) if COMPLEX else tl.zeros(inside.shape, tl.float32)
+    return load_float(x, at, inside), im
+
+
+@triton.jit
+def store_planes(x, at, plane, re, im, inside, COMPLEX: tl.constexpr = True):
+    tl.store(x + at, re, mask=inside)
     if COMPLEX:
-        tl.store(x + 2 * at, re, mask=inside)
-        tl.store(x + 2 * at + 1, im, mask=inside)
-    else:
-        tl.store(x + at, re, mask=inside)
+        tl.store(x + at + plane, im, mask=inside)
 
 
 @triton.jit
@@ -92,10 +137,10 @@ def _rows_of(x, token, stride, n, in_n, step, end, K: tl.constexpr, REVERSE: tl.
     return res, ims
 
 
-@triton.jit(do_not_specialize=["length", "n_seqs", "zero"])
+@triton.jit(do_not_specialize=["length", "n_seqs", "zero", *_STRIDES])
 def scan_forward(
-    u, delta, A, B, C, D, z, bias, first, cu_seqlens, entering, own, sums, y, final, saved, length, n_seqs, zero,
-    u_stride, delta_stride, z_stride, B_stride, B_group, C_stride, C_group,
+    u, delta, A, B, C, D, z, bias, first, cu_seqlens, entering, own, sums, y, final, saved,
+    length, n_seqs, zero, u_stride, delta_stride, z_stride, B_stride, B_group, C_stride, C_group,
     n_channels: tl.constexpr, per_group: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STATIC_B: tl.constexpr, STATIC_C: tl.constexpr, COMPLEX_B: tl.constexpr, COMPLEX_C: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr,
@@ -103,8 +148,9 @@ def scan_forward(
 ):  # fmt: skip
     """A tile of channels of one chunk, from its state in `entering`, or that in `first` where no sequence has several.
 
-    ENDS: only what the chunk arrives at from 0, own (chunk, N, D), and its sum of dt, sums (chunk, D); not of a
-    sequence's last chunk, after which nothing comes. saved (slot, N, D): the state before every EVERY-th step.
+    ENDS: only what the chunk arrives at from 0, own (chunk, 2, N, D), and its sum of dt and what that lost, sums
+    (chunk, 2, D); not of a sequence's last chunk, after which nothing comes. saved (slot, 2, N, D): the state before
+    every EVERY-th step. A and static B, C (2, N, D), of what is real (N, D).
     """
     n_tiles: tl.constexpr = n_channels // per_group * ((per_group + BLOCK_D - 1) // BLOCK_D)
     number = tl.program_id(0) // n_tiles
@@ -117,31 +163,32 @@ def scan_forward(
     group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
-    by_channel, _ = pairs_at(n, d, in_n, in_d, 1, N, zero)
-    A_re, A_im = load_complex(A, by_channel, inside)
-    A2, quarters = A_re * LOG2E, A_im * QUARTERS
+    of_state = n[:, None] + d[None, :] * N
+    PLANE: tl.constexpr = N * n_channels
+    A_re, A_im = load_planes(A, at, PLANE, inside)
+    A2 = A_re * LOG2E
     skip, bias_row = load_float(D, d, in_d), load_float(bias, d, in_d)
     if STATIC_B:
-        b_re, b_im = load_complex(B, by_channel, inside, COMPLEX_B)
+        b_re, b_im = load_planes(B, at, PLANE, inside, COMPLEX_B)
     else:
         B += group * B_group
     if STATIC_C:
-        c_re, c_im = load_complex(C, by_channel, inside, COMPLEX_C)
+        c_re, c_im = load_planes(C, at, PLANE, inside, COMPLEX_C)
     else:
         C += group * C_group
     if ENDS:
         h_re, h_im = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     elif entering is None:
-        h_re, h_im = load_complex(first, s.to(tl.int64) * n_channels * N + by_channel, inside)
+        h_re, h_im = load_pairs(first, s.to(tl.int64) * PLANE + of_state, inside)
     else:
-        h_re, h_im = load_complex(entering, number.to(tl.int64) * n_channels * N + at, inside)
-    total = tl.zeros((BLOCK_D,), tl.float32)
+        h_re, h_im = load_planes(entering, number.to(tl.int64) * 2 * PLANE + at, PLANE, inside)
+    total, lost = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     end = tl.minimum(begin + CHUNK, length)
     for step in range(begin, end, K):
         if saved is not None:
             if step % EVERY == 0:
                 slot = start // EVERY + s + step // EVERY
-                store_complex(saved, slot * n_channels * N + at, h_re, h_im, inside)
+                store_planes(saved, slot * 2 * PLANE + at, PLANE, h_re, h_im, inside)
         token = token_of(start, length, step, REVERSE)
         us = load_rows(u, token, u_stride, d, in_d, step, end, K, REVERSE)
         deltas = load_rows(delta, token, delta_stride, d, in_d, step, end, K, REVERSE)
@@ -155,13 +202,13 @@ def scan_forward(
         for i in tl.static_range(K):
             x = us[i].to(tl.float32)
             dt = step_size(deltas[i].to(tl.float32) + bias_row, step + i, end, SOFTPLUS, False)
-            total += dt
+            total, lost = _add(total, lost, dt)
             if not STATIC_B:
                 b_re, b_im = bs_re[i], bs_im[i]
-            e_re, e_im = decay_of(dt[None, :], A2, quarters)
+            e_re, e_im = decay_of(dt[None, :], A2, A_im)
             h_re, h_im = times(e_re, e_im, h_re, h_im)
-            h_re += (dt * x)[None, :] * b_re
-            h_im += (dt * x)[None, :] * b_im
+            h_re = tl.fma((dt * x)[None, :], b_re, h_re)
+            h_im = tl.fma((dt * x)[None, :], b_im, h_im)
             if not ENDS:
                 if not STATIC_C:
                     c_re, c_im = cs_re[i], cs_im[i]
@@ -172,11 +219,11 @@ def scan_forward(
                 row = token - i if REVERSE else token + i
                 tl.store(y + row * n_channels + d, out, mask=in_d & (step + i < end))
     if ENDS:
-        store_complex(own, number.to(tl.int64) * n_channels * N + at, h_re, h_im, inside)
-        tl.store(sums + number.to(tl.int64) * n_channels + d, total, mask=in_d)
+        store_planes(own, number.to(tl.int64) * 2 * PLANE + at, PLANE, h_re, h_im, inside)
+        store_planes(sums, number.to(tl.int64) * 2 * n_channels + d, n_channels, total, lost, in_d)
     else:
         if end == length:
-            store_complex(final, s.to(tl.int64) * n_channels * N + by_channel, h_re, h_im, inside)
+            store_pairs(final, s.to(tl.int64) * PLANE + of_state, h_re, h_im, inside)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -197,23 +244,26 @@ def pass_states(
         start = tl.load(cu_seqlens + s).to(tl.int64)
         chunks = tl.maximum(tl.cdiv((tl.load(cu_seqlens + s + 1) - start).to(tl.int32), CHUNK), 1)
         slot = start // CHUNK + s
-    A_re, A_im = load_complex(A, d * N + n, in_d)
-    A2, quarters = A_re * LOG2E, A_im * QUARTERS
-    h_re, h_im = load_complex(first, (s.to(tl.int64) * n_channels + d) * N + n, in_d)
+    PLANE: tl.constexpr = N * n_channels
     at = n * n_channels + d
+    A_re, A_im = load_planes(A, at, PLANE, in_d)
+    A2 = A_re * LOG2E
+    h_re, h_im = load_pairs(first, (s.to(tl.int64) * n_channels + d) * N + n, in_d)
     for i in range(0, chunks, AHEAD):
-        ends_re, ends_im, totals = (), (), ()
+        ends_re, ends_im, totals, losts = (), (), (), ()
         for k in tl.static_range(AHEAD):
             chunk = slot + (chunks - 1 - (i + k) if BACKWARDS else i + k)
             there = in_d & (i + k < chunks - 1)  # nothing comes after the last
-            re, im = load_complex(own, chunk * (N * n_channels) + at, there)
+            re, im = load_planes(own, chunk * (2 * PLANE) + at, PLANE, there)
             ends_re += (re,)
             ends_im += (im,)
-            totals += (tl.load(sums + chunk * n_channels + d, mask=there, other=0.0),)
+            total, lost = load_planes(sums, chunk * (2 * n_channels) + d, n_channels, there)
+            totals += (total,)
+            losts += (lost,)
         for k in tl.static_range(AHEAD):
             chunk = slot + (chunks - 1 - (i + k) if BACKWARDS else i + k)
-            store_complex(own, chunk * (N * n_channels) + at, h_re, h_im, in_d & (i + k < chunks))
-            e_re, e_im = decay_of(totals[k], A2, quarters)
+            store_planes(own, chunk * (2 * PLANE) + at, PLANE, h_re, h_im, in_d & (i + k < chunks))
+            e_re, e_im = _decay_over(totals[k], losts[k], A2, A_im)
             if BACKWARDS:
                 e_im = -e_im
             h_re, h_im = times(e_re, e_im, h_re, h_im)
@@ -221,7 +271,7 @@ def pass_states(
             h_im += ends_im[k]
 
 
-@triton.jit(do_not_specialize=["length", "n_seqs", "zero"])
+@triton.jit(do_not_specialize=["length", "n_seqs", "zero", *_STRIDES])
 def chunk_gradients(
     delta, A, C, dy, z, bias, cu_seqlens, own, sums, length, n_seqs, zero,
     delta_stride, C_stride, C_group, dy_stride, z_stride,
@@ -229,7 +279,7 @@ def chunk_gradients(
     STATIC_C: tl.constexpr, COMPLEX_C: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """G before a chunk if it is 0 after it, own (chunk, N, D), and the chunk's sum of dt, sums (chunk, D).
+    """G before a chunk if it is 0 after it, own (chunk, 2, N, D), and the chunk's sum of dt and what that lost, sums.
 
     Not of a sequence's first chunk, before which nothing comes.
     """
@@ -241,16 +291,16 @@ def chunk_gradients(
     group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
-    by_channel, _ = pairs_at(n, d, in_n, in_d, 1, N, zero)
-    A_re, A_im = load_complex(A, by_channel, inside)
-    A2, quarters = A_re * LOG2E, A_im * QUARTERS
+    PLANE: tl.constexpr = N * n_channels
+    A_re, A_im = load_planes(A, at, PLANE, inside)
+    A2 = A_re * LOG2E
     bias_row = load_float(bias, d, in_d)
     if STATIC_C:
-        c_re, c_im = load_complex(C, by_channel, inside, COMPLEX_C)
+        c_re, c_im = load_planes(C, at, PLANE, inside, COMPLEX_C)
     else:
         C += group * C_group
     g_re, g_im = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    total, lost = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     end = tl.minimum(begin + CHUNK, length)
     for j in range(tl.cdiv(end - begin, K) - 1, -1, -1):
         step = begin + j * K
@@ -264,22 +314,22 @@ def chunk_gradients(
             cs_re, cs_im = _rows_of(C, token, C_stride, n, in_n, step, end, K, REVERSE, COMPLEX_C)
         for i in tl.static_range(K - 1, -1, -1):
             dt = step_size(deltas[i].to(tl.float32) + bias_row, step + i, end, SOFTPLUS, False)
-            total += dt
+            total, lost = _add(total, lost, dt)
             dout = dys[i].to(tl.float32)
             if z is not None:
                 gate = zs[i].to(tl.float32)
                 dout *= gate * sigmoid(gate)
             if not STATIC_C:
                 c_re, c_im = cs_re[i], cs_im[i]
-            e_re, e_im = decay_of(dt[None, :], A2, quarters)
+            e_re, e_im = decay_of(dt[None, :], A2, A_im)
             g_re += 2.0 * dout[None, :] * c_re
             g_im -= 2.0 * dout[None, :] * c_im
             g_re, g_im = times(e_re, -e_im, g_re, g_im)
-    store_complex(own, number.to(tl.int64) * n_channels * N + at, g_re, g_im, inside)
-    tl.store(sums + number.to(tl.int64) * n_channels + d, total, mask=in_d)
+    store_planes(own, number.to(tl.int64) * 2 * PLANE + at, PLANE, g_re, g_im, inside)
+    store_planes(sums, number.to(tl.int64) * 2 * n_channels + d, n_channels, total, lost, in_d)
 
 
-@triton.jit(do_not_specialize=["length", "n_seqs", "n_tokens"])
+@triton.jit(do_not_specialize=["length", "n_seqs", "n_tokens", *_STRIDES])
 def scan_backward(
     dy, u, delta, A, B, C, D, z, bias, cu_seqlens, saved, own, du, ddelta, dB, dC, dD, dz, dbias, dh0,
     length, n_seqs, n_tokens, dy_stride, u_stride, delta_stride, z_stride, B_stride, B_group, C_stride, C_group,
@@ -288,11 +338,11 @@ def scan_backward(
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr,
     FROM_ZERO: tl.constexpr,
 ):  # fmt: skip
-    """A tile of channels of one chunk. own (chunk, N, D): G after it (FROM_ZERO: 0); its share of dA takes the place.
+    """A tile of channels of one chunk. own (chunk, 2, N, D): G after it (FROM_ZERO: 0); its share of dA replaces it.
 
     Between two saved states, groups of K steps from the last to the first: each is reached from the saved state, its
-    states and decays kept in registers, and gone back through. Shares of dB and dC: (tile of the group, T, G, N), or
-    (chunk, N, D) if static; of dD and dbias: (chunk, D).
+    states and decays kept in registers, and gone back through. Shares of complex dB and dC: (tile of the group, 2, T,
+    G, N), or (chunk, 2, N, D) if static, of real ones without the 2; of dD and dbias: (chunk, D).
     """
     n_groups: tl.constexpr = n_channels // per_group
     n_tiles: tl.constexpr = n_groups * ((per_group + BLOCK_D - 1) // BLOCK_D)
@@ -301,24 +351,27 @@ def scan_backward(
     group, tile, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, None)
-    by_channel, _ = pairs_at(n, d, in_n, in_d, 1, N, None)
-    chunk_at = number.to(tl.int64) * n_channels * N + at
-    A_re, A_im = load_complex(A, by_channel, inside)
-    A2, quarters = A_re * LOG2E, A_im * QUARTERS
+    PLANE: tl.constexpr = N * n_channels
+    chunk_at = number.to(tl.int64) * 2 * PLANE + at
+    A_re, A_im = load_planes(A, at, PLANE, inside)
+    A2 = A_re * LOG2E
     skip, bias_row = load_float(D, d, in_d), load_float(bias, d, in_d)
-    g_re, g_im = load_complex(None if FROM_ZERO else own, chunk_at, inside)
+    g_re, g_im = load_planes(None if FROM_ZERO else own, chunk_at, PLANE, inside)
     nothing = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dA_re, dA_im = nothing, nothing
     sum_dD, sum_dbias = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
-    share_at = (tile.to(tl.int64) * n_tokens * n_groups + group) * N + n
     share_stride: tl.constexpr = n_groups * N
+    share_plane = n_tokens.to(tl.int64) * share_stride
+    share_at = tile * share_plane + group * N + n
+    dB += tile * share_plane if COMPLEX_B and not STATIC_B else 0  # both planes of the tiles before
+    dC += tile * share_plane if COMPLEX_C and not STATIC_C else 0
     if STATIC_B:
-        b_re, b_im = load_complex(B, by_channel, inside, COMPLEX_B)
+        b_re, b_im = load_planes(B, at, PLANE, inside, COMPLEX_B)
         dB_re, dB_im = nothing, nothing
     else:
         B += group * B_group
     if STATIC_C:
-        c_re, c_im = load_complex(C, by_channel, inside, COMPLEX_C)
+        c_re, c_im = load_planes(C, at, PLANE, inside, COMPLEX_C)
         dC_re, dC_im = nothing, nothing
     else:
         C += group * C_group
@@ -327,7 +380,7 @@ def scan_backward(
     for j in range(tl.cdiv(end - begin, K) - 1, -1, -1):
         last = begin + j * K  # first step of the group at hand
         piece = last // EVERY
-        h_re, h_im = load_complex(saved, (start // EVERY + s + piece) * n_channels * N + at, inside)
+        h_re, h_im = load_planes(saved, (start // EVERY + s + piece) * 2 * PLANE + at, PLANE, inside)
         for step in range(piece * EVERY, last, K):
             token = token_of(start, length, step, REVERSE)
             us = load_rows(u, token, u_stride, d, in_d, step, end, K, REVERSE, True)
@@ -338,10 +391,10 @@ def scan_backward(
                 dt = step_size(deltas[i].to(tl.float32) + bias_row, 0, 0, SOFTPLUS, True)
                 if not STATIC_B:
                     b_re, b_im = bs_re[i], bs_im[i]
-                e_re, e_im = decay_of(dt[None, :], A2, quarters)
+                e_re, e_im = decay_of(dt[None, :], A2, A_im)
                 h_re, h_im = times(e_re, e_im, h_re, h_im)
-                h_re += (dt * us[i].to(tl.float32))[None, :] * b_re
-                h_im += (dt * us[i].to(tl.float32))[None, :] * b_im
+                drive = (dt * us[i].to(tl.float32))[None, :]
+                h_re, h_im = tl.fma(drive, b_re, h_re), tl.fma(drive, b_im, h_im)
 
         token = token_of(start, length, last, REVERSE)
         us = load_rows(u, token, u_stride, d, in_d, last, end, K, REVERSE)
@@ -366,13 +419,13 @@ def scan_backward(
             slopes += (slope,)
             if not STATIC_B:
                 b_re, b_im = bs_re[i], bs_im[i]
-            e_re, e_im = decay_of(dt[None, :], A2, quarters)
+            e_re, e_im = decay_of(dt[None, :], A2, A_im)
             h_re, h_im = times(e_re, e_im, states_re[i], states_im[i])
             drive = (dt * us[i].to(tl.float32))[None, :]
             decays_re += (e_re,)
             decays_im += (e_im,)
-            states_re += (h_re + drive * b_re,)
-            states_im += (h_im + drive * b_im,)
+            states_re += (tl.fma(drive, b_re, h_re),)
+            states_im += (tl.fma(drive, b_im, h_im),)
 
         for i in tl.static_range(K - 1, -1, -1):
             x, dt, dout = us[i].to(tl.float32), dts[i], dys[i].to(tl.float32)
@@ -397,7 +450,7 @@ def scan_backward(
                 dC_im -= twice * h_im
             else:
                 re, im = tl.sum(twice * h_re, axis=1), -tl.sum(twice * h_im, axis=1)
-                store_complex(dC, row * share_stride + share_at, re, im, in_n & valid, COMPLEX_C)
+                store_planes(dC, row * share_stride + share_at, share_plane, re, im, in_n & valid, COMPLEX_C)
             sum_dD += dout * x
             g_re += twice * c_re
             g_im -= twice * c_im
@@ -408,7 +461,7 @@ def scan_backward(
                 dB_im += drive * g_im
             else:
                 re, im = tl.sum(drive * g_re, axis=1), tl.sum(drive * g_im, axis=1)
-                store_complex(dB, row * share_stride + share_at, re, im, in_n & valid, COMPLEX_B)
+                store_planes(dB, row * share_stride + share_at, share_plane, re, im, in_n & valid, COMPLEX_B)
             d_dtu = tl.sum(g_re * b_re + g_im * b_im, axis=0)
             g_re, g_im = times(decays_re[i], -decays_im[i], g_re, g_im)
             exponent_re, exponent_im = times(states_re[i], -states_im[i], g_re, g_im)
@@ -422,15 +475,17 @@ def scan_backward(
             tl.store(ddelta + row_at, d_dt, mask=in_d & valid)
             tl.store(du + row_at, d_dtu * dt + dout * skip, mask=in_d & valid)
 
-    # Also a number that no chunk has (piece_of) has its shares: zeros.
+    # A gap in the numbers of chunks (piece_of) leaves zeros as its shares.
     if dh0 is not None:
         if begin == 0:
-            store_complex(dh0, s.to(tl.int64) * n_channels * N + by_channel, g_re, g_im, inside)
-    store_complex(own, chunk_at, dA_re, dA_im, inside)
+            store_pairs(dh0, s.to(tl.int64) * PLANE + n[:, None] + d[None, :] * N, g_re, g_im, inside)
+    store_planes(own, chunk_at, PLANE, dA_re, dA_im, inside)
     if STATIC_B:
-        store_complex(dB, chunk_at, dB_re, dB_im, inside, COMPLEX_B)
+        at_B = chunk_at if COMPLEX_B else number.to(tl.int64) * PLANE + at
+        store_planes(dB, at_B, PLANE, dB_re, dB_im, inside, COMPLEX_B)
     if STATIC_C:
-        store_complex(dC, chunk_at, dC_re, dC_im, inside, COMPLEX_C)
+        at_C = chunk_at if COMPLEX_C else number.to(tl.int64) * PLANE + at
+        store_planes(dC, at_C, PLANE, dC_re, dC_im, inside, COMPLEX_C)
     if dD is not None:
         tl.store(dD + number.to(tl.int64) * n_channels + d, sum_dD, mask=in_d)
     if dbias is not None:

@@ -16,21 +16,89 @@ from polymamba.kernels.selective_scan.triton_complex_kernels import decay_of  # 
 
 
 @triton.jit
-def _decays(dt, out, n, BLOCK: tl.constexpr):
+def _decays(dt, A_im, out, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    re, im = decay_of(tl.load(dt + at, mask=at < n, other=0.0), 0.0, 1.0)
-    tl.store(out + 2 * at, re, mask=at < n)
-    tl.store(out + 2 * at + 1, im, mask=at < n)
+    inside = at < n
+    re, im = decay_of(tl.load(dt + at, mask=inside, other=0.0), 0.0, tl.load(A_im + at, mask=inside, other=0.0))
+    tl.store(out + 2 * at, re, mask=inside)
+    tl.store(out + 2 * at + 1, im, mask=inside)
 
 
 def test_an_angle_of_many_turns_keeps_its_digits(device_of):
-    """exp(i pi / 2 q) of q quarter turns in float32, whole ones and halves among them, to one unit of it."""
-    quarters = np.concatenate([np.linspace(-9, 9, 7201), np.random.default_rng(0).uniform(-4e3, 4e3, 20_000)])
-    q = torch.tensor(quarters, dtype=torch.float32, device=device_of("triton"))
-    found = torch.empty(len(q), 2, device=q.device)
-    _decays[(triton.cdiv(len(q), 4096),)](q, found, len(q), BLOCK=4096)
-    angle = q.cpu().double() % 4 * (np.pi / 2)
-    assert (found.cpu().double() - torch.stack((angle.cos(), angle.sin()), dim=-1)).abs().max() < 1.5e-7
+    """exp(i x) of x in float32, near whole quarter turns and between them, to one unit of it."""
+    angles = np.concatenate([np.linspace(-9, 9, 7201), np.pi / 2 * np.arange(-900, 900)])
+    angles = np.concatenate([angles, np.random.default_rng(0).uniform(-6e3, 6e3, 20_000)])
+    x = torch.tensor(angles, dtype=torch.float32, device=device_of("triton"))
+    found = torch.empty(len(x), 2, device=x.device)
+    _decays[(triton.cdiv(len(x), 4096),)](x, torch.ones_like(x), found, len(x), BLOCK=4096)
+    exact = torch.stack((x.cpu().double().cos(), x.cpu().double().sin()), dim=-1)
+    assert (found.cpu().double() - exact).abs().max() < 1.5e-7
+
+
+def test_angles_over_a_long_memory(problem, results_of, cast, assert_close):
+    """Frequencies as S4D's, and decays so slow that a state of hundreds of steps and turns ago still counts."""
+    tensors = problem(length=600, channels=2, states=4, static="BC", absent="z D delta_bias", is_complex=True)
+    tensors["A"] = torch.complex(torch.full((2, 4), -0.01), 4 * torch.pi * torch.arange(1, 5.0).expand(2, 4)).to(
+        torch.complex128
+    )
+    tensors["delta"] = 10 ** (tensors["delta"].sigmoid() * 2 - 3)  # 0.001 to 0.1
+    single = cast(tensors, torch.float32)
+    exact = {k: None if x is None else x.to(tensors[k].dtype) for k, x in single.items()}
+    arguments = {"return_final_state": True}
+    expected = results_of(selective_scan, exact, "torch", **arguments)
+    assert_close(results_of(selective_scan, single, "triton", **arguments), expected, 1e-5)
+
+
+def test_conjugates_as_pytorch_keeps_them(problem, device_of):
+    """As a bit of a tensor, in inputs and, where the final state's conjugate is taken, in gradients."""
+    device = device_of("triton")
+    tensors = {k: x.to(device) for k, x in problem(length=6, is_complex=True).items()}
+    tensors = {k: x.to(torch.complex64 if x.is_complex() else torch.float32) for k, x in tensors.items()}
+    of_complex = [k for k, x in tensors.items() if x.is_complex()]
+    found = {}
+    for backend in ("torch", "triton"):
+        leaves = {k: x.detach().requires_grad_() for k, x in tensors.items()}
+        given = {k: x.conj() if k in of_complex else x for k, x in leaves.items()}
+        y, final = selective_scan(**given, delta_softplus=True, return_final_state=True, backend=backend)
+        loss = y.sum() + (final.conj() * final.mT.contiguous().mT * (1 + 2j)).imag.sum()
+        found[backend] = torch.autograd.grad(loss, list(leaves.values()))
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_beside_complex_decay(problem, dtype, results_of, cast, assert_close):
+    """u, delta, z and a real B in 16 bits: only the rounding of what is returned is left."""
+    tensors = problem(batch=2, length=20, states=4, is_complex=True)
+    tensors["B"] = tensors["B"].real.contiguous()
+    mixed = {k: x.to(dtype if k in ("u", "delta", "z", "B") else x.dtype) for k, x in tensors.items()}
+    single = {k: x if x.dtype == dtype else cast({k: x}, torch.float32)[k] for k, x in mixed.items()}
+    arguments = {"delta_softplus": True, "return_final_state": True}
+    actual = results_of(selective_scan, single, "triton", **arguments)
+    assert all(actual[f"grad_{k}"].dtype == x.dtype for k, x in single.items())
+    expected = results_of(selective_scan, cast(single, torch.float64), "torch", **arguments)
+    assert_close(actual, expected, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
+def test_nan_comes_out_as_nan(problem, name, device_of):
+    tensors = {k: x.to(device_of("triton")) for k, x in problem(length=6, is_complex=True).items()}
+    tensors = {k: x.to(torch.complex64 if x.is_complex() else torch.float32) for k, x in tensors.items()}
+    tensors[name].select(1, 2).fill_(torch.nan)
+    y = selective_scan(**tensors, delta_softplus=True, backend="triton")
+    assert y[:, :2].isfinite().all()
+    assert y[:, 2].isnan().all()
+    assert y[:, 3:].isnan().all() == (name not in ("C", "z"))
+
+
+def test_chunks_without_a_gradient_of_the_final_state(problem, device_of, monkeypatch, results_of, cast, assert_close):
+    device_of("triton")
+    monkeypatch.setattr(triton_complex, "CHUNK", 16)
+    tensors = problem(length=50, channels=3, is_complex=True)
+    tensors["C"] = tensors["C"].real.contiguous()
+    expected = results_of(selective_scan, tensors, "torch", delta_softplus=True)
+    actual = results_of(selective_scan, cast(tensors, torch.float32), "triton", delta_softplus=True)
+    assert_close(actual, expected, 5e-6)
 
 
 @pytest.mark.parametrize("real", ["B", "C", "BC"])
