@@ -109,13 +109,13 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, batc
         saved = torch.empty(shape, dtype=torch.complex64, device=on)
         results = {"y": y, "final": torch.view_as_real(final), "saved": torch.view_as_real(saved) if save else None}
         entering = None
-        if p.several:
+        if p.several or initial_state is not None:
             entering, sums = p.chunk_states()
-            nothing = dict.fromkeys(("first", "entering", "y", "final", "saved"))
-            p.launch(scan_forward, **nothing, own=entering, sums=sums, ENDS=True)
+            if p.several:
+                nothing = dict.fromkeys(("entering", "y", "final", "saved"))
+                p.launch(scan_forward, **nothing, own=entering, sums=sums, ENDS=True)
             p.carry(entering, sums, initial_state, backwards=False)
-        first = None if p.several else _pairs(initial_state)
-        p.launch(scan_forward, **results, first=first, entering=entering, own=None, sums=None, ENDS=False)
+        p.launch(scan_forward, **results, entering=entering, own=None, sums=None, ENDS=False)
     return y, final, saved
 
 

@@ -139,14 +139,14 @@ def _rows_of(x, token, stride, n, in_n, step, end, K: tl.constexpr, REVERSE: tl.
 
 @triton.jit(do_not_specialize=["length", "n_seqs", "zero", *_STRIDES])
 def scan_forward(
-    u, delta, A, B, C, D, z, bias, first, cu_seqlens, entering, own, sums, y, final, saved,
+    u, delta, A, B, C, D, z, bias, cu_seqlens, entering, own, sums, y, final, saved,
     length, n_seqs, zero, u_stride, delta_stride, z_stride, B_stride, B_group, C_stride, C_group,
     n_channels: tl.constexpr, per_group: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     STATIC_B: tl.constexpr, STATIC_C: tl.constexpr, COMPLEX_B: tl.constexpr, COMPLEX_C: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr,
     ENDS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of channels of one chunk, from its state in `entering`, or that in `first` where no sequence has several.
+    """A tile of channels of one chunk, from its state in `entering` (chunk, 2, N, D), or from 0.
 
     ENDS: only what the chunk arrives at from 0, own (chunk, 2, N, D), and its sum of dt and what that lost, sums
     (chunk, 2, D); not of a sequence's last chunk, after which nothing comes. saved (slot, 2, N, D): the state before
@@ -176,12 +176,7 @@ def scan_forward(
         c_re, c_im = load_planes(C, at, PLANE, inside, COMPLEX_C)
     else:
         C += group * C_group
-    if ENDS:
-        h_re, h_im = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    elif entering is None:
-        h_re, h_im = load_pairs(first, s.to(tl.int64) * PLANE + of_state, inside)
-    else:
-        h_re, h_im = load_planes(entering, number.to(tl.int64) * 2 * PLANE + at, PLANE, inside)
+    h_re, h_im = load_planes(entering, number.to(tl.int64) * 2 * PLANE + at, PLANE, inside)
     total, lost = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     end = tl.minimum(begin + CHUNK, length)
     for step in range(begin, end, K):
