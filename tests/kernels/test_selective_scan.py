@@ -151,7 +151,10 @@ def test_every_option_with_complex_decay(problem, name, backend, results_of, cas
     assert_close(actual, expected, 1e-11 if exact else 5e-6, f"{name}, {backend}")
 
 
-@pytest.mark.parametrize("name", [name for name in CHUNKED if name != "wide tiles"])
+SLOWER = {"several chunks, groups, no z", "packed, reverse, bare", "several chunks, static B and C", "wide tiles"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOWER else x for x in CHUNKED])
 def test_chunks_of_complex_decay(problem, name, device_of, monkeypatch, results_of, cast, assert_close):
     device_of("triton")
     monkeypatch.setattr(import_module("polymamba.kernels.selective_scan.triton_complex"), "CHUNK", 32)

@@ -37,8 +37,8 @@ def test_an_angle_of_many_turns_keeps_its_digits(device_of):
 
 def test_angles_over_a_long_memory(problem, results_of, cast, assert_close):
     """Frequencies as S4D's, and decays so slow that a state of hundreds of steps and turns ago still counts."""
-    tensors = problem(length=600, channels=2, states=4, static="BC", absent="z D delta_bias", is_complex=True)
-    tensors["A"] = torch.complex(torch.full((2, 4), -0.01), 4 * torch.pi * torch.arange(1, 5.0).expand(2, 4)).to(
+    tensors = problem(length=520, channels=1, states=4, static="BC", absent="z D delta_bias", is_complex=True)
+    tensors["A"] = torch.complex(torch.full((1, 4), -0.01), 4 * torch.pi * torch.arange(1, 5.0)[None]).to(
         torch.complex128
     )
     tensors["delta"] = 10 ** (tensors["delta"].sigmoid() * 2 - 3)  # 0.001 to 0.1
@@ -111,14 +111,14 @@ def test_complex_decay_of_real_matrices(problem, static, real, results_of, cast,
     assert_close(results_of(selective_scan, cast(tensors, torch.float32), "triton", **arguments), expected, 3e-6)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_shape_of_complex_decay(problem, data, results_of, cast, assert_close):
     groups = data.draw(st.integers(1, 2), label="groups")
     options = {
         "batch": data.draw(st.integers(1, 2), label="batch"),
-        "length": data.draw(st.integers(1, 20), label="length"),
-        "channels": groups * data.draw(st.integers(1, 40), label="channels of a group"),
+        "length": data.draw(st.integers(1, 11), label="length"),
+        "channels": groups * data.draw(st.integers(1, 35), label="channels of a group"),
         "states": data.draw(st.integers(1, 9), label="states"),
         "groups": groups,
         "static": data.draw(st.sampled_from(["", "B", "C", "BC"])),
@@ -135,9 +135,9 @@ def test_a_row_of_complex_decay_does_not_feel_its_batch(problem, device_of, monk
     """And the same again gives the same bits, those of the sums over rows, too."""
     device_of("triton")
     monkeypatch.setattr(triton_complex, "CHUNK", 16)
-    tensors = cast(problem(batch=3, length=37, channels=5, states=3, is_complex=True), torch.float32)
+    tensors = cast(problem(batch=3, length=21, channels=5, states=3, is_complex=True), torch.float32)
     arguments = {"delta_softplus": True, "return_final_state": True}
-    weight = torch.randn(3, 37, 5), torch.randn(3, 5, 3, dtype=torch.complex64)
+    weight = torch.randn(3, 21, 5), torch.randn(3, 5, 3, dtype=torch.complex64)
     together = results_of(selective_scan, tensors, "triton", weight, **arguments)
     again = results_of(selective_scan, tensors, "triton", weight, **arguments)
     assert all(torch.equal(x, again[name]) for name, x in together.items())
