@@ -15,6 +15,13 @@ def sequence_bounds(cu_seqlens: Tensor | None, batch: int, n_tokens: int) -> Ten
     return torch.arange(batch + 1, dtype=torch.int64) * (n_tokens // max(batch, 1))
 
 
+def piece_numbers(n_tokens: int, n_seqs: int, steps: int, *, packed: bool) -> int:
+    """How many numbers pieces of so many steps have, all sequences together; of equal lengths unless packed."""
+    if packed:
+        return checkpoint_slots(n_tokens, n_seqs, steps)
+    return n_seqs * max(-(-(n_tokens // max(n_seqs, 1)) // steps), 1)
+
+
 def checkpoint_slots(n_tokens: int, n_seqs: int, every: int) -> int:
     """Slots for a state saved before every `every`-th step of each sequence.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
-from ..sequences import checkpoint_slots
+from ..sequences import piece_numbers
 from . import cuda_tiles as tiles
 from .cuda_tiles import Layout, Tile
 from .triton import checkpoint_every
@@ -114,9 +114,7 @@ class Plan:
 
     def pieces(self, steps: int) -> int:
         """How many numbers pieces of time have, all sequences together."""
-        if self.layout.packed:
-            return checkpoint_slots(self.layout.n_tokens, self.layout.n_seqs, steps)
-        return self.layout.batch * max(-(-self.length // steps), 1)
+        return piece_numbers(self.layout.n_tokens, self.layout.n_seqs, steps, packed=self.layout.packed)
 
     def lay_out(self, tile: Tile) -> None:
         """Take this tile from here on."""

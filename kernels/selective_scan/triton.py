@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..sequences import checkpoint_slots
+from ..sequences import checkpoint_slots, piece_numbers
 from ..triton_runtime import ceil_div, sum_blocks, terms_at_once, with_rows
 from .triton_backward import chunk_gradients, scan_backward, sum_shares
 from .triton_chunks import carry, prepare
@@ -80,10 +80,7 @@ class _Problem:
         self.block_n, self.block_d, self.num_warps, self.steps = tile(self.n_states, per_group)
         self.tiles_of_group = ceil_div(per_group, self.block_d)
         self.n_tiles = self.n_channels // per_group * self.tiles_of_group
-        if cu_seqlens is None:
-            self.n_chunks = batch * max(ceil_div(self.length, CHUNK), 1)
-        else:
-            self.n_chunks = checkpoint_slots(self.n_tokens, self.n_seqs, CHUNK)
+        self.n_chunks = piece_numbers(self.n_tokens, self.n_seqs, CHUNK, packed=cu_seqlens is not None)
         self.every = checkpoint_every(self.n_states)
         u, delta, z = (None if x is None else with_rows(x) for x in (u, delta, z))
         self.arguments = {

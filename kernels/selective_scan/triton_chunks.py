@@ -67,6 +67,19 @@ def step_size(raw, step, end, SOFTPLUS: tl.constexpr, WHOLE: tl.constexpr):
     return dt if WHOLE else tl.where(step < end, dt, 0.0)
 
 
+@triton.jit
+def chunks_of(cu_seqlens, s, length, CHUNK: tl.constexpr):
+    """(How many chunks sequence s has, the number of the first.) As triton_runtime.piece_of counts them."""
+    if cu_seqlens is None:
+        chunks = tl.maximum(tl.cdiv(length, CHUNK), 1)
+        first = s.to(tl.int64) * chunks
+    else:
+        start = tl.load(cu_seqlens + s).to(tl.int64)
+        chunks = tl.maximum(tl.cdiv((tl.load(cu_seqlens + s + 1) - start).to(tl.int32), CHUNK), 1)
+        first = start // CHUNK + s
+    return chunks, first
+
+
 @triton.jit(do_not_specialize=["length"])
 def pass_states(
     own, sums, A, first, cu_seqlens, length, n_channels: tl.constexpr, N: tl.constexpr,
@@ -82,13 +95,7 @@ def pass_states(
     n = tl.program_id(0) // per_state % N
     d = tl.program_id(0) % per_state * BLOCK + tl.arange(0, BLOCK)
     in_d = d < n_channels
-    if cu_seqlens is None:
-        chunks = tl.maximum(tl.cdiv(length, CHUNK), 1)
-        slot = s.to(tl.int64) * chunks
-    else:
-        start = tl.load(cu_seqlens + s).to(tl.int64)
-        chunks = tl.maximum(tl.cdiv((tl.load(cu_seqlens + s + 1) - start).to(tl.int32), CHUNK), 1)
-        slot = start // CHUNK + s
+    chunks, slot = chunks_of(cu_seqlens, s, length, CHUNK)
     A2 = load_float(A, n * n_channels + d, in_d) * LOG2E
     h = load_float(first, (s.to(tl.int64) * n_channels + d) * N + n, in_d)
     at = slot * N * n_channels + n * n_channels + d

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..sequences import checkpoint_slots
+from ..sequences import checkpoint_slots, piece_numbers
 from ..triton_runtime import ceil_div, sum_first_axis, with_rows
 from .triton_complex_kernels import chunk_gradients, pass_states, scan_backward, scan_forward
 
@@ -59,10 +59,7 @@ class _Problem:
         self.n_states, self.n_seqs = A.shape[1], batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.length = self.n_tokens // max(batch, 1)  # of each sequence; of all if packed
         self.several = self.length > CHUNK  # whether a sequence may have more than one chunk
-        if cu_seqlens is None:
-            self.n_chunks = batch * max(ceil_div(self.length, CHUNK), 1)
-        else:
-            self.n_chunks = checkpoint_slots(self.n_tokens, self.n_seqs, CHUNK)
+        self.n_chunks = piece_numbers(self.n_tokens, self.n_seqs, CHUNK, packed=cu_seqlens is not None)
         per_group = n_channels // next((x.shape[1] for x in (B, C) if x.dim() == 3), 1)
         block_n, block_d, self.num_warps = tile(self.n_states, per_group)
         self.tiles_of_group = ceil_div(per_group, block_d)

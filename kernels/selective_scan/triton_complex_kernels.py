@@ -14,127 +14,28 @@ way to the one before; B's is dt u G, C's 2 dL/dy conj(h), and that of dt A is c
 Letters: T tokens of all sequences laid end to end, S sequences, D channels, N states, G groups. What is absent is None.
 """
 
-import numpy as np
 import triton
 import triton.language as tl
 
 from ..triton_runtime import LOG2E, load_float, load_rows, piece_of, sigmoid, softplus_and_slope, token_of
-from .triton_chunks import pairs_at, states_of, step_size, tile_of
-
-
-def _fit(function, degree: int) -> list[tl.constexpr]:
-    """A polynomial in x^2 on |x| <= pi / 4, the constant first; to 1e-9."""
-    nodes = np.polynomial.Chebyshev.interpolate(lambda t: function(np.sqrt(t)), degree, domain=[0, (np.pi / 4) ** 2])
-    return [tl.constexpr(float(c)) for c in nodes.convert(kind=np.polynomial.Polynomial).coef]
-
+from .triton_chunks import chunks_of, pairs_at, states_of, step_size, tile_of
+from .triton_complex_numbers import (
+    add_step,
+    decay_of,
+    decay_over,
+    load_pairs,
+    load_planes,
+    rows_of,
+    store_pairs,
+    store_planes,
+    times,
+)
 
 # Of the strides the kernels learn nothing: so a row is computed as its batch is.
 _STRIDES = (
     *("dy_stride", "u_stride", "delta_stride", "z_stride"),
     *("B_stride", "B_group", "C_stride", "C_group"),
 )
-
-_S0, _S1, _S2, _S3, _S4 = _fit(lambda x: np.sinc(x / np.pi), 4)
-_C0, _C1, _C2, _C3, _C4 = _fit(np.cos, 4)
-_TURNS = tl.constexpr(2 / np.pi)  # quarter turns of one radian
-# Pi / 2 in three parts (Cody and Waite): few bits, so that whole numbers times the first two are exact, and the rest.
-_QUARTER_HIGH, _QUARTER_MIDDLE = tl.constexpr(1.5703125), tl.constexpr(4.837512969970703125e-4)
-_QUARTER_LOW = tl.constexpr(np.pi / 2 - 1.5703125 - 4.837512969970703125e-4)
-
-
-@triton.jit
-def _turned(angle, rest):
-    """(cos, sin) of angle + rest, of which `rest` is small."""
-    whole = tl.floor(angle * _TURNS + 0.5)
-    x = angle - whole * _QUARTER_HIGH - whole * _QUARTER_MIDDLE - whole * _QUARTER_LOW + rest
-    square = x * x
-    cos = _C0 + square * (_C1 + square * (_C2 + square * (_C3 + square * _C4)))
-    sin = x * (_S0 + square * (_S1 + square * (_S2 + square * (_S3 + square * _S4))))
-    turn = whole.to(tl.int32) & 3
-    swap, sign = (turn & 1) != 0, tl.where(turn >= 2, -1.0, 1.0)
-    return sign * tl.where(swap, -sin, cos), sign * tl.where(swap, cos, sin)
-
-
-@triton.jit
-def decay_of(dt, A2, A_im):
-    """exp(dt A), of A2 = Re A log2(e). The angle keeps what its product loses, which may be the same at all steps."""
-    angle = dt * A_im
-    cos, sin = _turned(angle, tl.fma(dt, A_im, -angle))
-    size = tl.exp2(dt * A2)
-    return size * cos, size * sin
-
-
-@triton.jit
-def _lost(a, b, product):
-    """a b - product, exactly, by halves of the digits of a and b (Veltkamp and Dekker)."""
-    a_high, b_high = a * 4097.0, b * 4097.0
-    a_high, b_high = a_high - (a_high - a), b_high - (b_high - b)
-    a_low, b_low = a - a_high, b - b_high
-    return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
-
-
-@triton.jit
-def _decay_over(total, lost, A2, A_im):
-    """exp((total + lost) A) over a chunk: its angle may be of many turns, and needs more than a float's digits."""
-    angle = total * A_im
-    cos, sin = _turned(angle, _lost(total, A_im, angle) + lost * A_im)
-    size = tl.exp2(total * A2)
-    return size * cos, size * sin
-
-
-@triton.jit
-def _add(total, lost, dt):
-    """(total + dt, what all these sums have lost): Knuth's two-sum."""
-    new = total + dt
-    back = new - total
-    return new, lost + ((total - (new - back)) + (dt - back))
-
-
-@triton.jit
-def times(a_re, a_im, b_re, b_im):
-    return tl.fma(a_re, b_re, -(a_im * b_im)), tl.fma(a_re, b_im, a_im * b_re)
-
-
-@triton.jit
-def load_pairs(x, at, inside):
-    """x[at] of pairs side by side; zeros where not inside and where x is absent."""
-    return load_float(x, 2 * at, inside), load_float(x, 2 * at + 1, inside)
-
-
-@triton.jit
-def store_pairs(x, at, re, im, inside):
-    tl.store(x + 2 * at, re, mask=inside)
-    tl.store(x + 2 * at + 1, im, mask=inside)
-
-
-@triton.jit
-def load_planes(x, at, plane, inside, COMPLEX: tl.constexpr = True):
-    """x[at] of two planes, or (not COMPLEX) of real parts alone; zeros where not inside and where x is absent."""
-    im = load_float(x, at + plane, inside) if COMPLEX else tl.zeros(inside.shape, tl.float32)
-    return load_float(x, at, inside), im
-
-
-@triton.jit
-def store_planes(x, at, plane, re, im, inside, COMPLEX: tl.constexpr = True):
-    tl.store(x + at, re, mask=inside)
-    if COMPLEX:
-        tl.store(x + at + plane, im, mask=inside)
-
-
-@triton.jit
-def _rows_of(x, token, stride, n, in_n, step, end, K: tl.constexpr, REVERSE: tl.constexpr, COMPLEX: tl.constexpr):
-    """The K rows (N, 1) of B or C from `step` on: (real parts, imaginary parts)."""
-    if COMPLEX:
-        re = load_rows(x, token, stride, 2 * n, in_n, step, end, K, REVERSE)
-        im = load_rows(x, token, stride, 2 * n + 1, in_n, step, end, K, REVERSE)
-    else:
-        re = load_rows(x, token, stride, n, in_n, step, end, K, REVERSE)
-        im = re
-    res, ims = (), ()
-    for i in tl.static_range(K):
-        res += (re[i].to(tl.float32)[:, None],)
-        ims += (im[i].to(tl.float32)[:, None] if COMPLEX else tl.zeros((1, 1), tl.float32),)
-    return res, ims
 
 
 @triton.jit(do_not_specialize=["length", "n_seqs", "zero", *_STRIDES])
@@ -191,13 +92,13 @@ def scan_forward(
         if z is not None:
             zs = load_rows(z, token, z_stride, d, in_d, step, end, K, REVERSE)
         if not STATIC_B:
-            bs_re, bs_im = _rows_of(B, token, B_stride, n, in_n, step, end, K, REVERSE, COMPLEX_B)
+            bs_re, bs_im = rows_of(B, token, B_stride, n, in_n, step, end, K, REVERSE, COMPLEX_B)
         if not ENDS and not STATIC_C:
-            cs_re, cs_im = _rows_of(C, token, C_stride, n, in_n, step, end, K, REVERSE, COMPLEX_C)
+            cs_re, cs_im = rows_of(C, token, C_stride, n, in_n, step, end, K, REVERSE, COMPLEX_C)
         for i in tl.static_range(K):
             x = us[i].to(tl.float32)
             dt = step_size(deltas[i].to(tl.float32) + bias_row, step + i, end, SOFTPLUS, False)
-            total, lost = _add(total, lost, dt)
+            total, lost = add_step(total, lost, dt)
             if not STATIC_B:
                 b_re, b_im = bs_re[i], bs_im[i]
             e_re, e_im = decay_of(dt[None, :], A2, A_im)
@@ -232,13 +133,7 @@ def pass_states(
     n = tl.program_id(0) // per_state % N
     d = tl.program_id(0) % per_state * BLOCK + tl.arange(0, BLOCK)
     in_d = d < n_channels
-    if cu_seqlens is None:
-        chunks = tl.maximum(tl.cdiv(length, CHUNK), 1)
-        slot = s.to(tl.int64) * chunks
-    else:
-        start = tl.load(cu_seqlens + s).to(tl.int64)
-        chunks = tl.maximum(tl.cdiv((tl.load(cu_seqlens + s + 1) - start).to(tl.int32), CHUNK), 1)
-        slot = start // CHUNK + s
+    chunks, slot = chunks_of(cu_seqlens, s, length, CHUNK)
     PLANE: tl.constexpr = N * n_channels
     at = n * n_channels + d
     A_re, A_im = load_planes(A, at, PLANE, in_d)
@@ -258,7 +153,7 @@ def pass_states(
         for k in tl.static_range(AHEAD):
             chunk = slot + (chunks - 1 - (i + k) if BACKWARDS else i + k)
             store_planes(own, chunk * (2 * PLANE) + at, PLANE, h_re, h_im, in_d & (i + k < chunks))
-            e_re, e_im = _decay_over(totals[k], losts[k], A2, A_im)
+            e_re, e_im = decay_over(totals[k], losts[k], A2, A_im)
             if BACKWARDS:
                 e_im = -e_im
             h_re, h_im = times(e_re, e_im, h_re, h_im)
@@ -306,10 +201,10 @@ def chunk_gradients(
         if z is not None:
             zs = load_rows(z, token, z_stride, d, in_d, step, end, K, REVERSE)
         if not STATIC_C:
-            cs_re, cs_im = _rows_of(C, token, C_stride, n, in_n, step, end, K, REVERSE, COMPLEX_C)
+            cs_re, cs_im = rows_of(C, token, C_stride, n, in_n, step, end, K, REVERSE, COMPLEX_C)
         for i in tl.static_range(K - 1, -1, -1):
             dt = step_size(deltas[i].to(tl.float32) + bias_row, step + i, end, SOFTPLUS, False)
-            total, lost = _add(total, lost, dt)
+            total, lost = add_step(total, lost, dt)
             dout = dys[i].to(tl.float32)
             if z is not None:
                 gate = zs[i].to(tl.float32)
@@ -381,7 +276,7 @@ def scan_backward(
             us = load_rows(u, token, u_stride, d, in_d, step, end, K, REVERSE, True)
             deltas = load_rows(delta, token, delta_stride, d, in_d, step, end, K, REVERSE, True)
             if not STATIC_B:
-                bs_re, bs_im = _rows_of(B, token, B_stride, n, in_n, step, end, K, REVERSE, COMPLEX_B)
+                bs_re, bs_im = rows_of(B, token, B_stride, n, in_n, step, end, K, REVERSE, COMPLEX_B)
             for i in tl.static_range(K):
                 dt = step_size(deltas[i].to(tl.float32) + bias_row, 0, 0, SOFTPLUS, True)
                 if not STATIC_B:
@@ -399,9 +294,9 @@ def scan_backward(
         if z is not None:
             zs = load_rows(z, token, z_stride, d, in_d, last, end, K, REVERSE)
         if not STATIC_B:
-            bs_re, bs_im = _rows_of(B, token, B_stride, n, in_n, last, end, K, REVERSE, COMPLEX_B)
+            bs_re, bs_im = rows_of(B, token, B_stride, n, in_n, last, end, K, REVERSE, COMPLEX_B)
         if not STATIC_C:
-            cs_re, cs_im = _rows_of(C, token, C_stride, n, in_n, last, end, K, REVERSE, COMPLEX_C)
+            cs_re, cs_im = rows_of(C, token, C_stride, n, in_n, last, end, K, REVERSE, COMPLEX_C)
         states_re, states_im, decays_re, decays_im = (h_re,), (h_im,), (), ()
         dts, slopes = (), ()
         for i in tl.static_range(K):

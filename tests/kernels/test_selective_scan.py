@@ -250,11 +250,12 @@ def test_step_sizes_from_tiny_to_large(problem, backend, results_of, cast, asser
         assert_close(results_of(selective_scan, cast(tensors, torch.float32), backend, **arguments), expected, 3e-6)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("backend", "is_complex"), [*((backend, False) for backend in FAST), ("triton", True)])
 @pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
-def test_nan_comes_out_as_nan(problem, name, backend, device_of):
+def test_nan_comes_out_as_nan(problem, name, backend, is_complex, device_of, cast):
     device = device_of(backend)
-    tensors = {k: x.float().to(device) for k, x in problem(length=6).items()}
+    single = cast(problem(length=6, is_complex=is_complex), torch.float32)
+    tensors = {k: x.to(device) for k, x in single.items()}
     tensors[name].select(1, 2).fill_(torch.nan)
     y = selective_scan(**tensors, delta_softplus=True, backend=backend)
     assert y[:, :2].isfinite().all()

@@ -107,33 +107,34 @@ def test_packed_is_each_alone(problem, reverse, backend, results_of, cast):
             assert torch.equal(packed[name][own] if of_state else packed[name][:, steps], alone[name]), (s, name)
 
 
+@pytest.fixture
+def row_is_alone(problem, results_of, cast):
+    """Has a row of a batch compared with itself alone, to the bit."""
+
+    def compared(backend: str, row: slice, batch: int, length: int, channels: int, states: int) -> None:
+        tensors = cast(problem(batch=batch, length=length, channels=channels, states=states), torch.float32)
+        arguments = {"delta_softplus": True, "return_final_state": True}
+        weight = torch.randn(batch, length, channels), torch.randn(batch, channels, states)
+        together = results_of(selective_scan, tensors, backend, weight, **arguments)
+        inputs = part(tensors, row, slice(None), initial_state=tensors["initial_state"][row])
+        alone = results_of(selective_scan, inputs, backend, tuple(w[row] for w in weight), **arguments)
+        for name in OF_A_ROW:
+            assert torch.equal(together[name][row], alone[name]), name
+
+    return compared
+
+
 @pytest.mark.parametrize("backend", FAST)
-def test_a_row_does_not_feel_its_batch(problem, backend, results_of, cast):
-    tensors = cast(problem(batch=3, length=9, channels=40, states=2), torch.float32)
-    arguments = {"delta_softplus": True, "return_final_state": True}
-    weight = torch.randn(3, 9, 40), torch.randn(3, 40, 2)
-    together = results_of(selective_scan, tensors, backend, weight, **arguments)
-    row = slice(1, 2)
-    inputs = part(tensors, row, slice(None), initial_state=tensors["initial_state"][row])
-    alone = results_of(selective_scan, inputs, backend, tuple(w[row] for w in weight), **arguments)
-    for name in OF_A_ROW:
-        assert torch.equal(together[name][row], alone[name]), name
+def test_a_row_does_not_feel_its_batch(backend, row_is_alone):
+    row_is_alone(backend, slice(1, 2), batch=3, length=9, channels=40, states=2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("states", [1, 16])
-def test_a_row_does_not_feel_its_batch_at_size(problem, states, backend, results_of, cast):
+def test_a_row_does_not_feel_its_batch_at_size(states, backend, row_is_alone):
     """A batch that fills a GPU, and a row of it, which does not: their plans differ."""
-    tensors = cast(problem(batch=24, length=70, channels=2048, states=states), torch.float32)
-    arguments = {"delta_softplus": True, "return_final_state": True}
-    weight = torch.randn(24, 70, 2048), torch.randn(24, 2048, states)
-    together = results_of(selective_scan, tensors, backend, weight, **arguments)
-    row = slice(5, 6)
-    inputs = part(tensors, row, slice(None), initial_state=tensors["initial_state"][row])
-    alone = results_of(selective_scan, inputs, backend, tuple(w[row] for w in weight), **arguments)
-    for name in OF_A_ROW:
-        assert torch.equal(together[name][row], alone[name]), name
+    row_is_alone(backend, slice(5, 6), batch=24, length=70, channels=2048, states=states)
 
 
 @pytest.mark.parametrize("backend", ["numba", *(pytest.param(x, marks=pytest.mark.gpu) for x in ("triton", "cuda"))])
