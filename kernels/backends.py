@@ -52,10 +52,10 @@ def choose(
     if backend is None and _plain:
         backend = "plain"
     if backend is None:
-        if is_complex or dtype == torch.float64:
+        if dtype == torch.float64 or (is_complex and not (complex_in_triton and device.type == "cuda")):
             return "torch"
         if device.type == "cuda" and INSTALLED["triton"]:
-            return "cuda" if in_cuda and INSTALLED["cuda"] else "triton"
+            return "cuda" if in_cuda and INSTALLED["cuda"] and not is_complex else "triton"
         if device.type == "cpu" and INSTALLED["numba"]:
             return "numba"
         return "torch"

@@ -19,6 +19,7 @@ def _fit(function, degree: int) -> list[tl.constexpr]:
 _S0, _S1, _S2, _S3, _S4 = _fit(lambda x: np.sinc(x / np.pi), 4)
 _C0, _C1, _C2, _C3, _C4 = _fit(np.cos, 4)
 _TURNS = tl.constexpr(2 / np.pi)  # quarter turns of one radian
+_WHOLE = tl.constexpr(1.5 * 2.0**23)  # a float this large has no fraction: added, it rounds, and its last bits count
 # Pi / 2 in three parts (Cody and Waite): few bits, so that whole numbers times the first two are exact, and the rest.
 _QUARTER_HIGH, _QUARTER_MIDDLE = tl.constexpr(1.5703125), tl.constexpr(4.837512969970703125e-4)
 _QUARTER_LOW = tl.constexpr(np.pi / 2 - 1.5703125 - 4.837512969970703125e-4)
@@ -27,13 +28,14 @@ _QUARTER_LOW = tl.constexpr(np.pi / 2 - 1.5703125 - 4.837512969970703125e-4)
 @triton.jit
 def _turned(angle, rest):
     """(cos, sin) of angle + rest, of which `rest` is small."""
-    whole = tl.floor(angle * _TURNS + 0.5)
+    counted = angle * _TURNS + _WHOLE
+    whole = counted - _WHOLE
     x = angle - whole * _QUARTER_HIGH - whole * _QUARTER_MIDDLE - whole * _QUARTER_LOW + rest
     square = x * x
     cos = _C0 + square * (_C1 + square * (_C2 + square * (_C3 + square * _C4)))
     sin = x * (_S0 + square * (_S1 + square * (_S2 + square * (_S3 + square * _S4))))
-    turn = whole.to(tl.int32) & 3
-    swap, sign = (turn & 1) != 0, tl.where(turn >= 2, -1.0, 1.0)
+    turn = counted.to(tl.int32, bitcast=True)
+    swap, sign = (turn & 1) != 0, tl.where((turn & 2) != 0, -1.0, 1.0)
     return sign * tl.where(swap, -sin, cos), sign * tl.where(swap, cos, sin)
 
 

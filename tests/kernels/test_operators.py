@@ -169,6 +169,8 @@ def test_where_a_kernel_in_cuda_is_chosen(monkeypatch):
     assert choose(None, cuda, torch.bfloat16) == "triton"
     assert choose(None, cuda, torch.float64, in_cuda=True) == "torch"
     assert choose(None, cuda, torch.float32, is_complex=True, in_cuda=True) == "torch"
+    assert choose(None, cuda, torch.float32, is_complex=True, in_cuda=True, complex_in_triton=True) == "triton"
+    assert choose(None, torch.device("cpu"), torch.float32, is_complex=True, complex_in_triton=True) == "torch"
     assert choose("triton", cuda, torch.float32, in_cuda=True) == "triton"
     with pytest.raises(ValueError, match="no kernel in CUDA"):
         choose("cuda", cuda, torch.float32)
