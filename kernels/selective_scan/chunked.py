@@ -1,4 +1,4 @@
-"""Selective scan in plain PyTorch with bounded memory: float64, complex A on a CPU, and devices without a kernel of ours.
+"""Selective scan in plain PyTorch with bounded memory: float64, complex A on a CPU, devices without a kernel of ours.
 
 Tokens go through in pieces of `PIECE`. Inside a piece all steps advance together by recursive doubling (Hillis and
 Steele, 1986): after k rounds each step holds the recurrence of the last 2^k steps as a pair (decay, input). Only one
