@@ -219,7 +219,7 @@ class GraphedDecoder:
         self.n_launched = 0
         self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.graph: _StepGraph | None = None
-        self.spoilt = False
+        self.stays = self.spoilt = False
         self.autocast = torch.is_autocast_enabled("cuda")
 
     def advance(self) -> list[list[int]]:
@@ -249,7 +249,7 @@ class GraphedDecoder:
         """
         if self.in_flight:  # these still write to the host's memory, which may be freed from now on
             self.in_flight[-1][1].synchronize()
-        if self.graph is not None and not (self.autocast or self.spoilt) and _are_ours(list(self.model.modules())):
+        if self.graph is not None and self.stays and not self.spoilt:
             self.graph.left.record(torch.cuda.current_stream(self.graph.tokens.device))
             _graphs[self.model] = (self.key, self.graph)
 
@@ -261,6 +261,7 @@ class GraphedDecoder:
         # Some mixers compute something of these outside of a step, and anew when they change (lti.py).
         dynamics = (p for module in modules if isinstance(module, LTIMixer) for p in module.parameters())
         versions = tuple(p._version for p in dynamics)
+        self.stays = not self.autocast and _are_ours(modules)
         self.key = (len(tokens), room, config, None if recent is None else recent.shape, _places(modules), versions)
         key, graph = _graphs.pop(self.model, (None, None))
         if graph is None or key != self.key or self.autocast:

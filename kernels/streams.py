@@ -31,13 +31,13 @@ def side_by_side(work: Callable[[int], Tensor], n: int, x: Tensor, may_branch: b
     return results
 
 
-def aside(work: Callable[[], Found], x: Tensor, may_branch: bool) -> Callable[[], Found]:
+def aside(work: Callable[[], Found], x: Tensor) -> Callable[[], Found]:
     """A function that returns work()'s result, to be called once, where that is first read; x: where it runs.
 
     While a CUDA graph is recorded the work is a branch of it, which that call ends: small kernels cost nothing beside
     large ones. The work's inputs and its result must live until then and until they were read, respectively.
     """
-    if not may_branch or not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+    if not x.is_cuda or not torch.cuda.is_current_stream_capturing():
         found = work()
         return lambda: found
     branch = _branch(x.device, _ASIDE)

@@ -185,7 +185,7 @@ def forward(
                 scaled = scaled.repeat(1, len(scans))
             return own, A_of, scaled
 
-        weights_ready = aside(of_weights_alone, hidden, wide is not None)
+        weights_ready = aside(of_weights_alone, hidden)
         rows = hidden.to(s.dtype).flatten(0, 1)
         xz = rows if in_proj is None else torch.mm(rows, in_proj.t())
         x, z = s.halves(xz)

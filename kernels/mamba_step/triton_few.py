@@ -16,9 +16,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..triton_runtime import LOG2E, ceil_div, early_launch, load_float, sigmoid, softplus
 
-ELEMENTS, LANE = 4096, 64  # of a matrix, a program and a lane of it have at most
-WIDE = range(1025, 2048)  # model widths for which both are twice that: measured at 1,792 (at 768 it is slower)
-PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor of an H100
+# Of a matrix, what a program and a lane of it have at most, in numbers. All of this is measured, on an H100.
+ELEMENTS, LANE = 4096, 64
+PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor
+CHANNELS = 8  # of a program of the scan
+# A width that is a multiple of it is taken in pieces, of the largest power of two that divides it: no lane is idle.
+SMALLEST = 256
 
 
 @triton.jit
@@ -34,16 +37,44 @@ def after_the_kernel_before(EARLY: tl.constexpr):
 
 
 @triton.jit
+def _pieces(x, at, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    """The vector x[at : at + WIDTH] in float32, in pieces; zeros where x is absent."""
+    k, pieces = tl.arange(0, PIECE), ()
+    for i in tl.static_range((WIDTH + PIECE - 1) // PIECE):
+        pieces += (load_float(x, at + i * PIECE + k, i * PIECE + k < WIDTH),)
+    return pieces
+
+
+@triton.jit
+def _rows(weight, o, in_o, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    """Rows o of a matrix, in pieces of its width."""
+    k, pieces = tl.arange(0, PIECE), ()
+    for i in tl.static_range((WIDTH + PIECE - 1) // PIECE):
+        inside = in_o[:, None] & (i * PIECE + k < WIDTH)[None, :]
+        pieces += (tl.load(weight + o[:, None] * WIDTH + (i * PIECE + k)[None, :], mask=inside, other=0.0),)
+    return pieces
+
+
+@triton.jit
+def _products(rows, x):
+    """The products of rows with a vector, both in pieces: added up over pieces, and then once over lanes."""
+    total = rows[0].to(tl.float32) * x[0][None, :]
+    for i in tl.static_range(1, len(rows)):
+        total += rows[i].to(tl.float32) * x[i][None, :]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
 def _enter(
     x, stream, norm, norm_bias, weight, conv_state, conv, conv_bias, new_stream, uz, eps, n_rows,
-    M: tl.constexpr, E: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    M: tl.constexpr, E: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
     CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Residual add, norm, in_proj and convolution: uz (B, 2E). Each program norms the rows again."""
-    e, m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_M)
-    in_e, in_m, is_u = e < 2 * E, m < M, e < E
-    tile = tl.load(weight + e[:, None] * M + m[None, :], mask=in_e[:, None] & in_m[None, :], other=0.0)
-    norm_row, norm_shift = load_float(norm, m, in_m), load_float(norm_bias, m, in_m)
+    e, m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PIECE)
+    in_e, is_u = e < 2 * E, e < E
+    tile = _rows(weight, e, in_e, M, PIECE)
+    factors, shifts = _pieces(norm, 0, M, PIECE), _pieces(norm_bias, 0, M, PIECE)
     shift = load_float(conv_bias, e, is_u)
     taps = ()
     for k in tl.static_range(W):
@@ -54,14 +85,25 @@ def _enter(
         window = ()
         for k in tl.static_range(W - 1):
             window += (load_float(conv_state, state_at + k, is_u),)
-        row = load_float(x, b * M + m, in_m) + load_float(stream, b * M + m, in_m)
-        if stream is not None:
-            if tl.program_id(0) == 0:
-                tl.store(new_stream + b * M + m, row, mask=in_m)
-        if CENTRED:
-            row = tl.where(in_m, row - tl.sum(row, axis=0) / M, 0.0)
-        normed = row * (1.0 / tl.sqrt_rn(tl.sum(row * row, axis=0) / M + eps)) * norm_row + norm_shift
-        out = tl.sum(tile.to(tl.float32) * normed[None, :], axis=1)
+        added, old = _pieces(x, b * M, M, PIECE), _pieces(stream, b * M, M, PIECE)
+        row, total = (), tl.zeros((PIECE,), tl.float32)
+        for i in tl.static_range(len(added)):
+            piece = added[i] + old[i]
+            if stream is not None:
+                if tl.program_id(0) == 0:
+                    tl.store(new_stream + b * M + i * PIECE + m, piece, mask=i * PIECE + m < M)
+            row += (piece,)
+            total += piece
+        mean = tl.sum(total, axis=0) / M if CENTRED else 0.0
+        squares, centred = tl.zeros((PIECE,), tl.float32), ()
+        for i in tl.static_range(len(row)):
+            piece = tl.where(i * PIECE + m < M, row[i] - mean, 0.0) if CENTRED else row[i]
+            centred += (piece,)
+            squares += piece * piece
+        scale, normed = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / M + eps), ()
+        for i in tl.static_range(len(row)):
+            normed += (centred[i] * scale * factors[i] + shifts[i],)
+        out = _products(tile, normed)
         # The convolution, of the half that it is for: the window moves on by one.
         mixed = shift + out * taps[W - 1]
         for k in tl.static_range(W - 1):
@@ -75,21 +117,18 @@ def _enter(
 
 @triton.jit
 def _multiply(
-    x, weight, out, x_stride, n_rows, n_out, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, out, x_stride, n_rows, n_out, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """out (B, n_out) = x (B, WIDTH) weight^T."""
     if EARLY:
         gdc_launch_dependents()
-    o, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
-    tile = tl.load(
-        weight + o[:, None] * WIDTH + k[None, :], mask=(o < n_out)[:, None] & (k < WIDTH)[None, :], other=0.0
-    )
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile = _rows(weight, o, o < n_out, WIDTH, PIECE)
     if EARLY:
         gdc_wait()
     for b in range(n_rows):
-        row = load_float(x, b * x_stride + k, k < WIDTH)
-        tl.store(out + b * n_out + o, tl.sum(tile.to(tl.float32) * row[None, :], axis=1), mask=o < n_out)
+        tl.store(out + b * n_out + o, _products(tile, _pieces(x, b * x_stride, WIDTH, PIECE)), mask=o < n_out)
 
 
 @triton.jit
@@ -125,12 +164,21 @@ def _scan(
 
 
 def _tile(n_out: int, width: int, model_width: int) -> dict[str, int]:
-    """Rows of a weight that a program has, and its warps."""
-    times, block_k = 2 if model_width in WIDE else 1, triton.next_power_of_2(width)
-    block = max(1, min(times * ELEMENTS // block_k, triton.next_power_of_2(n_out)))
-    while block > 1 and ceil_div(n_out, block) < PROGRAMS:
-        block //= 2
-    return {"BLOCK": block, "num_warps": max(1, min(block * block_k // (32 * times * LANE), 16))}
+    """Rows of a weight that a program has, the pieces that it takes of their width, and its warps."""
+    is_in_proj = width == model_width
+    piece = width & -width if width % SMALLEST == 0 else triton.next_power_of_2(width)
+    whole = ceil_div(width, piece) * piece
+    if n_out < PROGRAMS:
+        rows, warps = 1, 8
+    elif 1024 < model_width < 2048:
+        rows, warps = (16, 4) if is_in_proj else (1, 1)
+    else:
+        most = ELEMENTS if is_in_proj or model_width < 2048 else 4 * ELEMENTS
+        rows = 1 << max(most // whole, 1).bit_length() - 1
+        warps = triton.next_power_of_2(ceil_div(rows * whole, 32 * LANE))
+    while rows > 1 and ceil_div(n_out, rows) < PROGRAMS:
+        rows //= 2
+    return {"PIECE": piece, "BLOCK": rows, "num_warps": min(warps, 16)}
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, model_width: int, early: dict[str, bool]) -> Tensor:
@@ -138,7 +186,7 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, model_width: int, ea
     out = torch.empty(n_rows, n_out, dtype=dtype, device=x.device)
     tile = _tile(n_out, width, model_width)
     _multiply[(ceil_div(n_out, tile["BLOCK"]),)](
-        x, weight, out, x.stride(0), n_rows, n_out, WIDTH=width, BLOCK_K=triton.next_power_of_2(width), **tile, **early
+        x, weight, out, x.stride(0), n_rows, n_out, WIDTH=width, **tile, **early
     )
     return out
 
@@ -152,16 +200,15 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
     tile = _tile(2 * n_channels, width, width)
     _enter[(ceil_div(2 * n_channels, tile["BLOCK"]),)](
         x, stream, w.norm, w.norm_bias, w.in_proj, conv_state, w.conv, w.conv_bias, new_stream, uz, eps, n_rows,
-        M=width, E=n_channels, W=w.conv.shape[1], BLOCK_M=triton.next_power_of_2(width), CENTRED=centred,
+        M=width, E=n_channels, W=w.conv.shape[1], CENTRED=centred,
         **tile, **early,
     )  # fmt: skip
     u, z = uz.chunk(2, dim=1)
     projected = _product(u, w.x_proj, torch.float32, width, early)
     y = torch.empty(n_rows, n_channels, dtype=dtype, device=x.device)
-    block = 16
-    _scan[(ceil_div(n_channels, block), n_rows)](
+    _scan[(ceil_div(n_channels, CHANNELS), n_rows)](
         u, z, projected, w.dt_proj, w.dt_bias, w.A_log, w.D, ssm_state, y, u.stride(0), z.stride(0),
         E=n_channels, R=rank, N=n_states, BLOCK_R=triton.next_power_of_2(rank),
-        BLOCK_N=triton.next_power_of_2(n_states), BLOCK=block, num_warps=1, **early,
+        BLOCK_N=triton.next_power_of_2(n_states), BLOCK=CHANNELS, num_warps=1, **early,
     )  # fmt: skip
     return _product(y, w.out_proj, dtype, width, early), new_stream

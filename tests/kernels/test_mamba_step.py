@@ -53,8 +53,10 @@ def results(tensors, weights, centred, backend, dtype, device="cpu"):
 
 
 def wide_programs(monkeypatch):
-    """Let a program of Triton's have several rows of a weight, as at size: here it would have one, and take long."""
-    monkeypatch.setattr(import_module("polymamba.kernels.mamba_step.triton_few"), "PROGRAMS", 4)
+    """Let a program of Triton's have several rows of a weight, in pieces, as at size: one row each would take long."""
+    few = import_module("polymamba.kernels.mamba_step.triton_few")
+    monkeypatch.setattr(few, "PROGRAMS", 4)
+    monkeypatch.setattr(few, "SMALLEST", 8)
 
 
 @pytest.mark.parametrize("products", ["fused", "PyTorch's"])
@@ -92,7 +94,7 @@ def test_bf16(backend, n_rows, monkeypatch, device_of, assert_close):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 5, 6, 64])
-@pytest.mark.parametrize("width", [768, 1792])
+@pytest.mark.parametrize("width", [768, 1792, 2048])
 def test_at_size(n_rows, width, device_of, assert_close):
     args = problem(n_rows, width, 2 * width, 16, width // 16, 4, False, True)
     expected = results(*args, "reference", torch.float64, "cuda")
