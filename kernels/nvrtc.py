@@ -22,6 +22,8 @@ from torch import Tensor
 
 EMULATED = False  # for tests: kernels are run on the CPU instead
 _SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_PERCENT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+_NOT_FOUND = 500  # CUDA_ERROR_NOT_FOUND
 
 
 class Unavailable(RuntimeError):
@@ -196,7 +198,12 @@ _EARLY = _LaunchAttribute(6, (ctypes.c_int * 17)(0, 1))
 
 
 class Kernel:
-    """A function on one device, with the dynamic shared memory that its source says (an int `shared_bytes`)."""
+    """A function on one device, with the dynamic shared memory that its source says (an int `shared_bytes`).
+
+    A source may also say, by an int `shared_percent`, how much of a multiprocessor's memory is to be shared memory, at
+    least as much as it needs, while it runs; the rest is the L1 cache. Left alone, the driver chooses. A kernel that
+    may begin before the last one has ended cannot, on a multiprocessor which has to be divided anew for it.
+    """
 
     def __init__(self, code: bytes, name: str):
         driver = _driver()
@@ -204,17 +211,28 @@ class Kernel:
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(driver.cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"finding {name}")
-        address, size, shared = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int(0)
-        found = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, b"shared_bytes")
-        _check(found, f"asking how much shared memory {name} takes")
-        _check(driver.cuMemcpyDtoH_v2(ctypes.byref(shared), address, ctypes.c_size_t(4)), f"reading about {name}")
-        self.shared = shared.value
+
+        def constant(which: bytes) -> int | None:
+            address, size, value = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int(0)
+            code = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, which)
+            if code == _NOT_FOUND:
+                return None
+            _check(code, f"asking what {name} says")
+            _check(driver.cuMemcpyDtoH_v2(ctypes.byref(value), address, ctypes.c_size_t(4)), f"reading about {name}")
+            return value.value
+
+        shared, percent = constant(b"shared_bytes"), constant(b"shared_percent")
+        if shared is None:
+            raise Unavailable(f"the source of {name} does not say how much shared memory it takes")
+        self.shared = shared
         self._launch, self._device = driver.cuLaunchKernel, torch.cuda.current_device()
         if self.shared > 48 * 1024:
             _check(
                 driver.cuFuncSetAttribute(self._function, _SHARED_MEMORY, self.shared),
                 f"{self.shared} bytes of shared memory for {name}",
             )
+        if percent is not None:
+            _check(driver.cuFuncSetAttribute(self._function, _SHARED_PERCENT, percent), f"dividing memory for {name}")
 
     def __call__(self, blocks: int, threads: int, argument: bytes, *, early: bool = False) -> None:
         """Launch with one argument, a struct given as its bytes, on the current stream of the kernel's device.

@@ -36,6 +36,7 @@ struct Shared {
   Gate gathering, giving, windows;
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
+extern "C" __constant__ int shared_percent = 50;  // as stack.cu
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 
 INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
