@@ -65,7 +65,7 @@ class _Project:
         seqs = 8 if groups * -(-n_rows // 8) <= nvrtc.processors(device) else 16
         self.blocks, self.threads, self.splits = groups * -(-n_rows // seqs), 2 * (R + 32), groups // cluster
         sizes = {"E": E, "R": R, "W": W, "CHANNELS": CHANNELS, "CLUSTER": cluster, "SEQS": seqs}
-        self.kernel = nvrtc.kernel(source("project.cu", **sizes), "project", device)
+        self.kernel = nvrtc.kernel(source("convolution.cu", "project.cu", **sizes), "project", device)
 
     def __call__(self, *tensors: Tensor | None, n_rows: int) -> None:
         self.kernel(self.blocks, self.threads, struct.pack("8q", *addresses(*tensors), n_rows), early=True)

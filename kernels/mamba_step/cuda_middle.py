@@ -49,7 +49,7 @@ class _Kernel:
     def __init__(self, E: int, R: int, W: int, at_once: int, device: int):
         self.at_once, self.threads = at_once, 2 * E // CLUSTER
         sizes = {"E": E, "R": R, "W": W, "CLUSTER": CLUSTER, "SEQS": at_once}
-        self.kernel = nvrtc.kernel(source("middle.cu", **sizes), "middle", device)
+        self.kernel = nvrtc.kernel(source("convolution.cu", "middle.cu", **sizes), "middle", device)
         self.clusters = 16 if nvrtc.EMULATED else self.kernel.clusters_at_once(self.threads, CLUSTER)
 
     def __call__(self, uz: Tensor, conv: Tensor, ssm: Tensor, w, y: Tensor) -> None:

@@ -58,7 +58,8 @@ def between_fits(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
 def source(*names: str, **macros: int) -> str:
     """The source of these files of cuda_kernels, for these sizes."""
     parts = [f"#define {name} {value}" for name, value in macros.items()]
-    files = (_COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", *(_FOLDER / name for name in names))
+    common = _COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / "gates.cu"
+    files = (*common, *(_FOLDER / name for name in names))
     return "\n".join([*parts, *(path.read_text() for path in files)]) + "\n"
 
 

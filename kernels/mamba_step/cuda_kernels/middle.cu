@@ -39,23 +39,11 @@ extern "C" __constant__ int shared_bytes = sizeof(Shared);
 extern "C" __constant__ int shared_percent = 50;  // as stack.cu
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 
-INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
-INLINE float softplus(float x) { return softplus_of(x, exp_negative(-fabsf(x))); }
 INLINE Packed<bf16, 8> packed(uint4 x) {
   Packed<bf16, 8> y;
   y.word[0] = x.x, y.word[1] = x.y, y.word[2] = x.z, y.word[3] = x.w;
   return y;
 }
-
-// The last W - 1 inputs of 8 channels, or their W taps, as they lie in memory.
-template <int K> struct Eight {
-  Packed<bf16, 8> words[K];
-  INLINE void load(const bf16* from) {
-#pragma unroll
-    for (int i = 0; i < K; ++i) words[i].load(from + 8 * i);
-  }
-  INLINE float get(int channel, int k) const { return words[(channel * K + k) / 8].get((channel * K + k) % 8); }
-};
 
 extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) middle(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
@@ -122,29 +110,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       if (j < n_here) {
         const bf16* at = p.uz + int64(first + j) * 2 * E + channel + c;
         u = packed(fresh16(at)), z = packed(fresh16(at + E));
-        bf16* state = &s.window[j][c * (W - 1)];
-        Eight<W - 1> past;
-        past.load(state);
-        float mixed[8], next[8];
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          mixed[k] = __fmaf_rn(u.get(k), taps.get(k, W - 1), shift.get(k));
-#pragma unroll
-          for (int w = 0; w < W - 1; ++w) mixed[k] = __fmaf_rn(past.get(k, w), taps.get(k, w), mixed[k]);
-          mixed[k] *= sigmoid(mixed[k]);
-        }
-#pragma unroll
-        for (int w = 0; w < W - 1; ++w) {
-#pragma unroll
-          for (int k = 0; k < 8; ++k) {
-            int at_k = w * 8 + k, of = at_k / (W - 1), tap = at_k % (W - 1);
-            next[k] = tap < W - 2 ? past.get(of, (tap + 1) % (W - 1)) : u.get(of);
-          }
-          Packed<bf16, 8> moved;
-          moved.set(next);
-          moved.store(state + 8 * w);
-        }
-        u.set(mixed);
+        convolve(u, &s.window[j][c * (W - 1)], taps, shift);
       }
       u.store(&s.u[j][c]);
       z.store(&s.z[j][c]);

@@ -38,18 +38,6 @@ struct Shared {
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 
-INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
-
-// K numbers of each of 8 channels as they lie in memory: the last W - 1 inputs, or the W taps.
-template <int K> struct Eight {
-  Packed<bf16, 8> words[K];
-  INLINE void load(const bf16* from) {
-#pragma unroll
-    for (int i = 0; i < K; ++i) words[i].load(from + 8 * i);
-  }
-  INLINE float get(int channel, int k) const { return words[(channel * K + k) / 8].get((channel * K + k) % 8); }
-};
-
 extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, AT_ONCE)
     project(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
@@ -98,30 +86,8 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, AT_ONCE
     Packed<bf16, 8> u;
     u.clear();
     if (here) {
-      Eight<W - 1> past;
-      bf16* own = &s.window[row][c * (W - 1)];
-      past.load(own);
       u.word[0] = fresh_u[i].x, u.word[1] = fresh_u[i].y, u.word[2] = fresh_u[i].z, u.word[3] = fresh_u[i].w;
-      float mixed[8], next[8];
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        mixed[k] = __fmaf_rn(u.get(k), taps.get(k, W - 1), shift.get(k));
-#pragma unroll
-        for (int w = 0; w < W - 1; ++w) mixed[k] = __fmaf_rn(past.get(k, w), taps.get(k, w), mixed[k]);
-        mixed[k] *= sigmoid(mixed[k]);
-      }
-#pragma unroll
-      for (int w = 0; w < W - 1; ++w) {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          int at = w * 8 + k, of = at / (W - 1), tap = at % (W - 1);
-          next[k] = tap < W - 2 ? past.get(of, (tap + 1) % (W - 1)) : u.get(of);
-        }
-        Packed<bf16, 8> moved;
-        moved.set(next);
-        moved.store(own + 8 * w);
-      }
-      u.set(mixed);
+      convolve(u, &s.window[row][c * (W - 1)], taps, shift);
       u.store(p.u + int64(first + row) * E + channel);
     }
     if (row < SEQS) u.store(&s.u[row][c]);

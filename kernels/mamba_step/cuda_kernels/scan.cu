@@ -35,9 +35,6 @@ struct Shared {
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 
-INLINE float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
-INLINE float softplus(float x) { return softplus_of(x, exp_negative(-fabsf(x))); }
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
