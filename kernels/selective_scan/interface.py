@@ -40,8 +40,8 @@ def selective_scan(
     equals flipping time, running and flipping back, within each sequence; the initial state then enters from the right.
 
     The backward is deterministic. Sums and the state are in float32 at least. Raises ValueError if shapes disagree
-    or if `backend` (one of reference, torch, plain, numba, triton, cuda; by default chosen by device, torch for complex
-    A) cannot run these inputs: plain (plain.py) takes neither states nor packs; numba, cuda and plain take real A only.
+    or if `backend` (one of reference, torch, plain, numba, triton, cuda; by default chosen by device) cannot run these
+    inputs: plain (plain.py) takes neither states nor packs; numba, cuda and plain take real A only.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex(), in_cuda=True, complex_in_triton=True)
