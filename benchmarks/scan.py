@@ -2,7 +2,8 @@
 
     python benchmarks/scan.py [--output benchmarks/results/scan_gpu.md] [--picture benchmarks/results/scan_gpu.png]
                               [--backend triton]
-    python benchmarks/scan.py --complex [--output ...]      complex A: the Triton kernels beside plain PyTorch
+    python benchmarks/scan.py --complex [--output ...]      complex A: the Triton kernels beside plain PyTorch, by the
+                                                            host's clock
 
 bf16 inputs, float32 A, D and bias, softplus; medians of `triton.testing.do_bench` (CUDA events; it overwrites the
 second-level cache between runs). A time is of calls recorded as one CUDA graph, as `--cuda-graph` launches them: of a
@@ -140,7 +141,7 @@ def table(bandwidth: float, backend: str | None) -> list[str]:
 
 def complex_table() -> list[str]:
     """Of complex A, B and C, as Python launches it."""
-    backends = {"triton": 30, "torch": 3}  # and how often
+    backends = {"triton": 30, "torch": 3}  # and how often: a call of PyTorch's takes up to 2 s
     lines = [f"| B, D, L, N | {' | '.join(f'{b}: forward ms | backward ms | peak MiB' for b in backends)} |"]
     lines += ["|" + "---|" * 7]
     for shape in COMPLEX_SHAPES:

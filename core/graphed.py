@@ -244,8 +244,9 @@ class GraphedDecoder:
     def close(self) -> None:
         """Leave the graph to the next one who decodes with this model.
 
-        Not under autocast: the graph reads autocast's own copies of the weights, which end with it. Nor where logits
-        were not finite: of a state that grows, some of that would be left behind the next one's tokens.
+        Not under autocast: the graph reads autocast's own copies of the weights, which end with it. Nor with parts of
+        others in the model, which are switched by mere attributes. Nor where logits were not finite: of a state that
+        grows, some of that would be left behind the next one's tokens.
         """
         if self.in_flight:  # these still write to the host's memory, which may be freed from now on
             self.in_flight[-1][1].synchronize()

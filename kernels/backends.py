@@ -70,7 +70,8 @@ def choose(
     refused = dtype == torch.float64 or (is_complex and not (backend == "triton" and complex_in_triton))
     if backend in ("numba", "triton", "cuda") and refused:
         kind = "complex A" if is_complex else "float64"
-        raise ValueError(f"backend={backend!r} does not take {kind}: use backend='torch' or 'reference'")
+        others = "'triton', 'torch'" if dtype != torch.float64 and complex_in_triton else "'torch'"
+        raise ValueError(f"backend={backend!r} does not take {kind}: use backend={others} or 'reference'")
     if backend == "plain" and is_complex:
         raise ValueError("backend='plain' does not take complex A: use backend='torch' or 'reference'")
     if backend == "numba" and device.type != "cpu":

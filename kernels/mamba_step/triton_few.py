@@ -16,8 +16,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..triton_runtime import LOG2E, ceil_div, early_launch, load_float, sigmoid, softplus
 
-# Of a matrix, what a program and a lane of it have at most, in numbers. All of this is measured, on an H100.
-ELEMENTS, LANE = 4096, 64
+# All of this is measured, on an H100 (benchmarks/results/gpu_model.md, "One sequence in pieces").
+ELEMENTS, LANE = (
+    4096,
+    64,
+)  # numbers of a matrix that a program and a lane of it have at most, where `_tile` says no other
 PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor
 CHANNELS = 8  # of a program of the scan
 # A width that is a multiple of it is taken in pieces, of the largest power of two that divides it: no lane is idle.
@@ -163,17 +166,17 @@ def _scan(
     tl.store(y + row, out * gate * sigmoid(gate), mask=in_e)
 
 
-def _tile(n_out: int, width: int, model_width: int) -> dict[str, int]:
+def _tile(n_out: int, width: int, model_width: int, itemsize: int) -> dict[str, int]:
     """Rows of a weight that a program has, the pieces that it takes of their width, and its warps."""
-    is_in_proj = width == model_width
+    is_in_proj = width == model_width  # or another where E is M: no tile is wrong, only slower
     piece = width & -width if width % SMALLEST == 0 else triton.next_power_of_2(width)
     whole = ceil_div(width, piece) * piece
-    if n_out < PROGRAMS:
+    if n_out < PROGRAMS:  # x_proj
         rows, warps = 1, 8
-    elif 1024 < model_width < 2048:
-        rows, warps = (16, 4) if is_in_proj else (1, 1)
+    elif 1024 < model_width < 2048 and width % SMALLEST == 0:  # 972M: 224 bytes a lane
+        rows, warps = (32 // itemsize, 4) if is_in_proj else (1, 1)
     else:
-        most = ELEMENTS if is_in_proj or model_width < 2048 else 4 * ELEMENTS
+        most = ELEMENTS if is_in_proj or model_width < 2048 else 4 * ELEMENTS  # out_proj of 1.4B: four rows, not one
         rows = 1 << max(most // whole, 1).bit_length() - 1
         warps = triton.next_power_of_2(ceil_div(rows * whole, 32 * LANE))
     while rows > 1 and ceil_div(n_out, rows) < PROGRAMS:
@@ -184,7 +187,7 @@ def _tile(n_out: int, width: int, model_width: int) -> dict[str, int]:
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, model_width: int, early: dict[str, bool]) -> Tensor:
     (n_out, width), n_rows = weight.shape, len(x)
     out = torch.empty(n_rows, n_out, dtype=dtype, device=x.device)
-    tile = _tile(n_out, width, model_width)
+    tile = _tile(n_out, width, model_width, weight.element_size())
     _multiply[(ceil_div(n_out, tile["BLOCK"]),)](
         x, weight, out, x.stride(0), n_rows, n_out, WIDTH=width, **tile, **early
     )
@@ -197,7 +200,7 @@ def step(x, stream, conv_state, ssm_state, w, eps, centred):
     rank, dtype = w.dt_proj.shape[1], w.in_proj.dtype
     new_stream = x.float() if stream is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
     uz = torch.empty(n_rows, 2 * n_channels, dtype=dtype, device=x.device)
-    tile = _tile(2 * n_channels, width, width)
+    tile = _tile(2 * n_channels, width, width, dtype.itemsize)
     _enter[(ceil_div(2 * n_channels, tile["BLOCK"]),)](
         x, stream, w.norm, w.norm_bias, w.in_proj, conv_state, w.conv, w.conv_bias, new_stream, uz, eps, n_rows,
         M=width, E=n_channels, W=w.conv.shape[1], CENTRED=centred,

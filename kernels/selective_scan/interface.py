@@ -8,6 +8,8 @@ from ..operators import Implementations, Operator
 from .plain import selective_scan_plain
 from .reference import selective_scan_reference, selective_scan_step_reference
 
+MOST_COMPLEX_STATES = 256  # that triton_complex.py takes: a program has all of a channel's in registers
+
 implementation = Implementations(
     __package__, torch="chunked", numba="cpu", triton="triton", triton_complex="triton_complex", cuda="cuda"
 )
@@ -44,7 +46,8 @@ def selective_scan(
     inputs: plain (plain.py) takes neither states nor packs; numba, cuda and plain take real A only.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex(), in_cuda=True, complex_in_triton=True)
+    in_triton = A.shape[1] <= MOST_COMPLEX_STATES
+    backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex(), in_cuda=True, complex_in_triton=in_triton)
     if backend == "triton" and A.is_complex():
         backend = "triton_complex"
     if backend == "reference":

@@ -19,7 +19,8 @@ def _fit(function, degree: int) -> list[tl.constexpr]:
 _S0, _S1, _S2, _S3, _S4 = _fit(lambda x: np.sinc(x / np.pi), 4)
 _C0, _C1, _C2, _C3, _C4 = _fit(np.cos, 4)
 _TURNS = tl.constexpr(2 / np.pi)  # quarter turns of one radian
-_WHOLE = tl.constexpr(1.5 * 2.0**23)  # a float this large has no fraction: added, it rounds, and its last bits count
+# A float this large has no fraction: added, it rounds, and its last bits count, fewer than 2^22 quarter turns.
+_WHOLE = tl.constexpr(1.5 * 2.0**23)
 # Pi / 2 in three parts (Cody and Waite): few bits, so that whole numbers times the first two are exact, and the rest.
 _QUARTER_HIGH, _QUARTER_MIDDLE = tl.constexpr(1.5703125), tl.constexpr(4.837512969970703125e-4)
 _QUARTER_LOW = tl.constexpr(np.pi / 2 - 1.5703125 - 4.837512969970703125e-4)

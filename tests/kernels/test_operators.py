@@ -174,6 +174,8 @@ def test_where_a_kernel_in_cuda_is_chosen(monkeypatch):
     assert choose("triton", cuda, torch.float32, in_cuda=True) == "triton"
     with pytest.raises(ValueError, match="no kernel in CUDA"):
         choose("cuda", cuda, torch.float32)
+    with pytest.raises(ValueError, match="'cuda' does not take complex A: use backend='triton', 'torch' or"):
+        choose("cuda", cuda, torch.float32, is_complex=True, in_cuda=True, complex_in_triton=True)
     with pytest.raises(ValueError, match="'cuda' does not take float64"):
         choose("cuda", cuda, torch.float64, in_cuda=True)
     with pytest.raises(ValueError, match="runs on a CUDA GPU; the inputs are on cpu"):
