@@ -200,9 +200,9 @@ _EARLY = _LaunchAttribute(6, (ctypes.c_int * 17)(0, 1))
 class Kernel:
     """A function on one device, with the dynamic shared memory that its source says (an int `shared_bytes`).
 
-    A source may also say, by an int `shared_percent`, how much of a multiprocessor's memory is to be shared memory, at
-    least as much as it needs, while it runs; the rest is the L1 cache. Left alone, the driver chooses. A kernel that
-    may begin before the last one has ended cannot, on a multiprocessor which has to be divided anew for it.
+    A source may also say, by an int `shared_percent`, how much shared memory a multiprocessor is to have while it runs,
+    of the most that it can (it gets what it needs at least); the rest is the L1 cache. Left alone, the driver chooses.
+    A kernel that may begin before the last one has ended cannot, on a multiprocessor that has to be divided anew.
     """
 
     def __init__(self, code: bytes, name: str):
@@ -214,10 +214,10 @@ class Kernel:
 
         def constant(which: bytes) -> int | None:
             address, size, value = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int(0)
-            code = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, which)
-            if code == _NOT_FOUND:
+            status = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, which)
+            if status == _NOT_FOUND:
                 return None
-            _check(code, f"asking what {name} says")
+            _check(status, f"asking what {name} says")
             _check(driver.cuMemcpyDtoH_v2(ctypes.byref(value), address, ctypes.c_size_t(4)), f"reading about {name}")
             return value.value
 
@@ -231,8 +231,8 @@ class Kernel:
                 driver.cuFuncSetAttribute(self._function, _SHARED_MEMORY, self.shared),
                 f"{self.shared} bytes of shared memory for {name}",
             )
-        if percent is not None:
-            _check(driver.cuFuncSetAttribute(self._function, _SHARED_PERCENT, percent), f"dividing memory for {name}")
+        if percent is not None:  # a wish: it may be refused
+            driver.cuFuncSetAttribute(self._function, _SHARED_PERCENT, percent)
 
     def __call__(self, blocks: int, threads: int, argument: bytes, *, early: bool = False) -> None:
         """Launch with one argument, a struct given as its bytes, on the current stream of the kernel's device.

@@ -17,10 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..triton_runtime import LOG2E, ceil_div, early_launch, load_float, sigmoid, softplus
 
 # All of this is measured, on an H100 (benchmarks/results/gpu_model.md, "One sequence in pieces").
-ELEMENTS, LANE = (
-    4096,
-    64,
-)  # numbers of a matrix that a program and a lane of it have at most, where `_tile` says no other
+ELEMENTS, LANE = 4096, 64  # numbers that a program, and a lane of it, has of a matrix at most, unless `_tile` says more
 PROGRAMS = 264  # that a product is cut into at least: two for each multiprocessor
 CHANNELS = 8  # of a program of the scan
 # A width that is a multiple of it is taken in pieces, of the largest power of two that divides it: no lane is idle.
@@ -171,17 +168,19 @@ def _tile(n_out: int, width: int, model_width: int, itemsize: int) -> dict[str, 
     is_in_proj = width == model_width  # or another where E is M: no tile is wrong, only slower
     piece = width & -width if width % SMALLEST == 0 else triton.next_power_of_2(width)
     whole = ceil_div(width, piece) * piece
-    if n_out < PROGRAMS:  # x_proj
-        rows, warps = 1, 8
-    elif 1024 < model_width < 2048 and width % SMALLEST == 0:  # 972M: 224 bytes a lane
-        rows, warps = (32 // itemsize, 4) if is_in_proj else (1, 1)
-    else:
-        most = ELEMENTS if is_in_proj or model_width < 2048 else 4 * ELEMENTS  # out_proj of 1.4B: four rows, not one
-        rows = 1 << max(most // whole, 1).bit_length() - 1
-        warps = triton.next_power_of_2(ceil_div(rows * whole, 32 * LANE))
-    while rows > 1 and ceil_div(n_out, rows) < PROGRAMS:
-        rows //= 2
-    return {"PIECE": piece, "BLOCK": rows, "num_warps": min(warps, 16)}
+    rows, warps = 1, 8
+    if n_out >= PROGRAMS:  # else x_proj
+        if 1024 < model_width < 2048 and width % SMALLEST == 0:  # the 972M model: 448 bytes a lane
+            rows, warps = (32 // itemsize, 4) if is_in_proj else (1, 1)
+        else:
+            most = (
+                ELEMENTS if is_in_proj or model_width < 2048 else 4 * ELEMENTS
+            )  # out_proj of 1.4B: four rows, not one
+            rows = 1 << max(most // whole, 1).bit_length() - 1
+            while rows > 1 and ceil_div(n_out, rows) < PROGRAMS:
+                rows //= 2
+            warps = min(triton.next_power_of_2(ceil_div(rows * whole, 32 * LANE)), 16)
+    return {"PIECE": piece, "BLOCK": rows, "num_warps": warps}
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype, model_width: int, early: dict[str, bool]) -> Tensor:

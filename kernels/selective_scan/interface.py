@@ -43,10 +43,15 @@ def selective_scan(
 
     The backward is deterministic. Sums and the state are in float32 at least. Raises ValueError if shapes disagree
     or if `backend` (one of reference, torch, plain, numba, triton, cuda; by default chosen by device) cannot run these
-    inputs: plain (plain.py) takes neither states nor packs; numba, cuda and plain take real A only.
+    inputs: plain (plain.py) takes neither states nor packs; numba, cuda and plain take real A only, triton complex A of
+    up to 256 states.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     in_triton = A.shape[1] <= MOST_COMPLEX_STATES
+    if backend == "triton" and A.is_complex() and not in_triton:
+        raise ValueError(
+            f"backend='triton' takes complex A of at most {MOST_COMPLEX_STATES} states, not {A.shape[1]}: use 'torch'"
+        )
     backend = choose(backend, u.device, u.dtype, is_complex=A.is_complex(), in_cuda=True, complex_in_triton=in_triton)
     if backend == "triton" and A.is_complex():
         backend = "triton_complex"

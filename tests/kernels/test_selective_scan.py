@@ -316,6 +316,16 @@ def test_gradcheck(problem, is_complex):
         ({"backend": "metal"}, "backend='metal' is not one of reference, torch, plain, numba, triton, cuda"),
         ({"backend": "numba", "A": torch.zeros(6, 3, dtype=torch.complex64)}, "'numba' does not take complex A"),
         ({"backend": "triton", "u": torch.zeros(2, 5, 6, dtype=torch.float64)}, "'triton' does not take float64"),
+        (
+            {
+                "backend": "triton",
+                "A": torch.zeros(6, 257, dtype=torch.complex64),
+                "B": torch.zeros(6, 257),
+                "C": torch.zeros(6, 257),
+                "initial_state": None,
+            },
+            "complex A of at most 256 states, not 257",
+        ),
     ],
 )
 def test_bad_input_is_refused(problem, change, message, cast):
