@@ -219,7 +219,7 @@ class GraphedDecoder:
         self.n_launched = 0
         self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.graph: _StepGraph | None = None
-        self.stays = self.spoilt = False
+        self.stays = False  # for the next one, when this is done
         self.autocast = torch.is_autocast_enabled("cuda")
 
     def advance(self) -> list[list[int]]:
@@ -231,7 +231,7 @@ class GraphedDecoder:
         event.synchronize()
         chosen = buffer.tolist()
         if min(chosen) < 0:
-            self.spoilt = True
+            self.stays = False
             refuse(torch.tensor(chosen)[self.rows] < 0)
         if len(self.rows) < len(chosen):
             chosen = [chosen[row] for row in self.rows]
@@ -250,7 +250,7 @@ class GraphedDecoder:
         """
         if self.in_flight:  # these still write to the host's memory, which may be freed from now on
             self.in_flight[-1][1].synchronize()
-        if self.graph is not None and self.stays and not self.spoilt:
+        if self.graph is not None and self.stays:
             self.graph.left.record(torch.cuda.current_stream(self.graph.tokens.device))
             _graphs[self.model] = (self.key, self.graph)
 

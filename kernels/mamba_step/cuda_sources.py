@@ -12,6 +12,7 @@ from ..selective_scan import cuda as selective_scan
 
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
+SHARED_PERCENT = 50  # what all kernels of narrow blocks say, alike: measured, benchmarks/results/gpu_model.md
 _broken: set[int] = set()  # devices that NVRTC does not serve
 
 
@@ -57,6 +58,7 @@ def between_fits(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
 
 def source(*names: str, **macros: int) -> str:
     """The source of these files of cuda_kernels, for these sizes."""
+    macros["SHARED_PERCENT"] = SHARED_PERCENT
     parts = [f"#define {name} {value}" for name, value in macros.items()]
     common = _COMMON / "device.cu", _FOLDER / "device.cu", _COMMON / "numbers.cu", _FOLDER / "gates.cu"
     files = (*common, *(_FOLDER / name for name in names))

@@ -15,7 +15,7 @@ struct Problem {
   int64 n_rows;  // B
 };
 extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
-extern "C" __constant__ int shared_percent = 50;  // as stack.cu
+extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, t = lane % 4, row = int(blockIdx.x) * ROWS, n_rows = int(p.n_rows);

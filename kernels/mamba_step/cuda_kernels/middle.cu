@@ -36,14 +36,8 @@ struct Shared {
   Gate gathering, giving, windows;
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
-extern "C" __constant__ int shared_percent = 50;  // as stack.cu
+extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
-
-INLINE Packed<bf16, 8> packed(uint4 x) {
-  Packed<bf16, 8> y;
-  y.word[0] = x.x, y.word[1] = x.y, y.word[2] = x.z, y.word[3] = x.w;
-  return y;
-}
 
 extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) middle(const GRID_CONSTANT Problem p) {
   Shared& s = shared();

@@ -86,7 +86,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, AT_ONCE
     Packed<bf16, 8> u;
     u.clear();
     if (here) {
-      u.word[0] = fresh_u[i].x, u.word[1] = fresh_u[i].y, u.word[2] = fresh_u[i].z, u.word[3] = fresh_u[i].w;
+      u = packed(fresh_u[i]);
       convolve(u, &s.window[row][c * (W - 1)], taps, shift);
       u.store(p.u + int64(first + row) * E + channel);
     }

@@ -123,7 +123,7 @@ struct Shared {
   };
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
-extern "C" __constant__ int shared_percent = 50;  // all kernels of narrow blocks alike: benchmarks/results/gpu_model.md
+extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 INLINE void put(bf16* to, float x) { to->bits = (unsigned short)floats_to_bf16(x, 0.0f); }
 
