@@ -97,20 +97,39 @@ class _StepGraph:
         if self.recent is not None and recent is not None:
             self.recent.copy_(recent)
         given = pytree.tree_leaves(state)
+        pairs = zip(pytree.tree_leaves(self.state), given, strict=True)
         # A state that grows may have less room than here.
-        here = [x[tuple(map(slice, g.shape))] for x, g in zip(pytree.tree_leaves(self.state), given, strict=True)]
+        here = [x if x.shape == g.shape else x[tuple(map(slice, g.shape))] for x, g in pairs]
         torch._foreach_copy_(here, given)
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """Those of `model.modules()`, in another order and half of the time: at one sequence the GPU waits for it."""
+    found: dict[nn.Module, None] = {}
+    ahead: list[nn.Module | None] = [model]
+    while ahead:
+        module = ahead.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            ahead += module._modules.values()
+    return list(found)
 
 
 def _places(modules: list[nn.Module]) -> tuple[Any, ...]:
     """Where a graph reads its weights, and as what; what is called, hooks among it; whether in inference mode."""
-    tensors = (x for module in modules for x in (*module._parameters.values(), *module._buffers.values()))
-    called = (
-        (type(m), "forward" in vars(m), "step" in vars(m), *m._forward_hooks, *m._forward_pre_hooks) for m in modules
-    )
-    everywhere = *all_modules._global_forward_hooks, *all_modules._global_forward_pre_hooks
-    weights = ((x.data_ptr(), x.dtype) for x in tensors if x is not None)
-    return torch.is_inference_mode_enabled(), everywhere, *called, *weights
+    everywhere = all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks
+    found: list[Any] = [torch.is_inference_mode_enabled(), *map(tuple, everywhere)]
+    for module in modules:
+        own = vars(module)
+        found += type(module), "forward" in own, "step" in own
+        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+            if hooks:
+                found += hooks
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    found += tensor.data_ptr(), tensor.dtype
+    return tuple(found)
 
 
 # Of a model, which leaves of its state grow with the tokens.
@@ -164,7 +183,7 @@ class _ReadingGraph:
 
 def _are_ours(modules: list[nn.Module]) -> bool:
     """Whether all are PyTorch's or this package's: others, as adapters, are switched by mere attributes."""
-    return all(type(module).__module__.split(".")[0] in ("torch", "polymamba") for module in modules)
+    return all(kind.__module__.split(".")[0] in ("torch", "polymamba") for kind in set(map(type, modules)))
 
 
 # Of a model, the shape of the prompts that it read last and the graph of that, if it read them twice.
@@ -183,7 +202,7 @@ def read_by_graph(model: Any, tokens: Tensor) -> tuple[Tensor, Any] | None:
     if not tokens.is_cuda or not getattr(model, "forward_is_one_graph", False):
         return None
     known, graph = _readings.pop(model, (None, None))
-    modules = list(model.modules())
+    modules = _modules_of(model)
     if (
         tokens.shape[1] < SHORTEST
         or tokens.numel() > MOST_TOKENS
@@ -256,7 +275,7 @@ class GraphedDecoder:
 
     def _begin(self, logits: Tensor) -> None:
         tokens, bad = self.draws.choose(logits)
-        recent, config, modules = self.draws.recent, self.draws.config, list(self.model.modules())
+        recent, config, modules = self.draws.recent, self.draws.config, _modules_of(self.model)
         n_tokens = _tokens_in(self.state, self.model)
         room = -(-(n_tokens + self.n_left) // ROOM) * ROOM if n_tokens else 0
         # Some mixers compute something of these outside of a step, and anew when they change (lti.py).

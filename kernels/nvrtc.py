@@ -23,7 +23,6 @@ from torch import Tensor
 EMULATED = False  # for tests: kernels are run on the CPU instead
 _SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_PERCENT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-_NOT_FOUND = 500  # CUDA_ERROR_NOT_FOUND
 
 
 class Unavailable(RuntimeError):
@@ -213,11 +212,11 @@ class Kernel:
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), f"finding {name}")
 
         def constant(which: bytes) -> int | None:
-            address, size, value = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int(0)
-            status = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, which)
-            if status == _NOT_FOUND:
+            if which not in code:  # among its symbols: the driver is not asked for what there is not
                 return None
-            _check(status, f"asking what {name} says")
+            address, size, value = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int(0)
+            found = driver.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, which)
+            _check(found, f"asking what {name} says")
             _check(driver.cuMemcpyDtoH_v2(ctypes.byref(value), address, ctypes.c_size_t(4)), f"reading about {name}")
             return value.value
 
