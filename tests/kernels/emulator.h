@@ -1,8 +1,6 @@
-// Runs a CUDA kernel on the CPU, for tests without a GPU: a thread is a fiber, and every barrier gives way to the next
-// fiber, so that all of a block take one stretch between barriers after another. It stands in for cuda_kernels/device.cu.
-//
-// Right as long as all threads of a block meet the same number of barriers (of warps and of the block alike), or end.
-// Shared memory starts as NaN, so that what nobody wrote shows.
+// Runs a CUDA kernel on the CPU, for tests without a GPU: a thread is a fiber, which gives way to the next one where it
+// has to wait (at a barrier of its warp, block or cluster, for bytes, for what another one writes). It stands in for
+// cuda_kernels/device.cu. Shared memory starts as NaN, so that what nobody wrote shows; a kernel in which all wait ends.
 
 #include <cmath>
 #include <cstdio>
@@ -35,9 +33,26 @@ static std::vector<float> exchange;
 static unsigned running, threads_of_block, blocks_of_cluster = 1;
 
 inline void give_way() { swapcontext(&fibers[running], &scheduler); }
-inline void __syncwarp() { give_way(); }
-inline void __syncthreads() { give_way(); }
-inline void meet() { give_way(); }
+static unsigned steps_without_waiting;  // of all fibers, since each was run last: 0 where all wait
+template <typename Condition> inline void wait_until(Condition met) {
+  while (!met()) give_way();
+  ++steps_without_waiting;
+}
+// Where `members` threads, without those that have ended, wait for each other.
+struct Meeting {
+  unsigned members = 0, here = 0, times = 0;
+  bool complete() { return here == members ? (here = 0, ++times, true) : false; }
+  unsigned arrive() { unsigned before = times; ++here, complete(), ++steps_without_waiting; return before; }
+  void leave() { --members; if (members) complete(); }
+  void wait(unsigned before) { wait_until([&] { return times != before; }); }
+};
+static std::vector<Meeting> of_warps, of_blocks;
+static Meeting of_cluster;
+static std::vector<unsigned> begun;  // of a thread, the cluster's times when it said so
+inline void meet(Meeting& where) { where.wait(where.arrive()); }
+inline void __syncwarp() { meet(of_warps[running / 32]); }
+inline void __syncthreads() { meet(of_blocks[running / threads_of_block]); }
+inline void meet() { __syncthreads(); }
 inline int warp_slot() { return 0; }
 
 inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
@@ -59,9 +74,9 @@ inline unsigned one_to_bf16(float x) {
 inline unsigned floats_to_bf16(float low, float high) { return one_to_bf16(low) | one_to_bf16(high) << 16; }
 inline float across(float x, int mask) {
   exchange[running] = x;
-  give_way();
+  __syncwarp();
   float other = exchange[running ^ mask];
-  give_way();
+  __syncwarp();
   return other;
 }
 inline float add_across(float x, int mask) { return x + across(x, mask); }
@@ -87,44 +102,54 @@ inline uint4 once16(const void* from) { return fresh16(from); }
 inline void wait_for_kernel_before() {}
 inline void wait_for_end_before() {}
 inline void let_next_begin() {}
-// A cluster's blocks run side by side, so that any barrier is one of all of them.
+// A cluster's blocks run side by side.
 #define CLUSTERED(n)
 struct alignas(1024) OwnRoom { float4 shared[1 << 14]; };
 static std::vector<OwnRoom> rooms;
 inline float4* room_of(unsigned rank) { return rooms[rank].shared; }
 inline float4* own_room() { return room_of(running / threads_of_block); }
-typedef unsigned long long Gate;
-inline void expect(Gate*, int) {}
-inline void say_begun() {}
-inline void wait_for_others() { give_way(); }
-inline void wait_at(Gate*, int = 0) { give_way(); }
-inline void open(Gate*, int = 1) {}
-inline void arrive(Gate*) {}
-inline void expect_more(Gate*, int) {}
+// Opens when so many have arrived and all bytes that they expect are there, again and again (an mbarrier).
+struct alignas(8) Gate {
+  int16_t arrivals, missing;
+  int bytes : 31;
+  unsigned phase : 1;
+  void settle() { if (!missing && !bytes) missing = arrivals, phase ^= 1; }
+};
+inline void open(Gate* gate, int arrivals = 1) { *gate = {int16_t(arrivals), int16_t(arrivals), 0, 0}; }
+inline void arrive(Gate* gate) { --gate->missing, gate->settle(); }
+inline void expect_more(Gate* gate, int bytes) { gate->bytes += bytes, arrive(gate); }
+inline void brought_to(Gate* gate, int bytes) { gate->bytes -= bytes, gate->settle(); }
+inline void expect(Gate* gate, int bytes) { open(gate), expect_more(gate, bytes); }
+inline void wait_at(Gate* gate, int parity = 0) { wait_until([&] { return int(gate->phase) != parity; }); }
+inline void say_begun() { begun[running] = of_cluster.arrive(); }
+inline void wait_for_others() { of_cluster.wait(begun[running]); }
 inline void all_open() {}
 inline unsigned long long first_to_leave() { return 0; }
-inline void bring(void* to, const void* from, int bytes, Gate*, unsigned long long = 0) { std::memcpy(to, from, bytes); }
+inline void bring(void* to, const void* from, int bytes, Gate* gate, unsigned long long = 0) {
+  expect_more(gate, bytes), std::memcpy(to, from, bytes), brought_to(gate, bytes);
+}
 inline void written() {}
 inline void give(void* to, const void* from, int bytes, unsigned long long = 0) { std::memcpy(to, from, bytes); }
 template <int> inline void all_read_but() {}
 inline void all_given() {}
-inline void copy_to(void* to, const void* from, int bytes, Gate*, int rank) {
-  std::memcpy((char*)room_of(rank) + (static_cast<char*>(to) - (char*)own_room()), from, bytes);
+template <typename X> inline X* place_in(X* at, int rank) {  // of another block of the cluster
+  return reinterpret_cast<X*>((char*)room_of(rank) + ((char*)at - (char*)own_room()));
 }
-inline void push(float* at, Gate*, int rank, float x) {
-  float* there = reinterpret_cast<float*>(room_of(rank));
-  there[at - reinterpret_cast<float*>(own_room())] = x;
+inline void copy_to(void* to, const void* from, int bytes, Gate* gate, int rank) {
+  std::memcpy(place_in(static_cast<char*>(to), rank), from, bytes), brought_to(place_in(gate, rank), bytes);
 }
+inline void push(float* at, Gate* gate, int rank, float x) { *place_in(at, rank) = x, brought_to(place_in(gate, rank), 4); }
 struct TensorMap {  // that of nvrtc.py for this
   const uint16_t* matrix;
   int64_t height, width, n_rows, n_columns, rest[11];
 };
-inline void bring_tile(void* to, const TensorMap* map, int column, int row, Gate*) {
+inline void bring_tile(void* to, const TensorMap* map, int column, int row, Gate* gate) {
   for (int i = 0; i < map->n_rows; ++i)
     for (int j = 0; j < map->n_columns; ++j) {
       bool inside = row + i < map->height && column + j < map->width;
       static_cast<uint16_t*>(to)[i * map->n_columns + j] = inside ? map->matrix[(row + i) * map->width + column + j] : 0;
     }
+  brought_to(gate, map->n_rows * map->n_columns * 2);
 }
 template <unsigned long K> inline void multiply_tiles(float (&c)[K], const void* a, const void* b) {
   auto number = [](const void* tile, unsigned row, int k) {
@@ -152,7 +177,7 @@ static std::vector<Operands> operands(4096);
 inline float bf16_of(unsigned pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }
 inline void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   operands[running] = {{a0, a1, a2, a3}, {b0, b1}};
-  give_way();
+  __syncwarp();
   unsigned warp = running & ~31u, lane = running % 32;
   for (int i = 0; i < 4; ++i) {
     unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -162,5 +187,5 @@ inline void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, u
       c[i] += bf16_of(a, k % 2) * bf16_of(b, k % 2);
     }
   }
-  give_way();
+  __syncwarp();
 }
