@@ -50,6 +50,7 @@ class _StepGraph:
         self, model: Any, batch: int, room: int, config: SamplingConfig, recent: Tensor | None, device: torch.device
     ):
         self.state = model.init_state(batch, room) if room else model.init_state(batch)
+        self.leaves = pytree.tree_leaves(self.state)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # read by the step, and then its result
         # The same, or -1 where there is nothing to choose from, for each step in flight, where the host reads it.
         self.chosen = torch.zeros(IN_FLIGHT, batch, dtype=torch.int64, pin_memory=True)
@@ -97,8 +98,8 @@ class _StepGraph:
         if self.recent is not None and recent is not None:
             self.recent.copy_(recent)
         given = pytree.tree_leaves(state)
-        pairs = zip(pytree.tree_leaves(self.state), given, strict=True)
         # A state that grows may have less room than here.
+        pairs = zip(self.leaves, given, strict=True)
         here = [x if x.shape == g.shape else x[tuple(map(slice, g.shape))] for x, g in pairs]
         torch._foreach_copy_(here, given)
 
@@ -167,18 +168,18 @@ class _ReadingGraph:
         self.graph, self.left = torch.cuda.CUDAGraph(), torch.cuda.Event()
         with recording(self.graph, tokens.device):
             last = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
-            self.outputs = model(self.tokens, return_state=True, logits_at=last)
+            outputs = model(self.tokens, return_state=True, logits_at=last)
+        self.leaves, self.structure = pytree.tree_flatten(outputs)
 
     def read(self, tokens: Tensor) -> Any:
         stream = torch.cuda.current_stream(tokens.device)
         stream.wait_event(self.left)  # those before may be read in another one
         self.tokens.copy_(tokens)
         self.graph.replay()
-        leaves, structure = pytree.tree_flatten(self.outputs)
-        own = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in leaves]  # they are written over
-        torch._foreach_copy_(own, leaves)
+        own = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.leaves]  # they are written over
+        torch._foreach_copy_(own, self.leaves)
         self.left.record(stream)
-        return pytree.tree_unflatten(own, structure)
+        return pytree.tree_unflatten(own, self.structure)
 
 
 def _are_ours(modules: list[nn.Module]) -> bool:

@@ -1,8 +1,9 @@
-"""A step of a whole stack of Mamba blocks in CUDA C++: cuda_kernels/stack.cu, compiled for its sizes by ../nvrtc.py.
+"""A step of a whole stack of narrow Mamba blocks in CUDA C++, compiled for its sizes by ../nvrtc.py.
 
-Three kernels a block (the one between the projections is cuda_middle.py's), each of which begins before the last one
-has ended: for GPUs that can do that (Hopper and later), and for bf16 weights. For many sequences in_proj is enter.cu on
-Hopper GPUs. What does not fit goes to cuda_wide.py, or block by block to Triton.
+Three kernels a block: enter (norm and in_proj), cuda_middle.py's, leave (out_proj and residual add). Each begins before
+the last one has ended: for GPUs that can do that (Hopper and later), and for bf16 weights. The first and the last are
+in cuda_kernels/stack.cu; with more sequences they are enter.cu and leave.cu, whose matrix units Hopper GPUs have. What
+does not fit goes to cuda_wide.py, or block by block to Triton.
 
 Letters: B sequences, M model width, E inner width.
 """
@@ -18,11 +19,13 @@ from .. import nvrtc
 from . import cuda_middle
 from .cuda_sources import addresses, fits, give_up, source, tiles_serve
 
-FEWEST, MOST, WIDEST = 3, 64, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
-WARPS = 8  # of a block of threads
-TILED = 41  # sequences from which in_proj is by tiles, where that serves: measured
-STAGES, EARLY = 12, 6  # of tiles
-_pack = struct.Struct("10qdq").pack  # struct Problem of stack.cu
+FEWEST, WIDEST = 3, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
+WARPS = 8  # of a block of threads of stack.cu
+BANDS, TILED_ENTER, TILES = (
+    64,
+    41,
+    256,
+)  # most sequences of stack.cu; of its leave with enter.cu from so many on; of all
 
 
 def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence, centred: bool) -> bool:
@@ -30,7 +33,7 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
     w, n_rows, width = weights[0], len(states[0][0]), x.shape[1]
     shapes = w.in_proj.shape, w.x_proj.shape, w.conv.shape
     return (
-        FEWEST <= n_rows <= MOST
+        FEWEST <= n_rows <= (TILES if tiles_serve(x) else BANDS)
         and width <= WIDEST
         and not centred
         and width % 256 == len(w.A_log) % 256 == 0
@@ -53,11 +56,9 @@ def step(
         return None
     w, n_rows, width, device = weights[0], len(states[0][0]), x.shape[1], x.get_device()
     n_channels = len(w.A_log)
-    octets = -(-n_rows // 8)
     with torch.cuda.device_of(x):
         try:
-            begin, enter, leave = _kernels(width, n_channels, octets, device)
-            tiled = _tiled(width, n_channels, octets, device) if n_rows >= TILED and tiles_serve(x) else None
+            begin, enter, leave = _kernels(width, n_channels, -(-n_rows // 8), tiles_serve(x), device)
             middle = cuda_middle.kernel_for(n_rows, w, device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)
@@ -67,57 +68,87 @@ def step(
 
         x, stream, scaled = x.contiguous(), room(n_rows, width), room(n_rows, width, dtype=x.dtype)
         uz, y = room(n_rows, 2 * n_channels, dtype=x.dtype), room(n_rows, n_channels, dtype=x.dtype)
-        squares = room(width // 16, 8 * octets)
-        written = stream, scaled, squares, uz, y
+        squares = room(begin.parts, begin.most)
+        begin(x, rows, w.norm, stream, scaled, squares)
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
             behind = weights[i + 1].norm if i + 1 < len(weights) else None
-            if i == 0:
-                begin(_pack(*addresses(one.in_proj, one.out_proj, one.norm, x, rows, *written), eps, n_rows))
-            argument = _pack(*addresses(one.in_proj, one.out_proj, behind, None, None, *written), eps, n_rows)
-            if tiled is None:
-                enter(argument)
-            else:
-                tiled(scaled, one.in_proj, squares, uz, eps)
+            enter(scaled, one.in_proj, squares, uz, eps)
             middle(uz, *state, one, y)
-            leave(argument)
+            leave(y, one.out_proj, behind, stream, scaled, squares)
     return stream
 
 
-class _Kernel:
-    """One kernel, with as many blocks of threads as there is work for."""
+class _Begin:
+    def __init__(self, M: int, parts: int, most: int, device: int):
+        self.parts, self.most = parts, most  # of the sums of squares
+        self.kernel = nvrtc.kernel(source("begin.cu", M=M, PARTS=parts, MOST=most), "begin", device)
 
-    def __init__(self, name: str, device: int, units: int, sizes: dict[str, int]):
+    def __call__(self, x, rows, norm, stream: Tensor, scaled: Tensor, squares: Tensor) -> None:
+        argument = struct.pack("6q", *addresses(x, rows, norm, stream, scaled, squares))
+        self.kernel(len(stream), 256, argument, early=True)
+
+
+class _Bands:
+    """`enter` or `leave` of stack.cu, with as many blocks of threads as there is work for."""
+
+    def __init__(self, name: str, M: int, E: int, octets: int, device: int):
         processors = nvrtc.processors(device)
+        units = E // 16 if name == "enter" else M // 16 * -(-octets // 4)
         self.blocks = min(units, processors)
-        self.kernel = nvrtc.kernel(source("stack.cu", **sizes, BLOCKS=processors, WARPS=WARPS), name, device)
+        sizes = {"M": M, "E": E, "OCTETS": octets, "BLOCKS": processors, "WARPS": WARPS}
+        self.kernel = nvrtc.kernel(source("stack.cu", **sizes), name, device)
 
-    def __call__(self, argument: bytes) -> None:
-        self.kernel(self.blocks, 32 * WARPS, argument, early=True)
-
-
-@lru_cache(64)
-def _kernels(M: int, E: int, octets: int, device: int) -> list[_Kernel]:
-    """begin, enter, leave."""
-    units = {"begin": 8 * octets, "enter": E // 16, "leave": M // 16 * -(-octets // 4)}
-    return [_Kernel(name, device, n, {"M": M, "E": E, "OCTETS": octets}) for name, n in units.items()]
+    def launch(self, *tensors: Tensor | None, eps: float, n_rows: int) -> None:
+        self.kernel(self.blocks, 32 * WARPS, struct.pack("8qdq", *addresses(*tensors), eps, n_rows), early=True)
 
 
-class _Tiled:
-    """`enter`, by tiles."""
-
-    ROWS = 32  # of in_proj, that a block has
-
-    def __init__(self, M: int, E: int, octets: int, device: int):
-        self.blocks = 2 * E // self.ROWS
-        sizes = {"M": M, "E": E, "OCTETS": octets, "STAGES": STAGES, "EARLY": EARLY}
-        self.kernel = nvrtc.kernel(source("tiles.cu", "enter.cu", **sizes), "enter", device)
-
+class _EnterBands(_Bands):
     def __call__(self, x: Tensor, in_proj: Tensor, squares: Tensor, uz: Tensor, eps: float) -> None:
-        maps = nvrtc.tensor_map(x, 64, 64) + nvrtc.tensor_map(in_proj, self.ROWS, 64)
-        rest = struct.pack("2qdq32x", *addresses(squares, uz), eps, len(x))
-        self.kernel(self.blocks, 160, maps + rest, early=True)
+        self.launch(in_proj, None, None, None, x, squares, uz, None, eps=eps, n_rows=len(x))
+
+
+class _LeaveBands(_Bands):
+    def __call__(self, y: Tensor, out_proj: Tensor, norm, stream: Tensor, scaled: Tensor, squares: Tensor) -> None:
+        self.launch(None, out_proj, norm, stream, scaled, squares, None, y, eps=0.0, n_rows=len(y))
+
+
+class _Tiles:
+    """`enter` or `leave` by tiles: `rows` rows of the weight and 64 sequences a block of threads."""
+
+    def __init__(self, name: str, rows: int, out: int, device: int, **sizes: int):
+        self.rows, self.row_blocks = rows, out // rows
+        self.kernel = nvrtc.kernel(source("tiles.cu", f"{name}.cu", ROWS=rows, **sizes), name, device)
+
+    def launch(self, x: Tensor, weight: Tensor, rest: bytes) -> None:
+        maps = nvrtc.tensor_map(x, 64, 64) + nvrtc.tensor_map(weight, self.rows, 64)
+        self.kernel(self.row_blocks * -(-len(x) // 64), 160, maps + rest, early=True)
+
+
+class _EnterTiles(_Tiles):
+    def __call__(self, x: Tensor, in_proj: Tensor, squares: Tensor, uz: Tensor, eps: float) -> None:
+        self.launch(x, in_proj, struct.pack("2qdq32x", *addresses(squares, uz), eps, len(x)))
+
+
+class _LeaveTiles(_Tiles):
+    def __call__(self, y: Tensor, out_proj: Tensor, norm, stream: Tensor, scaled: Tensor, squares: Tensor) -> None:
+        self.launch(y, out_proj, struct.pack("5q24x", *addresses(norm, stream, scaled, squares), len(y)))
 
 
 @lru_cache(64)
-def _tiled(M: int, E: int, octets: int, device: int) -> _Tiled:
-    return _Tiled(M, E, octets, device)
+def _kernels(M: int, E: int, octets: int, tiles: bool, device: int):
+    """begin, enter, leave. Numbers of tiles, and rows of a block: measured."""
+    most, sizes = 8 * octets, {"M": M, "E": E, "MOST": 8 * octets}
+    if most > BANDS:
+        one_each = 2 * E // 64 * -(-most // 64) <= nvrtc.processors(device)
+        stages = 12 if one_each else 7
+        parts, of_enter = M // 32, {"AT_ONCE": 1 if one_each else 2, "STAGES": stages, "EARLY": stages}
+        leave: _LeaveTiles | _LeaveBands = _LeaveTiles("leave", 32, M, device, **sizes, AT_ONCE=1, STAGES=8, EARLY=8)
+        enter: _EnterTiles | _EnterBands = _EnterTiles("enter", 64, 2 * E, device, **sizes, PARTS=parts, **of_enter)
+        return _Begin(M, parts, most, device), enter, leave
+    leave, parts = _LeaveBands("leave", M, E, octets, device), M // 16
+    if tiles and most >= TILED_ENTER:
+        of_enter = {"AT_ONCE": 1, "STAGES": 12, "EARLY": 6}
+        enter = _EnterTiles("enter", 32, 2 * E, device, **sizes, PARTS=parts, **of_enter)
+    else:
+        enter = _EnterBands("enter", M, E, octets, device)
+    return _Begin(M, parts, most, device), enter, leave

@@ -14,7 +14,8 @@ from polymamba.kernels.mamba_step import MambaWeights, cuda, cuda_halves, cuda_m
 CASES = {  # rows, width, inner width, rank, taps
     "few": (3, 256, 512, 48, 4),
     "many": (11, 512, 256, 16, 3),
-    "very many": (41, 256, 256, 16, 2),
+    "tiles": (41, 256, 256, 16, 2),
+    "two groups": (75, 512, 256, 16, 4),
 }
 
 
@@ -112,6 +113,7 @@ def test_what_the_stack_does_not_serve(on_the_cpu):
     assert cuda.serves(x, states, weights, False)
     assert not cuda.serves(x, states, weights, True)  # a LayerNorm
     assert not cuda.serves(x[:2], [(c[:2], s[:2]) for c, s in states], weights, False)  # for those Triton is faster
+    assert not cuda.serves(*problem(cuda.TILES + 1, *CASES["few"][1:]), False)
     assert not cuda.serves(x, [(c, s.bfloat16()) for c, s in states], weights, False)
     assert not cuda.serves(x, states, [weights[0], weights[1]._replace(D=weights[1].D.float())], False)
 
@@ -219,14 +221,15 @@ def test_many_at_size(rows, width, assert_close):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("rows", "width", "centred"),
-    [(3, 768, False), (13, 768, False), (64, 768, False), (40, 1024, False), (13, 1792, True), (64, 2048, False)],
+    ("rows", "width"),
+    [(3, 768), (13, 768), (64, 768), (256, 768), (40, 1024), (100, 1024), (13, 1792), (64, 2048)],
 )
-def test_at_size(rows, width, centred, assert_close):
+def test_at_size(rows, width, assert_close):
     """Against float64; twice to the bit the same, and as the last sequences alone, as few as the same kernels serve."""
     of = cuda if width <= cuda.WIDEST else cuda_wide
-    few = cuda.TILED if of is cuda and rows >= cuda.TILED else 3
-    given = problem(rows, width, 2 * width, width // 16, 4, centred=centred)
+    kinds = (cuda.BANDS + 1, cuda.TILED_ENTER, 3) if of is cuda else (3,)
+    few = next(fewest for fewest in kinds if rows >= fewest)
+    given = problem(rows, width, 2 * width, width // 16, 4, centred=width == 1792)  # that of MambaByte-972M
     expected = steps_of_float64(*given)
     x, states, weights = given
     weights = [MambaWeights(*(None if t is None else t.cuda() for t in w)) for w in weights]

@@ -1,5 +1,5 @@
 // A token through a Mamba block for up to 64 sequences, in three kernels: enter (norm, in_proj), middle (middle.cu),
-// leave (out_proj, added to the stream); begin stands before the first block. Each begins before the last has ended,
+// leave (out_proj, added to the stream); begin.cu stands before the first block. Each begins before the last has ended,
 // and asks for its weights before it waits for that: see device.cu for what it may read then.
 //
 // The matrix units multiply 16 rows of a weight with 8 sequences' vectors. A thread block has one or two such bands of
@@ -16,14 +16,12 @@ static_assert(M % 256 == 0 && E % 256 == 0 && THREADS >= 4 * MOST, "sizes not se
 
 struct Problem {
   const bf16 *in_proj, *out_proj;
-  const bf16* norm;   // of the next block, or of the first one where this begins; 0 if there is none
-  const bf16* x;      // (B, M): what the stack begins with; or of which these rows are that
-  const int64* rows;  // (B,), or 0
-  float* stream;      // (B, M)
-  bf16* scaled;       // (B, M): the stream times the norm's weight
-  float* squares;     // (M / 16, MOST): the stream's sums of squares, of 16 channels each
-  bf16* uz;           // (B, 2 E)
-  bf16* y;            // (B, E)
+  const bf16* norm;  // of the next block; 0 if there is none
+  float* stream;     // (B, M)
+  bf16* scaled;      // (B, M): the stream times the norm's weight
+  float* squares;    // (M / 16, MOST): the stream's sums of squares, of 16 channels each
+  bf16* uz;          // (B, 2 E)
+  bf16* y;           // (B, E)
   double eps;
   int64 n_rows;  // B
 };
@@ -119,42 +117,12 @@ struct Shared {
   union {
     Enter::Room enter;
     Leave::Room leave;
-    float sums[WARPS];
   };
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 INLINE void put(bf16* to, float x) { to->bits = (unsigned short)floats_to_bf16(x, 0.0f); }
-
-// The stream and what in_proj reads of it, at the beginning.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) begin(const GRID_CONSTANT Problem p) {
-  int tid = threadIdx.x, n_rows = int(p.n_rows);
-  Shared& s = shared();
-  wait_for_kernel_before();
-#pragma unroll 1
-  for (int b = blockIdx.x; b < n_rows; b += BLOCKS) {
-    float sum = 0.0f;
-    const bf16* row = p.x + (p.rows ? p.rows[b] : int64(b)) * M;
-    for (int d = tid; d < M; d += THREADS) {
-      float x = one(row + d);
-      p.stream[int64(b) * M + d] = x;
-      put(p.scaled + int64(b) * M + d, x * one(p.norm + d));
-      sum = __fmaf_rn(x, x, sum);
-    }
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) sum = add_across(sum, mask);
-    if (tid % 32 == 0) s.sums[tid / 32] = sum;
-    __syncthreads();
-    for (int i = tid; i < M / 16; i += THREADS) {
-      sum = 0.0f;
-      if (i == 0)
-        for (int w = 0; w < WARPS; ++w) sum += s.sums[w];
-      p.squares[i * MOST + b] = sum;
-    }
-    __syncthreads();
-  }
-}
 
 // in_proj and norm: uz.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {

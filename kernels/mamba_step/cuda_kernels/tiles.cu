@@ -1,4 +1,4 @@
-// The sums of a product x weight^T for up to 64 sequences, as fast as the weights come (wgmma: Hopper GPUs only).
+// The sums of a product x weight^T for 64 sequences, as fast as the weights come (wgmma: Hopper GPUs only).
 //
 // A block of threads has some rows of the weight. One warp, behind the four that multiply, brings tiles of 64 columns to
 // shared memory (tensor maps), as many as there are stages, and some of the weights before the kernel before has ended.
@@ -17,6 +17,7 @@ template <int rows, int steps, int stages, int early> struct Tiles {
   const TensorMap &x, &weight;  // (B, width) in tiles of 64 x 64, (rows, width) in tiles of rows x 64
   int row, column;              // that the block begins with
   int turn;                     // the tile of the width that it begins with: not all with the same
+  int first = 0;                // of the sequences
 
   INLINE int column_of(int step) const { return column + (step + turn) % steps * TILE; }
   INLINE void bring_weight(int step) const {
@@ -25,7 +26,7 @@ template <int rows, int steps, int stages, int early> struct Tiles {
     bring_tile(room.weight[step % stages], &weight, column_of(step), row, gate);
   }
   INLINE void bring_x(int step) const {
-    bring_tile(room.x[step % stages], &x, column_of(step), 0, &room.brought[step % stages]);
+    bring_tile(room.x[step % stages], &x, column_of(step), first, &room.brought[step % stages]);
   }
   // By all threads, before the kernel before has ended.
   INLINE void begin() const {

@@ -1,0 +1,66 @@
+// `leave` of stack.cu for more sequences, by tiles.cu: some rows of out_proj for 64 sequences a block.
+//
+// Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS, MOST, AT_ONCE (blocks of a processor),
+// and of tiles.cu STAGES and EARLY.
+
+static_assert(E % TILE == 0 && M % ROWS == 0, "sizes not served");
+typedef Tiles<ROWS, E / TILE, STAGES, EARLY> Product;
+
+struct Problem {
+  TensorMap y, weight;  // (B, E), what the gate leaves; out_proj
+  const bf16* norm;     // of the next block; 0 if there is none
+  float* stream;        // (B, M)
+  bf16* scaled;         // (B, M): the stream times the norm's weight
+  float* squares;       // (M / ROWS, MOST): the stream's sums of squares, of ROWS channels each
+  int64 n_rows;         // B
+};
+extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
+extern "C" __constant__ int shared_percent = SHARED_PERCENT;
+
+INLINE float2 fresh_pair(const float* from) { return float2{fresh(from), fresh(from + 1)}; }
+
+extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) leave(const GRID_CONSTANT Problem p) {
+  int tid = threadIdx.x, lane = tid % 32, t = lane % 4, n_rows = int(p.n_rows), groups = (n_rows + TILE - 1) / TILE;
+  int row_block = int(blockIdx.x) / groups, row = row_block * ROWS, group = int(blockIdx.x) % groups * TILE;
+  Product tiles{shared<Product::Room>(), p.y, p.weight, row, 0, row_block, group};
+  let_next_begin();
+  tiles.begin();
+  if (tid >= MULTIPLIERS) {
+    wait_for_end_before();
+    return tiles.bring_all();
+  }
+  // What it is added to was written a layer ago, or by `begin`: before `enter` of this layer went on.
+  int first = group + tid / 32 * 16 + lane / 4;
+  auto place = [&](int half, int j) { return int64(first + half * 8) * M + row + 8 * j + t * 2; };
+  float2 old[2][ROWS / 8];
+  Packed<bf16, 2> weight[ROWS / 8];
+#pragma unroll
+  for (int j = 0; j < ROWS / 8; ++j) {
+    weight[j].clear();
+    if (p.norm) weight[j].load(p.norm + row + 8 * j + t * 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      old[half][j] = first + half * 8 < n_rows ? fresh_pair(p.stream + place(half, j)) : float2{0.0f, 0.0f};
+  }
+  wait_for_end_before();
+  float sum[ROWS / 2];
+  tiles.multiply(sum);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float square = 0.0f;
+    bool here = first + half * 8 < n_rows;
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; ++j) {
+      float low = sum[4 * j + 2 * half] + old[half][j].x, high = sum[4 * j + 2 * half + 1] + old[half][j].y;
+      square = __fmaf_rn(low, low, __fmaf_rn(high, high, square));
+      if (!here) continue;
+      *reinterpret_cast<float2*>(p.stream + place(half, j)) = float2{low, high};
+      if (p.norm)
+        *reinterpret_cast<unsigned*>(p.scaled + place(half, j)) =
+            floats_to_bf16(low * weight[j].get(0), high * weight[j].get(1));
+    }
+    square = add_across(square, 1);
+    square = add_across(square, 2);
+    if (here && t == 0) p.squares[row / ROWS * MOST + first + half * 8] = square;
+  }
+}
