@@ -20,12 +20,9 @@ from . import cuda_middle
 from .cuda_sources import addresses, fits, give_up, source, tiles_serve
 
 FEWEST, WIDEST = 3, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
+TILED = 41  # sequences from which in_proj is by tiles, where they serve: measured
+BANDS, TILES = 64, 256  # sequences up to which out_proj is by bands (stack.cu), and both are by tiles
 WARPS = 8  # of a block of threads of stack.cu
-BANDS, TILED_ENTER, TILES = (
-    64,
-    41,
-    256,
-)  # most sequences of stack.cu; of its leave with enter.cu from so many on; of all
 
 
 def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence, centred: bool) -> bool:
@@ -58,7 +55,10 @@ def step(
     n_channels = len(w.A_log)
     with torch.cuda.device_of(x):
         try:
-            begin, enter, leave = _kernels(width, n_channels, -(-n_rows // 8), tiles_serve(x), device)
+            if n_rows <= BANDS:
+                begin, enter, leave = _few(width, n_channels, -(-n_rows // 8), tiles_serve(x), device)
+            else:
+                begin, enter, leave = _many(width, n_channels, -(-n_rows // 64), device)
             middle = cuda_middle.kernel_for(n_rows, w, device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)
@@ -135,20 +135,27 @@ class _LeaveTiles(_Tiles):
 
 
 @lru_cache(64)
-def _kernels(M: int, E: int, octets: int, tiles: bool, device: int):
-    """begin, enter, leave. Numbers of tiles, and rows of a block: measured."""
-    most, sizes = 8 * octets, {"M": M, "E": E, "MOST": 8 * octets}
-    if most > BANDS:
-        one_each = 2 * E // 64 * -(-most // 64) <= nvrtc.processors(device)
-        stages = 12 if one_each else 7
-        parts, of_enter = M // 32, {"AT_ONCE": 1 if one_each else 2, "STAGES": stages, "EARLY": stages}
-        leave: _LeaveTiles | _LeaveBands = _LeaveTiles("leave", 32, M, device, **sizes, AT_ONCE=1, STAGES=8, EARLY=8)
-        enter: _EnterTiles | _EnterBands = _EnterTiles("enter", 64, 2 * E, device, **sizes, PARTS=parts, **of_enter)
-        return _Begin(M, parts, most, device), enter, leave
-    leave, parts = _LeaveBands("leave", M, E, octets, device), M // 16
-    if tiles and most >= TILED_ENTER:
-        of_enter = {"AT_ONCE": 1, "STAGES": 12, "EARLY": 6}
-        enter = _EnterTiles("enter", 32, 2 * E, device, **sizes, PARTS=parts, **of_enter)
+def _few(
+    M: int, E: int, octets: int, tiles: bool, device: int
+) -> tuple[_Begin, _EnterBands | _EnterTiles, _LeaveBands]:
+    """begin, enter and leave for up to BANDS sequences, octets of them. Numbers of tiles: measured."""
+    most, parts = 8 * octets, M // 16
+    enter: _EnterBands | _EnterTiles
+    if tiles and most >= TILED:
+        sizes = {"M": M, "E": E, "PARTS": parts, "MOST": most, "AT_ONCE": 1, "STAGES": 12, "EARLY": 6}
+        enter = _EnterTiles("enter", 32, 2 * E, device, **sizes)
     else:
         enter = _EnterBands("enter", M, E, octets, device)
-    return _Begin(M, parts, most, device), enter, leave
+    return _Begin(M, parts, most, device), enter, _LeaveBands("leave", M, E, octets, device)
+
+
+@lru_cache(64)
+def _many(M: int, E: int, groups: int, device: int) -> tuple[_Begin, _EnterTiles, _LeaveTiles]:
+    """begin, enter and leave for more, groups of 64. Numbers of tiles, and rows of a block: measured."""
+    rows, rows_of_leave = 64, 32
+    at_once, stages = (1, 12) if 2 * E // rows * groups <= nvrtc.processors(device) else (2, 7)
+    sizes, parts = {"M": M, "E": E, "MOST": TILES}, M // rows_of_leave
+    of_enter = {"PARTS": parts, "AT_ONCE": at_once, "STAGES": stages, "EARLY": stages}
+    enter = _EnterTiles("enter", rows, 2 * E, device, **sizes, **of_enter)
+    leave = _LeaveTiles("leave", rows_of_leave, M, device, **sizes, AT_ONCE=1, STAGES=8, EARLY=8)
+    return _Begin(M, parts, TILES, device), enter, leave

@@ -26,7 +26,14 @@ def on_the_cpu(monkeypatch, emulated):
     monkeypatch.setattr(nvrtc, "kernel", lambda source, name, device: emulated(source, name))
     monkeypatch.setattr(nvrtc, "processors", lambda device: 5)
     monkeypatch.setattr(cuda_middle, "CLUSTER", 2)
-    made = cuda._kernels, cuda_middle._kernel, cuda_middle._with_all_at_once, cuda_halves._kernels, cuda_wide._kernels
+    made = (
+        cuda._few,
+        cuda._many,
+        cuda_middle._kernel,
+        cuda_middle._with_all_at_once,
+        cuda_halves._kernels,
+        cuda_wide._kernels,
+    )
     for function in made:
         function.cache_clear()
     yield
@@ -227,7 +234,7 @@ def test_many_at_size(rows, width, assert_close):
 def test_at_size(rows, width, assert_close):
     """Against float64; twice to the bit the same, and as the last sequences alone, as few as the same kernels serve."""
     of = cuda if width <= cuda.WIDEST else cuda_wide
-    kinds = (cuda.BANDS + 1, cuda.TILED_ENTER, 3) if of is cuda else (3,)
+    kinds = (cuda.BANDS + 1, cuda.TILED, 3) if of is cuda else (3,)
     few = next(fewest for fewest in kinds if rows >= fewest)
     given = problem(rows, width, 2 * width, width // 16, 4, centred=width == 1792)  # that of MambaByte-972M
     expected = steps_of_float64(*given)
