@@ -30,11 +30,12 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
     w, n_rows, width = weights[0], len(states[0][0]), x.shape[1]
     shapes = w.in_proj.shape, w.x_proj.shape, w.conv.shape
     return (
-        FEWEST <= n_rows <= (TILES if tiles_serve(x) else BANDS)
+        FEWEST <= n_rows <= TILES
         and width <= WIDEST
         and not centred
         and width % 256 == len(w.A_log) % 256 == 0
         and all(cuda_middle.serves(x, *state, one) for state, one in zip(states, weights, strict=True))
+        and (n_rows <= BANDS or tiles_serve(x))
         and all(fits(t, x) for one in weights for t in (one.norm, one.in_proj, one.out_proj))
         and all((one.in_proj.shape, one.x_proj.shape, one.conv.shape) == shapes for one in weights)
     )
@@ -113,15 +114,17 @@ class _LeaveBands(_Bands):
 
 
 class _Tiles:
-    """`enter` or `leave` by tiles: `rows` rows of the weight and 64 sequences a block of threads."""
+    """`enter` or `leave` by tiles: so many rows of the weight and sequences a block of threads."""
 
-    def __init__(self, name: str, rows: int, out: int, device: int, **sizes: int):
-        self.rows, self.row_blocks = rows, out // rows
-        self.kernel = nvrtc.kernel(source("tiles.cu", f"{name}.cu", ROWS=rows, **sizes), name, device)
+    def __init__(self, name: str, rows: int, sequences: int, out: int, device: int, **sizes: int):
+        self.rows, self.sequences, self.row_blocks = rows, sequences, out // rows
+        sizes |= {"ROWS": rows, "SEQUENCES": sequences}
+        self.kernel = nvrtc.kernel(source("tiles.cu", f"{name}.cu", **sizes), name, device)
 
     def launch(self, x: Tensor, weight: Tensor, rest: bytes) -> None:
-        maps = nvrtc.tensor_map(x, 64, 64) + nvrtc.tensor_map(weight, self.rows, 64)
-        self.kernel(self.row_blocks * -(-len(x) // 64), 160, maps + rest, early=True)
+        maps = nvrtc.tensor_map(x, self.sequences, 64) + nvrtc.tensor_map(weight, self.rows, 64)
+        blocks = self.row_blocks * -(-len(x) // self.sequences)
+        self.kernel(blocks, 2 * self.sequences + 32, maps + rest, early=True)
 
 
 class _EnterTiles(_Tiles):
@@ -142,8 +145,8 @@ def _few(
     most, parts = 8 * octets, M // 16
     enter: _EnterBands | _EnterTiles
     if tiles and most >= TILED:
-        sizes = {"M": M, "E": E, "PARTS": parts, "MOST": most, "AT_ONCE": 1, "STAGES": 12, "EARLY": 6}
-        enter = _EnterTiles("enter", 32, 2 * E, device, **sizes)
+        sizes = {"M": M, "E": E, "PARTS": parts, "MOST": most, "STAGES": 12, "EARLY": 6}
+        enter = _EnterTiles("enter", 32, 64, 2 * E, device, **sizes)
     else:
         enter = _EnterBands("enter", M, E, octets, device)
     return _Begin(M, parts, most, device), enter, _LeaveBands("leave", M, E, octets, device)
@@ -151,11 +154,11 @@ def _few(
 
 @lru_cache(64)
 def _many(M: int, E: int, groups: int, device: int) -> tuple[_Begin, _EnterTiles, _LeaveTiles]:
-    """begin, enter and leave for more, groups of 64. Numbers of tiles, and rows of a block: measured."""
+    """begin, enter and leave for more, groups of 64. Numbers of tiles, and what a block has: measured."""
     rows, rows_of_leave = 64, 32
-    at_once, stages = (1, 12) if 2 * E // rows * groups <= nvrtc.processors(device) else (2, 7)
+    sequences, stages = (64, 12) if groups <= 3 else (128, 9)
     sizes, parts = {"M": M, "E": E, "MOST": TILES}, M // rows_of_leave
-    of_enter = {"PARTS": parts, "AT_ONCE": at_once, "STAGES": stages, "EARLY": stages}
-    enter = _EnterTiles("enter", rows, 2 * E, device, **sizes, **of_enter)
-    leave = _LeaveTiles("leave", rows_of_leave, M, device, **sizes, AT_ONCE=1, STAGES=8, EARLY=8)
+    of_enter = {"PARTS": parts, "STAGES": stages, "EARLY": stages}
+    enter = _EnterTiles("enter", rows, sequences, 2 * E, device, **sizes, **of_enter)
+    leave = _LeaveTiles("leave", rows_of_leave, 64, M, device, **sizes, STAGES=8, EARLY=8)
     return _Begin(M, parts, TILES, device), enter, leave

@@ -1,6 +1,8 @@
 // Runs a CUDA kernel on the CPU, for tests without a GPU: a thread is a fiber, which gives way to the next one where it
 // has to wait (at a barrier of its warp, block or cluster, for bytes, for what another one writes). It stands in for
 // cuda_kernels/device.cu. Shared memory starts as NaN, so that what nobody wrote shows; a kernel in which all wait ends.
+// Copies are there at once, kernels run one after another, threads in their order: a missing wait for one of these, or a
+// fence, does not show.
 
 #include <cmath>
 #include <cstdio>
@@ -95,6 +97,7 @@ template <typename X> inline void store_if(bool wanted, void* to, X x) {
 // Of kernels/mamba_step: a kernel is run after another, so none waits.
 #define GRID_CONSTANT
 inline float fresh(const float* from) { return *from; }
+inline float2 fresh_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
 inline float4 fresh4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 inline uint4 fresh16(const void* from) { return *static_cast<const uint4*>(from); }
 inline unsigned fresh2(const void* from) { return *static_cast<const uint16_t*>(from); }
@@ -116,7 +119,7 @@ struct alignas(8) Gate {
   void settle() { if (!missing && !bytes) missing = arrivals, phase ^= 1; }
 };
 inline void open(Gate* gate, int arrivals = 1) { *gate = {int16_t(arrivals), int16_t(arrivals), 0, 0}; }
-inline void arrive(Gate* gate) { --gate->missing, gate->settle(); }
+inline void arrive(Gate* gate) { --gate->missing, gate->settle(), ++steps_without_waiting; }
 inline void expect_more(Gate* gate, int bytes) { gate->bytes += bytes, arrive(gate); }
 inline void brought_to(Gate* gate, int bytes) { gate->bytes -= bytes, gate->settle(); }
 inline void expect(Gate* gate, int bytes) { open(gate), expect_more(gate, bytes); }

@@ -15,7 +15,8 @@ CASES = {  # rows, width, inner width, rank, taps
     "few": (3, 256, 512, 48, 4),
     "many": (11, 512, 256, 16, 3),
     "tiles": (41, 256, 256, 16, 2),
-    "two groups": (75, 512, 256, 16, 4),
+    "two groups": (75, 256, 256, 16, 4),
+    "two of 128": (200, 256, 256, 16, 3),
 }
 
 

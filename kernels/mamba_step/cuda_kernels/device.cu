@@ -6,6 +6,11 @@ __device__ __forceinline__ float fresh(const float* from) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from));
   return x;
 }
+__device__ __forceinline__ float2 fresh_pair(const float* from) {
+  float2 x;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from));
+  return x;
+}
 __device__ __forceinline__ float4 fresh4(const float* from) {
   float4 x;
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from));

@@ -1,10 +1,10 @@
-// `enter` of stack.cu for more sequences, by tiles.cu: some rows of in_proj for 64 sequences a block.
+// `enter` of stack.cu for more sequences, by tiles.cu: some rows of in_proj for 64 or 128 sequences a block.
 //
-// Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS, PARTS and MOST, AT_ONCE (blocks of a
-// processor), and of tiles.cu STAGES and EARLY.
+// Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS and SEQUENCES (of a block), PARTS and
+// MOST, and of tiles.cu STAGES and EARLY.
 
 static_assert(M % TILE == 0 && 2 * E % ROWS == 0 && PARTS % 4 == 0, "sizes not served");
-typedef Tiles<ROWS, M / TILE, STAGES, EARLY> Product;
+typedef Tiles<ROWS, M / TILE, STAGES, EARLY, SEQUENCES> Product;
 
 struct Problem {
   TensorMap x, weight;   // of the stream times the norm's weight (B, M); in_proj
@@ -16,13 +16,14 @@ struct Problem {
 extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
 extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 
-extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) enter(const GRID_CONSTANT Problem p) {
-  int tid = threadIdx.x, lane = tid % 32, t = lane % 4, n_rows = int(p.n_rows), groups = (n_rows + TILE - 1) / TILE;
-  int row_block = int(blockIdx.x) / groups, row = row_block * ROWS, group = int(blockIdx.x) % groups * TILE;
+extern "C" __global__ void __launch_bounds__(Product::THREADS, 1) enter(const GRID_CONSTANT Problem p) {
+  int tid = threadIdx.x, lane = tid % 32, t = lane % 4, n_rows = int(p.n_rows);
+  int groups = (n_rows + SEQUENCES - 1) / SEQUENCES;
+  int row_block = int(blockIdx.x) / groups, row = row_block * ROWS, group = int(blockIdx.x) % groups * SEQUENCES;
   Product tiles{shared<Product::Room>(), p.x, p.weight, row, 0, row_block, group};
   tiles.begin();
   wait_for_kernel_before();
-  if (tid >= MULTIPLIERS) return tiles.bring_all();
+  if (tid >= Product::MULTIPLIERS) return tiles.bring_all();
   float square[2][PARTS / 4], sum[ROWS / 2];
   int first = group + tid / 32 * 16 + lane / 4;
 #pragma unroll

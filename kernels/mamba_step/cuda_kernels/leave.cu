@@ -1,7 +1,7 @@
 // `leave` of stack.cu for more sequences, by tiles.cu: some rows of out_proj for 64 sequences a block.
 //
-// Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS, MOST, AT_ONCE (blocks of a processor),
-// and of tiles.cu STAGES and EARLY.
+// Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS and MOST, and of tiles.cu STAGES and
+// EARLY.
 
 static_assert(E % TILE == 0 && M % ROWS == 0, "sizes not served");
 typedef Tiles<ROWS, E / TILE, STAGES, EARLY> Product;
@@ -17,15 +17,13 @@ struct Problem {
 extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
 extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 
-INLINE float2 fresh_pair(const float* from) { return float2{fresh(from), fresh(from + 1)}; }
-
-extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) leave(const GRID_CONSTANT Problem p) {
+extern "C" __global__ void __launch_bounds__(Product::THREADS, 1) leave(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, t = lane % 4, n_rows = int(p.n_rows), groups = (n_rows + TILE - 1) / TILE;
   int row_block = int(blockIdx.x) / groups, row = row_block * ROWS, group = int(blockIdx.x) % groups * TILE;
   Product tiles{shared<Product::Room>(), p.y, p.weight, row, 0, row_block, group};
   let_next_begin();
   tiles.begin();
-  if (tid >= MULTIPLIERS) {
+  if (tid >= Product::MULTIPLIERS) {
     wait_for_end_before();
     return tiles.bring_all();
   }

@@ -16,14 +16,14 @@ struct Problem {
 };
 extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const GRID_CONSTANT Problem p) {
+extern "C" __global__ void __launch_bounds__(Product::THREADS, 1) product(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   int split = int(blockIdx.x) / (OUT / ROWS), row = int(blockIdx.x) % (OUT / ROWS) * ROWS, n_rows = int(p.n_rows);
   Product tiles{shared<Product::Room>(), p.x, p.weight, row, split * STEPS * TILE, int(blockIdx.x)};
   let_next_begin();
   tiles.begin();
   wait_for_end_before();
-  if (tid >= MULTIPLIERS) return tiles.bring_all();
+  if (tid >= Product::MULTIPLIERS) return tiles.bring_all();
   float sum[ROWS / 2];
   tiles.multiply(sum);
 #pragma unroll

@@ -14,7 +14,7 @@
 constexpr int THREADS = 32 * WARPS, MOST = 8 * OCTETS;
 static_assert(M % 256 == 0 && E % 256 == 0 && THREADS >= 4 * MOST, "sizes not served");
 
-struct Problem {
+struct Problem {  // what a kernel does not use may be 0
   const bf16 *in_proj, *out_proj;
   const bf16* norm;  // of the next block; 0 if there is none
   float* stream;     // (B, M)
@@ -122,7 +122,6 @@ struct Shared {
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
-INLINE void put(bf16* to, float x) { to->bits = (unsigned short)floats_to_bf16(x, 0.0f); }
 
 // in_proj and norm: uz.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) enter(const GRID_CONSTANT Problem p) {

@@ -1,32 +1,33 @@
-// The sums of a product x weight^T for 64 sequences, as fast as the weights come (wgmma: Hopper GPUs only).
+// The sums of a product x weight^T for 64 or 128 sequences, as fast as the weights come (wgmma: Hopper GPUs only).
 //
-// A block of threads has some rows of the weight. One warp, behind the four that multiply, brings tiles of 64 columns to
-// shared memory (tensor maps), as many as there are stages, and some of the weights before the kernel before has ended.
-// (Blocks that share x's tiles by multicast take twice as long.)
+// A block of threads has some rows of the weight. One warp, behind those that multiply (four for 64 sequences), brings
+// tiles of 64 columns to shared memory (tensor maps), as many as there are stages, and some of the weights before the
+// kernel before has ended. (Blocks that share x's tiles by multicast take twice as long.)
 
-constexpr int TILE = 64, MULTIPLIERS = 128, THREADS = MULTIPLIERS + 32;
+constexpr int TILE = 64;
 
-template <int rows, int steps, int stages, int early> struct Tiles {
+template <int rows, int steps, int stages, int early, int sequences = 64> struct Tiles {
+  static constexpr int MULTIPLIERS = 2 * sequences, THREADS = MULTIPLIERS + 32;
   static constexpr int FIRST = steps < stages ? steps : stages, SOON = FIRST < early ? FIRST : early;
   static_assert(stages > 2, "sizes not served");
   struct Room {
-    alignas(1024) bf16 x[stages][TILE * TILE], weight[stages][rows * TILE];
+    alignas(1024) bf16 x[stages][sequences * TILE], weight[stages][rows * TILE];
     Gate brought[stages], read[stages];
   };
   Room& room;
-  const TensorMap &x, &weight;  // (B, width) in tiles of 64 x 64, (rows, width) in tiles of rows x 64
+  const TensorMap &x, &weight;  // (B, width) in tiles of sequences x 64, (rows, width) in tiles of rows x 64
   int row, column;              // that the block begins with
   int turn;                     // the tile of the width that it begins with: not all with the same
-  int first = 0;                // of the sequences
+  int sequence = 0;             // likewise
 
   INLINE int column_of(int step) const { return column + (step + turn) % steps * TILE; }
   INLINE void bring_weight(int step) const {
     Gate* gate = &room.brought[step % stages];
-    expect_more(gate, (TILE + rows) * TILE * sizeof(bf16));
+    expect_more(gate, (sequences + rows) * TILE * sizeof(bf16));
     bring_tile(room.weight[step % stages], &weight, column_of(step), row, gate);
   }
   INLINE void bring_x(int step) const {
-    bring_tile(room.x[step % stages], &x, column_of(step), first, &room.brought[step % stages]);
+    bring_tile(room.x[step % stages], &x, column_of(step), sequence, &room.brought[step % stages]);
   }
   // By all threads, before the kernel before has ended.
   INLINE void begin() const {
@@ -54,12 +55,12 @@ template <int rows, int steps, int stages, int early> struct Tiles {
   // By the others. A lane has of sequences 16 warp + lane / 4 and 8 more (half) the rows 8 j + lane % 4 * 2 and the next:
   // sum[4 j + 2 half] and the next.
   INLINE void multiply(float (&sum)[rows / 2]) const {
-    int lane = threadIdx.x % 32;
+    int lane = threadIdx.x % 32, own = threadIdx.x / 128 * TILE * TILE;
 #pragma unroll
     for (int i = 0; i < rows / 2; ++i) sum[i] = 0.0f;
     for (int i = 0; i < steps; ++i) {
       wait_at(&room.brought[i % stages], i / stages % 2);
-      multiply_tiles(sum, room.x[i % stages], room.weight[i % stages]);
+      multiply_tiles(sum, room.x[i % stages] + own, room.weight[i % stages]);
       if (i + stages < steps && lane == 0) arrive(&room.read[i % stages]);
     }
   }
