@@ -90,25 +90,30 @@ class _Begin:
 
 
 class _Bands:
-    """`enter` or `leave` of stack.cu, with as many blocks of threads as there is work for."""
+    """`enter` or `leave` of stack.cu, with as many blocks of threads as there are units of work at most."""
 
-    def __init__(self, name: str, M: int, E: int, octets: int, device: int):
+    name: str
+
+    def __init__(self, M: int, E: int, octets: int, units: int, device: int):
         processors = nvrtc.processors(device)
-        units = E // 16 if name == "enter" else M // 16 * -(-octets // 4)
         self.blocks = min(units, processors)
         sizes = {"M": M, "E": E, "OCTETS": octets, "BLOCKS": processors, "WARPS": WARPS}
-        self.kernel = nvrtc.kernel(source("stack.cu", **sizes), name, device)
+        self.kernel = nvrtc.kernel(source("stack.cu", **sizes), self.name, device)
 
     def launch(self, *tensors: Tensor | None, eps: float, n_rows: int) -> None:
         self.kernel(self.blocks, 32 * WARPS, struct.pack("8qdq", *addresses(*tensors), eps, n_rows), early=True)
 
 
 class _EnterBands(_Bands):
+    name = "enter"
+
     def __call__(self, x: Tensor, in_proj: Tensor, squares: Tensor, uz: Tensor, eps: float) -> None:
         self.launch(in_proj, None, None, None, x, squares, uz, None, eps=eps, n_rows=len(x))
 
 
 class _LeaveBands(_Bands):
+    name = "leave"
+
     def __call__(self, y: Tensor, out_proj: Tensor, norm, stream: Tensor, scaled: Tensor, squares: Tensor) -> None:
         self.launch(None, out_proj, norm, stream, scaled, squares, None, y, eps=0.0, n_rows=len(y))
 
@@ -116,10 +121,12 @@ class _LeaveBands(_Bands):
 class _Tiles:
     """`enter` or `leave` by tiles: so many rows of the weight and sequences a block of threads."""
 
-    def __init__(self, name: str, rows: int, sequences: int, out: int, device: int, **sizes: int):
+    name: str
+
+    def __init__(self, rows: int, sequences: int, out: int, device: int, **sizes: int):
         self.rows, self.sequences, self.row_blocks = rows, sequences, out // rows
         sizes |= {"ROWS": rows, "SEQUENCES": sequences}
-        self.kernel = nvrtc.kernel(source("tiles.cu", f"{name}.cu", **sizes), name, device)
+        self.kernel = nvrtc.kernel(source("tiles.cu", f"{self.name}.cu", **sizes), self.name, device)
 
     def launch(self, x: Tensor, weight: Tensor, rest: bytes) -> None:
         maps = nvrtc.tensor_map(x, self.sequences, 64) + nvrtc.tensor_map(weight, self.rows, 64)
@@ -128,11 +135,15 @@ class _Tiles:
 
 
 class _EnterTiles(_Tiles):
+    name = "enter"
+
     def __call__(self, x: Tensor, in_proj: Tensor, squares: Tensor, uz: Tensor, eps: float) -> None:
         self.launch(x, in_proj, struct.pack("2qdq32x", *addresses(squares, uz), eps, len(x)))
 
 
 class _LeaveTiles(_Tiles):
+    name = "leave"
+
     def __call__(self, y: Tensor, out_proj: Tensor, norm, stream: Tensor, scaled: Tensor, squares: Tensor) -> None:
         self.launch(y, out_proj, struct.pack("5q24x", *addresses(norm, stream, scaled, squares), len(y)))
 
@@ -146,10 +157,11 @@ def _few(
     enter: _EnterBands | _EnterTiles
     if tiles and most >= TILED:
         sizes = {"M": M, "E": E, "PARTS": parts, "MOST": most, "STAGES": 12, "EARLY": 6}
-        enter = _EnterTiles("enter", 32, 64, 2 * E, device, **sizes)
+        enter = _EnterTiles(32, 64, 2 * E, device, **sizes)
     else:
-        enter = _EnterBands("enter", M, E, octets, device)
-    return _Begin(M, parts, most, device), enter, _LeaveBands("leave", M, E, octets, device)
+        enter = _EnterBands(M, E, octets, E // 16, device)
+    leave = _LeaveBands(M, E, octets, M // 16 * -(-octets // 4), device)
+    return _Begin(M, parts, most, device), enter, leave
 
 
 @lru_cache(64)
@@ -159,6 +171,6 @@ def _many(M: int, E: int, groups: int, device: int) -> tuple[_Begin, _EnterTiles
     sequences, stages = (64, 12) if groups <= 3 else (128, 9)
     sizes, parts = {"M": M, "E": E, "MOST": TILES}, M // rows_of_leave
     of_enter = {"PARTS": parts, "STAGES": stages, "EARLY": stages}
-    enter = _EnterTiles("enter", rows, sequences, 2 * E, device, **sizes, **of_enter)
-    leave = _LeaveTiles("leave", rows_of_leave, 64, M, device, **sizes, STAGES=8, EARLY=8)
+    enter = _EnterTiles(rows, sequences, 2 * E, device, **sizes, **of_enter)
+    leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, STAGES=8, EARLY=8)
     return _Begin(M, parts, TILES, device), enter, leave

@@ -173,9 +173,8 @@ def _tile(n_out: int, width: int, model_width: int, itemsize: int) -> dict[str, 
         if 1024 < model_width < 2048 and width % SMALLEST == 0:  # the 972M model: 448 bytes a lane
             rows, warps = (32 // itemsize, 4) if is_in_proj else (1, 1)
         else:
-            most = (
-                ELEMENTS if is_in_proj or model_width < 2048 else 4 * ELEMENTS
-            )  # out_proj of 1.4B: four rows, not one
+            # The latter is out_proj of 1.4B: four rows, not one.
+            most = ELEMENTS if is_in_proj or model_width < 2048 else 4 * ELEMENTS
             rows = 1 << max(most // whole, 1).bit_length() - 1
             while rows > 1 and ceil_div(n_out, rows) < PROGRAMS:
                 rows //= 2

@@ -176,7 +176,7 @@ template <int> inline void fewer_registers() {}
 template <int> inline void more_registers() {}
 template <unsigned long K> inline void read_not_before(float (&)[K]) {}
 struct Operands { unsigned a[4], b[2]; };
-static std::vector<Operands> operands(4096);
+static std::vector<Operands> operands;
 inline float bf16_of(unsigned pair, int which) { return __uint_as_float(which ? pair & 0xffff0000u : pair << 16); }
 inline void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   operands[running] = {{a0, a1, a2, a3}, {b0, b1}};

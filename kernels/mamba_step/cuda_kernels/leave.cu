@@ -1,10 +1,10 @@
-// `leave` of stack.cu for more sequences, by tiles.cu: some rows of out_proj for 64 sequences a block.
+// `leave` of stack.cu for more sequences, by tiles.cu: some rows of out_proj for 64 or 128 sequences a block.
 //
-// Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS and MOST, and of tiles.cu STAGES and
-// EARLY.
+// Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS and SEQUENCES (of a block), MOST, and of
+// tiles.cu STAGES and EARLY.
 
 static_assert(E % TILE == 0 && M % ROWS == 0, "sizes not served");
-typedef Tiles<ROWS, E / TILE, STAGES, EARLY> Product;
+typedef Tiles<ROWS, E / TILE, STAGES, EARLY, SEQUENCES> Product;
 
 struct Problem {
   TensorMap y, weight;  // (B, E), what the gate leaves; out_proj
@@ -18,8 +18,9 @@ extern "C" __constant__ int shared_bytes = sizeof(Product::Room) + 1024;
 extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 
 extern "C" __global__ void __launch_bounds__(Product::THREADS, 1) leave(const GRID_CONSTANT Problem p) {
-  int tid = threadIdx.x, lane = tid % 32, t = lane % 4, n_rows = int(p.n_rows), groups = (n_rows + TILE - 1) / TILE;
-  int row_block = int(blockIdx.x) / groups, row = row_block * ROWS, group = int(blockIdx.x) % groups * TILE;
+  int tid = threadIdx.x, lane = tid % 32, t = lane % 4, n_rows = int(p.n_rows);
+  int groups = (n_rows + SEQUENCES - 1) / SEQUENCES;
+  int row_block = int(blockIdx.x) / groups, row = row_block * ROWS, group = int(blockIdx.x) % groups * SEQUENCES;
   Product tiles{shared<Product::Room>(), p.y, p.weight, row, 0, row_block, group};
   let_next_begin();
   tiles.begin();
