@@ -93,6 +93,7 @@ class _Bands:
     """`enter` or `leave` of stack.cu, with as many blocks of threads as there are units of work at most."""
 
     name: str
+    FIELDS = "in_proj", "out_proj", "norm", "stream", "scaled", "squares", "uz", "y"  # of struct Problem of stack.cu
 
     def __init__(self, M: int, E: int, octets: int, units: int, device: int):
         processors = nvrtc.processors(device)
@@ -100,22 +101,23 @@ class _Bands:
         sizes = {"M": M, "E": E, "OCTETS": octets, "BLOCKS": processors, "WARPS": WARPS}
         self.kernel = nvrtc.kernel(source("stack.cu", **sizes), self.name, device)
 
-    def launch(self, *tensors: Tensor | None, eps: float, n_rows: int) -> None:
-        self.kernel(self.blocks, 32 * WARPS, struct.pack("8qdq", *addresses(*tensors), eps, n_rows), early=True)
+    def launch(self, n_rows: int, eps: float = 0.0, **tensors: Tensor | None) -> None:
+        places = addresses(*map(tensors.get, self.FIELDS))
+        self.kernel(self.blocks, 32 * WARPS, struct.pack("8qdq", *places, eps, n_rows), early=True)
 
 
 class _EnterBands(_Bands):
     name = "enter"
 
     def __call__(self, x: Tensor, in_proj: Tensor, squares: Tensor, uz: Tensor, eps: float) -> None:
-        self.launch(in_proj, None, None, None, x, squares, uz, None, eps=eps, n_rows=len(x))
+        self.launch(len(x), eps, in_proj=in_proj, scaled=x, squares=squares, uz=uz)
 
 
 class _LeaveBands(_Bands):
     name = "leave"
 
     def __call__(self, y: Tensor, out_proj: Tensor, norm, stream: Tensor, scaled: Tensor, squares: Tensor) -> None:
-        self.launch(None, out_proj, norm, stream, scaled, squares, None, y, eps=0.0, n_rows=len(y))
+        self.launch(len(y), out_proj=out_proj, norm=norm, stream=stream, scaled=scaled, squares=squares, y=y)
 
 
 class _Tiles:

@@ -18,14 +18,12 @@ extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 
 extern "C" __global__ void __launch_bounds__(Product::THREADS, 1) enter(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, t = lane % 4, n_rows = int(p.n_rows);
-  int groups = (n_rows + SEQUENCES - 1) / SEQUENCES;
-  int row_block = int(blockIdx.x) / groups, row = row_block * ROWS, group = int(blockIdx.x) % groups * SEQUENCES;
-  Product tiles{shared<Product::Room>(), p.x, p.weight, row, 0, row_block, group};
+  Product tiles = Product::of_block(shared<Product::Room>(), p.x, p.weight, n_rows);
   tiles.begin();
   wait_for_kernel_before();
   if (tid >= Product::MULTIPLIERS) return tiles.bring_all();
   float square[2][PARTS / 4], sum[ROWS / 2];
-  int first = group + tid / 32 * 16 + lane / 4;
+  int row = tiles.row, first = tiles.sequence + tid / 32 * 16 + lane / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll

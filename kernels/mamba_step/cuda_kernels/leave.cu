@@ -19,9 +19,7 @@ extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 
 extern "C" __global__ void __launch_bounds__(Product::THREADS, 1) leave(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, t = lane % 4, n_rows = int(p.n_rows);
-  int groups = (n_rows + SEQUENCES - 1) / SEQUENCES;
-  int row_block = int(blockIdx.x) / groups, row = row_block * ROWS, group = int(blockIdx.x) % groups * SEQUENCES;
-  Product tiles{shared<Product::Room>(), p.y, p.weight, row, 0, row_block, group};
+  Product tiles = Product::of_block(shared<Product::Room>(), p.y, p.weight, n_rows);
   let_next_begin();
   tiles.begin();
   if (tid >= Product::MULTIPLIERS) {
@@ -29,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(Product::THREADS, 1) leave(const GR
     return tiles.bring_all();
   }
   // What it is added to was written a layer ago, or by `begin`: before `enter` of this layer went on.
-  int first = group + tid / 32 * 16 + lane / 4;
+  int row = tiles.row, first = tiles.sequence + tid / 32 * 16 + lane / 4;
   auto place = [&](int half, int j) { return int64(first + half * 8) * M + row + 8 * j + t * 2; };
   float2 old[2][ROWS / 8];
   Packed<bf16, 2> weight[ROWS / 8];

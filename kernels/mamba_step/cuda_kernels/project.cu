@@ -13,7 +13,7 @@
 constexpr int N = 16, OUT = R + 2 * N, WARPS = OUT / 16, THREADS = 32 * WARPS, OCTETS = SEQS / 8;
 // Blocks of a processor, and so how many of x_proj's rows' parts may be on their way to registers. With room for two, an
 // H200 runs 62 clusters at once, and of the 64 that have 256 sequences two had to wait for the others. Of few sequences
-// two blocks stand on each of half of the processors, where scan.cu cannot begin before they have ended: so few parts.
+// six parts would fit, and take longer: measured.
 constexpr int AT_ONCE = SEQS > 8 ? 3 : 2, PARTS = CHANNELS / 32, AHEAD = SEQS > 8 ? 2 : 4;
 constexpr int PASSES = (SEQS + WARPS - 1) / WARPS;  // of the convolution, a warp a sequence
 constexpr int WINDOW = CHANNELS * (W - 1);

@@ -20,6 +20,11 @@ template <int rows, int steps, int stages, int early, int sequences = 64> struct
   int turn;                     // the tile of the width that it begins with: not all with the same
   int sequence = 0;             // likewise
 
+  // That of a block: neighbours have the same rows of the weight, as many as it takes for all sequences.
+  static INLINE Tiles of_block(Room& room, const TensorMap& x, const TensorMap& weight, int n_rows) {
+    int groups = (n_rows + sequences - 1) / sequences, row_block = int(blockIdx.x) / groups;
+    return {room, x, weight, row_block * rows, 0, row_block, int(blockIdx.x) % groups * sequences};
+  }
   INLINE int column_of(int step) const { return column + (step + turn) % steps * TILE; }
   INLINE void bring_weight(int step) const {
     Gate* gate = &room.brought[step % stages];
