@@ -1,9 +1,10 @@
-"""A step of a whole stack of narrow Mamba blocks in CUDA C++, compiled for its sizes by ../nvrtc.py.
+"""A step of a whole stack of Mamba blocks in CUDA C++, compiled for its sizes by ../nvrtc.py.
 
-Three kernels a block: enter (norm and in_proj), cuda_middle.py's, leave (out_proj and residual add). Each begins before
-the last one has ended: for GPUs that can do that (Hopper and later), and for bf16 weights. The first and the last are
-in cuda_kernels/stack.cu; with more sequences they are enter.cu and leave.cu, whose matrix units Hopper GPUs have. What
-does not fit goes to cuda_wide.py, or block by block to Triton.
+Three kernels a block: enter (norm and in_proj), what lies between (cuda_middle.py; two kernels for wide blocks,
+cuda_halves.py), leave (out_proj and residual add). Each begins before the last one has ended: for GPUs that can do
+that (Hopper and later), and for bf16 weights. The first and the last are in cuda_kernels/stack.cu; with more sequences
+they are enter.cu and leave.cu, whose matrix units Hopper GPUs have. What does not fit goes to cuda_wide.py, or block by
+block to Triton.
 
 Letters: B sequences, M model width, E inner width.
 """
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
-from . import cuda_middle
-from .cuda_sources import addresses, fits, give_up, source, tiles_serve
+from . import cuda_halves, cuda_middle
+from .cuda_sources import PASSING, addresses, fits, give_up, source, tiles_serve
 
 FEWEST, WIDEST = 3, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
-TILED = 41  # sequences from which in_proj is by tiles, where they serve: measured
+TILED = 41  # sequences from which in_proj is by tiles, where they serve, and wide blocks are served: measured
 BANDS, TILES = 64, 256  # sequences up to which out_proj is by bands (stack.cu), and both are by tiles
 WARPS = 8  # of a block of threads of stack.cu
 
@@ -29,13 +30,14 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
     """Whether `step` takes these."""
     w, n_rows, width = weights[0], len(states[0][0]), x.shape[1]
     shapes = w.in_proj.shape, w.x_proj.shape, w.conv.shape
+    wide = width > WIDEST
+    between, fewest, most = (cuda_halves, TILED, BANDS) if wide else (cuda_middle, FEWEST, TILES)
     return (
-        FEWEST <= n_rows <= TILES
-        and width <= WIDEST
+        fewest <= n_rows <= most
         and not centred
         and width % 256 == len(w.A_log) % 256 == 0
-        and all(cuda_middle.serves(x, *state, one) for state, one in zip(states, weights, strict=True))
-        and (n_rows <= BANDS or tiles_serve(x))
+        and all(between.serves(x, *state, one) for state, one in zip(states, weights, strict=True))
+        and (tiles_serve(x) or (not wide and n_rows <= BANDS))
         and all(fits(t, x) for one in weights for t in (one.norm, one.in_proj, one.out_proj))
         and all((one.in_proj.shape, one.x_proj.shape, one.conv.shape) == shapes for one in weights)
     )
@@ -56,11 +58,13 @@ def step(
     n_channels = len(w.A_log)
     with torch.cuda.device_of(x):
         try:
-            if n_rows <= BANDS:
+            if width > WIDEST:
+                begin, enter, leave = _wide(width, n_channels, device)
+            elif n_rows <= BANDS:
                 begin, enter, leave = _few(width, n_channels, -(-n_rows // 8), tiles_serve(x), device)
             else:
                 begin, enter, leave = _many(width, n_channels, -(-n_rows // 64), device)
-            middle = cuda_middle.kernel_for(n_rows, w, device)
+            between = (cuda_middle if width <= WIDEST else cuda_halves).kernel_for(n_rows, w, device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)
 
@@ -74,7 +78,7 @@ def step(
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
             behind = weights[i + 1].norm if i + 1 < len(weights) else None
             enter(scaled, one.in_proj, squares, uz, eps)
-            middle(uz, *state, one, y)
+            between(uz, *state, one, y)
             leave(y, one.out_proj, behind, stream, scaled, squares)
     return stream
 
@@ -126,7 +130,7 @@ class _Tiles:
     name: str
 
     def __init__(self, rows: int, sequences: int, out: int, device: int, **sizes: int):
-        self.rows, self.sequences, self.row_blocks = rows, sequences, out // rows
+        self.rows, self.sequences, self.row_blocks = rows, sequences, out // rows * sizes.get("CLUSTER", 1)
         sizes |= {"ROWS": rows, "SEQUENCES": sequences}
         self.kernel = nvrtc.kernel(source("tiles.cu", f"{self.name}.cu", **sizes), self.name, device)
 
@@ -158,7 +162,7 @@ def _few(
     most, parts = 8 * octets, M // 16
     enter: _EnterBands | _EnterTiles
     if tiles and most >= TILED:
-        sizes = {"M": M, "E": E, "PARTS": parts, "MOST": most, "STAGES": 12, "EARLY": 6}
+        sizes = {"M": M, "E": E, "PARTS": parts, "MOST": most, "STAGES": 12, "EARLY": 6, "ONCE": 1}
         enter = _EnterTiles(32, 64, 2 * E, device, **sizes)
     else:
         enter = _EnterBands(M, E, octets, E // 16, device)
@@ -171,8 +175,18 @@ def _many(M: int, E: int, groups: int, device: int) -> tuple[_Begin, _EnterTiles
     """begin, enter and leave for more, groups of 64. Numbers of tiles, and what a block has: measured."""
     rows, rows_of_leave = 64, 32
     sequences, stages = (64, 12) if groups <= 3 else (128, 9)
-    sizes, parts = {"M": M, "E": E, "MOST": TILES}, M // rows_of_leave
+    sizes, parts = {"M": M, "E": E, "MOST": TILES, "ONCE": int(64 * groups <= PASSING)}, M // rows_of_leave
     of_enter = {"PARTS": parts, "STAGES": stages, "EARLY": stages}
     enter = _EnterTiles(rows, sequences, 2 * E, device, **sizes, **of_enter)
-    leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, STAGES=8, EARLY=8)
+    leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, STAGES=8, EARLY=8, CLUSTER=1)
     return _Begin(M, parts, TILES, device), enter, leave
+
+
+@lru_cache(64)
+def _wide(M: int, E: int, device: int) -> tuple[_Begin, _EnterTiles, _LeaveTiles]:
+    """begin, enter and leave of wide blocks for TILED to BANDS sequences. Numbers of tiles: measured."""
+    rows, rows_of_leave = 64, 32
+    sizes, parts = {"M": M, "E": E, "MOST": BANDS, "ONCE": 1, "SHARED_PERCENT": 75}, M // rows_of_leave
+    enter = _EnterTiles(rows, 64, 2 * E, device, **sizes, PARTS=parts, STAGES=12, EARLY=4)
+    leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, STAGES=12, EARLY=6, CLUSTER=2)
+    return _Begin(M, parts, BANDS, device), enter, leave

@@ -38,23 +38,29 @@ def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
 
 def step(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
     """uz (B, 2E), what in_proj makes -> y (B, E), what out_proj reads; states in place. None where NVRTC fails."""
-    device = uz.get_device()
+    device, y = uz.get_device(), uz.new_empty(len(uz), uz.shape[1] // 2)
     with torch.cuda.device_of(uz):
         try:
-            project, scan = kernels_for(len(uz), w, device)
+            kernel = kernel_for(len(uz), w, device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)
-        return run(project, scan, uz, conv, ssm, w)
-
-
-def run(project: "_Project", scan: "_Scan", uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor:
-    """`step`, by the kernels for so many sequences."""
-    n_rows, (n_channels, rank) = len(uz), w.dt_proj.shape
-    u, y = uz.new_empty(n_rows, n_channels), uz.new_empty(n_rows, n_channels)
-    projected = torch.empty(project.splits, n_rows, rank + 32, dtype=torch.float32, device=uz.device)
-    project(w.conv, w.conv_bias, w.x_proj, conv, uz, u, projected, n_rows=n_rows)
-    scan(projected, w.dt_proj, w.dt_bias, w.A_log, w.D, u, uz, ssm, y, n_rows=n_rows)
+        kernel(uz, conv, ssm, w, y)
     return y
+
+
+class _Kernels:
+    """Both, for so many sequences."""
+
+    def __init__(self, n_rows: int, E: int, R: int, W: int, device: int):
+        self.project = _Project(n_rows, E, R, W, device)
+        self.scan = _Scan(n_rows, E, R, self.project.splits, device)
+
+    def __call__(self, uz: Tensor, conv: Tensor, ssm: Tensor, w, y: Tensor) -> None:
+        n_rows, u = len(uz), torch.empty_like(y)
+        rank = w.dt_proj.shape[1]
+        projected = torch.empty(self.project.splits, n_rows, rank + 32, dtype=torch.float32, device=uz.device)
+        self.project(w.conv, w.conv_bias, w.x_proj, conv, uz, u, projected, n_rows=n_rows)
+        self.scan(projected, w.dt_proj, w.dt_bias, w.A_log, w.D, u, uz, ssm, y, n_rows=n_rows)
 
 
 class _Project:
@@ -84,12 +90,11 @@ class _Scan:
         self.kernel(self.blocks, CHANNELS, struct.pack("11q", *addresses(*tensors), n_rows, self.seqs), early=True)
 
 
-def kernels_for(n_rows: int, w, device: int) -> tuple[_Project, _Scan]:
-    """For so many sequences. Raises nvrtc.Unavailable."""
+def kernel_for(n_rows: int, w, device: int) -> _Kernels:
+    """Raises nvrtc.Unavailable."""
     return _kernels(n_rows, *w.dt_proj.shape, w.conv.shape[1], device)
 
 
 @lru_cache(64)
-def _kernels(n_rows: int, E: int, R: int, W: int, device: int) -> tuple[_Project, _Scan]:
-    project = _Project(n_rows, E, R, W, device)
-    return project, _Scan(n_rows, E, R, project.splits, device)
+def _kernels(n_rows: int, E: int, R: int, W: int, device: int) -> _Kernels:
+    return _Kernels(n_rows, E, R, W, device)

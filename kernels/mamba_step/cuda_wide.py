@@ -1,8 +1,9 @@
 """A step of a whole stack of wide Mamba blocks in CUDA C++, for up to 64 sequences: products of ours by tensor maps.
 
-Five kernels a block: gather.cu (residual add and norm), product.cu (in_proj), project.cu and scan.cu (cuda_halves.py),
-product.cu (out_proj). Each begins before the last one has ended and asks for its weights before it waits for that. For
-bf16 weights on Hopper GPUs, whose matrix units (wgmma) these are.
+For few sequences, and with a LayerNorm; cuda.py is faster for others. Five kernels a block: gather.cu (residual add and
+norm), product.cu (in_proj), project.cu and scan.cu (cuda_halves.py), product.cu (out_proj). Each begins before the last
+one has ended and asks for its weights before it waits for that. For bf16 weights on Hopper GPUs, whose matrix units
+(wgmma) these are.
 
 Letters: B sequences, M model width, E inner width.
 """
@@ -21,6 +22,7 @@ from .cuda_sources import addresses, capable, fits, give_up, source, tiles_serve
 TILE = 64  # rows and columns of a tile
 SPLITS = 4  # pieces of out_proj's width
 FEWEST, MOST = 3, 64  # sequences
+FEW = 16  # up to which weights may stay in the L2 cache as they like: measured
 STAGES, EARLY = (12, 8), 8  # tiles on their way, of in_proj and of out_proj; and those that are asked for at once
 
 
@@ -53,18 +55,19 @@ def step(
     n_rows, width, device, n_channels = len(states[0][0]), x.shape[1], x.get_device(), len(weights[0].A_log)
     with torch.cuda.device_of(x):
         try:
-            gather, enter, leave = _kernels(width, n_channels, centred, device)
-            project, scan = cuda_halves.kernels_for(n_rows, weights[0], device)
+            gather, enter, leave = _kernels(width, n_channels, centred, n_rows > FEW, device)
+            between = cuda_halves.kernel_for(n_rows, weights[0], device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)
         x, normed = x.contiguous(), x.new_empty(n_rows, width)
         stream = torch.empty(n_rows, width, dtype=torch.float32, device=x.device)
         sums = torch.empty(SPLITS, n_rows, width, dtype=torch.float32, device=x.device)
-        uz = x.new_empty(n_rows, 2 * n_channels)
+        uz, y = x.new_empty(n_rows, 2 * n_channels), x.new_empty(n_rows, n_channels)
         for i, (one, state) in enumerate(zip(weights, states, strict=True)):
             gather(None if i else x, rows, sums, one.norm, one.norm_bias, stream, normed, eps)
             enter(normed, one.in_proj, uz)
-            leave(cuda_halves.run(project, scan, uz, *state, one), one.out_proj, sums)
+            between(uz, *state, one, y)
+            leave(y, one.out_proj, sums)
         gather(None, None, sums, None, None, stream, normed, eps)
     return stream
 
@@ -80,9 +83,9 @@ class _Gather:
 
 
 class _Product:
-    def __init__(self, width: int, out: int, splits: int, stages: int, device: int):
+    def __init__(self, width: int, out: int, splits: int, stages: int, once: bool, device: int):
         self.blocks, self.splits = out // TILE * splits, splits
-        sizes = {"WIDTH": width, "OUT": out, "SPLITS": splits, "STAGES": stages, "EARLY": EARLY}
+        sizes = {"WIDTH": width, "OUT": out, "SPLITS": splits, "STAGES": stages, "EARLY": EARLY, "ONCE": int(once)}
         self.kernel = nvrtc.kernel(source("tiles.cu", "product.cu", **sizes), "product", device)
 
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -94,7 +97,8 @@ class _Product:
 
 
 @lru_cache(64)
-def _kernels(M: int, E: int, centred: bool, device: int) -> tuple[_Gather, _Product, _Product]:
-    """gather, and the products of in_proj and out_proj."""
-    enter, leave = _Product(M, 2 * E, 1, STAGES[0], device), _Product(E, M, SPLITS, STAGES[1], device)
+def _kernels(M: int, E: int, centred: bool, once: bool, device: int) -> tuple[_Gather, _Product, _Product]:
+    """gather, and the products of in_proj and out_proj, whose weights are `once` the first to leave the L2 cache."""
+    enter = _Product(M, 2 * E, 1, STAGES[0], once, device)
+    leave = _Product(E, M, SPLITS, STAGES[1], once, device)
     return _Gather(M, centred, device), enter, leave

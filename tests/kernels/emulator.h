@@ -128,6 +128,8 @@ inline void say_begun() { begun[running] = of_cluster.arrive(); }
 inline void wait_for_others() { of_cluster.wait(begun[running]); }
 inline void all_open() {}
 inline unsigned long long first_to_leave() { return 0; }
+inline unsigned long long last_to_leave() { return 0; }
+inline void store4(float* to, float4 x, unsigned long long) { *reinterpret_cast<float4*>(to) = x; }
 inline void bring(void* to, const void* from, int bytes, Gate* gate, unsigned long long = 0) {
   expect_more(gate, bytes), std::memcpy(to, from, bytes), brought_to(gate, bytes);
 }
@@ -146,7 +148,7 @@ struct TensorMap {  // that of nvrtc.py for this
   const uint16_t* matrix;
   int64_t height, width, n_rows, n_columns, rest[11];
 };
-inline void bring_tile(void* to, const TensorMap* map, int column, int row, Gate* gate) {
+inline void bring_tile(void* to, const TensorMap* map, int column, int row, Gate* gate, unsigned long long = 0) {
   for (int i = 0; i < map->n_rows; ++i)
     for (int j = 0; j < map->n_columns; ++j) {
       bool inside = row + i < map->height && column + j < map->width;
@@ -154,19 +156,17 @@ inline void bring_tile(void* to, const TensorMap* map, int column, int row, Gate
     }
   brought_to(gate, map->n_rows * map->n_columns * 2);
 }
-template <unsigned long K> inline void multiply_tiles(float (&c)[K], const void* a, const void* b) {
+template <unsigned long K> inline void multiply_soon(float (&c)[K], const void* a, const void* b, bool more) {
   auto number = [](const void* tile, unsigned row, int k) {
     return __uint_as_float(unsigned(static_cast<const uint16_t*>(tile)[row * 64 + k]) << 16);
   };
   unsigned thread = running % threads_of_block % 128;
-  for (int i = 0; i < int(K); ++i)
+  for (int i = 0; i < int(K); ++i) {
+    if (!more) c[i] = 0.0f;
     for (int k = 0; k < 64; ++k)
       c[i] += number(a, thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, k) *
               number(b, i / 4 * 8 + thread % 4 * 2 + i % 2, k);
-}
-template <unsigned long K> inline void multiply_soon(float (&c)[K], const void* a, const void* b, bool more) {
-  for (auto& x : c) x = more ? x : 0.0f;
-  multiply_tiles(c, a, b);
+  }
 }
 inline void begin_multiplying() {}
 inline void commit() {}

@@ -30,6 +30,7 @@ def on_the_cpu(monkeypatch, emulated):
     made = (
         cuda._few,
         cuda._many,
+        cuda._wide,
         cuda_middle._kernel,
         cuda_middle._with_all_at_once,
         cuda_halves._kernels,
@@ -98,6 +99,14 @@ def steps_of_float64(x, states, weights, n=2):
     return named(stream, states)
 
 
+@pytest.fixture
+def all_are_wide(monkeypatch):
+    """Also the narrow blocks of these tests."""
+    monkeypatch.setattr(cuda_middle, "WIDEST", 0)
+    monkeypatch.setattr(cuda, "WIDEST", 0)
+    monkeypatch.setattr(cuda_wide, "STAGES", (3, 3))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_stack(case, on_the_cpu, assert_close):
     given = problem(*CASES[case])
@@ -105,10 +114,10 @@ def test_stack(case, on_the_cpu, assert_close):
 
 
 @pytest.mark.parametrize("of", [cuda, cuda_wide])
-def test_from_an_embedding(of, on_the_cpu, monkeypatch):
+def test_from_an_embedding(of, on_the_cpu, request):
     """Of which rows are read in place: to the bit what the stack makes of them otherwise."""
-    monkeypatch.setattr(cuda_middle, "WIDEST", 0 if of is cuda_wide else cuda_middle.WIDEST)
-    monkeypatch.setattr(cuda_wide, "STAGES", (3, 3))
+    if of is cuda_wide:
+        request.getfixturevalue("all_are_wide")
     table, states, weights = problem(5, 256, 256, 16, 2, n_layers=1)
     rows = torch.tensor([4, 0, 4, 2, 1])
     copies = [[tuple(t.clone() for t in state) for state in states] for _ in range(2)]
@@ -126,19 +135,26 @@ def test_what_the_stack_does_not_serve(on_the_cpu):
     assert not cuda.serves(x, states, [weights[0], weights[1]._replace(D=weights[1].D.float())], False)
 
 
-WIDE = {  # rows, width, inner width, rank, taps, LayerNorm
-    "RMSNorm": ((5, 512, 256, 16, 4), False),
-    "LayerNorm": ((35, 256, 512, 48, 2), True),
+WIDE = {  # the module, rows, width, inner width, rank, taps, LayerNorm
+    "RMSNorm": (cuda_wide, (5, 512, 256, 16, 4), False),
+    "LayerNorm": (cuda_wide, (35, 256, 512, 48, 2), True),
+    "pairs": (cuda, (45, 512, 256, 16, 3), False),
 }
 
 
 @pytest.mark.parametrize("case", WIDE)
-def test_wide_stack(case, on_the_cpu, monkeypatch, assert_close):
-    monkeypatch.setattr(cuda_middle, "WIDEST", 0)
-    monkeypatch.setattr(cuda_wide, "STAGES", (3, 3))
-    sizes, centred = WIDE[case]
+def test_wide_stack(case, on_the_cpu, all_are_wide, assert_close):
+    of, sizes, centred = WIDE[case]
     given = problem(*sizes, centred=centred)
-    assert_close(steps(*given, of=cuda_wide), steps_of_float64(*given), 1e-2, case)
+    assert_close(steps(*given, of=of), steps_of_float64(*given), 1e-2, case)
+
+
+def test_which_wide_blocks_are_by_pairs(on_the_cpu, all_are_wide):
+    sizes = WIDE["pairs"][1][1:]
+    assert cuda.serves(*problem(cuda.TILED, *sizes), False)
+    assert not cuda.serves(*problem(cuda.TILED - 1, *sizes), False)
+    assert not cuda.serves(*problem(cuda.BANDS + 1, *sizes), False)
+    assert not cuda.serves(*problem(cuda.TILED, *sizes, centred=True), True)
 
 
 MIDDLES = {  # rows, sequences of a cluster, inner width, rank, taps
@@ -169,7 +185,7 @@ def two_steps_between(of, rows, inner, rank, taps, assert_close):
 @pytest.mark.parametrize("case", MIDDLES)
 def test_middle(case, on_the_cpu, monkeypatch, assert_close):
     rows, at_once, *sizes = MIDDLES[case]
-    monkeypatch.setattr(cuda_middle, "kernel_for", lambda *_: cuda_middle._kernel(*sizes, at_once, -1))
+    monkeypatch.setattr(cuda_middle, "kernel_for", lambda *_: cuda_middle._kernel(*sizes, at_once, False, -1))
     two_steps_between(cuda_middle, rows, *sizes, assert_close)
 
 
@@ -189,7 +205,9 @@ def test_halves(case, on_the_cpu, monkeypatch, assert_close):
 @pytest.mark.parametrize(("rows", "at_once"), [(3, 1), (16, 2), (64, 5), (256, 18), (1000, 20)])
 def test_all_clusters_run_at_once(rows, at_once, monkeypatch):
     """Where the device says that it takes 15."""
-    monkeypatch.setattr(cuda_middle, "_kernel", lambda E, R, W, n, device: SimpleNamespace(at_once=n, clusters=15))
+    monkeypatch.setattr(
+        cuda_middle, "_kernel", lambda E, R, W, n, stay, device: SimpleNamespace(at_once=n, clusters=15)
+    )
     assert cuda_middle._with_all_at_once.__wrapped__(rows, 1536, 48, 4, 0).at_once == at_once
 
 
@@ -230,11 +248,25 @@ def test_many_at_size(rows, width, assert_close):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("rows", "width"),
-    [(3, 768), (13, 768), (64, 768), (256, 768), (40, 1024), (100, 1024), (13, 1792), (64, 2048)],
+    [
+        (3, 768),
+        (13, 768),
+        (64, 768),
+        (100, 768),
+        (256, 768),
+        (40, 1024),
+        (100, 1024),
+        (13, 1792),
+        (64, 1792),
+        (13, 2048),
+        (40, 2048),
+        (41, 2048),
+        (64, 2048),
+    ],
 )
 def test_at_size(rows, width, assert_close):
     """Against float64; twice to the bit the same, and as the last sequences alone, as few as the same kernels serve."""
-    of = cuda if width <= cuda.WIDEST else cuda_wide
+    of = cuda if width <= cuda.WIDEST or (width == 2048 and rows >= cuda.TILED) else cuda_wide
     kinds = (cuda.BANDS + 1, cuda.TILED, 3) if of is cuda else (3,)
     few = next(fewest for fewest in kinds if rows >= fewest)
     given = problem(rows, width, 2 * width, width // 16, 4, centred=width == 1792)  # that of MambaByte-972M

@@ -110,11 +110,22 @@ __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gat
                "l"(from), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate)))
                : "memory");
 }
-// What passes through the L2 cache but once: by this policy it is the first to leave it.
+// Policies of the L2 cache. What passes through it but once is to be the first to leave: weights that leave late push out
+// states that have just been written, and these go to memory while the next weights come from there.
 __device__ __forceinline__ unsigned long long first_to_leave() {
   unsigned long long policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
+}
+__device__ __forceinline__ unsigned long long last_to_leave() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void store4(float* to, float4 x, unsigned long long policy) {
+  asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+               "f"(x.w), "l"(policy)
+               : "memory");
 }
 __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gate* gate, unsigned long long policy) {
   asm volatile("{mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;"
@@ -161,40 +172,26 @@ __device__ __forceinline__ void bring_tile(void* to, const TensorMap* map, int c
                "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate)))
                : "memory");
 }
+__device__ __forceinline__ void bring_tile(void* to, const TensorMap* map, int column, int row, Gate* gate,
+                                           unsigned long long policy) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+               "[%1, {%2, %3}], [%4], %5;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+               "l"(map), "r"(column), "r"(row), "r"(unsigned(__cvta_generic_to_shared(gate))), "l"(policy)
+               : "memory");
+}
 #if __CUDA_ARCH__ == 900
-// c += a b^T by the 128 threads of four warps: a a tile of 64 rows, b one of 32 or 64.
+// c += a b^T by the 128 threads of four warps, and c = a b^T where not `more`: to be committed, and read after a wait. a is
+// a tile of 64 rows, b one of 32, 64, 128 or 192.
 __device__ __forceinline__ unsigned long long tile_at(const void* at) {
   return (unsigned(__cvta_generic_to_shared(at)) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
-#define MULTIPLY(shape, sums, a, b) \
-  "wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" sums "}, %" #a ", %" #b ", p, 1, 1, 0, 0;"
-#define BEGIN(one) "{.reg .pred p; setp.ne.b32 p, %" #one ", 0; wgmma.fence.sync.aligned;"
-#define END "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;}"
 #define SUMS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define SUMS_64 SUMS_32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define EIGHT(c, i) \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
-#define PIECES "l"(x), "l"(y), "l"(x + 2), "l"(y + 2), "l"(x + 4), "l"(y + 4), "l"(x + 6), "l"(y + 6), "r"(1)
-__device__ __forceinline__ void multiply_tiles(float (&c)[16], const void* a, const void* b) {
-  unsigned long long x = tile_at(a), y = tile_at(b);
-  asm volatile(BEGIN(24) MULTIPLY("m64n32k16", SUMS_32, 16, 17) MULTIPLY("m64n32k16", SUMS_32, 18, 19)
-                   MULTIPLY("m64n32k16", SUMS_32, 20, 21) MULTIPLY("m64n32k16", SUMS_32, 22, 23) END
-               : EIGHT(c, 0), EIGHT(c, 8)
-               : PIECES
-               : "memory");
-}
-__device__ __forceinline__ void multiply_tiles(float (&c)[32], const void* a, const void* b) {
-  unsigned long long x = tile_at(a), y = tile_at(b);
-  asm volatile(BEGIN(40) MULTIPLY("m64n64k16", SUMS_64, 32, 33) MULTIPLY("m64n64k16", SUMS_64, 34, 35)
-                   MULTIPLY("m64n64k16", SUMS_64, 36, 37) MULTIPLY("m64n64k16", SUMS_64, 38, 39) END
-               : EIGHT(c, 0), EIGHT(c, 8), EIGHT(c, 16), EIGHT(c, 24)
-               : PIECES
-               : "memory");
-}
-// The same for a tile b of 64, 128 or 192 rows, and c = a b^T where not `more`: to be committed, and read after a wait.
-#define MULTIPLY_IF(p, shape, sums, a, b) \
+#define MULTIPLY(p, shape, sums, a, b) \
   "wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" sums "}, %" #a ", %" #b ", " #p ", 1, 1, 0, 0;"
-#define BEGIN_IF(more) "{.reg .pred p, q; setp.ne.b32 p, %" #more ", 0; setp.eq.b32 q, %" #more ", %" #more ";"
+#define BEGIN(more) "{.reg .pred p, q; setp.ne.b32 p, %" #more ", 0; setp.eq.b32 q, %" #more ", %" #more ";"
 #define SUMS_128 SUMS_64 \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -202,30 +199,38 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[32], const void* a, co
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define THIRTY_TWO(c, i) EIGHT(c, i), EIGHT(c, i + 8), EIGHT(c, i + 16), EIGHT(c, i + 24)
-#define PIECES_IF \
+#define PIECES \
   "l"(x), "l"(y), "l"(x + 2), "l"(y + 2), "l"(x + 4), "l"(y + 4), "l"(x + 6), "l"(y + 6), "r"(int(more))
+__device__ __forceinline__ void multiply_soon(float (&c)[16], const void* a, const void* b, bool more) {
+  unsigned long long x = tile_at(a), y = tile_at(b);
+  asm volatile(BEGIN(24) MULTIPLY(p, "m64n32k16", SUMS_32, 16, 17) MULTIPLY(q, "m64n32k16", SUMS_32, 18, 19)
+                   MULTIPLY(q, "m64n32k16", SUMS_32, 20, 21) MULTIPLY(q, "m64n32k16", SUMS_32, 22, 23) "}"
+               : EIGHT(c, 0), EIGHT(c, 8)
+               : PIECES
+               : "memory");
+}
 __device__ __forceinline__ void multiply_soon(float (&c)[32], const void* a, const void* b, bool more) {
   unsigned long long x = tile_at(a), y = tile_at(b);
-  asm volatile(BEGIN_IF(40) MULTIPLY_IF(p, "m64n64k16", SUMS_64, 32, 33) MULTIPLY_IF(q, "m64n64k16", SUMS_64, 34, 35)
-                   MULTIPLY_IF(q, "m64n64k16", SUMS_64, 36, 37) MULTIPLY_IF(q, "m64n64k16", SUMS_64, 38, 39) "}"
+  asm volatile(BEGIN(40) MULTIPLY(p, "m64n64k16", SUMS_64, 32, 33) MULTIPLY(q, "m64n64k16", SUMS_64, 34, 35)
+                   MULTIPLY(q, "m64n64k16", SUMS_64, 36, 37) MULTIPLY(q, "m64n64k16", SUMS_64, 38, 39) "}"
                : THIRTY_TWO(c, 0)
-               : PIECES_IF
+               : PIECES
                : "memory");
 }
 __device__ __forceinline__ void multiply_soon(float (&c)[64], const void* a, const void* b, bool more) {
   unsigned long long x = tile_at(a), y = tile_at(b);
-  asm volatile(BEGIN_IF(72) MULTIPLY_IF(p, "m64n128k16", SUMS_128, 64, 65) MULTIPLY_IF(q, "m64n128k16", SUMS_128, 66, 67)
-                   MULTIPLY_IF(q, "m64n128k16", SUMS_128, 68, 69) MULTIPLY_IF(q, "m64n128k16", SUMS_128, 70, 71) "}"
+  asm volatile(BEGIN(72) MULTIPLY(p, "m64n128k16", SUMS_128, 64, 65) MULTIPLY(q, "m64n128k16", SUMS_128, 66, 67)
+                   MULTIPLY(q, "m64n128k16", SUMS_128, 68, 69) MULTIPLY(q, "m64n128k16", SUMS_128, 70, 71) "}"
                : THIRTY_TWO(c, 0), THIRTY_TWO(c, 32)
-               : PIECES_IF
+               : PIECES
                : "memory");
 }
 __device__ __forceinline__ void multiply_soon(float (&c)[96], const void* a, const void* b, bool more) {
   unsigned long long x = tile_at(a), y = tile_at(b);
-  asm volatile(BEGIN_IF(104) MULTIPLY_IF(p, "m64n192k16", SUMS_192, 96, 97) MULTIPLY_IF(q, "m64n192k16", SUMS_192, 98, 99)
-                   MULTIPLY_IF(q, "m64n192k16", SUMS_192, 100, 101) MULTIPLY_IF(q, "m64n192k16", SUMS_192, 102, 103) "}"
+  asm volatile(BEGIN(104) MULTIPLY(p, "m64n192k16", SUMS_192, 96, 97) MULTIPLY(q, "m64n192k16", SUMS_192, 98, 99)
+                   MULTIPLY(q, "m64n192k16", SUMS_192, 100, 101) MULTIPLY(q, "m64n192k16", SUMS_192, 102, 103) "}"
                : THIRTY_TWO(c, 0), THIRTY_TWO(c, 32), THIRTY_TWO(c, 64)
-               : PIECES_IF
+               : PIECES
                : "memory");
 }
 __device__ __forceinline__ void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -246,15 +251,11 @@ template <int n> __device__ __forceinline__ void read_not_before(float (&c)[n]) 
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
-#undef MULTIPLY_IF
-#undef BEGIN_IF
 #undef SUMS_128
 #undef SUMS_192
 #undef THIRTY_TWO
-#undef PIECES_IF
 #undef MULTIPLY
 #undef BEGIN
-#undef END
 #undef SUMS_32
 #undef SUMS_64
 #undef EIGHT

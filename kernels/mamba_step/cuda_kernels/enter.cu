@@ -1,7 +1,7 @@
 // `enter` of stack.cu for more sequences, by tiles.cu: some rows of in_proj for 64 or 128 sequences a block.
 //
 // Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS and SEQUENCES (of a block), PARTS and
-// MOST, and of tiles.cu STAGES and EARLY.
+// MOST, and of tiles.cu STAGES, EARLY and ONCE.
 
 static_assert(M % TILE == 0 && 2 * E % ROWS == 0 && PARTS % 4 == 0, "sizes not served");
 typedef Tiles<ROWS, M / TILE, STAGES, EARLY, SEQUENCES> Product;
@@ -18,7 +18,7 @@ extern "C" __constant__ int shared_percent = SHARED_PERCENT;
 
 extern "C" __global__ void __launch_bounds__(Product::THREADS, 1) enter(const GRID_CONSTANT Problem p) {
   int tid = threadIdx.x, lane = tid % 32, t = lane % 4, n_rows = int(p.n_rows);
-  Product tiles = Product::of_block(shared<Product::Room>(), p.x, p.weight, n_rows);
+  Product tiles = Product::of_block(shared<Product::Room>(), p.x, p.weight, n_rows, int(blockIdx.x));
   tiles.begin();
   wait_for_kernel_before();
   if (tid >= Product::MULTIPLIERS) return tiles.bring_all();

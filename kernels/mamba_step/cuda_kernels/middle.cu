@@ -9,8 +9,8 @@
 // that lie side by side. Two lanes share a channel's 16 states by quarters (first and third, second and fourth), so
 // that they read and write whole sectors.
 //
-// Letters: B sequences, E inner width, R rank of dt, N states (16), W convolution width; macros, but B, as are CLUSTER
-// and SEQS.
+// Letters: B sequences, E inner width, R rank of dt, N states (16), W convolution width; macros, but B, as are CLUSTER,
+// SEQS and STAY (whether states are the last to leave the L2 cache, or the first).
 
 constexpr int N = 16, OUT = R + 2 * N, EC = E / CLUSTER, THREADS = 2 * EC;
 constexpr int WARPS = THREADS / 32, OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS;
@@ -75,6 +75,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   if (p.conv_bias) shift.load(p.conv_bias + channel + c);
   else shift.clear();
 
+  unsigned long long policy = STAY ? last_to_leave() : first_to_leave();
   float h[HELD][GROUP][8];
   int quarter = lane % 2 * 4;
   int own = warp * 16 + lane / 2, e = channel + own;  // its channel in this block, and of all
@@ -220,8 +221,8 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
             out = __fmaf_rn(x[k], readout[k / 4][k % 4], out);
           }
           float* to = place(seq);
-          *reinterpret_cast<float4*>(to) = float4{x[0], x[1], x[2], x[3]};
-          *reinterpret_cast<float4*>(to + 8) = float4{x[4], x[5], x[6], x[7]};
+          store4(to, float4{x[0], x[1], x[2], x[3]}, policy);
+          store4(to + 8, float4{x[4], x[5], x[6], x[7]}, policy);
         }
         out = add_across(out, 1);
         if (seq < n_here && quarter == 0) {

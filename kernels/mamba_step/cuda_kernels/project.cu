@@ -14,7 +14,7 @@ constexpr int N = 16, OUT = R + 2 * N, WARPS = OUT / 16, THREADS = 32 * WARPS, O
 // Blocks of a processor, and so how many of x_proj's rows' parts may be on their way to registers. With room for two, an
 // H200 runs 62 clusters at once, and of the 64 that have 256 sequences two had to wait for the others. Of few sequences
 // six parts would fit, and take longer: measured.
-constexpr int AT_ONCE = SEQS > 8 ? 3 : 2, PARTS = CHANNELS / 32, AHEAD = SEQS > 8 ? 2 : 4;
+constexpr int AT_ONCE = SEQS > 8 ? 3 : 2, PARTS = CHANNELS / 32, AHEAD = SEQS > 8 ? 1 : 4;
 constexpr int PASSES = (SEQS + WARPS - 1) / WARPS;  // of the convolution, a warp a sequence
 constexpr int WINDOW = CHANNELS * (W - 1);
 constexpr int STRIDE = OUT + 4;  // of sums, so that lanes meet in no bank

@@ -3,6 +3,8 @@
 // A block of threads has some rows of the weight. One warp, behind those that multiply (four for 64 sequences), brings
 // tiles of 64 columns to shared memory (tensor maps), as many as there are stages, and some of the weights before the
 // kernel before has ended. (Blocks that share x's tiles by multicast take twice as long.)
+//
+// ONCE, a macro: whether each tile of the weight is for one block alone, and so the first to leave the L2 cache.
 
 constexpr int TILE = 64;
 
@@ -20,16 +22,18 @@ template <int rows, int steps, int stages, int early, int sequences = 64> struct
   int turn;                     // the tile of the width that it begins with: not all with the same
   int sequence = 0;             // likewise
 
-  // That of a block: neighbours have the same rows of the weight, as many as it takes for all sequences.
-  static INLINE Tiles of_block(Room& room, const TensorMap& x, const TensorMap& weight, int n_rows) {
-    int groups = (n_rows + sequences - 1) / sequences, row_block = int(blockIdx.x) / groups;
-    return {room, x, weight, row_block * rows, 0, row_block, int(blockIdx.x) % groups * sequences};
+  // That of a block of so many: neighbours have the same rows of the weight, as many as it takes for all sequences.
+  static INLINE Tiles of_block(Room& room, const TensorMap& x, const TensorMap& weight, int n_rows, int block) {
+    int groups = (n_rows + sequences - 1) / sequences, row_block = block / groups;
+    return {room, x, weight, row_block * rows, 0, row_block, block % groups * sequences};
   }
   INLINE int column_of(int step) const { return column + (step + turn) % steps * TILE; }
   INLINE void bring_weight(int step) const {
     Gate* gate = &room.brought[step % stages];
     expect_more(gate, (sequences + rows) * TILE * sizeof(bf16));
-    bring_tile(room.weight[step % stages], &weight, column_of(step), row, gate);
+    bf16* to = room.weight[step % stages];
+    if constexpr (ONCE) bring_tile(to, &weight, column_of(step), row, gate, first_to_leave());
+    else bring_tile(to, &weight, column_of(step), row, gate);
   }
   INLINE void bring_x(int step) const {
     bring_tile(room.x[step % stages], &x, column_of(step), sequence, &room.brought[step % stages]);
@@ -61,13 +65,16 @@ template <int rows, int steps, int stages, int early, int sequences = 64> struct
   // sum[4 j + 2 half] and the next.
   INLINE void multiply(float (&sum)[rows / 2]) const {
     int lane = threadIdx.x % 32, own = threadIdx.x / 128 * TILE * TILE;
-#pragma unroll
-    for (int i = 0; i < rows / 2; ++i) sum[i] = 0.0f;
     for (int i = 0; i < steps; ++i) {
       wait_at(&room.brought[i % stages], i / stages % 2);
-      multiply_tiles(sum, room.x[i % stages] + own, room.weight[i % stages]);
-      if (i + stages < steps && lane == 0) arrive(&room.read[i % stages]);
+      begin_multiplying();
+      multiply_soon(sum, room.x[i % stages] + own, room.weight[i % stages], i > 0);
+      commit();
+      all_multiplied_but<1>();  // so that the next tile is there for the matrix units when they are done with this one
+      if (i > 0 && i - 1 + stages < steps && lane == 0) arrive(&room.read[(i - 1) % stages]);
     }
+    all_multiplied_but<0>();
+    read_not_before(sum);
   }
 };
 
