@@ -162,7 +162,7 @@ def _few(
     most, parts = 8 * octets, M // 16
     enter: _EnterBands | _EnterTiles
     if tiles and most >= TILED:
-        sizes = {"M": M, "E": E, "PARTS": parts, "MOST": most, "STAGES": 12, "EARLY": 6, "ONCE": 1}
+        sizes = {"M": M, "E": E, "PARTS": parts, "MOST": most, "STAGES": 12, "EARLY": 6, "PASSING": 1}
         enter = _EnterTiles(32, 64, 2 * E, device, **sizes)
     else:
         enter = _EnterBands(M, E, octets, E // 16, device)
@@ -175,7 +175,7 @@ def _many(M: int, E: int, groups: int, device: int) -> tuple[_Begin, _EnterTiles
     """begin, enter and leave for more, groups of 64. Numbers of tiles, and what a block has: measured."""
     rows, rows_of_leave = 64, 32
     sequences, stages = (64, 12) if groups <= 3 else (128, 9)
-    sizes, parts = {"M": M, "E": E, "MOST": TILES, "ONCE": int(64 * groups <= PASSING)}, M // rows_of_leave
+    sizes, parts = {"M": M, "E": E, "MOST": TILES, "PASSING": int(64 * groups <= PASSING)}, M // rows_of_leave
     of_enter = {"PARTS": parts, "STAGES": stages, "EARLY": stages}
     enter = _EnterTiles(rows, sequences, 2 * E, device, **sizes, **of_enter)
     leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, STAGES=8, EARLY=8, CLUSTER=1)
@@ -186,7 +186,7 @@ def _many(M: int, E: int, groups: int, device: int) -> tuple[_Begin, _EnterTiles
 def _wide(M: int, E: int, device: int) -> tuple[_Begin, _EnterTiles, _LeaveTiles]:
     """begin, enter and leave of wide blocks for TILED to BANDS sequences. Numbers of tiles: measured."""
     rows, rows_of_leave = 64, 32
-    sizes, parts = {"M": M, "E": E, "MOST": BANDS, "ONCE": 1, "SHARED_PERCENT": 75}, M // rows_of_leave
+    sizes, parts = {"M": M, "E": E, "MOST": BANDS, "PASSING": 1, "SHARED_PERCENT": 75}, M // rows_of_leave
     enter = _EnterTiles(rows, 64, 2 * E, device, **sizes, PARTS=parts, STAGES=12, EARLY=4)
     leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, STAGES=12, EARLY=6, CLUSTER=2)
     return _Begin(M, parts, BANDS, device), enter, leave

@@ -22,7 +22,7 @@ from .cuda_sources import addresses, capable, fits, give_up, source, tiles_serve
 TILE = 64  # rows and columns of a tile
 SPLITS = 4  # pieces of out_proj's width
 FEWEST, MOST = 3, 64  # sequences
-FEW = 16  # up to which weights may stay in the L2 cache as they like: measured
+FEW = 16  # of them, up to which weights are not to be the first to leave the L2 cache: measured
 STAGES, EARLY = (12, 8), 8  # tiles on their way, of in_proj and of out_proj; and those that are asked for at once
 
 
@@ -83,9 +83,16 @@ class _Gather:
 
 
 class _Product:
-    def __init__(self, width: int, out: int, splits: int, stages: int, once: bool, device: int):
+    def __init__(self, width: int, out: int, splits: int, stages: int, passing: bool, device: int):
         self.blocks, self.splits = out // TILE * splits, splits
-        sizes = {"WIDTH": width, "OUT": out, "SPLITS": splits, "STAGES": stages, "EARLY": EARLY, "ONCE": int(once)}
+        sizes = {
+            "WIDTH": width,
+            "OUT": out,
+            "SPLITS": splits,
+            "STAGES": stages,
+            "EARLY": EARLY,
+            "PASSING": int(passing),
+        }
         self.kernel = nvrtc.kernel(source("tiles.cu", "product.cu", **sizes), "product", device)
 
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -97,8 +104,8 @@ class _Product:
 
 
 @lru_cache(64)
-def _kernels(M: int, E: int, centred: bool, once: bool, device: int) -> tuple[_Gather, _Product, _Product]:
-    """gather, and the products of in_proj and out_proj, whose weights are `once` the first to leave the L2 cache."""
-    enter = _Product(M, 2 * E, 1, STAGES[0], once, device)
-    leave = _Product(E, M, SPLITS, STAGES[1], once, device)
+def _kernels(M: int, E: int, centred: bool, passing: bool, device: int) -> tuple[_Gather, _Product, _Product]:
+    """gather, and the products of in_proj and out_proj; passing: their weights are the first to leave the L2 cache."""
+    enter = _Product(M, 2 * E, 1, STAGES[0], passing, device)
+    leave = _Product(E, M, SPLITS, STAGES[1], passing, device)
     return _Gather(M, centred, device), enter, leave

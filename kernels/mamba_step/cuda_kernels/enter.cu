@@ -1,7 +1,7 @@
 // `enter` of stack.cu for more sequences, by tiles.cu: some rows of in_proj for 64 or 128 sequences a block.
 //
 // Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS and SEQUENCES (of a block), PARTS and
-// MOST, and of tiles.cu STAGES, EARLY and ONCE.
+// MOST, and of tiles.cu STAGES, EARLY and PASSING.
 
 static_assert(M % TILE == 0 && 2 * E % ROWS == 0 && PARTS % 4 == 0, "sizes not served");
 typedef Tiles<ROWS, M / TILE, STAGES, EARLY, SEQUENCES> Product;

@@ -2,7 +2,7 @@
 // block a pair of blocks of threads, each of which has half of E and in the end half of the sequences.
 //
 // Letters: B sequences, M model width, E inner width; macros, but B, as are ROWS and SEQUENCES (of a block), CLUSTER (one
-// or two), MOST, and of tiles.cu STAGES, EARLY and ONCE.
+// or two), MOST, and of tiles.cu STAGES, EARLY and PASSING.
 
 static_assert(E % (TILE * CLUSTER) == 0 && M % ROWS == 0 && (CLUSTER == 1 || CLUSTER == 2), "sizes not served");
 typedef Tiles<ROWS, E / TILE / CLUSTER, STAGES, EARLY, SEQUENCES> Product;

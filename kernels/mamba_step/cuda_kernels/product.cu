@@ -2,7 +2,7 @@
 //
 // Where SPLITS blocks share the width out, their sums go out as they are and are added up where they are read (gather.cu).
 //
-// Macros: WIDTH, OUT (rows of the weight), SPLITS, and of tiles.cu STAGES, EARLY and ONCE.
+// Macros: WIDTH, OUT (rows of the weight), SPLITS, and of tiles.cu STAGES, EARLY and PASSING.
 
 constexpr int ROWS = 64, STEPS = WIDTH / TILE / SPLITS;
 static_assert(WIDTH % (TILE * SPLITS) == 0 && OUT % ROWS == 0, "sizes not served");

@@ -4,7 +4,7 @@
 // tiles of 64 columns to shared memory (tensor maps), as many as there are stages, and some of the weights before the
 // kernel before has ended. (Blocks that share x's tiles by multicast take twice as long.)
 //
-// ONCE, a macro: whether each tile of the weight is for one block alone, and so the first to leave the L2 cache.
+// PASSING, a macro: whether the weight is to be the first to leave the L2 cache.
 
 constexpr int TILE = 64;
 
@@ -32,7 +32,7 @@ template <int rows, int steps, int stages, int early, int sequences = 64> struct
     Gate* gate = &room.brought[step % stages];
     expect_more(gate, (sequences + rows) * TILE * sizeof(bf16));
     bf16* to = room.weight[step % stages];
-    if constexpr (ONCE) bring_tile(to, &weight, column_of(step), row, gate, first_to_leave());
+    if constexpr (PASSING) bring_tile(to, &weight, column_of(step), row, gate, first_to_leave());
     else bring_tile(to, &weight, column_of(step), row, gate);
   }
   INLINE void bring_x(int step) const {
