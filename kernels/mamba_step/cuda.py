@@ -1,9 +1,9 @@
 """A step of a whole stack of Mamba blocks in CUDA C++, compiled for its sizes by ../nvrtc.py.
 
-Three kernels a block: enter (norm and in_proj), what lies between (cuda_middle.py; two kernels for wide blocks,
-cuda_halves.py), leave (out_proj and residual add). Each begins before the last one has ended: for GPUs that can do
-that (Hopper and later), and for bf16 weights. The first and the last are in cuda_kernels/stack.cu; with more sequences
-they are enter.cu and leave.cu, whose matrix units Hopper GPUs have. What does not fit goes to cuda_wide.py, or block by
+Three kernels a block, four of a wide one: enter (norm and in_proj), what lies between (cuda_middle.py or
+cuda_halves.py), leave (out_proj and residual add). Each begins before the last one has ended: for GPUs that can do that
+(Hopper and later), and for bf16 weights. The first and the last are in cuda_kernels/stack.cu; with more sequences they
+are enter.cu and leave.cu, whose matrix units Hopper GPUs have. What does not fit goes to cuda_wide.py, or block by
 block to Triton.
 
 Letters: B sequences, M model width, E inner width.
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from .. import nvrtc
 from . import cuda_halves, cuda_middle
-from .cuda_sources import PASSING, addresses, fits, give_up, source, tiles_serve
+from .cuda_sources import PASS_UP_TO, addresses, fits, give_up, source, tiles_serve
 
-FEWEST, WIDEST = 3, 1024  # sequences, and M, that `step` serves: measured, benchmarks/results/gpu_model.md
-TILED = 41  # sequences from which in_proj is by tiles, where they serve, and wide blocks are served: measured
-BANDS, TILES = 64, 256  # sequences up to which out_proj is by bands (stack.cu), and both are by tiles
+# Sequences from which narrow blocks are served, and M of the widest of these; sequences from which in_proj is by tiles,
+# where they serve, and wide blocks, which are all by tiles, are served. Measured, benchmarks/results/gpu_model.md.
+FEWEST, WIDEST, TILED = 3, 1024, 41
+BANDS, TILES = 64, 256  # sequences up to which out_proj is by bands (stack.cu) or blocks are wide; and the most
+STAGES_OF_WIDE = 12  # tiles on their way of each product of wide blocks: measured
 WARPS = 8  # of a block of threads of stack.cu
 
 
@@ -55,16 +57,17 @@ def step(
     if not serves(x, states, weights, centred):
         return None
     w, n_rows, width, device = weights[0], len(states[0][0]), x.shape[1], x.get_device()
+    wide = width > WIDEST
     n_channels = len(w.A_log)
     with torch.cuda.device_of(x):
         try:
-            if width > WIDEST:
+            if wide:
                 begin, enter, leave = _wide(width, n_channels, device)
             elif n_rows <= BANDS:
                 begin, enter, leave = _few(width, n_channels, -(-n_rows // 8), tiles_serve(x), device)
             else:
                 begin, enter, leave = _many(width, n_channels, -(-n_rows // 64), device)
-            between = (cuda_middle if width <= WIDEST else cuda_halves).kernel_for(n_rows, w, device)
+            between = (cuda_halves if wide else cuda_middle).kernel_for(n_rows, w, device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)
 
@@ -175,7 +178,7 @@ def _many(M: int, E: int, groups: int, device: int) -> tuple[_Begin, _EnterTiles
     """begin, enter and leave for more, groups of 64. Numbers of tiles, and what a block has: measured."""
     rows, rows_of_leave = 64, 32
     sequences, stages = (64, 12) if groups <= 3 else (128, 9)
-    sizes, parts = {"M": M, "E": E, "MOST": TILES, "PASSING": int(64 * groups <= PASSING)}, M // rows_of_leave
+    sizes, parts = {"M": M, "E": E, "MOST": TILES, "PASSING": int(64 * groups <= PASS_UP_TO)}, M // rows_of_leave
     of_enter = {"PARTS": parts, "STAGES": stages, "EARLY": stages}
     enter = _EnterTiles(rows, sequences, 2 * E, device, **sizes, **of_enter)
     leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, STAGES=8, EARLY=8, CLUSTER=1)
@@ -184,9 +187,10 @@ def _many(M: int, E: int, groups: int, device: int) -> tuple[_Begin, _EnterTiles
 
 @lru_cache(64)
 def _wide(M: int, E: int, device: int) -> tuple[_Begin, _EnterTiles, _LeaveTiles]:
-    """begin, enter and leave of wide blocks for TILED to BANDS sequences. Numbers of tiles: measured."""
+    """begin, enter and leave of wide blocks for TILED to BANDS sequences. All numbers: measured."""
     rows, rows_of_leave = 64, 32
-    sizes, parts = {"M": M, "E": E, "MOST": BANDS, "PASSING": 1, "SHARED_PERCENT": 75}, M // rows_of_leave
-    enter = _EnterTiles(rows, 64, 2 * E, device, **sizes, PARTS=parts, STAGES=12, EARLY=4)
-    leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, STAGES=12, EARLY=6, CLUSTER=2)
+    sizes, parts = {"M": M, "E": E, "MOST": BANDS, "STAGES": STAGES_OF_WIDE, "PASSING": 1}, M // rows_of_leave
+    sizes["SHARED_PERCENT"] = 75
+    enter = _EnterTiles(rows, 64, 2 * E, device, **sizes, PARTS=parts, EARLY=4)
+    leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, EARLY=6, CLUSTER=2)
     return _Begin(M, parts, BANDS, device), enter, leave

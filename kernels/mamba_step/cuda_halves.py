@@ -95,6 +95,4 @@ def kernel_for(n_rows: int, w, device: int) -> _Kernels:
     return _kernels(n_rows, *w.dt_proj.shape, w.conv.shape[1], device)
 
 
-@lru_cache(64)
-def _kernels(n_rows: int, E: int, R: int, W: int, device: int) -> _Kernels:
-    return _Kernels(n_rows, E, R, W, device)
+_kernels = lru_cache(64)(_Kernels)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
-from .cuda_sources import PASSING, addresses, between_fits, give_up, source
+from .cuda_sources import PASS_UP_TO, addresses, between_fits, give_up, source
 
 CLUSTER = 8  # blocks of a cluster, which have all channels of some sequences
 WIDEST = 2048  # E: measured, benchmarks/results/gpu_model.md
@@ -46,9 +46,9 @@ def step(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
 class _Kernel:
     """For clusters that have `at_once` sequences each."""
 
-    def __init__(self, E: int, R: int, W: int, at_once: int, stay: bool, device: int):
+    def __init__(self, E: int, R: int, W: int, at_once: int, passing: bool, device: int):
         self.at_once, self.threads = at_once, 2 * E // CLUSTER
-        sizes = {"E": E, "R": R, "W": W, "CLUSTER": CLUSTER, "SEQS": at_once, "STAY": int(stay)}
+        sizes = {"E": E, "R": R, "W": W, "CLUSTER": CLUSTER, "SEQS": at_once, "PASSING": int(passing)}
         self.kernel = nvrtc.kernel(source("convolution.cu", "middle.cu", **sizes), "middle", device)
         self.clusters = 16 if nvrtc.EMULATED else self.kernel.clusters_at_once(self.threads, CLUSTER)
 
@@ -72,7 +72,7 @@ def _with_all_at_once(n_rows: int, E: int, R: int, W: int, device: int) -> _Kern
     most = min(MOST, 2 * E // (R + 32))  # a block adds up a value with each of its threads at most
     at_once = min(-(-n_rows // 16), most)
     while True:
-        kernel = _kernel(E, R, W, at_once, n_rows > PASSING, device)
+        kernel = _kernel(E, R, W, at_once, n_rows <= PASS_UP_TO, device)
         wanted = min(-(-n_rows // kernel.clusters), most)
         if wanted <= at_once:
             return kernel
@@ -80,5 +80,5 @@ def _with_all_at_once(n_rows: int, E: int, R: int, W: int, device: int) -> _Kern
 
 
 @lru_cache(64)
-def _kernel(E: int, R: int, W: int, at_once: int, stay: bool, device: int) -> _Kernel:
-    return _Kernel(E, R, W, at_once, stay, device)
+def _kernel(E: int, R: int, W: int, at_once: int, passing: bool, device: int) -> _Kernel:
+    return _Kernel(E, R, W, at_once, passing, device)

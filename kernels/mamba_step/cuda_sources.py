@@ -12,9 +12,9 @@ from ..selective_scan import cuda as selective_scan
 
 _FOLDER = Path(__file__).parent / "cuda_kernels"
 _COMMON = Path(selective_scan.__file__).parent / "cuda_kernels"
-# Measured, benchmarks/results/gpu_model.md: what all kernels of narrow blocks say, alike; and the sequences up to which
-# states and weights are the first to leave the L2 cache.
-SHARED_PERCENT, PASSING = 50, 128
+# What all kernels of narrow blocks say, alike; and, of these, the sequences up to which states that are written, and
+# weights that come by tiles, are the first to leave the L2 cache. Measured, benchmarks/results/gpu_model.md.
+SHARED_PERCENT, PASS_UP_TO = 50, 128
 _broken: set[int] = set()  # devices that NVRTC does not serve
 
 

@@ -1,9 +1,9 @@
 """A step of a whole stack of wide Mamba blocks in CUDA C++, for up to 64 sequences: products of ours by tensor maps.
 
-For few sequences, and with a LayerNorm; cuda.py is faster for others. Five kernels a block: gather.cu (residual add and
-norm), product.cu (in_proj), project.cu and scan.cu (cuda_halves.py), product.cu (out_proj). Each begins before the last
-one has ended and asks for its weights before it waits for that. For bf16 weights on Hopper GPUs, whose matrix units
-(wgmma) these are.
+For what cuda.py does not serve: up to 40 sequences, a LayerNorm, a narrow M with a wide E. Five kernels a block:
+gather.cu (residual add and norm), product.cu (in_proj), project.cu and scan.cu (cuda_halves.py), product.cu (out_proj).
+Each begins before the last one has ended and asks for its weights before it waits for that. For bf16 weights on Hopper
+GPUs, whose matrix units (wgmma) these are.
 
 Letters: B sequences, M model width, E inner width.
 """
@@ -22,7 +22,7 @@ from .cuda_sources import addresses, capable, fits, give_up, source, tiles_serve
 TILE = 64  # rows and columns of a tile
 SPLITS = 4  # pieces of out_proj's width
 FEWEST, MOST = 3, 64  # sequences
-FEW = 16  # of them, up to which weights are not to be the first to leave the L2 cache: measured
+LEFT_ALONE = 16  # of them, up to which weights are not to be the first to leave the L2 cache: measured
 STAGES, EARLY = (12, 8), 8  # tiles on their way, of in_proj and of out_proj; and those that are asked for at once
 
 
@@ -55,7 +55,7 @@ def step(
     n_rows, width, device, n_channels = len(states[0][0]), x.shape[1], x.get_device(), len(weights[0].A_log)
     with torch.cuda.device_of(x):
         try:
-            gather, enter, leave = _kernels(width, n_channels, centred, n_rows > FEW, device)
+            gather, enter, leave = _kernels(width, n_channels, centred, n_rows > LEFT_ALONE, device)
             between = cuda_halves.kernel_for(n_rows, weights[0], device)
         except nvrtc.Unavailable as error:
             return give_up(device, error)

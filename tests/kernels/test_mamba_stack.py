@@ -105,6 +105,7 @@ def all_are_wide(monkeypatch):
     monkeypatch.setattr(cuda_middle, "WIDEST", 0)
     monkeypatch.setattr(cuda, "WIDEST", 0)
     monkeypatch.setattr(cuda_wide, "STAGES", (3, 3))
+    monkeypatch.setattr(cuda, "STAGES_OF_WIDE", 3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -138,7 +139,7 @@ def test_what_the_stack_does_not_serve(on_the_cpu):
 WIDE = {  # the module, rows, width, inner width, rank, taps, LayerNorm
     "RMSNorm": (cuda_wide, (5, 512, 256, 16, 4), False),
     "LayerNorm": (cuda_wide, (35, 256, 512, 48, 2), True),
-    "pairs": (cuda, (45, 512, 256, 16, 3), False),
+    "pairs": (cuda, (45, 256, 1024, 16, 3), False),
 }
 
 
@@ -206,7 +207,7 @@ def test_halves(case, on_the_cpu, monkeypatch, assert_close):
 def test_all_clusters_run_at_once(rows, at_once, monkeypatch):
     """Where the device says that it takes 15."""
     monkeypatch.setattr(
-        cuda_middle, "_kernel", lambda E, R, W, n, stay, device: SimpleNamespace(at_once=n, clusters=15)
+        cuda_middle, "_kernel", lambda E, R, W, n, passing, device: SimpleNamespace(at_once=n, clusters=15)
     )
     assert cuda_middle._with_all_at_once.__wrapped__(rows, 1536, 48, 4, 0).at_once == at_once
 

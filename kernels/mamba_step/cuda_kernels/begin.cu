@@ -1,4 +1,4 @@
-// What stands before the first block of a narrow stack: the stream, and what in_proj and its norm ask of that.
+// What stands before the first block of cuda.py's stack: the stream, and what in_proj and its norm ask of that.
 //
 // A block of threads has a sequence. Letters: B sequences, M model width; macros, but B, as are PARTS and MOST.
 

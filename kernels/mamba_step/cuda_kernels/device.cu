@@ -111,7 +111,8 @@ __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gat
                : "memory");
 }
 // Policies of the L2 cache. What passes through it but once is to be the first to leave: weights that leave late push out
-// states that have just been written, and these go to memory while the next weights come from there.
+// states that have just been written, and these go to memory while the next weights come from there. Of states that are
+// many it is better that they leave last: measured.
 __device__ __forceinline__ unsigned long long first_to_leave() {
   unsigned long long policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -163,8 +164,7 @@ template <int n> __device__ __forceinline__ void all_read_but() {  // but the la
 __device__ __forceinline__ void all_given() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Tiles of a matrix of bfloat16, of 64 columns, by the tensor map of nvrtc.py: they lie in shared memory, from a multiple
-// of 1,024 bytes on, as wgmma reads them (rows of 128 bytes, swizzled). To the same place in all blocks of a cluster, and
-// behind the same gate of each, too.
+// of 1,024 bytes on, as wgmma reads them (rows of 128 bytes, swizzled).
 struct alignas(64) TensorMap { unsigned long long words[16]; };
 __device__ __forceinline__ void bring_tile(void* to, const TensorMap* map, int column, int row, Gate* gate) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "

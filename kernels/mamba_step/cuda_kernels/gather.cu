@@ -1,4 +1,4 @@
-// What stands before a wide block: the sums of product.cu added up and to the stream, and the norm of that.
+// What stands before a block of cuda_wide.py's stack: product.cu's sums added up and to the stream, and the norm of that.
 //
 // A block of threads has a sequence, a thread 8 channels. Letters: B sequences, M model width; SPLITS and CENTRED
 // (LayerNorm) are macros, too.

@@ -39,14 +39,14 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(Product::THREADS
   if (tid >= Product::MULTIPLIERS) {
     wait_for_end_before();
     tiles.bring_all();
-    if (CLUSTER > 1) {  // as all do who have said that they have begun
+    if (CLUSTER > 1) {  // who has said that it has begun has to wait for the others, too
       __syncwarp();
       wait_for_others();
     }
     return;
   }
   // What it is added to was written a layer ago, or by `begin`: before `enter` of this layer went on.
-  int row = tiles.row, first = tiles.sequence + tid / 32 * 16 + lane / 4 + (CLUSTER > 1 ? rank * 8 : 0);
+  int row = tiles.row, first = tiles.sequence + tid / 32 * 16 + lane / 4 + rank * 8;
   auto place = [&](int half, int j) { return int64(first + half * 8) * M + row + 8 * j + t * 2; };
   float2 old[HALVES][ROWS / 8];
   Packed<bf16, 2> weight[ROWS / 8];

@@ -10,7 +10,7 @@
 // that they read and write whole sectors.
 //
 // Letters: B sequences, E inner width, R rank of dt, N states (16), W convolution width; macros, but B, as are CLUSTER,
-// SEQS and STAY (whether states are the last to leave the L2 cache, or the first).
+// SEQS and PASSING (whether states that are written are the first to leave the L2 cache, or the last).
 
 constexpr int N = 16, OUT = R + 2 * N, EC = E / CLUSTER, THREADS = 2 * EC;
 constexpr int WARPS = THREADS / 32, OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS;
@@ -75,7 +75,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
   if (p.conv_bias) shift.load(p.conv_bias + channel + c);
   else shift.clear();
 
-  unsigned long long policy = STAY ? last_to_leave() : first_to_leave();
+  unsigned long long policy = PASSING ? first_to_leave() : last_to_leave();
   float h[HELD][GROUP][8];
   int quarter = lane % 2 * 4;
   int own = warp * 16 + lane / 2, e = channel + own;  // its channel in this block, and of all

@@ -1,4 +1,4 @@
-// in_proj and out_proj of wide blocks: out = x weight^T for up to 64 sequences, by tiles.cu.
+// in_proj and out_proj of cuda_wide.py: out = x weight^T for up to 64 sequences, by tiles.cu.
 //
 // Where SPLITS blocks share the width out, their sums go out as they are and are added up where they are read (gather.cu).
 //
