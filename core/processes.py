@@ -232,8 +232,12 @@ def _store() -> Any:
     return store.clone()
 
 
+_giving_up = threading.Lock()
+
+
 def _give_up(problem: str) -> NoReturn:
     """End this process; the first one to come here says why."""
+    _giving_up.acquire()  # for good: the thread that comes second would end the process before the first has said so
     try:
         says = _store().add("given up", 1) == 1
     except RuntimeError:  # it went with the first process, or with the launcher

@@ -1,6 +1,8 @@
 """Training on 2 and 4 processes, by DDP and FSDP2: the numbers of one, and checkpoints that any number goes on from."""
 
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -228,6 +230,36 @@ def sign(number=2, moves=5, step=3, waits=0, name="host, pid 1"):
 )
 def test_who_is_stuck(after, said):
     assert stuck([sign()] * len(after), after) == said
+
+
+GIVE_UP = """
+import threading, time
+from polymamba.core import processes
+
+calls = []
+
+
+class Store:
+    def add(self, key, n):
+        calls.append(key)
+        place = len(calls)
+        time.sleep(0.3 if place == 1 else 0)
+        return place
+
+
+processes._store = Store
+threading.Thread(target=processes._give_up, args=("lost",)).start()
+while not calls:
+    time.sleep(0.001)
+processes._give_up("lost, too")
+"""
+
+
+def test_who_gives_up_in_two_threads_says_so():
+    """The thread that meets the lost connection, and the one that gets the launcher's signal meanwhile."""
+    done = subprocess.run([sys.executable, "-c", GIVE_UP], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "error: lost; the same command with --resume goes on from the last checkpoint\n"
 
 
 def test_each_once_alone():
