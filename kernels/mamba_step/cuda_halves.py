@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import nvrtc
 from . import cuda_middle
-from .cuda_sources import addresses, between_fits, give_up, has_room, source
+from .cuda_sources import addresses, between, between_fits, has_room, source
 
 CHANNELS = 256  # of a block of either kernel
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
@@ -37,15 +37,8 @@ def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
 
 
 def step(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
-    """uz (B, 2E), what in_proj makes -> y (B, E), what out_proj reads; states in place. None where NVRTC fails."""
-    device, y = uz.get_device(), uz.new_empty(len(uz), uz.shape[1] // 2)
-    with torch.cuda.device_of(uz):
-        try:
-            kernel = kernel_for(len(uz), w, device)
-        except nvrtc.Unavailable as error:
-            return give_up(device, error)
-        kernel(uz, conv, ssm, w, y)
-    return y
+    """`between` by these kernels."""
+    return between(kernel_for, uz, conv, ssm, w)
 
 
 class _Kernels:

@@ -8,11 +8,10 @@ Letters: B sequences, M model width, E inner width, R rank of dt, N states, W co
 import struct
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from .. import nvrtc
-from .cuda_sources import PASS_UP_TO, addresses, between_fits, give_up, source
+from .cuda_sources import PASS_UP_TO, addresses, between, between_fits, source
 
 CLUSTER = 8  # blocks of a cluster, which have all channels of some sequences
 WIDEST = 2048  # E: measured, benchmarks/results/gpu_model.md
@@ -32,15 +31,8 @@ def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
 
 
 def step(uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
-    """uz (B, 2E), what in_proj makes -> y (B, E), what out_proj reads; states in place. None where NVRTC fails."""
-    device, y = uz.get_device(), uz.new_empty(len(uz), uz.shape[1] // 2)
-    with torch.cuda.device_of(uz):
-        try:
-            kernel = kernel_for(len(uz), w, device)
-        except nvrtc.Unavailable as error:
-            return give_up(device, error)
-        kernel(uz, conv, ssm, w, y)
-    return y
+    """`between` by these kernels."""
+    return between(kernel_for, uz, conv, ssm, w)
 
 
 class _Kernel:

@@ -1,6 +1,7 @@
 """What the CUDA kernels of a step share: whether a device and tensors are for them, their sources, giving up."""
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -56,6 +57,21 @@ def between_fits(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
         and all(fits(t, x) for t in w[3:])
         and all(t.data_ptr() % 16 == 0 and t.device == x.device for t in (conv, ssm))
     )
+
+
+def between(kernel_for: Callable, uz: Tensor, conv: Tensor, ssm: Tensor, w) -> Tensor | None:
+    """uz (B, 2E), what in_proj makes -> y (B, E), what out_proj reads; states in place. None where NVRTC fails.
+
+    kernel_for: of these weights, that of cuda_middle.py or cuda_halves.py.
+    """
+    device, y = uz.get_device(), uz.new_empty(len(uz), uz.shape[1] // 2)
+    with torch.cuda.device_of(uz):
+        try:
+            kernel = kernel_for(len(uz), w, device)
+        except nvrtc.Unavailable as error:
+            return give_up(device, error)
+        kernel(uz, conv, ssm, w, y)
+    return y
 
 
 def source(*names: str, **macros: int) -> str:

@@ -85,15 +85,9 @@ class _Gather:
 class _Product:
     def __init__(self, width: int, out: int, splits: int, stages: int, passing: bool, device: int):
         self.blocks, self.splits = out // TILE * splits, splits
-        sizes = {
-            "WIDTH": width,
-            "OUT": out,
-            "SPLITS": splits,
-            "STAGES": stages,
-            "EARLY": EARLY,
-            "PASSING": int(passing),
-        }
-        self.kernel = nvrtc.kernel(source("tiles.cu", "product.cu", **sizes), "product", device)
+        sizes = {"WIDTH": width, "OUT": out, "SPLITS": splits, "STAGES": stages}
+        text = source("tiles.cu", "product.cu", **sizes, EARLY=EARLY, PASSING=int(passing))
+        self.kernel = nvrtc.kernel(text, "product", device)
 
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """x (B, WIDTH), out (B, OUT) or the sums of each piece of the width (SPLITS, B, OUT)."""
