@@ -26,14 +26,17 @@ __device__ __forceinline__ unsigned fresh2(const void* from) {
   asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(from));
   return x;
 }
-// What nobody writes, once: asked for here and not later, whatever the compiler thinks.
+// What nobody writes, once: asked for here and not later, whatever the compiler thinks. (Loads of constants, ld.global.nc,
+// it moves behind the wait for the kernel before.)
 __device__ __forceinline__ uint4 once16(const void* from) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(from));
   return x;
 }
+// What is the same in all lanes, so that the compiler knows it.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // A kernel waits for the end of the one before, and so for that of all before it, as each of these waits, too. It may
 // let the next one begin before or after its wait. What is read before the wait has to be written by a kernel that
@@ -134,6 +137,10 @@ __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gat
                    "r"(unsigned(__cvta_generic_to_shared(to))),
                "l"(from), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate))), "l"(policy)
                : "memory");
+}
+// To the L2 cache.
+__device__ __forceinline__ void ask_for(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 // To the place of `to` in another block of the cluster, behind its gate; this one's shared memory has to stay till then.
 __device__ __forceinline__ void copy_to(void* to, const void* from, int bytes, Gate* gate, int rank) {

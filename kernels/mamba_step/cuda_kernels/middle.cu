@@ -41,7 +41,7 @@ INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 
 extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) middle(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
-  int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+  int tid = threadIdx.x, lane = tid % 32, warp = uniform(tid / 32), g = lane / 4, t = lane % 4;
   int rank = int(blockIdx.x) % CLUSTER, first = int(blockIdx.x) / CLUSTER * SEQS, channel = rank * EC;
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
   // Of the convolution: the windows of all sequences.
@@ -91,6 +91,17 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
       }
   };
   fetch(h[0], 0);
+  uint4 wide[DEEP][2];
+#pragma unroll
+  for (int i = 0; i < DEEP; ++i) {
+    bool here = i * 32 + t * 8 < R;
+    const bf16* at = p.dt_proj + int64(channel + warp * 16 + g) * R + i * 32 + t * 8;
+    wide[i][0] = here ? once16(at) : make_uint4(0, 0, 0, 0);
+    wide[i][1] = here ? once16(at + 8 * R) : make_uint4(0, 0, 0, 0);
+  }
+  Packed<bf16, 4> logs[2];
+  logs[0].load(p.A_log + int64(e) * N + quarter), logs[1].load(p.A_log + int64(e) * N + 8 + quarter);
+  float bias = one(p.dt_bias + e), skip = one(p.D + e);
   wait_for_end_before();
 
   // The convolution: u and z in shared memory, the window one step on.
@@ -152,17 +163,6 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
     }
   }
   if (HELD > 1) fetch(h[HELD - 1], 1);
-  uint4 wide[DEEP][2];
-#pragma unroll
-  for (int i = 0; i < DEEP; ++i) {
-    bool here = i * 32 + t * 8 < R;
-    const bf16* at = p.dt_proj + int64(channel + warp * 16 + g) * R + i * 32 + t * 8;
-    wide[i][0] = here ? once16(at) : make_uint4(0, 0, 0, 0);
-    wide[i][1] = here ? once16(at + 8 * R) : make_uint4(0, 0, 0, 0);
-  }
-  Packed<bf16, 4> logs[2];
-  logs[0].load(p.A_log + int64(e) * N + quarter), logs[1].load(p.A_log + int64(e) * N + 8 + quarter);
-  float bias = one(p.dt_bias + e), skip = one(p.D + e);
   wait_at(&s.gathering);
   if (tid < SLICE) {
     float sum = 0.0f;
