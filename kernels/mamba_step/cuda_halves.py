@@ -17,7 +17,8 @@ from .. import nvrtc
 from . import cuda_middle
 from .cuda_sources import addresses, between, between_fits, has_room, source
 
-CHANNELS = 256  # of a block of either kernel
+CHANNELS = 256  # of a block of `scan`; and of `project`, where those of NARROW would be more than processors
+NARROW = 128
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
 MOST = 32  # sequences of a block
 SLOTS, EARLY = 8, 4  # sequences whose states are on their way, and those that are asked for at once
@@ -46,7 +47,7 @@ class _Kernels:
 
     def __init__(self, n_rows: int, E: int, R: int, W: int, device: int):
         self.project = _Project(n_rows, E, R, W, device)
-        self.scan = _Scan(n_rows, E, R, self.project.splits, device)
+        self.scan = _Scan(n_rows, E, R, self.project, device)
 
     def __call__(self, uz: Tensor, conv: Tensor, ssm: Tensor, w, y: Tensor) -> None:
         n_rows, u = len(uz), torch.empty_like(y)
@@ -58,12 +59,14 @@ class _Kernels:
 
 class _Project:
     def __init__(self, n_rows: int, E: int, R: int, W: int, device: int):
-        groups = E // CHANNELS
+        processors = nvrtc.processors(device)
+        self.narrow = E // NARROW * -(-n_rows // 16) <= processors
+        channels = NARROW if self.narrow else CHANNELS
+        groups = E // channels
+        seqs = 8 if groups * -(-n_rows // 8) <= processors else 16
         cluster = next(n for n in CLUSTERS if groups % n == 0)
-        # One block for each processor, or up to three: measured.
-        seqs = 8 if groups * -(-n_rows // 8) <= nvrtc.processors(device) else 16
         self.blocks, self.threads, self.splits = groups * -(-n_rows // seqs), 2 * (R + 32), groups // cluster
-        sizes = {"E": E, "R": R, "W": W, "CHANNELS": CHANNELS, "CLUSTER": cluster, "SEQS": seqs}
+        sizes = {"E": E, "R": R, "W": W, "CHANNELS": channels, "CLUSTER": cluster, "SEQS": seqs}
         self.kernel = nvrtc.kernel(source("convolution.cu", "project.cu", **sizes), "project", device)
 
     def __call__(self, *tensors: Tensor | None, n_rows: int) -> None:
@@ -71,16 +74,20 @@ class _Project:
 
 
 class _Scan:
-    def __init__(self, n_rows: int, E: int, R: int, splits: int, device: int):
-        groups = E // CHANNELS
-        self.seqs = min(MOST, -(-n_rows // max(1, nvrtc.processors(device) // groups)))
+    def __init__(self, n_rows: int, E: int, R: int, project: _Project, device: int):
+        groups, splits, processors = E // CHANNELS, project.splits, nvrtc.processors(device)
+        self.seqs = min(MOST, -(-n_rows // max(1, processors // groups)))
         self.blocks, room = groups * -(-n_rows // self.seqs), -(-self.seqs // 8) * 8
-        rounds = -(-self.seqs * (R + 32) // (4 * CHANNELS))
-        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "ROUNDS": rounds, "SLOTS": SLOTS, "EARLY": EARLY}
-        self.kernel = nvrtc.kernel(source("scan.cu", **sizes, WARPS=CHANNELS // 32), "scan", device)
+        # Narrow blocks of `project` stand two on a processor, others on all: these find room beside them.
+        self.soon = processors - (project.blocks + 1) // 2 if project.narrow else 0
+        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "SLOTS": SLOTS, "WARPS": CHANNELS // 32}
+        # dt_proj's rows come to the slots that are not asked for early.
+        sizes |= {"EARLY": min(EARLY, SLOTS - -(-R // 32)), "ROUNDS": -(-self.seqs * (R + 32) // (4 * CHANNELS))}
+        self.kernel = nvrtc.kernel(source("scan.cu", **sizes), "scan", device)
 
     def __call__(self, *tensors: Tensor, n_rows: int) -> None:
-        self.kernel(self.blocks, CHANNELS, struct.pack("11q", *addresses(*tensors), n_rows, self.seqs), early=True)
+        argument = struct.pack("12q", *addresses(*tensors), n_rows, self.seqs, self.soon)
+        self.kernel(self.blocks, CHANNELS, argument, early=True)
 
 
 def kernel_for(n_rows: int, w, device: int) -> _Kernels:

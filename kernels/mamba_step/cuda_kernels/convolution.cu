@@ -1,12 +1,6 @@
 // A token through the convolution, 8 channels of a sequence, whose windows lie in shared memory: for middle.cu and
 // project.cu. W, its width, is a macro.
 
-INLINE Packed<bf16, 8> packed(uint4 x) {
-  Packed<bf16, 8> y;
-  y.word[0] = x.x, y.word[1] = x.y, y.word[2] = x.z, y.word[3] = x.w;
-  return y;
-}
-
 // K numbers of each of 8 channels as they lie in memory: the last W - 1 inputs, or the W taps.
 template <int K> struct Eight {
   Packed<bf16, 8> words[K];

@@ -11,15 +11,16 @@
 // CHANNELS and SEQS.
 
 constexpr int N = 16, OUT = R + 2 * N, WARPS = OUT / 16, THREADS = 32 * WARPS, OCTETS = SEQS / 8;
-// Blocks of a processor, and so how many of x_proj's rows' parts may be on their way to registers. With room for two, an
-// H200 runs 62 clusters at once, and of the 64 that have 256 sequences two had to wait for the others. Of few sequences
-// six parts would fit, and take longer: measured.
-constexpr int AT_ONCE = SEQS > 8 ? 3 : 2, PARTS = CHANNELS / 32, AHEAD = SEQS > 8 ? 1 : 4;
-constexpr int PASSES = (SEQS + WARPS - 1) / WARPS;  // of the convolution, a warp a sequence
+// Blocks of a processor, and so how many parts of x_proj's rows may be on their way to registers: all of 128 channels.
+// With 256 channels and room for two, an H200 runs 62 clusters at once, and of the 64 that have 256 sequences two had
+// to wait for the others.
+constexpr int AT_ONCE = CHANNELS > 128 ? 3 : 2, PARTS = CHANNELS / 32, AHEAD = CHANNELS > 128 ? 1 : PARTS;
+// Of the convolution: lanes of a sequence, sequences of a warp side by side, and how often.
+constexpr int LANES = CHANNELS / 8, BESIDE = 32 / LANES, PASSES = (SEQS + WARPS * BESIDE - 1) / (WARPS * BESIDE);
 constexpr int WINDOW = CHANNELS * (W - 1);
 constexpr int STRIDE = OUT + 4;  // of sums, so that lanes meet in no bank
 constexpr int GROUPS = E / CHANNELS, SHARE = SEQS / CLUSTER;  // sequences that a block adds up
-static_assert(CHANNELS == 256 && E % (CHANNELS * CLUSTER) == 0 && R % 16 == 0, "sizes not served");
+static_assert((CHANNELS == 128 || CHANNELS == 256) && E % (CHANNELS * CLUSTER) == 0 && R % 16 == 0, "sizes not served");
 static_assert(SEQS % 8 == 0 && SEQS % CLUSTER == 0 && THREADS <= 1024, "sizes not served");
 
 struct Problem {
@@ -42,7 +43,7 @@ INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, AT_ONCE)
     project(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
-  int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+  int tid = threadIdx.x, lane = tid % 32, warp = uniform(tid / 32), g = lane / 4, t = lane % 4;
   int group = int(blockIdx.x) % GROUPS, rank = group % CLUSTER, first = int(blockIdx.x) / GROUPS * SEQS;
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
   if (tid == 0) expect(&s.gathering, 4 * SEQS * STRIDE);
@@ -50,15 +51,22 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, AT_ONCE
   let_next_begin();
 
   auto window = [&](int row) { return p.conv_state + (int64(first + row) * E + group * CHANNELS) * (W - 1); };
+  auto row_of = [&](int pass) { return (pass * WARPS + warp) * BESIDE; };  // a warp's first, and how many
+  auto rows_of = [&](int pass) {
+    int n = n_here - row_of(pass);
+    return n < 0 ? 0 : n < BESIDE ? n : BESIDE;
+  };
 
   // Weights and windows, before what the kernel before makes.
   if (lane == 0) {
-    for (int i = 0; i < PASSES; ++i) open(&s.brought[warp][i]);
+    for (int i = 0; i < PASSES; ++i)
+      if (rows_of(i)) open(&s.brought[warp][i], rows_of(i));
     all_open();
-    for (int i = 0, row = warp; row < n_here; ++i, row += WARPS)
-      bring(s.window[row], window(row), WINDOW * sizeof(bf16), &s.brought[warp][i]);
+    for (int i = 0; i < PASSES; ++i)
+      for (int j = 0; j < rows_of(i); ++j)
+        bring(s.window[row_of(i) + j], window(row_of(i) + j), WINDOW * sizeof(bf16), &s.brought[warp][i]);
   }
-  int c = lane * 8, channel = group * CHANNELS + c;
+  int c = lane % LANES * 8, channel = group * CHANNELS + c;
   uint4 low[AHEAD], high[AHEAD];
   auto bring_weights = [&](int part) {
     const bf16* at = p.x_proj + int64(warp * 16 + g) * E + group * CHANNELS + part * 32 + t * 8;
@@ -75,26 +83,28 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, AT_ONCE
   uint4 fresh_u[PASSES];
 #pragma unroll
   for (int i = 0; i < PASSES; ++i)
-    if (i * WARPS + warp < n_here) fresh_u[i] = fresh16(p.uz + int64(first + i * WARPS + warp) * 2 * E + channel);
+    if (lane / LANES < rows_of(i))
+      fresh_u[i] = fresh16(p.uz + int64(first + row_of(i) + lane / LANES) * 2 * E + channel);
 
   // The convolution: u in shared memory and out, the window one step on.
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < PASSES; ++i) {
-    int row = i * WARPS + warp;
+    int row = row_of(i) + lane / LANES;
     bool here = row < n_here;
-    wait_at(&s.brought[warp][i], here ? 0 : 1);  // 1: nothing is to come
+    if (rows_of(i)) wait_at(&s.brought[warp][i]);
     Packed<bf16, 8> u;
     u.clear();
     if (here) {
       u = packed(fresh_u[i]);
       convolve(u, &s.window[row][c * (W - 1)], taps, shift);
-      u.store(p.u + int64(first + row) * E + channel);
     }
     if (row < SEQS) u.store(&s.u[row][c]);
     written();
     __syncwarp();
-    if (here && lane == 0) give(window(row), s.window[row], WINDOW * sizeof(bf16));
+    if (lane == 0)
+      for (int j = 0; j < rows_of(i); ++j) give(window(row + j), s.window[row + j], WINDOW * sizeof(bf16));
+    if (here) u.store(p.u + int64(first + row) * E + channel);
   }
   __syncthreads();
 

@@ -3,8 +3,9 @@
 //
 // A warp has 32 channels, a lane one of them, of the block's sequences one after another. The 2 KB of states that
 // it takes for each come to shared memory by themselves (bulk copies), up to SLOTS of them on their way from the time
-// before the kernel before has ended, and go back in the same way. A lane takes the four quarters of its channel's
-// states in an order of its own, so that the lanes of a warp meet in no bank.
+// before the kernel before has ended, and go back in the same way. So do the warp's rows of dt_proj: loads to registers
+// have to find room in the L1 cache, and small ones have to wait behind them. A lane takes the four quarters of its
+// channel's states in an order of its own, so that the lanes of a warp meet in no bank.
 //
 // Letters: B sequences, E inner width, R rank of dt, N states (16); macros, but B, as are SPLITS, SEQS (that there
 // is room for), ROUNDS (of the block's threads, that bring in what x_proj has made of its sequences), SLOTS, EARLY and
@@ -14,10 +15,9 @@ constexpr int N = 16, OUT = R + 2 * N, THREADS = 32 * WARPS, CHANNELS = 32 * WAR
 constexpr int OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS, DEEP = (R + 31) / 32;
 constexpr int PAIR = 2;    // sequences that a warp takes a step of at a time
 constexpr int BEHIND = 2;  // sequences that may be on their way back when a slot is taken anew
-constexpr int AHEAD = 4;   // sequences whose u and z are on their way
-constexpr bool MANY = ROUNDS > 1;  // sequences: for few, longer code costs more than it gains
+constexpr bool MANY = ROUNDS > 1;  // sequences
 constexpr int PIECE = 32 * N * sizeof(float);
-static_assert(E % CHANNELS == 0 && R % 16 == 0 && SLOTS > BEHIND && AHEAD % PAIR == 0, "sizes not served");
+static_assert(E % CHANNELS == 0 && R % 16 == 0 && SLOTS > BEHIND && EARLY + DEEP <= SLOTS, "sizes not served");
 
 struct Problem {
   const float* projected;  // (SPLITS, B, OUT), their sum is what x_proj makes
@@ -26,24 +26,29 @@ struct Problem {
   float* ssm_state;    // (B, E, N)
   bf16* y;             // (B, E)
   int64 n_rows, seqs;  // B, and as many of them a block, SEQS at most
+  int64 soon;          // blocks that begin while x_proj is still being made
 };
 struct Shared {
   alignas(128) float h[WARPS][SLOTS][32 * N];
-  alignas(16) float low[ROWS][OUT + 4], dt[WARPS][32][8 + 1];  // dt of 8 sequences
-  Gate brought[WARPS][SLOTS];
+  alignas(16) float low[ROWS][OUT + 4];
+  // Of 8 sequences: sizes of steps, gates and u, in whose place comes y.
+  alignas(16) float size[WARPS][32][8 + 1], gate[WARPS][8][32];
+  alignas(16) bf16 u[WARPS][8][32];
+  Gate brought[WARPS][SLOTS], weights[WARPS];
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTANT Problem p) {
   Shared& s = shared();
-  int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
-  int seqs = int(p.seqs), first = int(blockIdx.x) / GROUPS * seqs, channel = int(blockIdx.x) % GROUPS * CHANNELS + warp * 32;
+  int tid = threadIdx.x, lane = tid % 32, warp = uniform(tid / 32), g = lane / 4, t = lane % 4;
+  int seqs = int(p.seqs), first = int(blockIdx.x) / GROUPS * seqs;
+  int channel = int(blockIdx.x) % GROUPS * CHANNELS + warp * 32;
   int e = channel + lane, turned = lane / 2 % 4;
   int n_here = int(p.n_rows) - first < seqs ? int(p.n_rows) - first : seqs;
   let_next_begin();
 
-  // States and weights, before what the kernel before makes.
+  // States and weights, before what the kernel before makes: dt_proj's to the last slots.
   unsigned long long policy = first_to_leave();
   auto place = [&](int seq) { return p.ssm_state + (int64(first + seq) * E + channel) * N; };
   auto bring_states = [&](int seq) {
@@ -58,39 +63,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
   if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < SLOTS; ++i) open(&s.brought[warp][i]);
+    open(&s.weights[warp]);
     all_open();
-    for (int i = 0; i < SLOTS && i < EARLY && i < n_here; ++i) bring_states(i);
+    bring(s.h[warp][SLOTS - DEEP], p.dt_proj + int64(channel) * R, 32 * R * sizeof(bf16), &s.weights[warp]);
+    for (int i = 0; i < EARLY && i < n_here; ++i) bring_states(i);
   }
+  float bias[2][2], skip = one(p.D + e);  // of a lane's rows of two bands
+#pragma unroll
+  for (int band = 0; band < 2; ++band)
+    for (int half = 0; half < 2; ++half) bias[band][half] = one(p.dt_bias + channel + band * 16 + half * 8 + g);
+  Packed<bf16, 4> logs[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) logs[k].load(p.A_log + int64(e) * N + (k ^ turned) * 4);
+  __syncwarp();
+  wait_at(&s.weights[warp]);
   uint4 wide[2][DEEP][2];
 #pragma unroll
   for (int band = 0; band < 2; ++band)
 #pragma unroll
     for (int i = 0; i < DEEP; ++i) {
       bool here = i * 32 + t * 8 < R;
-      const bf16* at = p.dt_proj + int64(channel + band * 16 + g) * R + i * 32 + t * 8;
-      wide[band][i][0] = here ? once16(at) : make_uint4(0, 0, 0, 0);
-      wide[band][i][1] = here ? once16(at + 8 * R) : make_uint4(0, 0, 0, 0);
+      const bf16* at = reinterpret_cast<const bf16*>(s.h[warp][SLOTS - DEEP]) + (band * 16 + g) * R + i * 32 + t * 8;
+      wide[band][i][0] = here ? *reinterpret_cast<const uint4*>(at) : make_uint4(0, 0, 0, 0);
+      wide[band][i][1] = here ? *reinterpret_cast<const uint4*>(at + 8 * R) : make_uint4(0, 0, 0, 0);
     }
-  float bias = one(p.dt_bias + e), skip = one(p.D + e);
-  Packed<bf16, 4> logs[4];
+  float A2[N];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) logs[k].load(p.A_log + int64(e) * N + (k ^ turned) * 4);
+  for (int k = 0; k < N; ++k) A2[k] = -exp2_fast(logs[k / 4].get(k % 4) * LOG2E) * LOG2E;
+  // Those who have the time ask for the rest of their states: while x_proj is made memory has nothing else to do.
+  if (int(blockIdx.x) < p.soon && lane == 0)
+    for (int i = EARLY; i < SLOTS && i < n_here; ++i) ask_for(place(i), PIECE);
   wait_for_end_before();
-  Packed<bf16, 1> u[AHEAD], z[AHEAD];
-  auto fetch = [&](int seq, int i) {
-    int64 row = int64(first + seq);
-    u[i].word[0] = fresh2(p.u + row * E + e), z[i].word[0] = fresh2(p.uz + (2 * row + 1) * E + e);
+  uint4 next_u = make_uint4(0, 0, 0, 0), next_z = next_u;  // of 8 sequences, of which four lanes have 8 channels each
+  auto fetch = [&](int o) {
+    int64 row = first + o * 8 + g;
+    if (o * 8 + g >= n_here) return;
+    next_u = fresh16(p.u + row * E + channel + t * 8), next_z = fresh16(p.uz + (2 * row + 1) * E + channel + t * 8);
   };
-  auto ask_for_more = [&] {
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-      if (i < n_here) fetch(i, i);
-    if (lane == 0)
-      for (int i = EARLY; i < SLOTS && i < n_here; ++i) bring_states(i);
-  };
-  if (!MANY) ask_for_more();
-
-  // What x_proj has made, of all sequences of the block: of many before more of the states, which would hold it up.
+  fetch(0);
+  // What x_proj has made, of all sequences of the block: before more of the states, which would hold it up.
   float4 part[ROUNDS][SPLITS];
 #pragma unroll
   for (int r = 0; r < ROUNDS; ++r) {
@@ -99,7 +110,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
       for (int j = 0; j < SPLITS; ++j) part[r][j] = fresh4(p.projected + (int64(j) * p.n_rows + first + seq) * OUT + k);
   }
-  if (MANY) ask_for_more();
+  __syncwarp();  // all lanes have their part of dt_proj
+  if (lane == 0)
+    for (int i = EARLY; i < SLOTS && i < n_here; ++i) bring_states(i);
+  // u and gates: a warp's 32 channels of 8 sequences, each time before they are taken.
+  auto take = [&](int o) {
+    *reinterpret_cast<uint4*>(&s.u[warp][g][t * 8]) = next_u;
+    Packed<bf16, 8> z = packed(next_z);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) s.gate[warp][g][t * 8 + k] = z.get(k) * sigmoid(z.get(k));
+    if (OCTETS > 1) fetch(o + 1);
+  };
+  take(0);
 #pragma unroll
   for (int r = 0; r < ROUNDS; ++r) {
     int i = tid + r * THREADS, seq = i / (OUT / 4), k = i % (OUT / 4) * 4;
@@ -112,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
   }
   __syncthreads();
 
-  // dt's wide projection: a warp's 32 channels of 8 sequences, each time before they are taken.
+  // Likewise sizes of steps, by dt's wide projection.
   auto widen = [&](int o) {
     float dt[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
@@ -133,23 +155,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
     for (int band = 0; band < 2; ++band)
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        s.dt[warp][band * 16 + g + k / 2 * 8][2 * t + k % 2] = dt[band][k];
+        s.size[warp][band * 16 + g + k / 2 * 8][2 * t + k % 2] = softplus(dt[band][k] + bias[band][k / 2]);
     __syncwarp();
   };
-  if (OCTETS == 1) widen(0);
-  float A2[N];
-#pragma unroll
-  for (int k = 0; k < N; ++k) A2[k] = -exp2_fast(logs[k / 4].get(k % 4) * LOG2E) * LOG2E;
 
   // n sequences side by side, PAIR or one.
-  auto step = [&](int n, int seq, const Packed<bf16, 1>* packed_u, const Packed<bf16, 1>* packed_z) {
-    float x[PAIR], size[PAIR], driven[PAIR], out[PAIR];
+  auto step = [&](int n, int seq) {
+    float x[PAIR], size[PAIR], driven[PAIR], out[PAIR], h[PAIR][N];
     float* own[PAIR];
 #pragma unroll
     for (int j = 0; j < PAIR; ++j) {
       if (j >= n) break;
-      x[j] = packed_u[j].get(0), out[j] = 0.0f;
-      size[j] = softplus(s.dt[warp][lane][(seq + j) % 8] + bias), driven[j] = size[j] * x[j];
+      x[j] = one(&s.u[warp][(seq + j) % 8][lane]), out[j] = 0.0f;
+      size[j] = s.size[warp][lane][(seq + j) % 8], driven[j] = size[j] * x[j];
       own[j] = s.h[warp][(seq + j) % SLOTS] + lane * N;
     }
 #pragma unroll
@@ -161,18 +179,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
       for (int j = 0; j < PAIR; ++j) {
         if (j >= n) break;
-        float h[4], drive[4], readout[4];
-        load_floats(own[j] + quarter, h);
+        float drive[4], readout[4], *x4 = h[j] + 4 * k;
+        load_floats(own[j] + quarter, *reinterpret_cast<float(*)[4]>(x4));
         load_floats(&s.low[seq + j][R + quarter], drive);
         load_floats(&s.low[seq + j][R + N + quarter], readout);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          h[i] = __fmaf_rn(exp2_fast(size[j] * A2[4 * k + i]), h[i], driven[j] * drive[i]);
-          out[j] = __fmaf_rn(h[i], readout[i], out[j]);
+          x4[i] = __fmaf_rn(exp2_fast(size[j] * A2[4 * k + i]), x4[i], driven[j] * drive[i]);
+          out[j] = __fmaf_rn(x4[i], readout[i], out[j]);
         }
-        store_floats(own[j] + quarter, h);
       }
     }
+    // Not before: what is read after something was written has to wait for that, which might be the same.
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int j = 0; j < PAIR; ++j)
+        if (j < n) store_floats(own[j] + (k ^ turned) * 4, *reinterpret_cast<float(*)[4]>(h[j] + 4 * k));
     written();
     __syncwarp();
     if (lane == 0) {
@@ -190,23 +213,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
     for (int j = 0; j < PAIR; ++j) {
       if (j >= n) break;
-      float gate = packed_z[j].get(0);
-      Packed<bf16, 1> y;
-      y.set({__fmaf_rn(skip, x[j], out[j]) * gate * sigmoid(gate)});
-      y.store(p.y + int64(first + seq + j) * E + e);
+      int place = (seq + j) % 8;
+      float y = __fmaf_rn(skip, x[j], out[j]) * s.gate[warp][place][lane];
+      s.u[warp][place][lane].bits = (unsigned short)floats_to_bf16(y, 0.0f);
     }
   };
 #pragma unroll 1
-  for (int base = 0; base < n_here; base += AHEAD) {
-    if (OCTETS > 1 && base % 8 == 0) widen(base / 8);
-#pragma unroll
-    for (int i = 0; i < AHEAD; i += PAIR) {
-      if (base + i + PAIR <= n_here) step(PAIR, base + i, u + i, z + i);
-      else if (base + i < n_here) step(1, base + i, u + i, z + i);
-#pragma unroll
-      for (int j = i; j < i + PAIR; ++j)
-        if (base + AHEAD + j < n_here) fetch(base + AHEAD + j, j);
+  for (int o = 0; o < OCTETS && o * 8 < n_here; ++o) {
+    int base = o * 8;
+    if (o) take(o);
+    widen(o);
+#pragma unroll 1
+    for (int i = 0; i < 8; i += PAIR) {
+      if (base + i + PAIR <= n_here) step(PAIR, base + i);
+      else if (base + i < n_here) step(1, base + i);
     }
+    __syncwarp();
+    if (base + g < n_here)
+      *reinterpret_cast<uint4*>(p.y + int64(first + base + g) * E + channel + t * 8) =
+          *reinterpret_cast<uint4*>(&s.u[warp][g][t * 8]);
   }
   if (lane == 0) all_given();
 }
