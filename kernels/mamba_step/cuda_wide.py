@@ -22,6 +22,7 @@ from .cuda_sources import addresses, capable, fits, give_up, source, tiles_serve
 TILE = 64  # rows and columns of a tile
 SPLITS = 4  # pieces of out_proj's width
 FEWEST, MOST = 3, 64  # sequences
+WIDEST = 8 * 1024  # M, of which gather.cu has 8 a thread
 LEFT_ALONE = 16  # of them, up to which weights are not to be the first to leave the L2 cache: measured
 STAGES, EARLY = (12, 8), 8  # tiles on their way, of in_proj and of out_proj; and those that are asked for at once
 
@@ -33,6 +34,7 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
     return (
         FEWEST <= n_rows <= MOST
         and width % 256 == len(w.A_log) % (TILE * SPLITS) == 0
+        and width <= WIDEST
         and capable(x)
         and tiles_serve(x)
         and all(cuda_halves.serves(x, *state, one) for state, one in zip(states, weights, strict=True))

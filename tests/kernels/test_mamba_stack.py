@@ -150,6 +150,11 @@ def test_wide_stack(case, on_the_cpu, all_are_wide, assert_close):
     assert_close(steps(*given, of=of), steps_of_float64(*given), 1e-2, case)
 
 
+def test_the_widest(on_the_cpu, all_are_wide):
+    for width, served in ((512, True), (cuda_wide.WIDEST + 256, False)):
+        assert cuda_wide.serves(*problem(5, width, 256, 16, 4, n_layers=1)) is served
+
+
 def test_which_wide_blocks_are_by_pairs(on_the_cpu, all_are_wide):
     sizes = WIDE["pairs"][1][1:]
     assert cuda.serves(*problem(cuda.TILED, *sizes), False)
