@@ -21,7 +21,9 @@ CHANNELS = 256  # of a block of `scan`; and of `project`, where those of NARROW 
 NARROW = 128
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
 MOST = 32  # sequences of a block
-SLOTS, EARLY = 8, 4  # sequences whose states are on their way, and those that are asked for at once
+# Sequences whose states are on their way, and those that are asked for at once: measured. dt_proj's rows, up to 160
+# wide, come to slots that are not among these.
+SLOTS, EARLY = 8, 2
 
 
 def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
@@ -80,10 +82,9 @@ class _Scan:
         self.blocks, room = groups * -(-n_rows // self.seqs), -(-self.seqs // 8) * 8
         # Narrow blocks of `project` stand two on a processor, others on all: these find room beside them.
         self.soon = processors - (project.blocks + 1) // 2 if project.narrow else 0
-        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "SLOTS": SLOTS, "WARPS": CHANNELS // 32}
-        # dt_proj's rows come to the slots that are not asked for early.
-        sizes |= {"EARLY": min(EARLY, SLOTS - -(-R // 32)), "ROUNDS": -(-self.seqs * (R + 32) // (4 * CHANNELS))}
-        self.kernel = nvrtc.kernel(source("scan.cu", **sizes), "scan", device)
+        rounds = -(-self.seqs * (R + 32) // (4 * CHANNELS))
+        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "ROUNDS": rounds, "SLOTS": SLOTS, "EARLY": EARLY}
+        self.kernel = nvrtc.kernel(source("scan.cu", **sizes, WARPS=CHANNELS // 32), "scan", device)
 
     def __call__(self, *tensors: Tensor, n_rows: int) -> None:
         argument = struct.pack("12q", *addresses(*tensors), n_rows, self.seqs, self.soon)

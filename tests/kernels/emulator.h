@@ -103,7 +103,6 @@ inline uint4 fresh16(const void* from) { return *static_cast<const uint4*>(from)
 inline unsigned fresh2(const void* from) { return *static_cast<const uint16_t*>(from); }
 inline uint4 once16(const void* from) { return fresh16(from); }
 inline int uniform(int x) { return x; }
-inline void ask_for(const void*, int) {}
 inline void wait_for_kernel_before() {}
 inline void wait_for_end_before() {}
 inline void let_next_begin() {}

@@ -138,10 +138,6 @@ __device__ __forceinline__ void bring(void* to, const void* from, int bytes, Gat
                "l"(from), "r"(bytes), "r"(unsigned(__cvta_generic_to_shared(gate))), "l"(policy)
                : "memory");
 }
-// To the L2 cache.
-__device__ __forceinline__ void ask_for(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 // To the place of `to` in another block of the cluster, behind its gate; this one's shared memory has to stay till then.
 __device__ __forceinline__ void copy_to(void* to, const void* from, int bytes, Gate* gate, int rank) {
   asm volatile("{.reg .u32 there, beside;"

@@ -90,9 +90,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
   float A2[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) A2[k] = -exp2_fast(logs[k / 4].get(k % 4) * LOG2E) * LOG2E;
-  // Those who have the time ask for the rest of their states: while x_proj is made memory has nothing else to do.
-  if (int(blockIdx.x) < p.soon && lane == 0)
-    for (int i = EARLY; i < SLOTS && i < n_here; ++i) ask_for(place(i), PIECE);
+  __syncwarp();  // all lanes have their part of dt_proj
+  // The rest of the states: while x_proj is made memory has nothing else to do. But if that is over by now, the sums are
+  // to come first.
+  bool soon = int(blockIdx.x) < p.soon;
+  auto bring_rest = [&] {
+    if (lane == 0)
+      for (int i = EARLY; i < SLOTS && i < n_here; ++i) bring_states(i);
+  };
+  if (soon) bring_rest();
   wait_for_end_before();
   uint4 next_u = make_uint4(0, 0, 0, 0), next_z = next_u;  // of 8 sequences, of which four lanes have 8 channels each
   auto fetch = [&](int o) {
@@ -101,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
     next_u = fresh16(p.u + row * E + channel + t * 8), next_z = fresh16(p.uz + (2 * row + 1) * E + channel + t * 8);
   };
   fetch(0);
-  // What x_proj has made, of all sequences of the block: before more of the states, which would hold it up.
+  // What x_proj has made, of all sequences of the block.
   float4 part[ROUNDS][SPLITS];
 #pragma unroll
   for (int r = 0; r < ROUNDS; ++r) {
@@ -110,9 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
       for (int j = 0; j < SPLITS; ++j) part[r][j] = fresh4(p.projected + (int64(j) * p.n_rows + first + seq) * OUT + k);
   }
-  __syncwarp();  // all lanes have their part of dt_proj
-  if (lane == 0)
-    for (int i = EARLY; i < SLOTS && i < n_here; ++i) bring_states(i);
+  if (!soon) bring_rest();
   // u and gates: a warp's 32 channels of 8 sequences, each time before they are taken.
   auto take = [&](int o) {
     *reinterpret_cast<uint4*>(&s.u[warp][g][t * 8]) = next_u;
