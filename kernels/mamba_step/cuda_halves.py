@@ -65,7 +65,7 @@ class _Project:
         self.narrow = E // NARROW * -(-n_rows // 16) <= processors
         channels = NARROW if self.narrow else CHANNELS
         groups = E // channels
-        seqs = 8 if groups * -(-n_rows // 8) <= processors else 16
+        seqs = 8 if self.narrow and groups * -(-n_rows // 8) <= processors else 16
         cluster = next(n for n in CLUSTERS if groups % n == 0)
         self.blocks, self.threads, self.splits = groups * -(-n_rows // seqs), 2 * (R + 32), groups // cluster
         sizes = {"E": E, "R": R, "W": W, "CHANNELS": channels, "CLUSTER": cluster, "SEQS": seqs}
