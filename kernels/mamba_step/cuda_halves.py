@@ -17,8 +17,10 @@ from .. import nvrtc
 from . import cuda_middle
 from .cuda_sources import addresses, between, between_fits, has_room, source
 
-CHANNELS = 256  # of a block of `scan`; and of `project`, where those of NARROW would be more than processors
-NARROW = 128
+CHANNELS = 256  # of a block of `scan`
+# Of a block of `project`, for up to so many sequences and where two such blocks a processor are enough; or CHANNELS. Not
+# by the number of sequences below: how x_proj's sums are parted is to be the same, so that their bits are.
+FEWER_CHANNELS, UP_TO = 128, 64
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
 MOST = 32  # sequences of a block
 # Sequences whose states are on their way, and those that are asked for at once: measured. dt_proj's rows, up to 160
@@ -62,14 +64,16 @@ class _Kernels:
 class _Project:
     def __init__(self, n_rows: int, E: int, R: int, W: int, device: int):
         processors = nvrtc.processors(device)
-        self.narrow = E // NARROW * -(-n_rows // 16) <= processors
-        channels = NARROW if self.narrow else CHANNELS
+        two_each = n_rows <= UP_TO and E // FEWER_CHANNELS * (UP_TO // 16) <= 2 * processors
+        channels = FEWER_CHANNELS if two_each else CHANNELS
         groups = E // channels
-        seqs = 8 if self.narrow and groups * -(-n_rows // 8) <= processors else 16
+        seqs = 8 if two_each and groups * -(-n_rows // 8) <= processors else 16
         cluster = next(n for n in CLUSTERS if groups % n == 0)
         self.blocks, self.threads, self.splits = groups * -(-n_rows // seqs), 2 * (R + 32), groups // cluster
         sizes = {"E": E, "R": R, "W": W, "CHANNELS": channels, "CLUSTER": cluster, "SEQS": seqs}
         self.kernel = nvrtc.kernel(source("convolution.cu", "project.cu", **sizes), "project", device)
+        # Processors on which none of its blocks stands, as far as it is known.
+        self.left = processors - -(-self.blocks // 2) if two_each else 0
 
     def __call__(self, *tensors: Tensor | None, n_rows: int) -> None:
         self.kernel(self.blocks, self.threads, struct.pack("8q", *addresses(*tensors), n_rows), early=True)
@@ -77,17 +81,15 @@ class _Project:
 
 class _Scan:
     def __init__(self, n_rows: int, E: int, R: int, project: _Project, device: int):
-        groups, splits, processors = E // CHANNELS, project.splits, nvrtc.processors(device)
-        self.seqs = min(MOST, -(-n_rows // max(1, processors // groups)))
+        groups, splits, self.left = E // CHANNELS, project.splits, project.left
+        self.seqs = min(MOST, -(-n_rows // max(1, nvrtc.processors(device) // groups)))
         self.blocks, room = groups * -(-n_rows // self.seqs), -(-self.seqs // 8) * 8
-        # Narrow blocks of `project` stand two on a processor, others on all: these find room beside them.
-        self.soon = processors - (project.blocks + 1) // 2 if project.narrow else 0
         rounds = -(-self.seqs * (R + 32) // (4 * CHANNELS))
         sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "ROUNDS": rounds, "SLOTS": SLOTS, "EARLY": EARLY}
         self.kernel = nvrtc.kernel(source("scan.cu", **sizes, WARPS=CHANNELS // 32), "scan", device)
 
     def __call__(self, *tensors: Tensor, n_rows: int) -> None:
-        argument = struct.pack("12q", *addresses(*tensors), n_rows, self.seqs, self.soon)
+        argument = struct.pack("12q", *addresses(*tensors), n_rows, self.seqs, self.left)
         self.kernel(self.blocks, CHANNELS, argument, early=True)
 
 

@@ -51,7 +51,7 @@ def between_fits(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
     return (
         capable(x)
         and w.A_log.shape[1] == 16
-        and w.conv.shape[1] > 1
+        and 1 < w.conv.shape[1] <= 8
         and x.dtype == conv.dtype == torch.bfloat16
         and ssm.dtype == torch.float32
         and all(fits(t, x) for t in w[3:])

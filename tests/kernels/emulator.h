@@ -100,7 +100,6 @@ inline float fresh(const float* from) { return *from; }
 inline float2 fresh_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
 inline float4 fresh4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 inline uint4 fresh16(const void* from) { return *static_cast<const uint4*>(from); }
-inline unsigned fresh2(const void* from) { return *static_cast<const uint16_t*>(from); }
 inline uint4 once16(const void* from) { return fresh16(from); }
 inline int uniform(int x) { return x; }
 inline void wait_for_kernel_before() {}

@@ -199,7 +199,9 @@ HALVES = {  # rows, inner width, rank, taps
     "one block": (3, 256, 16, 4),
     "clusters": (9, 1024, 48, 3),
     "more than wait at once": (70, 512, 16, 2),
-    "narrow": (13, 512, 160, 4),
+    "several sums": (9, 768, 32, 4),
+    "fewer channels": (13, 256, 160, 4),
+    "fewer channels, more sequences": (41, 256, 48, 2),
 }
 
 

@@ -21,11 +21,6 @@ __device__ __forceinline__ uint4 fresh16(const void* from) {
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
   return x;
 }
-__device__ __forceinline__ unsigned fresh2(const void* from) {
-  unsigned short x;
-  asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(x) : "l"(from));
-  return x;
-}
 // What nobody writes, once: asked for here and not later, whatever the compiler thinks. (Loads of constants, ld.global.nc,
 // it moves behind the wait for the kernel before.)
 __device__ __forceinline__ uint4 once16(const void* from) {

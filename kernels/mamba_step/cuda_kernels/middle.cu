@@ -53,6 +53,7 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
     for (int seq = 0; seq < n_here; ++seq)
       bring(s.window[seq], window(seq), EC * (W - 1) * sizeof(bf16), &s.windows);
   }
+  __syncwarp();
   say_begun();
   let_next_begin();
 
@@ -99,9 +100,6 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
     wide[i][0] = here ? once16(at) : make_uint4(0, 0, 0, 0);
     wide[i][1] = here ? once16(at + 8 * R) : make_uint4(0, 0, 0, 0);
   }
-  Packed<bf16, 4> logs[2];
-  logs[0].load(p.A_log + int64(e) * N + quarter), logs[1].load(p.A_log + int64(e) * N + 8 + quarter);
-  float bias = one(p.dt_bias + e), skip = one(p.D + e);
   wait_for_end_before();
 
   // The convolution: u and z in shared memory, the window one step on.
@@ -163,6 +161,9 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, 1) midd
     }
   }
   if (HELD > 1) fetch(h[HELD - 1], 1);
+  Packed<bf16, 4> logs[2];
+  logs[0].load(p.A_log + int64(e) * N + quarter), logs[1].load(p.A_log + int64(e) * N + 8 + quarter);
+  float bias = one(p.dt_bias + e), skip = one(p.D + e);
   wait_at(&s.gathering);
   if (tid < SLICE) {
     float sum = 0.0f;

@@ -47,11 +47,13 @@ extern "C" __global__ void CLUSTERED(CLUSTER) __launch_bounds__(THREADS, AT_ONCE
   int group = int(blockIdx.x) % GROUPS, rank = group % CLUSTER, first = int(blockIdx.x) / GROUPS * SEQS;
   int n_here = int(p.n_rows) - first < SEQS ? int(p.n_rows) - first : SEQS;
   if (tid == 0) expect(&s.gathering, 4 * SEQS * STRIDE);
+  __syncwarp();
   say_begun();
   let_next_begin();
 
   auto window = [&](int row) { return p.conv_state + (int64(first + row) * E + group * CHANNELS) * (W - 1); };
-  auto row_of = [&](int pass) { return (pass * WARPS + warp) * BESIDE; };  // a warp's first, and how many
+  // Of a warp, each time: the first sequence, and how many.
+  auto row_of = [&](int pass) { return (pass * WARPS + warp) * BESIDE; };
   auto rows_of = [&](int pass) {
     int n = n_here - row_of(pass);
     return n < 0 ? 0 : n < BESIDE ? n : BESIDE;

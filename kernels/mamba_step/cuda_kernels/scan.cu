@@ -32,7 +32,7 @@ struct Shared {
   alignas(128) float h[WARPS][SLOTS][32 * N];
   alignas(16) float low[ROWS][OUT + 4];
   // Of 8 sequences: sizes of steps, gates and u, in whose place comes y.
-  alignas(16) float size[WARPS][32][8 + 1], gate[WARPS][8][32];
+  alignas(16) float size[WARPS][32][8 + 1], gate[WARPS][8][32 + 1];
   alignas(16) bf16 u[WARPS][8][32];
   Gate brought[WARPS][SLOTS], weights[WARPS];
 };
@@ -71,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
   float bias[2][2], skip = one(p.D + e);  // of a lane's rows of two bands
 #pragma unroll
   for (int band = 0; band < 2; ++band)
+#pragma unroll
     for (int half = 0; half < 2; ++half) bias[band][half] = one(p.dt_bias + channel + band * 16 + half * 8 + g);
   Packed<bf16, 4> logs[4];
 #pragma unroll
@@ -91,8 +92,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
   for (int k = 0; k < N; ++k) A2[k] = -exp2_fast(logs[k / 4].get(k % 4) * LOG2E) * LOG2E;
   __syncwarp();  // all lanes have their part of dt_proj
-  // The rest of the states: while x_proj is made memory has nothing else to do. But if that is over by now, the sums are
-  // to come first.
+  // The rest of the states: while x_proj is made memory has nothing else to do. Other blocks begin when that is over: for
+  // them the sums come first.
   bool soon = int(blockIdx.x) < p.soon;
   auto bring_rest = [&] {
     if (lane == 0)
@@ -165,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 
   // n sequences side by side, PAIR or one.
   auto step = [&](int n, int seq) {
-    float x[PAIR], size[PAIR], driven[PAIR], out[PAIR], h[PAIR][N];
+    float x[PAIR], size[PAIR], driven[PAIR], out[PAIR], h[PAIR][4][4];  // quarters, in the lane's order
     float* own[PAIR];
 #pragma unroll
     for (int j = 0; j < PAIR; ++j) {
@@ -183,14 +184,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
       for (int j = 0; j < PAIR; ++j) {
         if (j >= n) break;
-        float drive[4], readout[4], *x4 = h[j] + 4 * k;
-        load_floats(own[j] + quarter, *reinterpret_cast<float(*)[4]>(x4));
+        float drive[4], readout[4];
+        load_floats(own[j] + quarter, h[j][k]);
         load_floats(&s.low[seq + j][R + quarter], drive);
         load_floats(&s.low[seq + j][R + N + quarter], readout);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          x4[i] = __fmaf_rn(exp2_fast(size[j] * A2[4 * k + i]), x4[i], driven[j] * drive[i]);
-          out[j] = __fmaf_rn(x4[i], readout[i], out[j]);
+          h[j][k][i] = __fmaf_rn(exp2_fast(size[j] * A2[4 * k + i]), h[j][k][i], driven[j] * drive[i]);
+          out[j] = __fmaf_rn(h[j][k][i], readout[i], out[j]);
         }
       }
     }
@@ -199,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int j = 0; j < PAIR; ++j)
-        if (j < n) store_floats(own[j] + (k ^ turned) * 4, *reinterpret_cast<float(*)[4]>(h[j] + 4 * k));
+        if (j < n) store_floats(own[j] + (k ^ turned) * 4, h[j][k]);
     written();
     __syncwarp();
     if (lane == 0) {
@@ -217,9 +218,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
     for (int j = 0; j < PAIR; ++j) {
       if (j >= n) break;
-      int place = (seq + j) % 8;
-      float y = __fmaf_rn(skip, x[j], out[j]) * s.gate[warp][place][lane];
-      s.u[warp][place][lane].bits = (unsigned short)floats_to_bf16(y, 0.0f);
+      int at = (seq + j) % 8;
+      float y = __fmaf_rn(skip, x[j], out[j]) * s.gate[warp][at][lane];
+      s.u[warp][at][lane].bits = (unsigned short)floats_to_bf16(y, 0.0f);
     }
   };
 #pragma unroll 1

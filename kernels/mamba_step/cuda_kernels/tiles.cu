@@ -2,7 +2,7 @@
 //
 // A block of threads has some rows of the weight. One warp, behind those that multiply (four for 64 sequences), brings
 // tiles of 64 columns to shared memory (tensor maps), as many as there are stages, and some of the weights before the
-// kernel before has ended. (Blocks that share x's tiles by multicast take twice as long.)
+// kernel before has ended. (Blocks that share tiles by multicast take as long.)
 //
 // PASSING, a macro: whether the weight is to be the first to leave the L2 cache.
 

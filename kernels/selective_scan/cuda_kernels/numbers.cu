@@ -69,6 +69,11 @@ template <typename X, int K> struct Packed {
     }
   }
 };
+INLINE Packed<bf16, 8> packed(uint4 x) {
+  Packed<bf16, 8> y;
+  y.word[0] = x.x, y.word[1] = x.y, y.word[2] = x.z, y.word[3] = x.w;
+  return y;
+}
 
 template <typename X> INLINE float one(const X* at) {
   Packed<X, 1> x;
