@@ -64,7 +64,7 @@ class _Kernels:
 class _Project:
     def __init__(self, n_rows: int, E: int, R: int, W: int, device: int):
         processors = nvrtc.processors(device)
-        two_each = n_rows <= UP_TO and E // FEWER_CHANNELS * (UP_TO // 16) <= 2 * processors
+        two_each = n_rows <= UP_TO and 2 * processors >= E // FEWER_CHANNELS * (UP_TO // 16)
         channels = FEWER_CHANNELS if two_each else CHANNELS
         groups = E // channels
         seqs = 8 if two_each and groups * -(-n_rows // 8) <= processors else 16
