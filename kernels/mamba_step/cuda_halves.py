@@ -18,8 +18,8 @@ from . import cuda_middle
 from .cuda_sources import addresses, between, between_fits, has_room, source
 
 CHANNELS = 256  # of a block of `scan`
-# Of a block of `project`, for up to so many sequences and where two such blocks a processor are enough; or CHANNELS. Not
-# by the number of sequences below: how x_proj's sums are parted is to be the same, so that their bits are.
+# Of a block of `project` for up to so many sequences, if it takes no more than two a processor; else CHANNELS. Alike
+# for all numbers of sequences up to there: so x_proj's sums are parted alike, and have the same bits.
 FEWER_CHANNELS, UP_TO = 128, 64
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
 MOST = 32  # sequences of a block
