@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import nvrtc
 from . import cuda_halves, cuda_middle
-from .cuda_sources import PASS_UP_TO, SHARED_PERCENT, addresses, fits, give_up, source, tiles_serve
+from .cuda_sources import PASS_UP_TO, addresses, fits, give_up, source, tiles_serve
 
 # Sequences from which narrow blocks are served, and M of the widest of these; sequences from which in_proj is by tiles,
 # where they serve, and wide blocks, which are all by tiles, are served. Measured, benchmarks/results/gpu_model.md.
@@ -87,10 +87,9 @@ def step(
 
 
 class _Begin:
-    def __init__(self, M: int, parts: int, most: int, device: int, percent: int = SHARED_PERCENT):
+    def __init__(self, M: int, parts: int, most: int, device: int, **sizes: int):
         self.parts, self.most = parts, most  # of the sums of squares
-        text = source("begin.cu", M=M, PARTS=parts, MOST=most, SHARED_PERCENT=percent)
-        self.kernel = nvrtc.kernel(text, "begin", device)
+        self.kernel = nvrtc.kernel(source("begin.cu", M=M, PARTS=parts, MOST=most, **sizes), "begin", device)
 
     def __call__(self, x, rows, norm, stream: Tensor, scaled: Tensor, squares: Tensor) -> None:
         argument = struct.pack("6q", *addresses(x, rows, norm, stream, scaled, squares))
@@ -190,8 +189,8 @@ def _many(M: int, E: int, groups: int, device: int) -> tuple[_Begin, _EnterTiles
 def _wide(M: int, E: int, device: int) -> tuple[_Begin, _EnterTiles, _LeaveTiles]:
     """begin, enter and leave of wide blocks for TILED to BANDS sequences. All numbers: measured."""
     rows, rows_of_leave = 64, 32
-    sizes, parts = {"M": M, "E": E, "MOST": BANDS, "STAGES": STAGES_OF_WIDE, "PASSING": 1}, M // rows_of_leave
-    sizes["SHARED_PERCENT"] = percent = 75
+    alike, parts = {"SHARED_PERCENT": 75}, M // rows_of_leave
+    sizes = {"M": M, "E": E, "MOST": BANDS, "STAGES": STAGES_OF_WIDE, "PASSING": 1, **alike}
     enter = _EnterTiles(rows, 64, 2 * E, device, **sizes, PARTS=parts, EARLY=4)
     leave = _LeaveTiles(rows_of_leave, 64, M, device, **sizes, EARLY=6, CLUSTER=2)
-    return _Begin(M, parts, BANDS, device, percent), enter, leave
+    return _Begin(M, parts, BANDS, device, **alike), enter, leave

@@ -51,7 +51,7 @@ def between_fits(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
     return (
         capable(x)
         and w.A_log.shape[1] == 16
-        and 1 < w.conv.shape[1] <= 8
+        and 1 < w.conv.shape[1] <= 8  # the windows of some 20 would be more than a block's shared memory
         and x.dtype == conv.dtype == torch.bfloat16
         and ssm.dtype == torch.float32
         and all(fits(t, x) for t in w[3:])

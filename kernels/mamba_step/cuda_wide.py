@@ -22,8 +22,8 @@ from .cuda_sources import addresses, capable, fits, give_up, source, tiles_serve
 TILE = 64  # rows and columns of a tile
 SPLITS = 4  # pieces of out_proj's width
 FEWEST, MOST = 3, 64  # sequences
-WIDEST = 8 * 1024  # M, of which gather.cu has 8 a thread
 LEFT_ALONE = 16  # of them, up to which weights are not to be the first to leave the L2 cache: measured
+WIDEST = 8 * 1024  # M, of which gather.cu has 8 a thread
 STAGES, EARLY = (12, 8), 8  # tiles on their way, of in_proj and of out_proj; and those that are asked for at once
 
 
@@ -33,8 +33,8 @@ def serves(x: Tensor, states: Sequence[tuple[Tensor, Tensor]], weights: Sequence
     shapes = w.in_proj.shape, w.x_proj.shape, w.conv.shape
     return (
         FEWEST <= n_rows <= MOST
-        and width % 256 == len(w.A_log) % (TILE * SPLITS) == 0
         and width <= WIDEST
+        and width % 256 == len(w.A_log) % (TILE * SPLITS) == 0
         and capable(x)
         and tiles_serve(x)
         and all(cuda_halves.serves(x, *state, one) for state, one in zip(states, weights, strict=True))

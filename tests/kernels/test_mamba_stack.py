@@ -132,6 +132,7 @@ def test_what_the_stack_does_not_serve(on_the_cpu):
     assert not cuda.serves(x, states, weights, True)  # a LayerNorm
     assert not cuda.serves(x[:2], [(c[:2], s[:2]) for c, s in states], weights, False)  # for those Triton is faster
     assert not cuda.serves(*problem(cuda.TILES + 1, *CASES["few"][1:]), False)
+    assert not cuda.serves(*problem(*CASES["few"][:4], 9), False)  # taps
     assert not cuda.serves(x, [(c, s.bfloat16()) for c, s in states], weights, False)
     assert not cuda.serves(x, states, [weights[0], weights[1]._replace(D=weights[1].D.float())], False)
 
@@ -196,7 +197,7 @@ def test_middle(case, on_the_cpu, monkeypatch, assert_close):
 
 
 HALVES = {  # rows, inner width, rank, taps
-    "one block": (3, 256, 16, 4),
+    "one cluster": (3, 256, 16, 4),
     "clusters": (9, 1024, 48, 3),
     "more than wait at once": (70, 512, 16, 2),
     "several sums": (9, 768, 32, 4),

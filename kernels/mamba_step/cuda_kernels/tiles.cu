@@ -22,7 +22,8 @@ template <int rows, int steps, int stages, int early, int sequences = 64> struct
   int turn;                     // the tile of the width that it begins with: not all with the same
   int sequence = 0;             // likewise
 
-  // That of this block (a pair counts as one): neighbours have the same rows of the weight, as many as it takes for all sequences.
+  // That of this block (a pair counts as one): neighbours have the same rows of the weight, as many as it takes for all
+  // sequences.
   static INLINE Tiles of_block(Room& room, const TensorMap& x, const TensorMap& weight, int n_rows, int block) {
     int groups = (n_rows + sequences - 1) / sequences, row_block = block / groups;
     return {room, x, weight, row_block * rows, 0, row_block, block % groups * sequences};
