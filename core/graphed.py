@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.utils import _pytree as pytree
 
-from ..kernels import WayOut, backends, hand_over
+from ..kernels import PERIOD, Journal, WayOut, backends, hand_over
 from .config import SamplingConfig
 from .lti import LTIMixer
 from .replayed import recording
 from .sampling import Draws, choose, refuse, uniforms, with_token
 
-IN_FLIGHT = 2  # steps that the GPU is given before the host looks at the first of them
-BLOCK = 64  # steps whose uniform numbers are brought to the GPU at once
+IN_FLIGHT = 2  # replays that the GPU is given before the host looks at the first of them
+BLOCK = 66  # steps whose uniform numbers are brought to the GPU at once: those of whole replays
 ROOM = 256  # a state that grows has room for a multiple of it, so that a graph serves prompts of many lengths
-WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set up in them
 # Prompts that are read by a graph have so many tokens each at least, all of a convolution's window among them, and so
 # many together at most: more keep a GPU busy for longer than it takes to launch the kernels, on a slow host, too. Of
 # their states the graph keeps so many bytes at most.
@@ -44,7 +43,7 @@ def tells_the_likeliest(model: Any) -> bool:
 
 
 class _StepGraph:
-    """One step of a model for B sequences, and the memory that it works on."""
+    """One step of a model for B sequences, or some if its states are not written by each; the memory it works on."""
 
     def __init__(
         self, model: Any, batch: int, room: int, config: SamplingConfig, recent: Tensor | None, device: torch.device
@@ -53,7 +52,7 @@ class _StepGraph:
         self.leaves = pytree.tree_leaves(self.state)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # read by the step, and then its result
         # The same, or -1 where there is nothing to choose from, for each step in flight, where the host reads it.
-        self.chosen = torch.zeros(IN_FLIGHT, batch, dtype=torch.int64, pin_memory=True)
+        self.chosen = torch.zeros(IN_FLIGHT * PERIOD, batch, dtype=torch.int64, pin_memory=True)
         self.first = torch.zeros(batch, dtype=torch.int64, pin_memory=True)  # likewise, of what stands before a step
         self.turn = torch.zeros(batch, dtype=torch.int64, device=device)  # of `chosen`, for the step to come
         self.uniform = torch.zeros(BLOCK, batch, dtype=torch.float64, device=device)
@@ -78,15 +77,21 @@ class _StepGraph:
             if config.temperature:
                 self.row.add_(1).remainder_(BLOCK)
 
+        self.journal = Journal()  # its pages are read by the graph
+
+        def steps() -> None:
+            for _ in self.journal.tokens():
+                step()
+
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                step()
+            steps()
         torch.cuda.current_stream(device).wait_stream(side)
+        self.n_steps, work = (PERIOD, steps) if self.journal.used else (1, step)
         self.graph, self.left = torch.cuda.CUDAGraph(), torch.cuda.Event()
         with recording(self.graph, device):
-            step()
+            work()
 
     def begin(self, tokens: Tensor, bad: Tensor, state: Any, recent: Tensor | None) -> None:
         """Stand before the next step of other sequences, once those before are through, in whatever stream."""
@@ -238,6 +243,7 @@ class GraphedDecoder:
         self.n_left = n_new - 1  # steps still to be launched
         self.n_launched = 0
         self.in_flight: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self.heard: deque[list[int]] = deque()  # steps of a replay that is through
         self.graph: _StepGraph | None = None
         self.stays = False  # for the next one, when this is done
         self.autocast = torch.is_autocast_enabled("cuda")
@@ -247,15 +253,17 @@ class GraphedDecoder:
             self._begin(self.logits)
             self.logits = None
             self._fill()  # before the host waits for the prompts
-        buffer, event = self.in_flight.popleft()
-        event.synchronize()
-        chosen = buffer.tolist()
+        if not self.heard:
+            buffer, event = self.in_flight.popleft()
+            event.synchronize()
+            self.heard += buffer.tolist()
+            self._fill()
+        chosen = self.heard.popleft()
         if min(chosen) < 0:
             self.stays = False
             refuse(torch.tensor(chosen)[self.rows] < 0)
         if len(self.rows) < len(chosen):
             chosen = [chosen[row] for row in self.rows]
-        self._fill()
         return [[token] for token in chosen]
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -278,7 +286,7 @@ class GraphedDecoder:
         tokens, bad = self.draws.choose(logits)
         recent, config, modules = self.draws.recent, self.draws.config, _modules_of(self.model)
         n_tokens = _tokens_in(self.state, self.model)
-        room = -(-(n_tokens + self.n_left) // ROOM) * ROOM if n_tokens else 0
+        room = -(-(n_tokens + self.n_left + PERIOD - 1) // ROOM) * ROOM if n_tokens else 0  # steps of whole replays
         # Some mixers compute something of these outside of a step, and anew when they change (lti.py).
         dynamics = (p for module in modules if isinstance(module, LTIMixer) for p in module.parameters())
         versions = tuple(p._version for p in dynamics)
@@ -291,7 +299,7 @@ class GraphedDecoder:
         self.graph = graph
         graph.begin(tokens, bad, self.state, recent)
         del self.state
-        self._await(graph.first)
+        self._await(graph.first[None])
 
     def _fill(self) -> None:
         while self.n_left and len(self.in_flight) < IN_FLIGHT:
@@ -303,12 +311,13 @@ class GraphedDecoder:
             block = torch.stack([uniforms(g, BLOCK) for g in self.draws.generators], 1)
             self.graph.uniform.copy_(block.pin_memory(), non_blocking=True)
         self.graph.graph.replay()
-        self._await(self.graph.chosen[self.n_launched % IN_FLIGHT])
-        self.n_left -= 1
-        self.n_launched += 1
+        first, wanted = self.n_launched % len(self.graph.chosen), min(self.graph.n_steps, self.n_left)
+        self._await(self.graph.chosen[first : first + wanted])
+        self.n_left -= wanted
+        self.n_launched += self.graph.n_steps
 
     def _await(self, buffer: Tensor) -> None:
-        """The host's memory, which what has been launched up to here fills."""
+        """The host's memory (steps, B), which what has been launched up to here fills."""
         assert self.graph is not None
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.graph.tokens.device))

@@ -1,4 +1,5 @@
 from .interface import MambaWeights, mamba_stack_step, mamba_step
+from .journal import PERIOD, Journal
 from .reference import mamba_step_reference
 
-__all__ = ["MambaWeights", "mamba_stack_step", "mamba_step", "mamba_step_reference"]
+__all__ = ["PERIOD", "Journal", "MambaWeights", "mamba_stack_step", "mamba_step", "mamba_step_reference"]

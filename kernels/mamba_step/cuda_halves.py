@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
-from . import cuda_middle
+from . import cuda_middle, journal
 from .cuda_sources import addresses, between, between_fits, has_room, source
 
 CHANNELS = 256  # of a block of `scan`
@@ -26,6 +26,7 @@ MOST = 32  # sequences of a block
 # Sequences whose states are on their way, and those that are asked for at once: measured. dt_proj's rows, up to 160
 # wide, come to slots that are not among these.
 SLOTS, EARLY = 8, 2
+FEWEST_IN_JOURNAL = 64  # sequences from which states are not written for each token: measured
 
 
 def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
@@ -58,7 +59,8 @@ class _Kernels:
         rank = w.dt_proj.shape[1]
         projected = torch.empty(self.project.splits, n_rows, rank + 32, dtype=torch.float32, device=uz.device)
         self.project(w.conv, w.conv_bias, w.x_proj, conv, uz, u, projected, n_rows=n_rows)
-        self.scan(projected, w.dt_proj, w.dt_bias, w.A_log, w.D, u, uz, ssm, y, n_rows=n_rows)
+        page = journal.page_of(ssm) if n_rows >= FEWEST_IN_JOURNAL else None
+        self.scan(projected, w.dt_proj, w.dt_bias, w.A_log, w.D, u, uz, ssm, y, page=page, n_rows=n_rows)
 
 
 class _Project:
@@ -85,12 +87,21 @@ class _Scan:
         self.seqs = min(MOST, -(-n_rows // max(1, nvrtc.processors(device) // groups)))
         self.blocks, room = groups * -(-n_rows // self.seqs), -(-self.seqs // 8) * 8
         rounds = -(-self.seqs * (R + 32) // (4 * CHANNELS))
-        sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "ROUNDS": rounds, "SLOTS": SLOTS, "EARLY": EARLY}
-        self.kernel = nvrtc.kernel(source("scan.cu", **sizes, WARPS=CHANNELS // 32), "scan", device)
+        self.sizes = {"E": E, "R": R, "SPLITS": splits, "SEQS": room, "ROUNDS": rounds, "WARPS": CHANNELS // 32}
+        self.device, self.kernels = device, {}
+        self.kernel_of(0, False)  # raises where there is none
 
-    def __call__(self, *tensors: Tensor, n_rows: int) -> None:
-        argument = struct.pack("12q", *addresses(*tensors), n_rows, self.seqs, self.left)
-        self.kernel(self.blocks, CHANNELS, argument, early=True)
+    def kernel_of(self, held: int, kept: bool) -> nvrtc.Kernel:
+        """That of a page of a journal."""
+        if (held, kept) not in self.kernels:
+            more = {"SLOTS": SLOTS, "EARLY": EARLY, "HELD": held, "KEPT": int(kept), "ENTRIES": journal.PERIOD - 1}
+            self.kernels[held, kept] = nvrtc.kernel(source("scan.cu", **self.sizes, **more), "scan", self.device)
+        return self.kernels[held, kept]
+
+    def __call__(self, *tensors: Tensor, page: journal.Page | None, n_rows: int) -> None:
+        held, kept, *of_journal = page or (0, False, None, None)
+        argument = struct.pack("14q", *addresses(*tensors, *of_journal), n_rows, self.seqs, self.left)
+        self.kernel_of(held, kept)(self.blocks, CHANNELS, argument, early=True)
 
 
 def kernel_for(n_rows: int, w, device: int) -> _Kernels:

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from polymamba.kernels import causal_conv1d_step, mamba_step, nvrtc, selective_scan_step
+from polymamba.kernels import PERIOD, Journal, causal_conv1d_step, mamba_step, nvrtc, selective_scan_step
 from polymamba.kernels.mamba_step import MambaWeights, cuda, cuda_halves, cuda_middle, cuda_wide, mamba_step_reference
 
 CASES = {  # rows, width, inner width, rank, taps
@@ -210,6 +210,34 @@ HALVES = {  # rows, inner width, rank, taps
 def test_halves(case, on_the_cpu, monkeypatch, assert_close):
     monkeypatch.setattr(cuda_middle, "WIDEST", 0)
     two_steps_between(cuda_halves, *HALVES[case], assert_close)
+
+
+JOURNALED = {  # the module, rows, width, inner width, rank, taps, LayerNorm
+    "pairs": (cuda, (45, 256, 1024, 16, 3), False),
+    "LayerNorm, more than wait at once": (cuda_wide, (35, 256, 512, 48, 2), True),
+    "one sequence": (cuda_wide, (3, 256, 256, 16, 4), False),
+}
+
+
+@pytest.mark.parametrize("case", JOURNALED)
+def test_with_a_journal(case, on_the_cpu, all_are_wide, monkeypatch):
+    """Two periods: to the bit what is without one; in between the states in memory stay as they were."""
+    monkeypatch.setattr(cuda_halves, "FEWEST_IN_JOURNAL", 1)
+    of, sizes, centred = JOURNALED[case]
+    x, states, weights = problem(*sizes, centred=centred)
+    xs = [x, x.flip(0), -x] * 2
+    plain, kept = ([tuple(t.clone() for t in state) for state in states] for _ in range(2))
+    expected = [of.step(x, plain, weights, 1e-5, centred) for x in xs]
+    journal, before, actual = Journal(), [ssm.clone() for _, ssm in kept], []
+    for _ in range(len(xs) // PERIOD):
+        for turn, _ in enumerate(journal.tokens()):
+            actual.append(of.step(xs[len(actual)], kept, weights, 1e-5, centred))
+            unwritten = [torch.equal(old, ssm) for old, (_, ssm) in zip(before, kept, strict=True)]
+            assert unwritten == [turn + 1 < PERIOD] * len(kept)
+        before = [ssm.clone() for _, ssm in kept]
+    assert journal.used
+    assert all(map(torch.equal, actual, expected))
+    assert all(torch.equal(*pair) for two in zip(kept, plain, strict=True) for pair in zip(*two, strict=True))
 
 
 @pytest.mark.parametrize(("rows", "at_once"), [(3, 1), (16, 2), (64, 5), (256, 18), (1000, 20)])

@@ -7,16 +7,22 @@
 // have to find room in the L1 cache, and small ones have to wait behind them. A lane takes the four quarters of its
 // channel's states in an order of its own, so that the lanes of a warp meet in no bank.
 //
+// With a journal (../journal.py) the states may lie in memory as they were some tokens ago: HELD, whose inputs come with
+// them and are taken first, by the same operations. Where the token is to be KEPT its inputs go to the journal and no
+// states back.
+//
 // Letters: B sequences, E inner width, R rank of dt, N states (16); macros, but B, as are SPLITS, SEQS (that there
-// is room for), ROUNDS (of the block's threads, that bring in what x_proj has made of its sequences), SLOTS, EARLY and
-// WARPS.
+// is room for), ROUNDS (of the block's threads, that bring in what x_proj has made of its sequences), SLOTS, EARLY,
+// WARPS, HELD, KEPT and ENTRIES (of the journal, of a channel of a sequence).
 
 constexpr int N = 16, OUT = R + 2 * N, THREADS = 32 * WARPS, CHANNELS = 32 * WARPS, GROUPS = E / CHANNELS;
 constexpr int OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS, DEEP = (R + 31) / 32;
 constexpr int PAIR = 2;    // sequences that a warp takes a step of at a time
-constexpr int BEHIND = 2;  // sequences that may be on their way back when a slot is taken anew
+constexpr int BEHIND = KEPT ? 0 : 2;  // sequences that may be on their way back when a slot is taken anew
 constexpr bool MANY = ROUNDS > 1;  // sequences
 constexpr int PIECE = 32 * N * sizeof(float);
+// Of the journal, of 32 channels of a sequence: sizes of steps, float, and u, bf16, in words of four bytes.
+constexpr int ENTRY = 32 + 16, HELD_BYTES = HELD * ENTRY * sizeof(float);
 static_assert(E % CHANNELS == 0 && R % 16 == 0 && SLOTS > BEHIND && EARLY + DEEP <= SLOTS, "sizes not served");
 
 struct Problem {
@@ -25,16 +31,19 @@ struct Problem {
   const bf16 *u, *uz;  // (B, E) after the convolution; (B, 2 E) with z
   float* ssm_state;    // (B, E, N)
   bf16* y;             // (B, E)
+  float* inputs;       // the journal: (B, E / 32, ENTRIES, ENTRY); 0 if there is none
+  float* drives;       // and (ENTRIES, B, N), what x_proj has made that the states are driven by
   int64 n_rows, seqs;  // B, and as many of them a block, SEQS at most
   int64 soon;          // blocks that begin while x_proj is still being made
 };
 struct Shared {
-  alignas(128) float h[WARPS][SLOTS][32 * N];
+  alignas(128) float h[WARPS][SLOTS][32 * N + HELD * ENTRY];
+  alignas(16) float drives[HELD ? HELD : 1][ROWS][N];
   alignas(16) float low[ROWS][OUT + 4];
   // Of 8 sequences: sizes of steps, gates and u, in whose place comes y.
   alignas(16) float size[WARPS][32][8 + 1], gate[WARPS][8][32 + 1];
   alignas(16) bf16 u[WARPS][8][32];
-  Gate brought[WARPS][SLOTS], weights[WARPS];
+  Gate brought[WARPS][SLOTS], weights[WARPS], held;
 };
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 INLINE Shared& shared() { return *reinterpret_cast<Shared*>(own_room()); }
@@ -51,10 +60,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
   // States and weights, before what the kernel before makes: dt_proj's to the last slots.
   unsigned long long policy = first_to_leave();
   auto place = [&](int seq) { return p.ssm_state + (int64(first + seq) * E + channel) * N; };
+  auto entries = [&](int seq) { return p.inputs + (int64(first + seq) * E + channel) / 32 * (ENTRIES * ENTRY); };
   auto bring_states = [&](int seq) {
     int slot = seq % SLOTS;
     if constexpr (MANY) bring(s.h[warp][slot], place(seq), PIECE, &s.brought[warp][slot], policy);
     else bring(s.h[warp][slot], place(seq), PIECE, &s.brought[warp][slot]);
+    if constexpr (HELD > 0) bring(s.h[warp][slot] + 32 * N, entries(seq), HELD_BYTES, &s.brought[warp][slot]);
   };
   auto give_states = [&](int seq) {
     if constexpr (MANY) give(place(seq), s.h[warp][seq % SLOTS], PIECE, policy);
@@ -62,11 +73,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
   };
   if (lane == 0) {
 #pragma unroll
-    for (int i = 0; i < SLOTS; ++i) open(&s.brought[warp][i]);
+    for (int i = 0; i < SLOTS; ++i) open(&s.brought[warp][i], HELD ? 2 : 1);
     open(&s.weights[warp]);
+    if (HELD && warp == 0) open(&s.held, HELD);
     all_open();
     bring(s.h[warp][SLOTS - DEEP], p.dt_proj + int64(channel) * R, 32 * R * sizeof(bf16), &s.weights[warp]);
     for (int i = 0; i < EARLY && i < n_here; ++i) bring_states(i);
+    if (HELD && warp == 0)
+      for (int e = 0; e < HELD; ++e)
+        bring(s.drives[e], p.drives + (e * p.n_rows + first) * N, n_here * N * sizeof(float), &s.held);
   }
   float bias[2][2], skip = one(p.D + e);  // of a lane's rows of two bands
 #pragma unroll
@@ -136,8 +151,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
     for (int j = 1; j < SPLITS; ++j)
       total[0] += part[r][j].x, total[1] += part[r][j].y, total[2] += part[r][j].z, total[3] += part[r][j].w;
     store_floats(&s.low[seq][k], total);
+    if (KEPT && int(blockIdx.x) % GROUPS == 0 && k >= R && k < R + N)
+      store_floats(p.drives + (HELD * p.n_rows + first + seq) * N + k - R, total);
   }
   __syncthreads();
+  if (HELD) wait_at(&s.held);
 
   // Likewise sizes of steps, by dt's wide projection.
   auto widen = [&](int o) {
@@ -167,6 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
   // n sequences side by side, PAIR or one.
   auto step = [&](int n, int seq) {
     float x[PAIR], size[PAIR], driven[PAIR], out[PAIR], h[PAIR][4][4];  // quarters, in the lane's order
+    float past_size[PAIR][HELD ? HELD : 1], past_driven[PAIR][HELD ? HELD : 1];
     float* own[PAIR];
 #pragma unroll
     for (int j = 0; j < PAIR; ++j) {
@@ -179,6 +198,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
     for (int j = 0; j < PAIR; ++j)
       if (j < n) wait_at(&s.brought[warp][(seq + j) % SLOTS], (seq + j) / SLOTS % 2);
 #pragma unroll
+    for (int j = 0; j < PAIR; ++j)
+#pragma unroll
+      for (int e = 0; e < HELD; ++e) {
+        if (j >= n) break;
+        const float* entry = s.h[warp][(seq + j) % SLOTS] + 32 * N + e * ENTRY;
+        past_size[j][e] = entry[lane], past_driven[j][e] = entry[lane] * one(reinterpret_cast<const bf16*>(entry + 32) + lane);
+      }
+#pragma unroll
     for (int k = 0; k < 4; ++k) {
       int quarter = (k ^ turned) * 4;
 #pragma unroll
@@ -189,28 +216,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
         load_floats(&s.low[seq + j][R + quarter], drive);
         load_floats(&s.low[seq + j][R + N + quarter], readout);
 #pragma unroll
+        for (int e = 0; e < HELD; ++e) {
+          float past[4];
+          load_floats(&s.drives[e][seq + j][quarter], past);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            h[j][k][i] =
+                __fmaf_rn(exp2_fast(past_size[j][e] * A2[4 * k + i]), h[j][k][i], past_driven[j][e] * past[i]);
+        }
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
           h[j][k][i] = __fmaf_rn(exp2_fast(size[j] * A2[4 * k + i]), h[j][k][i], driven[j] * drive[i]);
           out[j] = __fmaf_rn(h[j][k][i], readout[i], out[j]);
         }
       }
     }
-    // Not before: what is read after something was written has to wait for that, which might be the same.
+    if (KEPT) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
+      for (int j = 0; j < PAIR; ++j) {
+        if (j >= n) break;
+        float* entry = entries(seq + j) + HELD * ENTRY;
+        entry[lane] = size[j];
+        reinterpret_cast<bf16*>(entry + 32)[lane] = s.u[warp][(seq + j) % 8][lane];
+      }
+    } else {
+      // Not before: what is read after something was written has to wait for that, which might be the same.
 #pragma unroll
-      for (int j = 0; j < PAIR; ++j)
-        if (j < n) store_floats(own[j] + (k ^ turned) * 4, h[j][k]);
-    written();
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int j = 0; j < PAIR; ++j)
+          if (j < n) store_floats(own[j] + (k ^ turned) * 4, h[j][k]);
+      written();
+    }
     __syncwarp();
     if (lane == 0) {
+      if (!KEPT)
 #pragma unroll
-      for (int j = 0; j < PAIR; ++j)
-        if (j < n) give_states(seq + j);
+        for (int j = 0; j < PAIR; ++j)
+          if (j < n) give_states(seq + j);
       for (int j = 0; j < n; ++j) {
         int next = seq + j - BEHIND + SLOTS;
         if (seq + j >= BEHIND && next < n_here) {
-          all_read_but<BEHIND>();
+          if (!KEPT) all_read_but<BEHIND>();
           bring_states(next);
         }
       }

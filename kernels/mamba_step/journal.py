@@ -1,0 +1,61 @@
+"""States that go back to memory once in several tokens only.
+
+A token changes all of a state, but by few numbers: a step size and an input of each channel, and the vector B. While a
+journal is open, kernels that can (cuda_halves.py) keep these and leave the state in memory as it was; those of the next
+tokens read both and repeat what was left out, by the same operations and so to the bit. Of many sequences the states
+are nearly all that a step reads and writes: with one write for PERIOD tokens there is a third less of that.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+PERIOD = 3  # tokens from one write to the next: measured, benchmarks/results/gpu_model.md
+_ENTRY = 32 + 16  # words of 32 channels: step sizes in float32, inputs in bf16
+_now = threading.local()
+
+
+class Page(NamedTuple):
+    """A journal's part of one state (B, E, N)."""
+
+    held: int  # tokens that are not in the state, but here
+    kept: bool  # whether the token to come is to be added to these; else all go to the state
+    inputs: Tensor  # (B, E / 32, PERIOD - 1, words)
+    drives: Tensor  # (PERIOD - 1, B, N)
+
+
+class Journal:
+    """Of states that stay where they are, in memory. It is empty, and they are whole, between calls of `tokens`."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+        self._pages: dict[int, tuple[Tensor, Tensor]] = {}  # by the state's address
+
+    @property
+    def used(self) -> bool:
+        """Whether any state has had a page of it."""
+        return bool(self._pages)
+
+    def tokens(self) -> Iterator[None]:
+        """PERIOD times, with this journal open: each time the caller has every state take one token."""
+        try:
+            _now.journal = self
+            for self.turn in range(PERIOD):
+                yield
+        finally:
+            _now.journal = None
+
+    def page_of(self, ssm: Tensor) -> Page:
+        n_rows, n_channels, n_states = ssm.shape
+        if ssm.data_ptr() not in self._pages:
+            inputs = ssm.new_empty(n_rows, n_channels // 32, PERIOD - 1, _ENTRY)
+            self._pages[ssm.data_ptr()] = inputs, ssm.new_empty(PERIOD - 1, n_rows, n_states)
+        return Page(self.turn, self.turn + 1 < PERIOD, *self._pages[ssm.data_ptr()])
+
+
+def page_of(ssm: Tensor) -> Page | None:
+    """That of a state (B, E, 16) in float32 in the journal that is open, if one is; None: the state is written."""
+    journal = getattr(_now, "journal", None)
+    return None if journal is None else journal.page_of(ssm)
