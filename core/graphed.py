@@ -43,7 +43,7 @@ def tells_the_likeliest(model: Any) -> bool:
 
 
 class _StepGraph:
-    """One step of a model for B sequences, or some if its states are not written by each; the memory it works on."""
+    """A step of a model for B sequences, or PERIOD steps if it keeps a journal, and the memory that they work on."""
 
     def __init__(
         self, model: Any, batch: int, room: int, config: SamplingConfig, recent: Tensor | None, device: torch.device
@@ -77,21 +77,25 @@ class _StepGraph:
             if config.temperature:
                 self.row.add_(1).remainder_(BLOCK)
 
-        self.journal = Journal()  # its pages are read by the graph
+        self.journal = Journal()  # the graph reads its pages
 
-        def steps() -> None:
+        def period() -> None:
             for _ in self.journal.tokens():
                 step()
 
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            steps()
+        with torch.cuda.stream(side):  # before it is recorded: kernels are compiled and libraries set up
+            try:
+                period()
+            except torch.OutOfMemoryError:
+                self.journal = Journal()
+                step()
         torch.cuda.current_stream(device).wait_stream(side)
-        self.n_steps, work = (PERIOD, steps) if self.journal.used else (1, step)
+        self.n_steps = PERIOD if self.journal.used else 1
         self.graph, self.left = torch.cuda.CUDAGraph(), torch.cuda.Event()
         with recording(self.graph, device):
-            work()
+            period() if self.journal.used else step()
 
     def begin(self, tokens: Tensor, bad: Tensor, state: Any, recent: Tensor | None) -> None:
         """Stand before the next step of other sequences, once those before are through, in whatever stream."""

@@ -26,7 +26,7 @@ MOST = 32  # sequences of a block
 # Sequences whose states are on their way, and those that are asked for at once: measured. dt_proj's rows, up to 160
 # wide, come to slots that are not among these.
 SLOTS, EARLY = 8, 2
-FEWEST_IN_JOURNAL = 64  # sequences from which states are not written for each token: measured
+FEWEST_IN_JOURNAL = 1  # sequences from which states are not written for each token: measured
 
 
 def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:

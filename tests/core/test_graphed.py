@@ -7,7 +7,8 @@ from torch.utils import _pytree as pytree
 from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, generation, graphed
 from polymamba.core.config import SamplingConfig
 from polymamba.core.errors import InputError
-from polymamba.core.generation import collect, generate, prefill
+from polymamba.core.generation import StopFilter, collect, generate, prefill
+from polymamba.kernels import Journal
 
 pytestmark = pytest.mark.gpu
 PATTERNS = [("mamba",), ("mamba", "attention", "mlp"), ("mamba", "moe", "lru")]
@@ -144,6 +145,43 @@ def test_the_stack_in_bf16(n, monkeypatch):
     assert ((logits - whole).abs().max() / whole.abs().max()).item() < 2e-2
 
 
+def wide_model(vocab_size=64) -> LanguageModel:
+    """Whose states do not go back to memory with each token."""
+    torch.manual_seed(0)
+    backbone = BackboneConfig(d_model=1280, n_layer=2)
+    model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=vocab_size, tie_embeddings=False))
+    return model.cuda().bfloat16().eval()
+
+
+@pytest.mark.parametrize("n", [5, 70])
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=["greedy", "plain", "filtered"])
+def test_with_a_journal(n, config, monkeypatch):
+    """The same tokens by graph and without, whatever number of tokens; and where sequences stop within a replay."""
+    model, made = wide_model(), []
+    capture = graphed._StepGraph
+    prompts = list(torch.randint(64, (n, 30), generator=torch.Generator().manual_seed(3)))
+    for n_new in (40, 41, 42, 150):
+        monkeypatch.setattr(graphed, "_StepGraph", lambda *args: made.append(capture(*args)) or made[-1])
+        by_graph, plain = both(monkeypatch, model, prompts, n_new, config, seeds=range(n))
+        assert by_graph == plain
+    assert len(made) == 1
+    assert made[0].n_steps > 1
+    stop = [(3,), (7, 1)]
+    stopped = collect(generate(model, prompts, 150, config, seeds=range(n), stop=stop))
+    assert stopped == [StopFilter(stop).push_all(tokens)[0] for tokens in plain]
+    assert len(set(map(len, stopped))) > 1
+
+
+def test_a_journal_that_finds_no_room(monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Journal, "page_of", no_room)
+    tokens = list(torch.randint(64, (3, 30), generator=torch.Generator().manual_seed(3)))
+    by_graph, plain = both(monkeypatch, wide_model(), tokens, 20, seeds=range(3))
+    assert by_graph == plain
+
+
 def test_from_a_state(monkeypatch):
     model = model_of(PATTERNS[1])
     _, state = prefill(model, prompts_of())
@@ -152,20 +190,23 @@ def test_from_a_state(monkeypatch):
     assert by_graph == plain
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=["mamba", "hybrid"])
-def test_refuses_what_cannot_be_sampled_from(pattern):
+@pytest.mark.parametrize("kind", ["mamba", "hybrid", "wide"])
+def test_refuses_what_cannot_be_sampled_from(kind):
     """Row 1 alone comes to a token whose embedding is bad, after some steps or in its prompt; nothing is left of it."""
-    model, prompts = model_of(pattern, vocab_size=500), prompts_of(2)
-    first, second = collect(generate(model, prompts, 40, seeds=range(2)))
-    harmless = {*torch.cat(prompts).tolist(), *first, *second[:3]}
+    pattern = PATTERNS[1] if kind == "hybrid" else PATTERNS[0]
+    model = wide_model(500) if kind == "wide" else model_of(pattern, vocab_size=500)
+    prompts = prompts_of(5 if kind == "wide" else 2)  # with fewer a journal is not kept
+    seeds = range(len(prompts))
+    first, second, *others = collect(generate(model, prompts, 40, seeds=seeds))
+    harmless = {*torch.cat(prompts).tolist(), *first, *second[:3], *(token for tokens in others for token in tokens)}
     bad = next(token for token in second if token not in harmless)
     good = model.embedding.weight[bad].detach().clone()
     with torch.no_grad():
         model.embedding.weight[bad] = torch.nan
     for more in ([], [bad]):
-        given = [prompts[0], torch.tensor([*prompts[1].tolist(), *more])]
+        given = [prompts[0], torch.tensor([*prompts[1].tolist(), *more]), *prompts[2:]]
         with pytest.raises(InputError, match="row 1 of the batch: the model's logits are not finite"):
-            collect(generate(model, given, 40, seeds=range(2)))
+            collect(generate(model, given, 40, seeds=seeds))
     with torch.no_grad():
         model.embedding.weight[bad] = good
-    assert collect(generate(model, prompts, 40, seeds=range(2))) == [first, second]
+    assert collect(generate(model, prompts, 40, seeds=seeds)) == [first, second, *others]

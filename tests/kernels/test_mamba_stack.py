@@ -307,3 +307,21 @@ def test_at_size(rows, width, assert_close):
     assert all(torch.equal(t, again[name]) for name, t in first.items())
     alone = steps(x[-few:], [tuple(t[-few:] for t in state) for state in states], weights, of=of)
     assert all(torch.equal(t, first[name][-few:]) for name, t in alone.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "width"), [(3, 2048), (64, 2048), (200, 2048), (256, 2048), (64, 1792), (13, 2560)])
+def test_with_a_journal_at_size(rows, width):
+    """One block, two periods: to the bit what is without one."""
+    x, [state], [w] = problem(rows, width, 2 * width, width // 16, 4, n_layers=1, centred=width == 1792)
+    x, w = x.cuda(), MambaWeights(*(None if t is None else t.cuda() for t in w))
+    plain, kept = ([t.cuda() for t in state] for _ in range(2))
+    xs, journal = [x, x.flip(0), -x] * 2, Journal()
+    expected = [mamba_step(x, None, *plain, w, centred=width == 1792)[0] for x in xs]
+    actual = []
+    for _ in range(len(xs) // PERIOD):
+        for _ in journal.tokens():
+            actual.append(mamba_step(xs[len(actual)], None, *kept, w, centred=width == 1792)[0])
+    assert journal.used
+    assert all(map(torch.equal, actual, expected))
+    assert all(map(torch.equal, kept, plain))
