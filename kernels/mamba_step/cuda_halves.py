@@ -23,10 +23,9 @@ CHANNELS = 256  # of a block of `scan`
 FEWER_CHANNELS, UP_TO = 128, 64
 CLUSTERS = 4, 2, 1  # blocks of a cluster of `project`, whose sums are added up: the most that E allows
 MOST = 32  # sequences of a block
-# Sequences whose states are on their way, and those that are asked for at once: measured. dt_proj's rows, up to 160
-# wide, come to slots that are not among these.
-SLOTS, EARLY = 8, 2
-FEWEST_IN_JOURNAL = 1  # sequences from which states are not written for each token: measured
+# Sequences whose states are on their way, fewer where they do not go back, and those that are asked for at once:
+# measured. dt_proj's rows, up to 160 wide, come to slots that are not among these.
+SLOTS, SLOTS_OF_KEPT, EARLY = 8, 6, 2
 
 
 def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
@@ -59,7 +58,7 @@ class _Kernels:
         rank = w.dt_proj.shape[1]
         projected = torch.empty(self.project.splits, n_rows, rank + 32, dtype=torch.float32, device=uz.device)
         self.project(w.conv, w.conv_bias, w.x_proj, conv, uz, u, projected, n_rows=n_rows)
-        page = journal.page_of(ssm) if n_rows >= FEWEST_IN_JOURNAL else None
+        page = journal.page_of(ssm)
         self.scan(projected, w.dt_proj, w.dt_bias, w.A_log, w.D, u, uz, ssm, y, page=page, n_rows=n_rows)
 
 
@@ -94,7 +93,8 @@ class _Scan:
     def kernel_of(self, held: int, kept: bool) -> nvrtc.Kernel:
         """That of a page of a journal."""
         if (held, kept) not in self.kernels:
-            more = {"SLOTS": SLOTS, "EARLY": EARLY, "HELD": held, "KEPT": int(kept), "ENTRIES": journal.PERIOD - 1}
+            slots = max(SLOTS_OF_KEPT if kept else SLOTS, EARLY + -(-self.sizes["R"] // 32))
+            more = {"SLOTS": slots, "EARLY": EARLY, "HELD": held, "KEPT": int(kept), "ENTRIES": journal.PERIOD - 1}
             self.kernels[held, kept] = nvrtc.kernel(source("scan.cu", **self.sizes, **more), "scan", self.device)
         return self.kernels[held, kept]
 

@@ -220,9 +220,8 @@ JOURNALED = {  # the module, rows, width, inner width, rank, taps, LayerNorm
 
 
 @pytest.mark.parametrize("case", JOURNALED)
-def test_with_a_journal(case, on_the_cpu, all_are_wide, monkeypatch):
+def test_with_a_journal(case, on_the_cpu, all_are_wide):
     """Two periods: to the bit what is without one; in between the states in memory stay as they were."""
-    monkeypatch.setattr(cuda_halves, "FEWEST_IN_JOURNAL", 1)
     of, sizes, centred = JOURNALED[case]
     x, states, weights = problem(*sizes, centred=centred)
     xs = [x, x.flip(0), -x] * 2
