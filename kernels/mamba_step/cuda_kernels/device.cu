@@ -179,7 +179,7 @@ __device__ __forceinline__ void bring_tile(void* to, const TensorMap* map, int c
 }
 #if __CUDA_ARCH__ == 900
 // c += a b^T by the 128 threads of four warps, and c = a b^T where not `more`: to be committed, and read after a wait. a is
-// a tile of 64 rows, b one of 32, 64, 128, 192 or 256.
+// a tile of 64 rows, b one of 32, 64, 128 or 192.
 __device__ __forceinline__ unsigned long long tile_at(const void* at) {
   return (unsigned(__cvta_generic_to_shared(at)) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -196,9 +196,6 @@ __device__ __forceinline__ unsigned long long tile_at(const void* at) {
 #define SUMS_192 SUMS_128 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define SUMS_256 SUMS_192 \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define THIRTY_TWO(c, i) EIGHT(c, i), EIGHT(c, i + 8), EIGHT(c, i + 16), EIGHT(c, i + 24)
 #define PIECES \
   "l"(x), "l"(y), "l"(x + 2), "l"(y + 2), "l"(x + 4), "l"(y + 4), "l"(x + 6), "l"(y + 6), "r"(int(more))
@@ -234,14 +231,6 @@ __device__ __forceinline__ void multiply_soon(float (&c)[96], const void* a, con
                : PIECES
                : "memory");
 }
-__device__ __forceinline__ void multiply_soon(float (&c)[128], const void* a, const void* b, bool more) {
-  unsigned long long x = tile_at(a), y = tile_at(b);
-  asm volatile(BEGIN(136) MULTIPLY(p, "m64n256k16", SUMS_256, 128, 129) MULTIPLY(q, "m64n256k16", SUMS_256, 130, 131)
-                   MULTIPLY(q, "m64n256k16", SUMS_256, 132, 133) MULTIPLY(q, "m64n256k16", SUMS_256, 134, 135) "}"
-               : THIRTY_TWO(c, 0), THIRTY_TWO(c, 32), THIRTY_TWO(c, 64), THIRTY_TWO(c, 96)
-               : PIECES
-               : "memory");
-}
 __device__ __forceinline__ void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int n> __device__ __forceinline__ void all_multiplied_but() {  // the last n committed
@@ -262,7 +251,6 @@ template <int n> __device__ __forceinline__ void read_not_before(float (&c)[n]) 
 }
 #undef SUMS_128
 #undef SUMS_192
-#undef SUMS_256
 #undef THIRTY_TWO
 #undef MULTIPLY
 #undef BEGIN

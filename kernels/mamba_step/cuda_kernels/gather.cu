@@ -1,8 +1,7 @@
-// What stands before a block of cuda_wide.py's stack: out_proj's result added to the stream, and the norm of that.
+// What stands before a block of cuda_wide.py's stack: product.cu's sums added up and to the stream, and the norm of that.
 //
-// A block of threads has a sequence, a thread 8 channels. Letters: B sequences, M model width; macros, but B, as are
-// SPLITS (pieces of out_proj's width, whose sums are still to be added up; 0 where there is the result in bf16) and
-// CENTRED (LayerNorm).
+// A block of threads has a sequence, a thread 8 channels. Letters: B sequences, M model width; SPLITS and CENTRED
+// (LayerNorm) are macros, too.
 
 constexpr int THREADS = M / 8, WARPS = THREADS / 32;
 static_assert(M % 256 == 0 && THREADS <= 1024, "sizes not served");
@@ -10,7 +9,7 @@ static_assert(M % 256 == 0 && THREADS <= 1024, "sizes not served");
 struct Problem {
   const bf16* x;               // (B, M), what the first block begins with, or of which these rows are that; 0 elsewhere
   const int64* rows;           // (B,), or 0
-  const void* left;            // what the last block left: float (SPLITS, B, M), or bf16 (B, M)
+  const float* sums;           // (SPLITS, B, M), what the last block left
   const bf16 *weight, *shift;  // of the norm; 0 behind the last block; shift may be 0
   float* stream;               // (B, M)
   bf16* normed;                // (B, M)
@@ -49,31 +48,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gather(const GRID_CONST
 #pragma unroll
     for (int k = 0; k < 8; ++k) row[k] = x.get(k);
   } else {
-    float4 old[2] = {fresh4(p.stream + at), fresh4(p.stream + at + 4)};
-    if constexpr (SPLITS == 0) {
-      x = packed(fresh16(static_cast<const bf16*>(p.left) + at));
+    float4 part[SPLITS][2];
 #pragma unroll
-      for (int k = 0; k < 8; ++k) row[k] = x.get(k);
-    } else {
-      float4 part[SPLITS ? SPLITS : 1][2];
-#pragma unroll
-      for (int i = 0; i < SPLITS; ++i) {
-        const float* from = static_cast<const float*>(p.left) + i * p.n_rows * M + at;
-        part[i][0] = fresh4(from), part[i][1] = fresh4(from + 4);
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float4 sum = part[0][half];
-#pragma unroll
-        for (int i = 1; i < SPLITS; ++i)
-          sum.x += part[i][half].x, sum.y += part[i][half].y, sum.z += part[i][half].z, sum.w += part[i][half].w;
-        row[4 * half] = sum.x, row[4 * half + 1] = sum.y, row[4 * half + 2] = sum.z, row[4 * half + 3] = sum.w;
-      }
+    for (int i = 0; i < SPLITS; ++i) {
+      const float* from = p.sums + i * p.n_rows * M + at;
+      part[i][0] = fresh4(from), part[i][1] = fresh4(from + 4);
     }
+    float4 old[2] = {fresh4(p.stream + at), fresh4(p.stream + at + 4)};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row[4 * half] = old[half].x + row[4 * half], row[4 * half + 1] = old[half].y + row[4 * half + 1];
-      row[4 * half + 2] = old[half].z + row[4 * half + 2], row[4 * half + 3] = old[half].w + row[4 * half + 3];
+      float4 sum = part[0][half];
+#pragma unroll
+      for (int i = 1; i < SPLITS; ++i)
+        sum.x += part[i][half].x, sum.y += part[i][half].y, sum.z += part[i][half].z, sum.w += part[i][half].w;
+      row[4 * half] = old[half].x + sum.x, row[4 * half + 1] = old[half].y + sum.y;
+      row[4 * half + 2] = old[half].z + sum.z, row[4 * half + 3] = old[half].w + sum.w;
     }
   }
   store_floats(p.stream + at, row);

@@ -1,19 +1,15 @@
-// The sums of a product x weight^T for 64 sequences or more, as fast as the weights come (wgmma: Hopper GPUs only).
+// The sums of a product x weight^T for 64 or 128 sequences, as fast as the weights come (wgmma: Hopper GPUs only).
 //
 // A block of threads has some rows of the weight. One warp, behind those that multiply (four for 64 sequences), brings
 // tiles of 64 columns to shared memory (tensor maps), as many as there are stages, and some of the weights before the
 // kernel before has ended. (Blocks that share tiles by multicast take as long.)
 //
-// Turned: 64 rows for all sequences are what four warps multiply, not 64 sequences for all rows. The larger of the two
-// is best what all read, as shared memory is where the matrix units find both.
-//
 // PASSING, a macro: whether the weight is to be the first to leave the L2 cache.
 
 constexpr int TILE = 64;
 
-template <int rows, int steps, int stages, int early, int sequences = 64, bool turned = false> struct Tiles {
-  static constexpr int MULTIPLIERS = 2 * (turned ? rows : sequences), THREADS = MULTIPLIERS + 32;
-  static constexpr int SUMS = (turned ? sequences : rows) / 2;  // of a lane
+template <int rows, int steps, int stages, int early, int sequences = 64> struct Tiles {
+  static constexpr int MULTIPLIERS = 2 * sequences, THREADS = MULTIPLIERS + 32;
   static constexpr int FIRST = steps < stages ? steps : stages, SOON = FIRST < early ? FIRST : early;
   static_assert(stages > 2, "sizes not served");
   struct Room {
@@ -67,14 +63,13 @@ template <int rows, int steps, int stages, int early, int sequences = 64, bool t
     }
   }
   // By the others. A lane has of sequences 16 warp + lane / 4 and 8 more (half) the rows 8 j + lane % 4 * 2 and the next:
-  // sum[4 j + 2 half] and the next. (Turned: of these rows these sequences.)
-  INLINE void multiply(float (&sum)[SUMS]) const {
+  // sum[4 j + 2 half] and the next.
+  INLINE void multiply(float (&sum)[rows / 2]) const {
     int lane = threadIdx.x % 32, own = threadIdx.x / 128 * TILE * TILE;
     for (int i = 0; i < steps; ++i) {
       wait_at(&room.brought[i % stages], i / stages % 2);
       begin_multiplying();
-      if constexpr (turned) multiply_soon(sum, room.weight[i % stages] + own, room.x[i % stages], i > 0);
-      else multiply_soon(sum, room.x[i % stages] + own, room.weight[i % stages], i > 0);
+      multiply_soon(sum, room.x[i % stages] + own, room.weight[i % stages], i > 0);
       commit();
       all_multiplied_but<1>();  // so that the next tile is there for the matrix units when they are done with this one
       if (i > 0 && i - 1 + stages < steps && lane == 0) arrive(&room.read[(i - 1) % stages]);
