@@ -78,16 +78,11 @@ class _StepGraph:
                 self.row.add_(1).remainder_(BLOCK)
 
         self.journal = Journal()  # the graph reads its pages
-
-        def period() -> None:
-            for _ in self.journal.tokens():
-                step()
-
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # before it is recorded: kernels are compiled and libraries set up
             try:
-                period()
+                self.journal.run(step)
             except torch.OutOfMemoryError:
                 self.journal = Journal()
                 step()
@@ -95,7 +90,7 @@ class _StepGraph:
         self.n_steps = PERIOD if self.journal.used else 1
         self.graph, self.left = torch.cuda.CUDAGraph(), torch.cuda.Event()
         with recording(self.graph, device):
-            period() if self.journal.used else step()
+            self.journal.run(step) if self.journal.used else step()
 
     def begin(self, tokens: Tensor, bad: Tensor, state: Any, recent: Tensor | None) -> None:
         """Stand before the next step of other sequences, once those before are through, in whatever stream."""

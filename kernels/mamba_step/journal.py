@@ -7,7 +7,7 @@ are nearly all that a step reads and writes: with one write for PERIOD tokens th
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,7 +27,7 @@ class Page(NamedTuple):
 
 
 class Journal:
-    """Of states that stay where they are, in memory. It is empty, and they are whole, between calls of `tokens`."""
+    """Of states that stay where they are, in memory. It is empty, and they are whole, before and after each `run`."""
 
     def __init__(self) -> None:
         self.turn = 0
@@ -38,12 +38,12 @@ class Journal:
         """Whether any state has had a page of it."""
         return bool(self._pages)
 
-    def tokens(self) -> Iterator[None]:
-        """PERIOD times, with this journal open: each time the caller has every state take one token."""
+    def run(self, step: Callable[[], object]) -> None:
+        """PERIOD times `step`, by which every state takes one token, with this journal open."""
+        _now.journal = self
         try:
-            _now.journal = self
             for self.turn in range(PERIOD):
-                yield
+                step()
         finally:
             _now.journal = None
 
