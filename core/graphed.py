@@ -2,10 +2,12 @@
 
 A step is hundreds of kernels of a few microseconds each, and Python takes longer to launch them than the GPU to run
 them. So a step (the model's, the choice of the token, what that has to remember) is captured once, on memory that stays
-where it is, and replayed. The host only looks at what comes out, a step or two late. Short prompts, of a shape that
-was seen before, are read in the same way. Letters: B sequences, L tokens.
+where it is, and replayed; or some steps as one, of which the last alone writes the states (mamba_step/journal.py). The
+host only looks at what comes out, a replay or two late. Short prompts, of a shape that was seen before, are read in the
+same way. Letters: B sequences, L tokens.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +19,15 @@ from torch.nn.modules import module as all_modules
 from torch.utils import _pytree as pytree
 
 from ..kernels import PERIOD, Journal, WayOut, backends, hand_over
+from ..kernels.nvrtc import Unavailable
 from .config import SamplingConfig
 from .lti import LTIMixer
 from .replayed import recording
 from .sampling import Draws, choose, refuse, uniforms, with_token
 
 IN_FLIGHT = 2  # replays that the GPU is given before the host looks at the first of them
-BLOCK = 66  # steps whose uniform numbers are brought to the GPU at once: those of whole replays
+BLOCK = 22 * PERIOD  # steps whose uniform numbers are brought to the GPU at once: those of whole replays
+WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set up in them
 ROOM = 256  # a state that grows has room for a multiple of it, so that a graph serves prompts of many lengths
 # Prompts that are read by a graph have so many tokens each at least, all of a convolution's window among them, and so
 # many together at most: more keep a GPU busy for longer than it takes to launch the kernels, on a slow host, too. Of
@@ -46,8 +50,9 @@ class _StepGraph:
     """A step of a model for B sequences, or PERIOD steps if it keeps a journal, and the memory that they work on."""
 
     def __init__(
-        self, model: Any, batch: int, room: int, config: SamplingConfig, recent: Tensor | None, device: torch.device
-    ):
+        self, model: Any, batch: int, room: int, config: SamplingConfig, recent: Tensor | None, device: torch.device,
+        journaled: bool,
+    ):  # fmt: skip
         self.state = model.init_state(batch, room) if room else model.init_state(batch)
         self.leaves = pytree.tree_leaves(self.state)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # read by the step, and then its result
@@ -77,20 +82,24 @@ class _StepGraph:
             if config.temperature:
                 self.row.add_(1).remainder_(BLOCK)
 
-        self.journal = Journal()  # the graph reads its pages
+        journal, self.n_steps = Journal(), 1
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # before it is recorded: kernels are compiled and libraries set up
-            try:
-                self.journal.run(step)
-            except torch.OutOfMemoryError:
-                self.journal = Journal()
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
                 step()
+            if journaled:
+                with contextlib.suppress(torch.OutOfMemoryError, Unavailable):
+                    self.n_steps = journal.run(step)
+        self.journal = journal if self.n_steps > 1 else None  # the graph reads its pages
+        del journal
         torch.cuda.current_stream(device).wait_stream(side)
-        self.n_steps = PERIOD if self.journal.used else 1
         self.graph, self.left = torch.cuda.CUDAGraph(), torch.cuda.Event()
         with recording(self.graph, device):
-            self.journal.run(step) if self.journal.used else step()
+            if self.journal is None:
+                step()
+            else:
+                self.journal.run(step)
 
     def begin(self, tokens: Tensor, bad: Tensor, state: Any, recent: Tensor | None) -> None:
         """Stand before the next step of other sequences, once those before are through, in whatever stream."""
@@ -272,12 +281,12 @@ class GraphedDecoder:
         """Leave the graph to the next one who decodes with this model.
 
         Not under autocast: the graph reads autocast's own copies of the weights, which end with it. Nor with parts of
-        others in the model, which are switched by mere attributes. Nor where logits were not finite: of a state that
-        grows, some of that would be left behind the next one's tokens.
+        others in the model, which are switched by mere attributes. Nor where logits were not finite, even if nobody has
+        listened to them: of a state that grows, some of that would be left behind the next one's tokens.
         """
         if self.in_flight:  # these still write to the host's memory, which may be freed from now on
             self.in_flight[-1][1].synchronize()
-        if self.graph is not None and self.stays:
+        if self.graph is not None and self.stays and self.graph.chosen.min() >= 0:
             self.graph.left.record(torch.cuda.current_stream(self.graph.tokens.device))
             _graphs[self.model] = (self.key, self.graph)
 
@@ -294,7 +303,8 @@ class GraphedDecoder:
         key, graph = _graphs.pop(self.model, (None, None))
         if graph is None or key != self.key or self.autocast:
             graph = None  # its memory first
-            graph = _StepGraph(self.model, len(tokens), room, config, recent, tokens.device)
+            journaled = _are_ours(modules)  # a state is then read by nothing but its own step, once a token
+            graph = _StepGraph(self.model, len(tokens), room, config, recent, tokens.device, journaled)
         self.graph = graph
         graph.begin(tokens, bad, self.state, recent)
         del self.state
@@ -310,8 +320,8 @@ class GraphedDecoder:
             block = torch.stack([uniforms(g, BLOCK) for g in self.draws.generators], 1)
             self.graph.uniform.copy_(block.pin_memory(), non_blocking=True)
         self.graph.graph.replay()
-        first, wanted = self.n_launched % len(self.graph.chosen), min(self.graph.n_steps, self.n_left)
-        self._await(self.graph.chosen[first : first + wanted])
+        turn, wanted = self.n_launched % len(self.graph.chosen), min(self.graph.n_steps, self.n_left)
+        self._await(self.graph.chosen[turn : turn + wanted])  # whole replays fit there
         self.n_left -= wanted
         self.n_launched += self.graph.n_steps
 

@@ -1,8 +1,9 @@
 """What lies between the projections of a Mamba block, of one token, as two CUDA kernels: project.cu and scan.cu.
 
 For wide blocks, whose weights are too much for each cluster of cuda_middle.py to read. Convolution and x_proj are
-shared out by channels and sequences; the states come while they run. For bf16 weights and GPUs that have clusters of
-blocks and bulk copies (Hopper and later).
+shared out by channels and sequences; the states come while they run, and where a journal is open (journal.py) those of
+many sequences do not go back with each token. For bf16 weights and GPUs that have clusters of blocks and bulk copies
+(Hopper and later).
 
 Letters: B sequences, M model width, E inner width, R rank of dt, N states, W convolution width.
 """
@@ -26,6 +27,7 @@ MOST = 32  # sequences of a block
 # Sequences whose states are on their way, fewer where they do not go back, and those that are asked for at once:
 # measured. dt_proj's rows, up to 160 wide, come to slots that are not among these.
 SLOTS, SLOTS_OF_KEPT, EARLY = 8, 6, 2
+FEWEST_IN_JOURNAL = 16  # sequences from which a journal is used: measured
 
 
 def serves(x: Tensor, conv: Tensor, ssm: Tensor, w) -> bool:
@@ -58,7 +60,7 @@ class _Kernels:
         rank = w.dt_proj.shape[1]
         projected = torch.empty(self.project.splits, n_rows, rank + 32, dtype=torch.float32, device=uz.device)
         self.project(w.conv, w.conv_bias, w.x_proj, conv, uz, u, projected, n_rows=n_rows)
-        page = journal.page_of(ssm)
+        page = journal.page_of(ssm) if n_rows >= FEWEST_IN_JOURNAL else None
         self.scan(projected, w.dt_proj, w.dt_bias, w.A_log, w.D, u, uz, ssm, y, page=page, n_rows=n_rows)
 
 
@@ -94,7 +96,8 @@ class _Scan:
         """That of a page of a journal."""
         if (held, kept) not in self.kernels:
             slots = max(SLOTS_OF_KEPT if kept else SLOTS, EARLY + -(-self.sizes["R"] // 32))
-            more = {"SLOTS": slots, "EARLY": EARLY, "HELD": held, "KEPT": int(kept), "ENTRIES": journal.PERIOD - 1}
+            more = {"SLOTS": slots, "EARLY": EARLY, "HELD": held, "KEPT": int(kept)}
+            more |= {"ENTRIES": journal.PERIOD - 1, "ENTRY": journal.ENTRY}
             self.kernels[held, kept] = nvrtc.kernel(source("scan.cu", **self.sizes, **more), "scan", self.device)
         return self.kernels[held, kept]
 

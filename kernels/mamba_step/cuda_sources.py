@@ -26,7 +26,7 @@ def capable(x: Tensor) -> bool:
 
 def has_room(x: Tensor) -> bool:
     """Whether x is on a GPU of whose shared memory a block can have as much as on Hopper GPUs, nearly."""
-    return nvrtc.EMULATED or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= 200 * 1024
+    return nvrtc.EMULATED or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= 208 * 1024
 
 
 def tiles_serve(x: Tensor) -> bool:

@@ -37,9 +37,10 @@ def mamba_step(
         dt, B, C = x_proj(u);  out = out_proj(selective_scan_step(u, softplus(dt_proj(dt)), -exp(A_log), B, C, D, z))
 
     Shapes: x (B, M) in the weights' dtype; stream (B, M) float32, None before the first block; conv_state (B, E, W - 1)
-    and ssm_state (B, E, N) float32, both contiguous and updated in place. centred: LayerNorm instead of RMSNorm.
-    Returns (out (B, M), stream (B, M)). For inference: no gradients, and no tracer sees it; a step of single operators
-    (`core.Mamba.step`) is for those. Between its parts nothing is rounded to the weights' dtype on the fast backends.
+    and ssm_state (B, E, N) float32, both contiguous and updated in place (by a `Journal.run` ssm_state may be so in its
+    last step only). centred: LayerNorm instead of RMSNorm. Returns (out (B, M), stream (B, M)). For inference: no
+    gradients, and no tracer sees it; a step of single operators (`core.Mamba.step`) is for those. Between its parts
+    nothing is rounded to the weights' dtype on the fast backends.
 
     Raises ValueError if shapes disagree or if `backend` cannot run these inputs.
     """

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 PERIOD = 3  # tokens from one write to the next: measured, benchmarks/results/gpu_model.md
-_ENTRY = 32 + 16  # words of 32 channels: step sizes in float32, inputs in bf16
+ENTRY = 32 + 16  # words of 32 channels: step sizes in float32, inputs in bf16
 _now = threading.local()
 
 
@@ -27,30 +27,37 @@ class Page(NamedTuple):
 
 
 class Journal:
-    """Of states that stay where they are, in memory. It is empty, and they are whole, before and after each `run`."""
+    """Of states that stay where they are, in memory, as long as it is used.
+
+    Before and after a `run` it is empty and they are whole, but if that raised: then they are lost. Between its steps
+    nothing but the next one's kernels may read them.
+    """
 
     def __init__(self) -> None:
         self.turn = 0
         self._pages: dict[int, tuple[Tensor, Tensor]] = {}  # by the state's address
 
-    @property
-    def used(self) -> bool:
-        """Whether any state has had a page of it."""
-        return bool(self._pages)
+    def run(self, step: Callable[[], object]) -> int:
+        """PERIOD times `step`, by which every state takes one token, with this journal open; once if none uses it.
 
-    def run(self, step: Callable[[], object]) -> None:
-        """PERIOD times `step`, by which every state takes one token, with this journal open."""
+        Returns how often.
+        """
         _now.journal = self
         try:
-            for self.turn in range(PERIOD):
+            for turn in range(PERIOD):
+                self.turn = turn
                 step()
+                if not self._pages:
+                    return 1
         finally:
             _now.journal = None
+        return PERIOD
 
     def page_of(self, ssm: Tensor) -> Page:
+        """That of a state (B, E, N)."""
         n_rows, n_channels, n_states = ssm.shape
         if ssm.data_ptr() not in self._pages:
-            inputs = ssm.new_empty(n_rows, n_channels // 32, PERIOD - 1, _ENTRY)
+            inputs = ssm.new_empty(n_rows, n_channels // 32, PERIOD - 1, ENTRY)
             self._pages[ssm.data_ptr()] = inputs, ssm.new_empty(PERIOD - 1, n_rows, n_states)
         return Page(self.turn, self.turn + 1 < PERIOD, *self._pages[ssm.data_ptr()])
 

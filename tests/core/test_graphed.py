@@ -8,7 +8,8 @@ from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, g
 from polymamba.core.config import SamplingConfig
 from polymamba.core.errors import InputError
 from polymamba.core.generation import StopFilter, collect, generate, prefill
-from polymamba.kernels import Journal
+from polymamba.kernels import PERIOD, Journal
+from polymamba.kernels.mamba_step import cuda_halves
 
 pytestmark = pytest.mark.gpu
 PATTERNS = [("mamba",), ("mamba", "attention", "mlp"), ("mamba", "moe", "lru")]
@@ -145,41 +146,87 @@ def test_the_stack_in_bf16(n, monkeypatch):
     assert ((logits - whole).abs().max() / whole.abs().max()).item() < 2e-2
 
 
-def wide_model(vocab_size=64) -> LanguageModel:
-    """Whose states do not go back to memory with each token."""
+def wide_model(pattern=("mamba",), vocab_size=64) -> LanguageModel:
+    """Of whose states those of many sequences do not go back to memory with each token."""
     torch.manual_seed(0)
-    backbone = BackboneConfig(d_model=1280, n_layer=2)
+    backbone = BackboneConfig(d_model=1280, n_layer=2, pattern=pattern, n_heads=10)
     model = LanguageModel(LanguageModelConfig(backbone=backbone, vocab_size=vocab_size, tie_embeddings=False))
     return model.cuda().bfloat16().eval()
 
 
-@pytest.mark.parametrize("n", [5, 70])
+def some_prompts(n, length=30, vocab_size=64):
+    return list(torch.randint(vocab_size, (n, length), generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("n", [20, 45, 70])
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=["greedy", "plain", "filtered"])
 def test_with_a_journal(n, config, monkeypatch):
     """The same tokens by graph and without, whatever number of tokens; and where sequences stop within a replay."""
-    model, made = wide_model(), []
+    model, made, prompts = wide_model(), [], some_prompts(n)
     capture = graphed._StepGraph
-    prompts = list(torch.randint(64, (n, 30), generator=torch.Generator().manual_seed(3)))
     for n_new in (40, 41, 42, 150):
         monkeypatch.setattr(graphed, "_StepGraph", lambda *args: made.append(capture(*args)) or made[-1])
         by_graph, plain = both(monkeypatch, model, prompts, n_new, config, seeds=range(n))
         assert by_graph == plain
     assert len(made) == 1
-    assert made[0].n_steps > 1
+    assert made[0].n_steps == PERIOD
     stop = [(3,), (7, 1)]
     stopped = collect(generate(model, prompts, 150, config, seeds=range(n), stop=stop))
     assert stopped == [StopFilter(stop).push_all(tokens)[0] for tokens in plain]
     assert len(set(map(len, stopped))) > 1
+    for n_heard in (2, 5):  # and is left then
+        steps = generate(model, prompts, 150, config, seeds=range(n))
+        heard = collect(next(steps) for _ in range(n_heard))
+        steps.close()
+        assert heard == [tokens[:n_heard] for tokens in plain]
+    assert collect(generate(model, prompts, 150, config, seeds=range(n))) == plain
+
+
+def test_a_journal_and_a_state_that_grows(monkeypatch):
+    """As far as the room that the graph has for it, and some tokens further: the same tokens as without a journal."""
+    found, prompts = [], some_prompts(20)
+    for fewest in (1, 10**9):
+        monkeypatch.setattr(cuda_halves, "FEWEST_IN_JOURNAL", fewest)
+        model = wide_model(("mamba", "attention"))
+        lengths = range(graphed.ROOM - 32, graphed.ROOM - 27)
+        found.append([collect(generate(model, prompts, n_new, CONFIGS[0])) for n_new in lengths])
+    assert found[0] == found[1]
 
 
 def test_a_journal_that_finds_no_room(monkeypatch):
+    asked, made, capture = [], [], graphed._StepGraph
+
     def no_room(*_):
+        asked.append(1)
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Journal, "page_of", no_room)
-    tokens = list(torch.randint(64, (3, 30), generator=torch.Generator().manual_seed(3)))
-    by_graph, plain = both(monkeypatch, wide_model(), tokens, 20, seeds=range(3))
+    monkeypatch.setattr(graphed, "_StepGraph", lambda *args: made.append(capture(*args)) or made[-1])
+    by_graph, plain = both(monkeypatch, wide_model(), some_prompts(20), 20, seeds=range(20))
     assert by_graph == plain
+    assert len(asked) == 1
+    assert made[0].n_steps == 1
+
+
+def test_what_nobody_listened_to_is_not_left_behind():
+    """Logits that are not finite in a step after the last that was asked for: the graph is not used again."""
+    model, prompts = wide_model(("mamba", "attention"), 5000), some_prompts(20, 5, 5000)
+    tokens = collect(generate(model, prompts, 40, seeds=range(20)))
+    last, n_new = next(
+        (row[n], n + 1)
+        for row in tokens
+        for n in range(20, 39)
+        if n % PERIOD and all(row[n] not in other[: n + (other is not row)] for other in tokens)
+        if row[n] not in torch.cat(prompts).tolist()
+    )
+    good = model.embedding.weight[last].detach().clone()
+    with torch.no_grad():
+        model.embedding.weight[last] = torch.nan
+    assert collect(generate(model, prompts, n_new, seeds=range(20))) == [row[:n_new] for row in tokens]
+    assert model not in graphed._graphs
+    with torch.no_grad():
+        model.embedding.weight[last] = good
+    assert collect(generate(model, prompts, 40, seeds=range(20))) == tokens
 
 
 def test_from_a_state(monkeypatch):
@@ -193,9 +240,10 @@ def test_from_a_state(monkeypatch):
 @pytest.mark.parametrize("kind", ["mamba", "hybrid", "wide"])
 def test_refuses_what_cannot_be_sampled_from(kind):
     """Row 1 alone comes to a token whose embedding is bad, after some steps or in its prompt; nothing is left of it."""
-    pattern = PATTERNS[1] if kind == "hybrid" else PATTERNS[0]
-    model = wide_model(500) if kind == "wide" else model_of(pattern, vocab_size=500)
-    prompts = prompts_of(5 if kind == "wide" else 2)  # with fewer a journal is not kept
+    if kind == "wide":
+        model, prompts = wide_model(vocab_size=5000), some_prompts(16, 5, 5000)
+    else:
+        model, prompts = model_of(PATTERNS[kind == "hybrid"], vocab_size=500), prompts_of(2)
     seeds = range(len(prompts))
     first, second, *others = collect(generate(model, prompts, 40, seeds=seeds))
     harmless = {*torch.cat(prompts).tolist(), *first, *second[:3], *(token for tokens in others for token in tokens)}

@@ -131,6 +131,7 @@ inline unsigned long long first_to_leave() { return 0; }
 inline unsigned long long last_to_leave() { return 0; }
 inline void store4(float* to, float4 x, unsigned long long) { *reinterpret_cast<float4*>(to) = x; }
 inline void bring(void* to, const void* from, int bytes, Gate* gate, unsigned long long = 0) {
+  check_aligned(to, 16), check_aligned(from, 16), check_aligned(reinterpret_cast<void*>(int64_t(bytes)), 16);
   expect_more(gate, bytes), std::memcpy(to, from, bytes), brought_to(gate, bytes);
 }
 inline void written() {}

@@ -8,7 +8,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from polymamba.kernels import PERIOD, Journal, causal_conv1d_step, mamba_step, nvrtc, selective_scan_step
+from polymamba.kernels import (
+    PERIOD,
+    Journal,
+    causal_conv1d_step,
+    mamba_stack_step,
+    mamba_step,
+    nvrtc,
+    selective_scan_step,
+)
 from polymamba.kernels.mamba_step import MambaWeights, cuda, cuda_halves, cuda_middle, cuda_wide, mamba_step_reference
 
 CASES = {  # rows, width, inner width, rank, taps
@@ -215,13 +223,14 @@ def test_halves(case, on_the_cpu, monkeypatch, assert_close):
 JOURNALED = {  # the module, rows, width, inner width, rank, taps, LayerNorm
     "pairs": (cuda, (45, 256, 1024, 16, 3), False),
     "LayerNorm, more than wait at once": (cuda_wide, (35, 256, 512, 48, 2), True),
-    "one sequence": (cuda_wide, (3, 256, 256, 16, 4), False),
+    "seven slots": (cuda_wide, (3, 256, 256, 160, 4), False),
 }
 
 
 @pytest.mark.parametrize("case", JOURNALED)
-def test_with_a_journal(case, on_the_cpu, all_are_wide):
+def test_with_a_journal(case, on_the_cpu, all_are_wide, monkeypatch):
     """Two periods: to the bit what is without one; in between the states in memory stay as they were."""
+    monkeypatch.setattr(cuda_halves, "FEWEST_IN_JOURNAL", 3)
     of, sizes, centred = JOURNALED[case]
     x, states, weights = problem(*sizes, centred=centred)
     xs = [x, x.flip(0), -x] * 2
@@ -235,10 +244,9 @@ def test_with_a_journal(case, on_the_cpu, all_are_wide):
         assert unwritten == [len(actual) % PERIOD != 0] * len(kept)
 
     for _ in range(len(xs) // PERIOD):
-        journal.run(step)
+        assert journal.run(step) == PERIOD
         before = [ssm.clone() for _, ssm in kept]
-    assert journal.used
-    assert all(map(torch.equal, actual, expected))
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
     assert all(torch.equal(*pair) for two in zip(kept, plain, strict=True) for pair in zip(*two, strict=True))
 
 
@@ -312,17 +320,28 @@ def test_at_size(rows, width, assert_close):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "width"), [(3, 2048), (64, 2048), (200, 2048), (256, 2048), (64, 1792), (13, 2560)])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(16, 2048), (50, 2048), (64, 2048), (200, 2048), (256, 2048), (64, 1792), (29, 2560), (256, 2560)],
+)
 def test_with_a_journal_at_size(rows, width):
-    """One block, two periods: to the bit what is without one."""
-    x, [state], [w] = problem(rows, width, 2 * width, width // 16, 4, n_layers=1, centred=width == 1792)
-    x, w = x.cuda(), MambaWeights(*(None if t is None else t.cuda() for t in w))
-    plain, kept = ([t.cuda() for t in state] for _ in range(2))
-    xs, journal = [x, x.flip(0), -x] * 2, Journal()
-    expected = [mamba_step(x, None, *plain, w, centred=width == 1792)[0] for x in xs]
-    actual = []
+    """Two blocks, two periods: to the bit what is without one."""
+    centred = width == 1792
+    x, states, weights = problem(rows, width, 2 * width, width // 16, 4, centred=centred)
+    weights = [MambaWeights(*(None if t is None else t.cuda() for t in w)) for w in weights]
+    plain, kept = ([tuple(t.cuda() for t in state) for state in states] for _ in range(2))
+    xs, journal, actual = [x.cuda(), x.flip(0).cuda(), -x.cuda()] * 2, Journal(), []
+
+    def step(x, states):
+        stream = mamba_stack_step(x, states, weights)
+        if stream is not None:
+            return stream
+        for state, w in zip(states, weights, strict=True):
+            x, stream = mamba_step(x, stream, *state, w, centred=centred)
+        return stream + x
+
+    expected = [step(x, plain) for x in xs]
     for _ in range(len(xs) // PERIOD):
-        journal.run(lambda: actual.append(mamba_step(xs[len(actual)], None, *kept, w, centred=width == 1792)[0]))
-    assert journal.used
-    assert all(map(torch.equal, actual, expected))
-    assert all(map(torch.equal, kept, plain))
+        assert journal.run(lambda: actual.append(step(xs[len(actual)], kept))) == PERIOD
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+    assert all(torch.equal(*pair) for two in zip(kept, plain, strict=True) for pair in zip(*two, strict=True))

@@ -13,7 +13,7 @@
 //
 // Letters: B sequences, E inner width, R rank of dt, N states (16); macros, but B, as are SPLITS, SEQS (that there
 // is room for), ROUNDS (of the block's threads, that bring in what x_proj has made of its sequences), SLOTS, EARLY,
-// WARPS, HELD, KEPT and ENTRIES (of the journal, of a channel of a sequence).
+// WARPS, HELD, KEPT, ENTRIES (of the journal, of a channel of a sequence) and ENTRY (their words of 32 channels).
 
 constexpr int N = 16, OUT = R + 2 * N, THREADS = 32 * WARPS, CHANNELS = 32 * WARPS, GROUPS = E / CHANNELS;
 constexpr int OCTETS = (SEQS + 7) / 8, ROWS = 8 * OCTETS, DEEP = (R + 31) / 32;
@@ -21,8 +21,8 @@ constexpr int PAIR = 2;    // sequences that a warp takes a step of at a time
 constexpr int BEHIND = KEPT ? 0 : 2;  // sequences that may be on their way back when a slot is taken anew
 constexpr bool MANY = ROUNDS > 1;  // sequences
 constexpr int PIECE = 32 * N * sizeof(float);
-// Of the journal, of 32 channels of a sequence: sizes of steps, float, and u, bf16, in words of four bytes.
-constexpr int ENTRY = 32 + 16, HELD_BYTES = HELD * ENTRY * sizeof(float);
+constexpr int HELD_BYTES = HELD * ENTRY * sizeof(float);
+static_assert(ENTRY == 32 + 16, "sizes of steps, float, and u, bf16");
 static_assert(E % CHANNELS == 0 && R % 16 == 0 && SLOTS > BEHIND && EARLY + DEEP <= SLOTS, "sizes not served");
 
 struct Problem {
@@ -80,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
     bring(s.h[warp][SLOTS - DEEP], p.dt_proj + int64(channel) * R, 32 * R * sizeof(bf16), &s.weights[warp]);
     for (int i = 0; i < EARLY && i < n_here; ++i) bring_states(i);
     if (HELD && warp == 0)
-      for (int e = 0; e < HELD; ++e)
-        bring(s.drives[e], p.drives + (e * p.n_rows + first) * N, n_here * N * sizeof(float), &s.held);
+      for (int i = 0; i < HELD; ++i)
+        bring(s.drives[i], p.drives + (i * p.n_rows + first) * N, n_here * N * sizeof(float), &s.held);
   }
   float bias[2][2], skip = one(p.D + e);  // of a lane's rows of two bands
 #pragma unroll
@@ -200,10 +200,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
 #pragma unroll
     for (int j = 0; j < PAIR; ++j)
 #pragma unroll
-      for (int e = 0; e < HELD; ++e) {
+      for (int past = 0; past < HELD; ++past) {
         if (j >= n) break;
-        const float* entry = s.h[warp][(seq + j) % SLOTS] + 32 * N + e * ENTRY;
-        past_size[j][e] = entry[lane], past_driven[j][e] = entry[lane] * one(reinterpret_cast<const bf16*>(entry + 32) + lane);
+        const float* entry = s.h[warp][(seq + j) % SLOTS] + 32 * N + past * ENTRY;
+        float x = one(reinterpret_cast<const bf16*>(entry + 32) + lane);
+        past_size[j][past] = entry[lane], past_driven[j][past] = entry[lane] * x;
       }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -216,13 +217,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan(const GRID_CONSTAN
         load_floats(&s.low[seq + j][R + quarter], drive);
         load_floats(&s.low[seq + j][R + N + quarter], readout);
 #pragma unroll
-        for (int e = 0; e < HELD; ++e) {
-          float past[4];
-          load_floats(&s.drives[e][seq + j][quarter], past);
+        for (int past = 0; past < HELD; ++past) {
+          float driver[4];
+          load_floats(&s.drives[past][seq + j][quarter], driver);
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            h[j][k][i] =
-                __fmaf_rn(exp2_fast(past_size[j][e] * A2[4 * k + i]), h[j][k][i], past_driven[j][e] * past[i]);
+            h[j][k][i] = __fmaf_rn(exp2_fast(past_size[j][past] * A2[4 * k + i]), h[j][k][i],
+                                   past_driven[j][past] * driver[i]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
