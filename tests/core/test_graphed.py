@@ -9,7 +9,6 @@ from polymamba.core.config import SamplingConfig
 from polymamba.core.errors import InputError
 from polymamba.core.generation import StopFilter, collect, generate, prefill
 from polymamba.kernels import PERIOD, Journal
-from polymamba.kernels.mamba_step import cuda_halves
 
 pytestmark = pytest.mark.gpu
 PATTERNS = [("mamba",), ("mamba", "attention", "mlp"), ("mamba", "moe", "lru")]
@@ -186,7 +185,7 @@ def test_a_journal_and_a_state_that_grows(monkeypatch):
     """As far as the room that the graph has for it, and some tokens further: the same tokens as without a journal."""
     found, prompts = [], some_prompts(20)
     for fewest in (1, 10**9):
-        monkeypatch.setattr(cuda_halves, "FEWEST_IN_JOURNAL", fewest)
+        monkeypatch.setattr("polymamba.kernels.mamba_step.cuda_halves.FEWEST_IN_JOURNAL", fewest)
         model = wide_model(("mamba", "attention"))
         lengths = range(graphed.ROOM - 32, graphed.ROOM - 27)
         found.append([collect(generate(model, prompts, n_new, CONFIGS[0])) for n_new in lengths])
