@@ -216,12 +216,11 @@ def read_by_graph(model: Any, tokens: Tensor) -> tuple[Tensor, Any] | None:
     if not tokens.is_cuda or not getattr(model, "forward_is_one_graph", False):
         return None
     known, graph = _readings.pop(model, (None, None))
-    modules = _modules_of(model)
     if (
         tokens.shape[1] < SHORTEST
         or tokens.numel() > MOST_TOKENS
         or len(tokens) * _bytes_of_state(model) > MOST_BYTES
-        or not _are_ours(modules)
+        or not _are_ours(modules := _modules_of(model))
         or model.training
         or torch.is_autocast_enabled("cuda")
         or torch.cuda.is_current_stream_capturing()

@@ -1,5 +1,7 @@
 """Decoding by CUDA graph against decoding step by step."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -183,9 +185,9 @@ def test_with_a_journal(n, config, monkeypatch):
 
 def test_a_journal_and_a_state_that_grows(monkeypatch):
     """As far as the room that the graph has for it, and some tokens further: the same tokens as without a journal."""
-    found, prompts = [], some_prompts(20)
+    found, prompts, cuda_halves = [], some_prompts(20), import_module("polymamba.kernels.mamba_step.cuda_halves")
     for fewest in (1, 10**9):
-        monkeypatch.setattr("polymamba.kernels.mamba_step.cuda_halves.FEWEST_IN_JOURNAL", fewest)
+        monkeypatch.setattr(cuda_halves, "FEWEST_IN_JOURNAL", fewest)
         model = wide_model(("mamba", "attention"))
         lengths = range(graphed.ROOM - 32, graphed.ROOM - 27)
         found.append([collect(generate(model, prompts, n_new, CONFIGS[0])) for n_new in lengths])
