@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from torch.utils import _pytree as pytree
 
-from ..kernels import PERIOD, Journal, WayOut, backends, hand_over
+from ..kernels import Journal, WayOut, backends, hand_over
 from ..kernels.nvrtc import Unavailable
 from .config import SamplingConfig
 from .lti import LTIMixer
@@ -26,7 +26,7 @@ from .replayed import recording
 from .sampling import Draws, choose, refuse, uniforms, with_token
 
 IN_FLIGHT = 2  # replays that the GPU is given before the host looks at the first of them
-BLOCK = 22 * PERIOD  # steps whose uniform numbers are brought to the GPU at once: those of whole replays
+BLOCK = 22 * Journal.PERIOD  # steps whose uniform numbers are brought to the GPU at once: those of whole replays
 WARM_UPS = 2  # steps before the capture: kernels are compiled and libraries set up in them
 ROOM = 256  # a state that grows has room for a multiple of it, so that a graph serves prompts of many lengths
 # Prompts that are read by a graph have so many tokens each at least, all of a convolution's window among them, and so
@@ -57,7 +57,7 @@ class _StepGraph:
         self.leaves = pytree.tree_leaves(self.state)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)  # read by the step, and then its result
         # The same, or -1 where there is nothing to choose from, for each step in flight, where the host reads it.
-        self.chosen = torch.zeros(IN_FLIGHT * PERIOD, batch, dtype=torch.int64, pin_memory=True)
+        self.chosen = torch.zeros(IN_FLIGHT * Journal.PERIOD, batch, dtype=torch.int64, pin_memory=True)
         self.first = torch.zeros(batch, dtype=torch.int64, pin_memory=True)  # likewise, of what stands before a step
         self.turn = torch.zeros(batch, dtype=torch.int64, device=device)  # of `chosen`, for the step to come
         self.uniform = torch.zeros(BLOCK, batch, dtype=torch.float64, device=device)
@@ -293,7 +293,8 @@ class GraphedDecoder:
         tokens, bad = self.draws.choose(logits)
         recent, config, modules = self.draws.recent, self.draws.config, _modules_of(self.model)
         n_tokens = _tokens_in(self.state, self.model)
-        room = -(-(n_tokens + self.n_left + PERIOD - 1) // ROOM) * ROOM if n_tokens else 0  # steps of whole replays
+        wanted = n_tokens + self.n_left + Journal.PERIOD - 1  # steps of whole replays
+        room = -(-wanted // ROOM) * ROOM if n_tokens else 0
         # Some mixers compute something of these outside of a step, and anew when they change (lti.py).
         dynamics = (p for module in modules if isinstance(module, LTIMixer) for p in module.parameters())
         versions = tuple(p._version for p in dynamics)

@@ -7,12 +7,11 @@ from .expert_rows import Order, combine, dispatch, route, sort_by_expert
 from .largest import WayOut, hand_over, largest
 from .likeliest import likeliest
 from .linear_cross_entropy import linear_cross_entropy
-from .mamba_step import PERIOD, Journal, MambaWeights, mamba_stack_step, mamba_step
+from .mamba_step import Journal, MambaWeights, mamba_stack_step, mamba_step
 from .norm import layer_norm, rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 
 __all__ = [
-    "PERIOD",
     "Journal",
     "MambaWeights",
     "Order",

@@ -3,7 +3,7 @@
 A token changes all of a state, but by few numbers: a step size and an input of each channel, and the vector B. While a
 journal is open, kernels that can (cuda_halves.py) keep these and leave the state in memory as it was; those of the next
 tokens read both and repeat what was left out, by the same operations and so to the bit. Of many sequences the states
-are nearly all that a step reads and writes: with one write for PERIOD tokens there is a third less of that.
+are nearly all that a step reads and writes: with one write for three tokens there is a third less of that.
 """
 
 import threading
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-PERIOD = 3  # tokens from one write to the next: measured, benchmarks/results/gpu_model.md
 ENTRY = 32 + 16  # words of 32 channels: step sizes in float32, inputs in bf16
 _now = threading.local()
 
@@ -33,6 +32,8 @@ class Journal:
     nothing but the next one's kernels may read them.
     """
 
+    PERIOD = 3  # tokens from one write to the next: measured, benchmarks/results/gpu_model.md
+
     def __init__(self) -> None:
         self.turn = 0
         self._pages: dict[int, tuple[Tensor, Tensor]] = {}  # by the state's address
@@ -44,22 +45,22 @@ class Journal:
         """
         _now.journal = self
         try:
-            for turn in range(PERIOD):
+            for turn in range(self.PERIOD):
                 self.turn = turn
                 step()
                 if not self._pages:
                     return 1
         finally:
             _now.journal = None
-        return PERIOD
+        return self.PERIOD
 
     def page_of(self, ssm: Tensor) -> Page:
         """That of a state (B, E, N)."""
         n_rows, n_channels, n_states = ssm.shape
         if ssm.data_ptr() not in self._pages:
-            inputs = ssm.new_empty(n_rows, n_channels // 32, PERIOD - 1, ENTRY)
-            self._pages[ssm.data_ptr()] = inputs, ssm.new_empty(PERIOD - 1, n_rows, n_states)
-        return Page(self.turn, self.turn + 1 < PERIOD, *self._pages[ssm.data_ptr()])
+            inputs = ssm.new_empty(n_rows, n_channels // 32, self.PERIOD - 1, ENTRY)
+            self._pages[ssm.data_ptr()] = inputs, ssm.new_empty(self.PERIOD - 1, n_rows, n_states)
+        return Page(self.turn, self.turn + 1 < self.PERIOD, *self._pages[ssm.data_ptr()])
 
 
 def page_of(ssm: Tensor) -> Page | None:

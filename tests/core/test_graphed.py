@@ -10,7 +10,7 @@ from polymamba.core import BackboneConfig, LanguageModel, LanguageModelConfig, g
 from polymamba.core.config import SamplingConfig
 from polymamba.core.errors import InputError
 from polymamba.core.generation import StopFilter, collect, generate, prefill
-from polymamba.kernels import PERIOD, Journal
+from polymamba.kernels import Journal
 
 pytestmark = pytest.mark.gpu
 PATTERNS = [("mamba",), ("mamba", "attention", "mlp"), ("mamba", "moe", "lru")]
@@ -170,7 +170,7 @@ def test_with_a_journal(n, config, monkeypatch):
         by_graph, plain = both(monkeypatch, model, prompts, n_new, config, seeds=range(n))
         assert by_graph == plain
     assert len(made) == 1
-    assert made[0].n_steps == PERIOD
+    assert made[0].n_steps == Journal.PERIOD
     stop = [(3,), (7, 1)]
     stopped = collect(generate(model, prompts, 150, config, seeds=range(n), stop=stop))
     assert stopped == [StopFilter(stop).push_all(tokens)[0] for tokens in plain]
@@ -217,7 +217,7 @@ def test_what_nobody_listened_to_is_not_left_behind():
         (row[n], n + 1)
         for row in tokens
         for n in range(20, 39)
-        if n % PERIOD and all(row[n] not in other[: n + (other is not row)] for other in tokens)
+        if n % Journal.PERIOD and all(row[n] not in other[: n + (other is not row)] for other in tokens)
         if row[n] not in torch.cat(prompts).tolist()
     )
     good = model.embedding.weight[last].detach().clone()

@@ -9,7 +9,6 @@ import torch
 pytest.importorskip("triton")
 
 from polymamba.kernels import (
-    PERIOD,
     Journal,
     causal_conv1d_step,
     mamba_stack_step,
@@ -241,10 +240,10 @@ def test_with_a_journal(case, on_the_cpu, all_are_wide, monkeypatch):
     def step():
         actual.append(cuda_wide.step(xs[len(actual)], kept, weights, 1e-5, centred))
         unwritten = [torch.equal(old, ssm) for old, (_, ssm) in zip(before, kept, strict=True)]
-        assert unwritten == [len(actual) % PERIOD != 0] * len(kept)
+        assert unwritten == [len(actual) % Journal.PERIOD != 0] * len(kept)
 
-    for _ in range(len(xs) // PERIOD):
-        assert journal.run(step) == PERIOD
+    for _ in range(len(xs) // Journal.PERIOD):
+        assert journal.run(step) == Journal.PERIOD
         before = [ssm.clone() for _, ssm in kept]
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
     assert all(torch.equal(*pair) for two in zip(kept, plain, strict=True) for pair in zip(*two, strict=True))
@@ -341,7 +340,7 @@ def test_with_a_journal_at_size(rows, width):
         return stream + x
 
     expected = [step(x, plain) for x in xs]
-    for _ in range(len(xs) // PERIOD):
-        assert journal.run(lambda: actual.append(step(xs[len(actual)], kept))) == PERIOD
+    for _ in range(len(xs) // Journal.PERIOD):
+        assert journal.run(lambda: actual.append(step(xs[len(actual)], kept))) == Journal.PERIOD
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
     assert all(torch.equal(*pair) for two in zip(kept, plain, strict=True) for pair in zip(*two, strict=True))
