@@ -82,17 +82,18 @@ class _StepGraph:
             if config.temperature:
                 self.row.add_(1).remainder_(BLOCK)
 
-        journal, self.n_steps = Journal(), 1
+        self.journal = Journal() if journaled else None  # the graph reads its pages
+        self.n_steps = 1
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
+            for _ in range(WARM_UPS - journaled):  # what a journal runs is one, too
                 step()
-            if journaled:
+            if self.journal is not None:
                 with contextlib.suppress(torch.OutOfMemoryError, Unavailable):
-                    self.n_steps = journal.run(step)
-        self.journal = journal if self.n_steps > 1 else None  # the graph reads its pages
-        del journal
+                    self.n_steps = self.journal.run(step)
+        if self.n_steps == 1:
+            self.journal = None
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph, self.left = torch.cuda.CUDAGraph(), torch.cuda.Event()
         with recording(self.graph, device):
@@ -298,13 +299,14 @@ class GraphedDecoder:
         # Some mixers compute something of these outside of a step, and anew when they change (lti.py).
         dynamics = (p for module in modules if isinstance(module, LTIMixer) for p in module.parameters())
         versions = tuple(p._version for p in dynamics)
-        self.stays = not self.autocast and _are_ours(modules)
+        ours = _are_ours(modules)
+        self.stays = not self.autocast and ours
         self.key = (len(tokens), room, config, None if recent is None else recent.shape, _places(modules), versions)
         key, graph = _graphs.pop(self.model, (None, None))
         if graph is None or key != self.key or self.autocast:
             graph = None  # its memory first
-            journaled = _are_ours(modules)  # a state is then read by nothing but its own step, once a token
-            graph = _StepGraph(self.model, len(tokens), room, config, recent, tokens.device, journaled)
+            # A journal: of models of ours, whose states are read by nothing but their own step, once a token.
+            graph = _StepGraph(self.model, len(tokens), room, config, recent, tokens.device, ours)
         self.graph = graph
         graph.begin(tokens, bad, self.state, recent)
         del self.state

@@ -97,7 +97,7 @@ class _Scan:
         if (held, kept) not in self.kernels:
             slots = max(SLOTS_OF_KEPT if kept else SLOTS, EARLY + -(-self.sizes["R"] // 32))
             more = {"SLOTS": slots, "EARLY": EARLY, "HELD": held, "KEPT": int(kept)}
-            more |= {"ENTRIES": journal.Journal.PERIOD - 1, "ENTRY": journal.ENTRY}
+            more |= {"ENTRIES": journal.Journal.PERIOD - 1, "ENTRY": journal.Journal.ENTRY}
             self.kernels[held, kept] = nvrtc.kernel(source("scan.cu", **self.sizes, **more), "scan", self.device)
         return self.kernels[held, kept]
 

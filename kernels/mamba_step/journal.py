@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-ENTRY = 32 + 16  # words of 32 channels: step sizes in float32, inputs in bf16
 _now = threading.local()
 
 
@@ -21,7 +20,7 @@ class Page(NamedTuple):
 
     held: int  # tokens that are not in the state, but here
     kept: bool  # whether the token to come is to be added to these; else all go to the state
-    inputs: Tensor  # (B, E / 32, PERIOD - 1, words)
+    inputs: Tensor  # (B, E / 32, PERIOD - 1, ENTRY)
     drives: Tensor  # (PERIOD - 1, B, N)
 
 
@@ -33,6 +32,7 @@ class Journal:
     """
 
     PERIOD = 3  # tokens from one write to the next: measured, benchmarks/results/gpu_model.md
+    ENTRY = 32 + 16  # words of 32 channels: step sizes in float32, inputs in bf16
 
     def __init__(self) -> None:
         self.turn = 0
@@ -58,7 +58,7 @@ class Journal:
         """That of a state (B, E, N)."""
         n_rows, n_channels, n_states = ssm.shape
         if ssm.data_ptr() not in self._pages:
-            inputs = ssm.new_empty(n_rows, n_channels // 32, self.PERIOD - 1, ENTRY)
+            inputs = ssm.new_empty(n_rows, n_channels // 32, self.PERIOD - 1, self.ENTRY)
             self._pages[ssm.data_ptr()] = inputs, ssm.new_empty(self.PERIOD - 1, n_rows, n_states)
         return Page(self.turn, self.turn + 1 < self.PERIOD, *self._pages[ssm.data_ptr()])
 

@@ -244,7 +244,7 @@ def test_refuses_what_cannot_be_sampled_from(kind):
     if kind == "wide":
         model, prompts = wide_model(vocab_size=5000), some_prompts(16, 5, 5000)
     else:
-        model, prompts = model_of(PATTERNS[kind == "hybrid"], vocab_size=500), prompts_of(2)
+        model, prompts = model_of(PATTERNS[1 if kind == "hybrid" else 0], vocab_size=500), prompts_of(2)
     seeds = range(len(prompts))
     first, second, *others = collect(generate(model, prompts, 40, seeds=seeds))
     harmless = {*torch.cat(prompts).tolist(), *first, *second[:3], *(token for tokens in others for token in tokens)}
