@@ -14,6 +14,7 @@ import resource
 import runpy
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,10 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
+
+# `python -m pytest` puts this project's folder there, and transformers, which asks for a package named `kernels`, would
+# then import ours once more under that name: its operators would take the place of those that the tests patch.
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parents[1]]
 
 
 def pytest_collection_modifyitems(items):
