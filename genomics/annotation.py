@@ -24,7 +24,7 @@ from ..core.errors import InputError
 from .config import Target
 from .parts import contig_numbers
 from .reading.genome import Genome
-from .reading.regions import Region, read_regions
+from .reading.regions import Region, first_places, read_regions
 
 NONE = "none"  # the class of a base that no region covers
 
@@ -95,10 +95,8 @@ def read_annotation(
     `classes` does not rank; and if the genome has none of the chromosomes.
     """
     regions = [region for path in paths for region in read_regions(path)]
-    wanted: dict[str, str] = {}
-    for region in regions:
-        wanted.setdefault(region.chromosome, f"{region.path}, line {region.line}")
-    numbers = contig_numbers(genome, wanted, skip_unknown=True)
+    places = first_places(regions)
+    numbers = contig_numbers(genome, places, skip_unknown=True)
     by_label: dict[str, dict[int, list[Region]]] = defaultdict(lambda: defaultdict(list))
     n_skipped = 0
     for region in regions:
@@ -106,19 +104,17 @@ def read_annotation(
             n_skipped += 1
             continue
         contig = numbers[region.chromosome]
-        if region.end > genome.contigs[contig].length:
-            beyond = f"{region.chromosome!r} has {genome.contigs[contig].length} bases"
-            raise InputError(f"{_where(region)}: ends at {region.end}, but chromosome {beyond}; the same assembly?")
+        region.require_within(genome.contigs[contig].length)
         label = "value" if target == "regression" else region.label or region.path.name.split(".")[0]
         if classes and target != "regression" and label not in classes:
             continue
         if stranded:
             if region.strand == ".":
-                raise InputError(f"{_where(region)}: no strand, but the labels are to be of a strand (--stranded)")
+                raise InputError(f"{region.where}: no strand, but the labels are to be of a strand (--stranded)")
             label = f"{label}({region.strand})"
         by_label[label][contig].append(region)
     if n_skipped == len(regions):
-        there = ", ".join(sorted(wanted)[:5])
+        there = ", ".join(sorted(places)[:5])
         raise InputError(f"{paths[0]}: no region is on a chromosome of the genome; they are on {there}")
     if target == "regression":
         runs = [{contig: _values(found) for contig, found in by_label["value"].items()}]
@@ -146,7 +142,7 @@ def _values(regions: Sequence[Region]) -> _Runs:
     ordered = sorted(regions, key=lambda region: region.start)
     for one, other in pairwise(ordered):
         if other.start < one.end:
-            raise InputError(f"{_where(other)}: overlaps the region of line {one.line}; a base may have one value")
+            raise InputError(f"{other.where}: overlaps the region of line {one.line}; a base may have one value")
     values = []
     for region in ordered:
         try:
@@ -154,7 +150,7 @@ def _values(regions: Sequence[Region]) -> _Runs:
         except ValueError:
             values.append(np.nan)
         if not np.isfinite(values[-1]):
-            raise InputError(f"{_where(region)}: label {region.label!r} is no finite number")
+            raise InputError(f"{region.where}: label {region.label!r} is no finite number")
     spans = np.array([(region.start, region.end) for region in ordered], dtype=np.int64)
     return _Runs(spans[:, 0], spans[:, 1], np.array(values))
 
@@ -171,10 +167,6 @@ def _require_apart(by_contig: Sequence[tuple[int, list[Region]]]) -> None:
                 if other != label and reach > start:
                     both = f"overlaps {there.label or there.path.name!r} of line {there.line}"
                     rank = "say by --classes which counts, the first ones first, or learn both (--target multilabel)"
-                    raise InputError(f"{_where(region)}: {both}; {rank}")
+                    raise InputError(f"{region.where}: {both}; {rank}")
             if label not in farthest or farthest[label][0] < end:
                 farthest[label] = end, region
-
-
-def _where(region: Region) -> str:
-    return f"{region.path}, line {region.line}"

@@ -22,7 +22,7 @@ from ..core.inputs import PARTS, named_part
 from .language_commands import GenomeDividing
 from .reading.chromosomes import match_names
 from .reading.genome import Genome
-from .reading.regions import read_regions
+from .reading.regions import first_places, read_regions
 
 
 class Stretch(NamedTuple):
@@ -80,25 +80,19 @@ def describe_parts(stretches: Sequence[Stretch]) -> str:
 
 def _of_regions(genome: Genome, paths: Sequence[Path]) -> list[Stretch]:
     regions = [region for path in paths for region in read_regions(path)]
-    wanted: dict[str, str] = {}
-    for region in regions:
-        wanted.setdefault(region.chromosome, f"{region.path}, line {region.line}")
-    numbers = contig_numbers(genome, wanted)
+    numbers = contig_numbers(genome, first_places(regions))
     last: dict[int, tuple[Stretch, str]] = {}  # contig -> of the regions so far, the one that reaches farthest
     stretches = []
     for region in sorted(regions, key=lambda r: (numbers[r.chromosome], r.start, r.end)):
-        where = f"{region.path}, line {region.line}"
         contig = numbers[region.chromosome]
-        if region.end > genome.contigs[contig].length:
-            beyond = f"{region.chromosome!r} has {genome.contigs[contig].length} bases"
-            raise InputError(f"{where}: ends at {region.end}, but chromosome {beyond}; is it the same assembly?")
+        region.require_within(genome.contigs[contig].length)
         stretch = Stretch(contig, region.start, region.end, region.split or "train")
         if contig in last and last[contig][0].end > stretch.start and last[contig][0].part != stretch.part:
             other, there = last[contig]
             both = f"the {stretch.part} region overlaps the {other.part} region of {there}"
-            raise InputError(f"{where}: {both}; a base may be of one part only")
+            raise InputError(f"{region.where}: {both}; a base may be of one part only")
         if contig not in last or last[contig][0].end <= stretch.end:
-            last[contig] = stretch, where
+            last[contig] = stretch, region.where
         stretches.append(stretch)
     return stretches
 

@@ -105,7 +105,7 @@ def _cut(genome: Sequence[str], regions: Sequence[Region], hard_mask: bool) -> I
     seen: Counter[str] = Counter()
     for region, tokens in cut(paths, regions, hard_mask=hard_mask):
         if not region.label:
-            raise InputError(f"{region.path}, line {region.line}: no label; BED has it in column 4")
+            raise InputError(f"{region.where}: no label; BED has it in column 4")
         name = region_name(region)
         seen[name] += 1  # a stretch may stand twice, as shared exons do
         name += f"#{seen[name]}" if seen[name] > 1 else ""

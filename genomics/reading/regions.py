@@ -18,7 +18,7 @@ more of them, the same number in every line. bedGraph is read as a BED file whos
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -65,6 +65,25 @@ class Region(NamedTuple):
     split: str  # one of PARTS; "" if the file has none
     path: Path  # the file that the region came from
     line: int  # in that file, from 1
+
+    @property
+    def where(self) -> str:
+        """As messages name it."""
+        return f"{self.path}, line {self.line}"
+
+    def require_within(self, n_bases: int) -> None:
+        """Raise InputError if its chromosome, of so many bases, ends before it."""
+        if self.end > n_bases:
+            beyond = f"ends at {self.end}, but chromosome {self.chromosome!r} has {n_bases} bases"
+            raise InputError(f"{self.where}: {beyond}; is it the same assembly?")
+
+
+def first_places(regions: Iterable[Region]) -> dict[str, str]:
+    """Of each chromosome, where it is named first."""
+    places: dict[str, str] = {}
+    for region in regions:
+        places.setdefault(region.chromosome, region.where)
+    return places
 
 
 def region_name(region: Region) -> str:
@@ -136,15 +155,10 @@ def cut(
 
     Raises InputError as read_chromosomes does, and for a region that ends beyond its chromosome.
     """
-    wanted: dict[str, str] = {}
-    for region in regions:
-        wanted.setdefault(region.chromosome, f"{region.path}, line {region.line}")
-    chromosomes = read_chromosomes(genome, wanted, hard_mask=hard_mask)
+    chromosomes = read_chromosomes(genome, first_places(regions), hard_mask=hard_mask)
     for region in regions:
         name, tokens = chromosomes[region.chromosome]
-        if region.end > len(tokens):
-            beyond = f"ends at {region.end}, but chromosome {region.chromosome!r} has {len(tokens)} bases"
-            raise InputError(f"{region.path}, line {region.line}: {beyond}; is it the same assembly?")
+        region.require_within(len(tokens))
         piece = tokens[region.start : region.end]
         # A copy either way: a view would keep the chromosome in memory for as long as the piece is.
         piece = reverse_complement(piece) if region.strand == "-" else piece.copy()
