@@ -1,6 +1,6 @@
 """The selective scan, the convolution and the Mamba block on a GPU: milliseconds, peak memory, share of the limit.
 
-    python benchmarks/scan.py [--output benchmarks/results/scan_gpu.md] [--picture benchmarks/results/scan_gpu.png]
+    python benchmarks/scan.py [--output benchmarks/results/scan_h200.md] [--picture benchmarks/results/scan_h200.png]
                               [--backend triton]
     python benchmarks/scan.py --complex [--output ...]      complex A: the Triton kernels beside plain PyTorch, by the
                                                             host's clock

@@ -72,7 +72,7 @@ def chunk_gradients(
     _, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, CHUNK)
     if (begin == 0) | (begin >= length):
         return
-    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
+    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
     A2, bias_row = load_float(A, at, inside) * LOG2E, load_float(bias, d, in_d)
@@ -117,7 +117,7 @@ def scan_backward(
     program = tl.program_id(0) + first_program
     number = program // n_tiles
     s, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, CHUNK)
-    group, tile, d, in_d = tile_of(program % n_tiles, n_channels, per_group, BLOCK_D)
+    group, tile, d, in_d = tile_of(program % n_tiles, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, None)
     chunk_at = number.to(tl.int64) * n_channels * N + at

@@ -24,7 +24,7 @@ _BLOCK = 1024  # numbers of each tensor that a program of `_prepare` takes
 
 
 @triton.jit
-def tile_of(number, n_channels: tl.constexpr, per_group: tl.constexpr, BLOCK_D: tl.constexpr):
+def tile_of(number, per_group: tl.constexpr, BLOCK_D: tl.constexpr):
     """Of a tile of channels: its group, its number in the group, its channels, which of them there are."""
     tiles_per_group: tl.constexpr = (per_group + BLOCK_D - 1) // BLOCK_D
     in_group = number % tiles_per_group * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -61,7 +61,7 @@ def scan_forward(
     if ENDS:
         if begin + CHUNK >= length:
             return
-    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
+    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
     of_state = n[:, None] + d[None, :] * N
@@ -178,7 +178,7 @@ def chunk_gradients(
     _, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, CHUNK)
     if (begin == 0) | (begin >= length):
         return
-    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
+    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
     PLANE: tl.constexpr = N * n_channels
@@ -238,7 +238,7 @@ def scan_backward(
     n_tiles: tl.constexpr = n_groups * ((per_group + BLOCK_D - 1) // BLOCK_D)
     number = tl.program_id(0) // n_tiles
     s, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, CHUNK)
-    group, tile, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
+    group, tile, d, in_d = tile_of(tl.program_id(0) % n_tiles, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, None)
     PLANE: tl.constexpr = N * n_channels

@@ -85,7 +85,7 @@ def scan_forward(
     """
     n_tiles: tl.constexpr = n_channels // per_group * ((per_group + BLOCK_D - 1) // BLOCK_D)
     number = tl.program_id(0) // n_tiles
-    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
+    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
     of_parameter, _ = pairs_at(n, d, in_n, in_d, N_STRIDE, D_STRIDE, zero)
@@ -190,7 +190,7 @@ def chunk_ends(
     _, start, length, begin = piece_of(cu_seqlens, n_seqs, length, number, CHUNK)
     if begin + CHUNK >= length:
         return
-    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, n_channels, per_group, BLOCK_D)
+    group, _, d, in_d = tile_of(tl.program_id(0) % n_tiles, per_group, BLOCK_D)
     n, in_n = states_of(N, BLOCK_N)
     at, inside = pairs_at(n, d, in_n, in_d, n_channels, 1, zero)
     A2, bias_row = load_float(A, at, inside) * LOG2E, load_float(bias, d, in_d)

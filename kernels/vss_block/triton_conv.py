@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_runtime import ceil_div, launch, load_float, sigmoid, sum_first_axis
+from ..triton_runtime import ceil_div, launch, load_float, sigmoid
 
 STRIP, ROWS, AT_ONCE = 8, 32, 4  # columns and rows of a program of the forward; rows that are loaded at once
 TILE = 1024  # elements of a tile of the backward
@@ -156,18 +156,9 @@ def pieces_of(n_tokens: int) -> tuple[int, int]:
     return ceil_div(n_tokens, piece), piece
 
 
-def backward(dy, x, weight, bias, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of (x, weight, bias), the last two in float32. dy (T, E), contiguous."""
-    n_columns = weight.numel() + (0 if bias is None else len(bias))
-    shares = torch.empty(pieces_of(len(x))[0], n_columns, device=x.device)
-    dx = backward_with_shares(dy, x, weight, bias, height, width, shares)
-    sums, n_weights = sum_first_axis(shares), weight.numel()
-    return dx, sums[:n_weights].view(weight.shape), None if bias is None else sums[n_weights:]
-
-
 def backward_with_shares(dy, x, weight, bias, height: int, width: int, shares: Tensor) -> Tensor:
-    """Of `backward` the first; what the others are sums of (weight's, then the bias's) is left in `shares`, columns of
-    a matrix perhaps, with a row for each of `pieces_of`."""
+    """The gradient of x; dy (T, E), contiguous. What the weight's, then the bias's are sums of is left in `shares`,
+    float32, columns of a matrix perhaps, with a row for each of `pieces_of`."""
     n_tokens, n_channels = x.shape
     n_pieces, piece = pieces_of(n_tokens)
     block, grad, weight = _block(n_channels), torch.empty_like(x), weight.contiguous()

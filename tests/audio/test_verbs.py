@@ -43,7 +43,7 @@ def trained(digits, tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_explains_itself(trained, digits):
+def test_a_run_explains_itself(trained):
     names = {path.name for path in trained.iterdir()}
     assert names >= {"model.safetensors", "config.json", "metrics.json", "log.jsonl", "curves.png", "manifest.json"}
     assert names >= {"splits.tsv", "checkpoints"}
@@ -220,7 +220,7 @@ def test_classifier(digits, put, tone, tmp_path, capsys):
     assert "holds AudioClassifier, but a AudioModel is wanted" in error_of(capsys, "score", run, digits)
 
 
-def test_plot(digits, put, tone, tmp_path, capsys):
+def test_plot(digits, put, tmp_path, capsys):
     run_ok("plot", digits, put("one.wav", np.array([0.1])), "-o", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "the first 12 are drawn" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def case(pattern, layout, dtype=torch.float32):
     return backbone, x, options, torch.randn(batch, LENGTH, 16, dtype=dtype)
 
 
-def gradients(backbone, x, dx):
+def gradients(backbone, dx):
     named = {name: p.grad for name, p in backbone.named_parameters()}
     return {**named, "x": dx}
 
@@ -41,7 +41,7 @@ def whole(backbone, x, options, target):
     x = x.clone().requires_grad_()
     y = backbone(x, **options)
     F.mse_loss(y, target).backward()
-    return y.detach(), gradients(backbone, x, x.grad)
+    return y.detach(), gradients(backbone, x.grad)
 
 
 def in_pieces(backbone, x, options, target):
@@ -52,7 +52,7 @@ def in_pieces(backbone, x, options, target):
         y = backbone(own_piece(x), **options)
         F.mse_loss(y, own_piece(target)).backward()
         y = torch.cat(list(gathered(y.detach(), context.group)), 1)
-    found = gradients(backbone, x, x.grad)
+    found = gradients(backbone, x.grad)
     for gradient in found.values():
         dist.all_reduce(gradient)
         gradient /= context.size

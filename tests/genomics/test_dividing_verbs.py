@@ -10,7 +10,7 @@ def random_dna(rng: np.random.Generator, length: int) -> str:
     return "".join(rng.choice(list("ACGT"), length))
 
 
-def test_splits_of_an_earlier_run(run, two_classes, fast, tmp_path, capsys, genomics):
+def test_splits_of_an_earlier_run(run, two_classes, fast, tmp_path, genomics):
     flags = ["--splits", run / "splits.tsv", "--seed", 7]
     genomics("train", *two_classes, "-o", tmp_path / "again", *fast, "--epochs", 1, *flags)
     assert (tmp_path / "again" / "splits.tsv").read_bytes() == (run / "splits.tsv").read_bytes()

@@ -158,7 +158,7 @@ def test_strands(two_classes, folders, tmp_path):
     assert not one.config.both_strands
 
 
-def test_init_from_pretraining_is_learned_from(rcps_run, two_classes, tmp_path, capsys):
+def test_init_from_pretraining_is_learned_from(rcps_run, two_classes, tmp_path):
     train(two_classes, tmp_path / "run", "--init", rcps_run, "--heads", 0)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["accuracy"]["value"] > 0.6

@@ -111,7 +111,7 @@ def test_in_a_run_folder(pairs, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_tokenizer_of_other_letters(tmp_path):
+def test_a_tokenizer_of_other_letters():
     import tokenizers
 
     other = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -147,7 +147,7 @@ def test_emulated_step_sizes_keep_their_digits(dtype, error, on_the_cpu):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 @pytest.mark.parametrize(("channels", "states"), [(10, 3), (7, 16), (12, 1)])
-def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu, results_of, cast, assert_close):
+def test_emulated_with_room_for_the_gates_gradient(channels, states, on_the_cpu, cast):
     """It is some columns of a wider matrix; and of an odd number of channels not where rows can be moved in pairs."""
     tensors = cast(inputs(70, channels, states, 1, 1), torch.float32)
     del tensors["initial_state"]

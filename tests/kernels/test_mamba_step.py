@@ -95,7 +95,7 @@ def test_bf16(backend, n_rows, monkeypatch, device_of, assert_close):
 @pytest.mark.gpu
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 5, 6, 64])
 @pytest.mark.parametrize("width", [768, 1792, 2048])
-def test_at_size(n_rows, width, device_of, assert_close):
+def test_at_size(n_rows, width, assert_close):
     args = problem(n_rows, width, 2 * width, 16, width // 16, 4, False, True)
     expected = results(*args, "reference", torch.float64, "cuda")
     actual = results(*args, "triton", torch.float32, "cuda")

@@ -114,7 +114,7 @@ def test_compiles_as_one_graph(backend, device_of):
 
 
 @pytest.mark.gpu
-def test_captured_in_a_cuda_graph(device_of):
+def test_captured_in_a_cuda_graph():
     """Steps and whole sequences: no synchronisation, no copy from the host."""
     x = torch.randn(2, 9, 4, device="cuda")
     B, A, weight = (
@@ -139,7 +139,7 @@ def test_captured_in_a_cuda_graph(device_of):
     assert torch.equal(y, expected)
 
 
-def test_a_step_takes_no_gradient(device_of):
+def test_a_step_takes_no_gradient():
     state = torch.zeros(2, 4, 3)
     u, delta, A, B, C, *_ = scan_inputs("cpu", length=2)
     assert not selective_scan_step(state, u, delta, A, B, C, backend="reference").requires_grad

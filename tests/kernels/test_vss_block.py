@@ -1,4 +1,4 @@
-"""The Triton kernels of VMamba's block and stem, at odd sizes. The block itself: test_cuda_source.py."""
+"""The Triton kernels of VMamba's block and stem, at odd sizes. The block itself: test_cross_scan_cuda_source.py."""
 
 import pytest
 import torch
@@ -23,8 +23,12 @@ def convolve(x, weight, bias=None, *, backend):
 
         @staticmethod
         def backward(ctx, dy):
-            dx, *others = triton_conv.backward(dy.flatten(0, 2), *ctx.saved, height, width)
-            return dx.view(dy.shape), *(g for g in others if g is not None)
+            x, weight, bias = ctx.saved
+            sizes = [weight.numel()] if bias is None else [weight.numel(), len(bias)]
+            shares = torch.empty(triton_conv.pieces_of(len(x))[0], sum(sizes), device=x.device)
+            dx = triton_conv.backward_with_shares(dy.flatten(0, 2), *ctx.saved, height, width, shares)
+            dweight, *dbias = shares.sum(0).split(sizes)
+            return dx.view(dy.shape), dweight.view(weight.shape), *dbias
 
     return Run.apply(x, weight, *([] if bias is None else [bias]))
 

@@ -118,7 +118,7 @@ def test_the_table(model, tmp_path, capsys):
     assert [line.split()[0] for line in out[head + 1 :]] == [name for name in names for _ in range(2)]
 
 
-def test_sizes_that_models_were_made_for(model, tmp_path, capsys):
+def test_sizes_that_models_were_made_for(model, tmp_path):
     model.pretrained_cfg = {"input_size": (3, 20, 12)}
     model.save_pretrained(tmp_path / "run")
     assert run(tmp_path / "run", "test_vim", "-o", tmp_path / "b.md") == 0

@@ -32,7 +32,7 @@ def model(request):
 
 
 @pytest.fixture(params=["test_vim", "test_vmamba"], scope="module")
-def run(request, pictures, tmp_path_factory) -> Path:
+def run(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "m"
     config = {"num_classes": 3, "depth": 2} if request.param == "test_vim" else {"num_classes": 3, "depths": (1, 1)}
     import timm

@@ -67,7 +67,7 @@ def test_classes_sort_by_number(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_table(folder, pictures, tmp_path, suffix):
+def test_table(folder, tmp_path, suffix):
     path = tmp_path / f"images{suffix}"
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",")

@@ -11,8 +11,9 @@
 // lanes, in order. So the number of sequences may choose CL (how many channels share a warp's work) and changes no bit.
 // (In which order channels are summed for dB and dC follows from the backward's CL, WARPS and TEAM, and from nothing else.)
 //
-// Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, TEAM (warps that share the
-// states of their channels), EVERY (steps between saved states), CHUNK, PART (steps of a chunk that are run from 0 to find
+// Macros, set when compiled: N, NL, S, CL, T, V, VB (elements of B and C in one load), WARPS, MIN_BLOCKS (that a
+// multiprocessor is to have room for), TEAM (warps that share the states of their channels), AT_ONCE (steps whose states a
+// forward computes together), EVERY (steps between saved states), CHUNK, PART (steps of a chunk that are run from 0 to find
 // what enters chunks), UNIT and SPAN (steps of the backward: those of a share of dA, dD and dbias, and those that a block
 // walks), ENTERING (steps of the pieces of which it is told what gradient enters them), SOFTPLUS, GATE (whether there is a
 // z), STATIC_B, STATIC_C, BACKWARDS (whether it reads as backward.cu does: device.cu), FORWARD (whether it is forward.cu:

@@ -17,7 +17,7 @@ def table(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines(), delimiter="\t"))
 
 
-def test_what_a_run_leaves(run, genome, sequences, capsys):
+def test_what_a_run_leaves(run, sequences):
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.json", "model.safetensors", "metrics.json", "log.jsonl", "curves.png", "splits.bed"}
     metrics = json.loads((run / "metrics.json").read_text())
@@ -55,7 +55,7 @@ def test_what_is_said(flags, tmp_path, capsys, genomics):
 
 
 @pytest.mark.parametrize("objective", ["next", "masked"])
-def test_a_resumed_run_ends_with_the_same_bits(objective, flags, run, masked_run, tmp_path, at_step, genomics):
+def test_a_resumed_run_ends_with_the_same_bits(objective, flags, tmp_path, at_step, genomics):
     more = ["--objective", objective, "--no-baselines", "--rc-augment"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     genomics("pretrain", *flags, *more, "-o", whole)

@@ -96,7 +96,7 @@ def test_variants(kind, packing, run, masked_run, genome, sequences, tmp_path, c
     assert [len(x) for x in read] == [len(d) if not all(d) else 0 for d in reasons]
 
 
-def test_variants_against_brute_force(run, genome, sequences, tmp_path, capsys, log_p, genomics):
+def test_variants_against_brute_force(run, genome, sequences, tmp_path, log_p, genomics):
     """The whole way, from the files' text, written out anew for each strand."""
     model = DNALanguageModel.from_pretrained(run)
 
