@@ -36,7 +36,15 @@ class ByteLM(LanguageModel):
         super().__init__(config)
 
     def forward(self, tokens: Tensor, state: State | None = None, **options: Any) -> Any:
-        """ids int (B, L) -> logits, or (logits, state) with return_state=True. Options as of `LanguageModel`."""
+        """ids int (B, L) -> logits, or (logits, state) with return_state=True. Options as of `LanguageModel`.
+
+        Raises ValueError for `targets`: its head has outputs that stand for nothing (training.next_byte_loss leaves
+        them out).
+        """
+        if options.get("targets") is not None:
+            raise ValueError(
+                "a ByteLM takes no targets; its loss is polymamba.bytes.training.next_byte_loss(model, ids)"
+            )
         out = super().forward(self._known(tokens), state, **options)
         return (_of_ids(out[0]), out[1]) if isinstance(out, tuple) else _of_ids(out)
 

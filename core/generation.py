@@ -69,8 +69,11 @@ class AutoregressiveModel(Protocol):
         """
         ...
 
-    def init_state(self, batch_size: int) -> State:
-        """The state before the first token, on the model's device."""
+    def init_state(self, batch_size: int, max_length: int | None = None) -> State:
+        """The state before the first token, on the model's device.
+
+        max_length  of a state that grows: have room for so many tokens. Asked for where one grows, and else left out
+        """
         ...
 
 

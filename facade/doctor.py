@@ -1,5 +1,6 @@
 """`polymamba doctor`: what is installed, which devices are here, what runs where, and whether it computes right."""
 
+import os
 import platform
 import shutil
 import time
@@ -27,8 +28,8 @@ def run(args: Doctor) -> None:
         print(f"  {f'cuda:{i}':<14}{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
         print(f"  {'cuda':<14}no CUDA GPU visible")
-    elif shutil.which("cc") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
-        print("  no C compiler: Triton needs one at its first launch; install gcc, or use --device cpu")
+    elif "CC" not in os.environ and shutil.which("gcc") is None and shutil.which("clang") is None:
+        print("  no C compiler: Triton needs one at its first launch; install gcc, set CC, or use --device cpu")
     print("backends")
     for kernel, backend in info().items():
         slow = backend == "torch" and "cpu" in kernel and not INSTALLED["numba"]  # some kernels have no other there

@@ -47,11 +47,11 @@ class Training:
     """Stop after this many epochs without a better validation accuracy; 0 to train all epochs."""
     save_every: int | None = None
     """Steps between the checkpoints for --resume (each epoch's end has one anyway); 200."""
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward: less memory, a third more time."""
-    cuda_graph: bool | None = None
-    """On one GPU: launch forward and backward of each batch as a CUDA graph, for the same numbers. Of use where the GPU
-    waits for the processor: small models train 2 to 4 times as fast."""
+    cuda_graph: bool = False
+    """Launch forward and backward of each batch as a CUDA graph, for the same numbers. Of use where the GPU waits for
+    the processor: small models train 2 to 4 times as fast. Of several GPUs, where each has the whole model."""
     workers: int | None = None
     """Processes that prepare batches; 0 prepares them in the main one."""
     fsdp: bool = False

@@ -1,9 +1,11 @@
 """`polymamba bytes eval` and `noise`: how well does a model predict files, and what do noises make of that?"""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ...core.errors import InputError
 from ...core.files import new_folder, require_new_folder, require_writable, save_tsv, written_whole
 from ...core.terminal import say
 from ..commands import Eval, Noise
@@ -46,7 +48,7 @@ def _noise_rows(model: ByteLM, documents: Documents, args: Noise) -> Iterator[li
     """Bits are those of the spoiled bytes; perplexities are all per word of the clean text, as in the paper."""
     yield ["noise", "probability", "bytes", "bits_per_byte", "word_perplexity", "increase"]
     clean = measure(model, documents, args.compute, "clean", args.chunk)
-    yield ["none", "0", str(clean.n_bytes), f"{clean.bits_per_byte:.4f}", f"{clean.word_perplexity:.4g}", "0"]
+    yield ["none", "0", str(clean.n_bytes), f"{clean.bits_per_byte:.4f}", _said(clean.word_perplexity), "0"]
     for kind in TABLE:
         with TemporaryDirectory() as folder:
             spoiled = []
@@ -55,12 +57,19 @@ def _noise_rows(model: ByteLM, documents: Documents, args: Noise) -> Iterator[li
                 with written_whole(path) as beside:
                     beside.write_bytes(spoil(document.path.read_bytes(), kind, args.compute.seed))
                 spoiled.append(path)
+            if not any(path.stat().st_size for path in spoiled):
+                raise InputError(f"{kind}: nothing is left of {clean.n_bytes} bytes; give longer files")
             result = measure(model, Documents(whole_files(spoiled)), args.compute, str(kind), args.chunk)
         of_words = perplexity(result.bits, clean.n_words)
         yield [
             *(kind.name, f"{kind.probability:g}", str(result.n_bytes), f"{result.bits_per_byte:.4f}"),
-            *(f"{of_words:.4g}", f"{of_words - clean.word_perplexity:.4g}"),
+            *(_said(of_words), _said(of_words - clean.word_perplexity)),
         ]
+
+
+def _said(perplexity: float) -> str:
+    """Bytes with hardly a word among them have none that is finite."""
+    return f"{perplexity:.4g}" if math.isfinite(perplexity) else "-"
 
 
 def _documents(words: tuple[Path, ...]) -> Documents:

@@ -54,6 +54,8 @@ def test_only_bytes_and_the_mark_are_predicted(model):
     hot = SamplingConfig(temperature=5.0)
     written = collect(generate(model, [torch.tensor([DOCUMENT])] * 3, 50, hot, seeds=[1, 2, 3]))
     assert max(map(max, written)) < N_IDS
+    with pytest.raises(ValueError, match="next_byte_loss"):
+        model(tokens, targets=tokens)
 
 
 def test_step_equals_forward(model):

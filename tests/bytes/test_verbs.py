@@ -1,6 +1,7 @@
 """`polymamba bytes ...` as a user runs it: files in, files out, one clear line when something is wrong."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from polymamba.bytes import ByteLM
+from polymamba.bytes.noise import TABLE, spoil
 from polymamba.cli import main
 from polymamba.core import BackboneConfig, InputError, LanguageModel, LanguageModelConfig
 
@@ -33,7 +35,7 @@ def run(texts, tmp_path_factory) -> Path:
     return output
 
 
-def test_train_leaves_a_run_that_explains_itself(run, texts):
+def test_train_leaves_a_run_that_explains_itself(run):
     assert {p.name for p in run.iterdir()} >= {
         *("config.json", "model.safetensors", "splits.tsv", "metrics.json", "log.jsonl", "curves.png", "positions.png"),
         *("manifest.json", "corpus"),
@@ -126,6 +128,18 @@ def test_noise_prints_what_it_writes(run, texts, tmp_path, capsys):
     assert all(float(row[3]) > 0 for row in rows[1:])
     assert main(words) == 0
     assert capsys.readouterr().out == out  # the same seed
+
+
+def test_noise_of_one_word_and_of_one_character(run, tmp_path, capsys):
+    (tmp_path / "word").write_bytes(bytes(range(128, 256)) * 4)
+    assert main(["bytes", "noise", str(run), str(tmp_path / "word"), "--device", "cpu"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert rows[1][4:] == ["-", "0"]
+    assert all(row[4:] == ["-", "-"] for row in rows[2:])
+    (tmp_path / "character").write_bytes(b"a")
+    seed = next(seed for seed in itertools.count() if not spoil(b"a", TABLE[1], seed))
+    assert main(["bytes", "noise", str(run), str(tmp_path / "character"), "--device", "cpu", "--seed", str(seed)]) == 1
+    assert f"{TABLE[1]}: nothing is left of 1 bytes; give longer files" in capsys.readouterr().err
 
 
 def generated(capfdbinary, *words: object) -> bytes:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import tyro
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -186,7 +187,7 @@ def test_predict_refuses(run, odd, tmp_path, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
-def test_eval_says_what_train_said(run, pictures, tmp_path, capsys):
+def test_eval_says_what_train_said(run, tmp_path, capsys):
     """On the test images, as a table; the same figures."""
     rows = [row for row in read_csv(run / "splits.tsv", "\t") if row["part"] == "test"]
     table = tmp_path / "test.csv"
@@ -276,6 +277,13 @@ def test_flags_and_recipes_name_the_same_things():
     args = Train(data=Path("d"), output=Path("o"), recipe="vim", train=Training(lr=0.5), augment=Augment(mixup=0.0))
     assert (args.training().lr, args.training().epochs) == (0.5, 300)
     assert (args.augmentation().mixup, args.augmentation().cutmix) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["cuda_graph", "gradient_checkpointing", "fsdp"])
+def test_a_switch_takes_no_value(name):
+    words = ["photos", "-o", "run"]
+    assert not getattr(tyro.cli(Train, args=words).training(), name)
+    assert getattr(tyro.cli(Train, args=[*words, f"--{name.replace('_', '-')}"]).training(), name)
 
 
 def test_a_batch_depends_on_its_arguments_only(pictures):
