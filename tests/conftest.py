@@ -13,6 +13,7 @@ import os
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,9 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a script starts behind `&`; some tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `python -m pytest` puts this project's folder there, and transformers, which asks for a package named `kernels`, would
 # then import ours once more under that name: its operators would take the place of those that the tests patch.

@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(words, check=True, capture_output=True, text=True, env=environment(), timeout=120)
+    return subprocess.run(words, check=True, capture_output=True, text=True, env=environment(), timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def start(words: list[str], output: Path) -> tuple[subprocess.Popen, list[int]]:
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoints/step-*")):
-        assert process.poll() is None
+        assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -96,7 +96,7 @@ def curve(folder: Path) -> list[dict]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_that_hangs_is_named(texts, tmp_path):
     output = tmp_path / "run"
-    process, ranks = start(command(texts, output, "--epochs", "1000", "--stall", "4"), output)
+    process, ranks = start(command(texts, output, "--epochs", "1000", "--stall", "10"), output)
     os.kill(ranks[1], signal.SIGSTOP)
     err = ""
     for line in process.stderr:
