@@ -67,9 +67,9 @@ def _noise_rows(model: ByteLM, documents: Documents, args: Noise) -> Iterator[li
         ]
 
 
-def _said(perplexity: float) -> str:
+def _said(word_perplexity: float) -> str:
     """Bytes with hardly a word among them have none that is finite."""
-    return f"{perplexity:.4g}" if math.isfinite(perplexity) else "-"
+    return f"{word_perplexity:.4g}" if math.isfinite(word_perplexity) else "-"
 
 
 def _documents(words: tuple[Path, ...]) -> Documents:

@@ -26,7 +26,7 @@ def convolve(x, weight, bias=None, *, backend):
             x, weight, bias = ctx.saved
             sizes = [weight.numel()] if bias is None else [weight.numel(), len(bias)]
             shares = torch.empty(triton_conv.pieces_of(len(x))[0], sum(sizes), device=x.device)
-            dx = triton_conv.backward_with_shares(dy.flatten(0, 2), *ctx.saved, height, width, shares)
+            dx = triton_conv.backward_with_shares(dy.flatten(0, 2), x, weight, bias, height, width, shares)
             dweight, *dbias = shares.sum(0).split(sizes)
             return dx.view(dy.shape), dweight.view(weight.shape), *dbias
 
