@@ -2,13 +2,16 @@
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from polymamba.kernels import nvrtc
+from polymamba.kernels import causal_conv1d, nvrtc, selective_scan
 from polymamba.kernels.backends import INSTALLED, interpreting
+from polymamba.kernels.mamba_block import BlockWeights, ScanWeights, mamba_block
 
 Tensors = dict[str, Tensor | None]
 
@@ -98,6 +101,62 @@ def _problem(
     return {name: None if name in absent.split() else x for name, x in tensors.items()}
 
 
+def _block_problem(
+    batch: int = 2,
+    length: int = 9,
+    width: int = 6,
+    channels: int = 10,
+    states: int = 3,
+    rank: int = 2,
+    taps: int = 4,
+    absent: str = "",
+    scans: int = 1,
+):
+    """hidden, in_proj, out_proj, and the weights of each scan, of the second one with a 2 in their names."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+
+    hidden = normal(batch, length, 2 * channels if "in_proj" in absent else width) * 3
+    shapes = {
+        "conv": (channels, 1, taps), "conv_bias": (channels,), "x_proj": (rank + 2 * states, channels),
+        "dt_proj": (channels, rank), "dt_bias": (channels,), "A_log": (channels, states), "D": (channels,),
+    }  # fmt: skip
+    second = {f"{name}2": shape for name, shape in shapes.items()} if scans == 2 else {}
+    shapes = {"in_proj": (2 * channels, width), "out_proj": (width, channels), **shapes, **second}
+    absent = absent.split() + [f"{name}2" for name in absent.split()]
+    weights = {name: None if name in absent else normal(*shape) for name, shape in shapes.items()}
+    return {"hidden": hidden, **weights}
+
+
+def _block_weights(tensors: dict[str, Tensor | None]) -> BlockWeights:
+    names = [ScanWeights._fields, [f"{name}2" for name in ScanWeights._fields]]
+    scans = tuple(ScanWeights(*(tensors.get(name) for name in own)) for own in names if own[0] in tensors)
+    return BlockWeights(tensors.get("in_proj"), tensors.get("out_proj"), scans)
+
+
+def _run_block(
+    hidden: Tensor, *, backend: str, cu_seqlens: Tensor | None = None, reverse: tuple[bool, ...] = (False,),
+    scale: float = 1.0, **weights: Tensor | None,
+) -> Tensor:  # fmt: skip
+    w = _block_weights(weights)
+    if backend != "reference":
+        options = {"cu_seqlens": cu_seqlens, "reverse": reverse, "scale": scale, "backend": backend}
+        return mamba_block(hidden, w, dtype=hidden.dtype, **options)
+    x, z = (hidden if w.in_proj is None else F.linear(hidden, w.in_proj)).chunk(2, dim=-1)
+    total = 0
+    for scan, backwards in zip(w.scans, reverse, strict=True):
+        options = {"cu_seqlens": cu_seqlens, "reverse": backwards, "backend": backend}
+        u = causal_conv1d(x, scan.conv[:, 0], scan.conv_bias, **options)
+        rank, states = scan.dt_proj.shape[1], scan.A_log.shape[1]
+        t, B, C = F.linear(u, scan.x_proj).split([rank, states, states], dim=-1)
+        delta, A = F.linear(t, scan.dt_proj), -scan.A_log.exp()
+        options |= {"delta_bias": scan.dt_bias, "delta_softplus": True}
+        total = total + selective_scan(u, delta, A, B, C, scan.D, z, **options)
+    return total if w.out_proj is None else F.linear(total, w.out_proj * scale)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter():
     """Triton's interpreter patches triton.language anew at every call of a device function: half of its time."""
@@ -136,6 +195,12 @@ def problem():
 @pytest.fixture(scope="session")
 def assert_close():
     return _assert_close
+
+
+@pytest.fixture(scope="session")
+def block():
+    """A Mamba block: `problem` makes its tensors, `weights_of` its weights of these, `run` runs it by any backend."""
+    return SimpleNamespace(problem=_block_problem, weights_of=_block_weights, run=_run_block)
 
 
 @pytest.fixture
